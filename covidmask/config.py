@@ -1,0 +1,176 @@
+"""Every setting, as frozen dataclasses, and the three presets `quick`, `colab` and `paper`.
+
+The defaults of `DetectorConfig` are those of the paper and its released code; a preset states
+only what it changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+IMAGE_CLASSES = ("Control", "Common pneumonia", "COVID-19")  # labels 0, 1, 2
+LESION_CLASSES = {  # what the detector tells apart; label 0 is background
+    "both": ("GGO", "C"),
+    "ggo": ("GGO",),
+    "merged": ("lesion",),
+}
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Mask R-CNN of the paper (section 3.1). Lengths are pixels of the resized image."""
+
+    backbone: str = "resnet50"  # resnet50 (4 FPN levels) | resnet34 | resnet18 (1 FPN level)
+    cut: int = 0  # resnet18/34 only: last residual layers removed, 0 | 1 | 2 -> stride 32 | 16 | 8
+    lesions: str = "both"  # both | ggo | merged
+    image_size: int = 512  # shorter side after resizing
+    max_size: int = 1024  # longer side, at most
+    fpn_channels: int = 256
+    anchor_sizes: tuple[float, ...] = (2, 4, 8, 16, 32)  # all sizes at every level
+    anchor_ratios: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0)  # height / width
+    # region proposal network
+    rpn_nms: float = 0.75
+    rpn_train_proposals: int = 2000
+    rpn_test_proposals: int = 1000
+    rpn_batch: int = 256  # anchors sampled per image for the loss
+    rpn_positive: float = 0.75
+    rpn_iou: tuple[float, float] = (0.7, 0.3)  # foreground above, background below
+    rpn_min_size: float = 0.0  # shorter proposals are dropped; torchvision: 1e-3
+    rpn_box_beta: float = 0.0  # smooth L1 of the RPN boxes; 0 is L1, as in the released code
+    # box and mask heads
+    box_features: int = 128
+    box_batch: int = 256  # RoIs sampled per image for the loss
+    box_positive: float = 0.75
+    box_iou: tuple[float, float] = (0.75, 0.5)
+    box_beta: float = 1.0  # smooth L1 of the RoI boxes, as in the released code; torchvision: 1/9
+    box_nms: float = 0.75
+    box_score: float = 0.05  # detections below it are dropped by the segmenter
+    box_detections: int = 100  # detections per image of the segmenter
+    light_mask_head: bool = False  # one 3x3 convolution, as in the author's light models
+
+    def __post_init__(self) -> None:
+        if self.backbone not in ("resnet50", "resnet34", "resnet18"):
+            raise ValueError(f"backbone {self.backbone!r}: choose resnet50, resnet34 or resnet18")
+        if self.cut not in (0, 1, 2) or (self.backbone == "resnet50" and self.cut):
+            raise ValueError(f"cut {self.cut}: choose 0, 1 or 2, and 0 for resnet50")
+        if self.lesions not in LESION_CLASSES:
+            raise ValueError(f"lesions {self.lesions!r}: choose one of {', '.join(LESION_CLASSES)}")
+
+    @property
+    def num_classes(self) -> int:
+        """Lesion classes and the background."""
+        return 1 + len(LESION_CLASSES[self.lesions])
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Module S and the vector it reads (section 3.2)."""
+
+    n_boxes: int = 256  # N
+    hidden: int = 1024  # width of both hidden layers of S
+    score: float = -0.01  # keeps every box: a softmax is never below 0
+    nms: float = 0.75
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run, at a constant learning rate unless `warmup` or `cosine` is set."""
+
+    epochs: int
+    batch_size: int
+    lr: float = 1e-5
+    weight_decay: float = 1e-3
+    warmup: int = 0  # steps over which the rate grows linearly from 0
+    cosine: bool = False  # fall to 0 along half a cosine after the warm-up
+    precision: str = "32-true"  # Lightning Fabric's names: 32-true | bf16-mixed | 16-mixed
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    """How many synthetic patients, and how large their slices are."""
+
+    size: int  # pixels per side
+    slices_per_patient: int
+    lesion_patients: tuple[int, int, int]  # COVID patients with masks: train, val, test
+    class_patients: tuple[int, int, int]  # patients of EACH image class: train, val, test
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A scale at which the whole method runs."""
+
+    name: str
+    phantoms: PhantomConfig
+    detector: DetectorConfig
+    segmenter: TrainingConfig
+    classifier: ClassifierConfig
+    classifier_training: TrainingConfig
+    min_area: int  # lesions of fewer pixels are no instances (the released code drops <= 100)
+
+
+PAPER = Preset(
+    name="paper",
+    phantoms=PhantomConfig(512, 5, (130, 10, 20), (200, 40, 80)),
+    detector=DetectorConfig(),
+    segmenter=TrainingConfig(epochs=100, batch_size=1),
+    classifier=ClassifierConfig(),
+    classifier_training=TrainingConfig(epochs=50, batch_size=8),
+    min_area=101,
+)
+
+# Two CPU cores, from random weights: ResNet-18 cut after layer2 (stride 8), a narrow FPN, N = 32.
+QUICK = Preset(
+    name="quick",
+    phantoms=PhantomConfig(128, 5, (120, 10, 64), (40, 10, 24)),
+    detector=DetectorConfig(
+        backbone="resnet18",
+        cut=2,
+        image_size=128,
+        max_size=256,
+        fpn_channels=64,
+        rpn_train_proposals=300,
+        rpn_test_proposals=200,
+        rpn_iou=(0.6, 0.3),
+        box_batch=64,
+        box_positive=0.5,
+        box_iou=(0.5, 0.5),
+        box_beta=1 / 9,
+        rpn_box_beta=1 / 9,
+        light_mask_head=True,
+    ),
+    segmenter=TrainingConfig(
+        epochs=3, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
+    ),
+    classifier=ClassifierConfig(n_boxes=32, hidden=256),
+    classifier_training=TrainingConfig(
+        epochs=30, batch_size=32, lr=1e-3, weight_decay=1e-3, cosine=True
+    ),
+    min_area=7,
+)
+
+# One small GPU: the author's light model (ResNet-18 cut 1, N = 128, S 512) at 256 pixels.
+COLAB = Preset(
+    name="colab",
+    phantoms=PhantomConfig(256, 5, (200, 20, 60), (100, 20, 40)),
+    detector=replace(
+        QUICK.detector,
+        backbone="resnet18",
+        cut=1,
+        image_size=256,
+        max_size=512,
+        fpn_channels=256,
+        rpn_train_proposals=1000,
+        rpn_test_proposals=1000,
+        box_batch=128,
+    ),
+    segmenter=TrainingConfig(
+        epochs=20, batch_size=8, lr=5e-4, weight_decay=1e-4, warmup=200, cosine=True
+    ),
+    classifier=ClassifierConfig(n_boxes=128, hidden=512),
+    classifier_training=TrainingConfig(
+        epochs=30, batch_size=16, lr=3e-4, weight_decay=1e-3, cosine=True
+    ),
+    min_area=26,
+)
+
+PRESETS = {preset.name: preset for preset in (QUICK, COLAB, PAPER)}

@@ -1,0 +1,1 @@
+"""Data: phantoms, the readers of the real data sets, and their statistics."""

@@ -1,0 +1,54 @@
+"""Writing files so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from covidmask.errors import OutputError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends well.
+
+    The temporary name keeps the suffix of `path`, because libraries choose a format by it.
+    When the block fails, the temporary file is removed and `path` is as it was before.
+
+    Raises:
+        OutputError: the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the data reaches the disk before the name does
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "choose a folder that you may write to and that has space left"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Make `folder` if needed and prove that a file can be written there, before long work starts.
+
+    Raises:
+        OutputError: as `atomic_path`.
+    """
+    probe = Path(folder) / "write_check"
+    with atomic_path(probe) as temporary:
+        temporary.write_bytes(b"covidmask")
+    probe.unlink()
+    return Path(folder)

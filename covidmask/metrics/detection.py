@@ -1,0 +1,245 @@
+"""Judging detections: COCO's average precision, the released code's own, and Dice.
+
+Predictions and targets are torchvision's dictionaries. A prediction has boxes float32 [K, 4]
+(x1, y1, x2, y2 in pixels), labels int64 [K], scores float32 [K] and masks: probabilities float
+[K, 1, H, W], or bool/uint8 [K, H, W]. A target has boxes, labels and masks. K may be 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+Instances = dict[str, Tensor]
+
+IOU_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
+    """bool [K, H, W]: probabilities above `mask_threshold`, or the non-zero pixels of uint8.
+
+    The released code cuts raw logits at 0.5, which is a probability of 0.622.
+
+    Raises:
+        ValueError: the masks are neither [K, H, W] nor [K, 1, H, W].
+    """
+    masks = instances["masks"].detach()
+    if masks.ndim == 4 and masks.shape[1] == 1:
+        masks = masks[:, 0]  # [K, 1, H, W] -> [K, H, W]
+    if masks.ndim != 3:
+        raise ValueError(f"masks of shape {tuple(masks.shape)}: give [K, H, W] or [K, 1, H, W]")
+    return masks > mask_threshold if masks.is_floating_point() else masks.bool()
+
+
+class CocoAP:
+    """COCO's average precision (AP) of masks and boxes, by torchmetrics and faster-coco-eval.
+
+    As in COCO, the 100 best detections of an image count, and AP is the mean over 101 recalls,
+    10 IoU thresholds (0.50 to 0.95) and the classes that have a target. Under `torch.distributed`
+    `compute` joins the images of all processes, whose numbers may differ; each must call it.
+
+    Args:
+        classes: names of labels 1, 2, ...; adds the AP at IoU 0.5 of each.
+        mask_threshold: see `binary_masks`.
+    """
+
+    def __init__(self, classes: Sequence[str] = (), mask_threshold: float = 0.5) -> None:
+        self.classes = tuple(classes)
+        self.mask_threshold = mask_threshold
+        self._metric = _mean_average_precision()
+
+    def update(self, predictions: Sequence[Instances], targets: Sequence[Instances]) -> None:
+        """Add images: one prediction and one target for each, of the same height and width.
+
+        Raises:
+            ValueError: their numbers differ, or an image lacks a key.
+        """
+        self._metric.update(
+            [self._plain(prediction, "scores") for prediction in predictions],
+            [self._plain(target) for target in targets],
+        )
+
+    def compute(self) -> dict[str, float]:
+        """The AP of all images added so far.
+
+        Returns:
+            mask_ap, mask_ap50, mask_ap75, box_ap, box_ap50, box_ap75: 0..1. With `classes` also
+            mask_ap50_<class> and box_ap50_<class>. NaN (COCO's -1) where there is no target.
+        """
+        values = _joined(self._metric).compute()
+        labels = values["classes"].reshape(-1).tolist()
+        result = {}
+        for name, prefix in (("mask", "segm"), ("box", "bbox")):
+            result[f"{name}_ap"] = _nan(values[f"{prefix}_map"])
+            result[f"{name}_ap50"] = _nan(values[f"{prefix}_map_50"])
+            result[f"{name}_ap75"] = _nan(values[f"{prefix}_map_75"])
+            # precision [10 IoU, 101 recalls, classes, 4 areas (0: all), 3 limits (2: 100 boxes)]
+            ap50 = values[f"{prefix}_precision"][0, :, :, 0, 2].mean(dim=0)
+            for label, lesion in enumerate(self.classes, start=1):
+                found = label in labels
+                result[f"{name}_ap50_{lesion}"] = (
+                    _nan(ap50[labels.index(label)]) if found else float("nan")
+                )
+        return result
+
+    def _plain(self, instances: Instances, *more: str) -> Instances:
+        plain = {key: instances[key].detach().cpu() for key in ("boxes", "labels", *more)}
+        return {**plain, "masks": binary_masks(instances, self.mask_threshold).cpu()}
+
+
+def author_ap(
+    predictions: Iterable[Instances],
+    targets: Iterable[Instances],
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
+    mask_threshold: float = 0.5,
+) -> np.ndarray:
+    """AP of masks by the rule of the released code: the mean of `author_image_ap` over images.
+
+    It is not COCO's: see `author_image_ap`. His tables judge detections with a score above 0.75
+    and targets of more than 100 pixels; give such (`box_score`, `min_area`). Both arguments may be
+    generators, so that a data set's masks need not be in memory at once.
+
+    Returns:
+        float64 [T], 0..1: one value per IoU threshold.
+
+    Raises:
+        ValueError: no image, or not as many predictions as targets.
+    """
+    rows = [
+        author_image_ap(prediction, target, thresholds, mask_threshold)
+        for prediction, target in zip(predictions, targets, strict=True)
+    ]
+    if not rows:
+        raise ValueError("average precision of no image: give at least one")
+    return np.mean(rows, axis=0)
+
+
+def author_image_ap(
+    prediction: Instances,
+    target: Instances,
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
+    mask_threshold: float = 0.5,
+) -> np.ndarray:
+    """AP of one image by the rule of the released code.
+
+    - Each target takes the prediction of its own class with the largest mask IoU above the
+      threshold, whatever its score (of equals, the one that scores least). COCO lets predictions
+      choose, in falling score. Two targets may take the same prediction, which counts once.
+    - One curve of precision over recall is drawn for all classes together, in falling score; its
+      precision is made monotonic and summed at each step of recall, as in PASCAL VOC 2010.
+    - Without targets and without predictions the AP is 1; without one of them it is 0.
+
+    Returns:
+        float64 [T], 0..1: one value per IoU threshold.
+    """
+    n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
+    if not n_predictions or not n_targets:
+        return np.full(len(thresholds), float(n_predictions == n_targets))
+    order = prediction["scores"].detach().argsort(stable=True)  # rising
+    masks = binary_masks(prediction, mask_threshold)[order]
+    iou = _mask_iou(masks, binary_masks(target, mask_threshold))  # [K, targets]
+    same_class = prediction["labels"][order][:, None] == target["labels"]
+    iou = iou.where(same_class, 0).cpu().numpy()
+    best = iou.argmax(axis=0)  # the first of equals
+    hits = iou.max(axis=0) > np.array(thresholds, dtype=np.float32)[:, None]  # [T, targets]
+    result = []
+    for hit in hits:
+        true_positive = np.zeros(n_predictions)
+        true_positive[best[hit]] = 1
+        result.append(_average_precision(true_positive[::-1], n_targets))
+    return np.array(result)
+
+
+def semantic_mask(
+    prediction: Instances,
+    score_threshold: float = 0.75,
+    shape: tuple[int, int] | None = None,
+    mask_threshold: float = 0.5,
+) -> np.ndarray:
+    """Paint instances into one mask, in rising score, so that the best lies on top.
+
+    Args:
+        score_threshold: only detections that score above it are painted.
+        shape: (H, W) of the result; by default that of the masks.
+
+    Returns:
+        uint8 [H, W]: 0 background, 2 GGO (label 1; or a lesion, if merged), 3 consolidation
+        (label 2). The codes of `mask_to_targets`, without the lung.
+    """
+    masks = binary_masks(prediction, mask_threshold).cpu().numpy()
+    scores = prediction["scores"].detach().cpu().numpy()
+    labels = prediction["labels"].cpu().numpy()
+    codes = np.zeros(shape or masks.shape[1:], dtype=np.uint8)
+    for i in np.argsort(scores, kind="stable"):
+        if scores[i] > score_threshold:
+            codes[masks[i]] = labels[i] + 1
+    return codes
+
+
+def dice(predicted: ArrayLike, true: ArrayLike) -> float:
+    """Dice's coefficient of two bool masks of one shape: 2 |A and B| / (|A| + |B|), 0..1.
+
+    NaN when both are empty: there was nothing to find, and nothing was found. Whoever takes a mean
+    decides whether such a slice counts (as 1) or not.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    predicted, true = np.asarray(predicted, dtype=bool), np.asarray(true, dtype=bool)
+    if predicted.shape != true.shape:
+        raise ValueError(f"masks of shapes {predicted.shape} and {true.shape}: they must agree")
+    total = int(predicted.sum()) + int(true.sum())
+    return 2 * int((predicted & true).sum()) / total if total else float("nan")
+
+
+def _mask_iou(first: Tensor, second: Tensor) -> Tensor:
+    """bool [K, H, W] and [L, H, W] -> float32 [K, L]; 0 where both are empty."""
+    first, second = first.flatten(1).float(), second.flatten(1).float()
+    intersection = first @ second.T  # [K, L]
+    union = first.sum(1)[:, None] + second.sum(1) - intersection
+    return intersection / union.clamp(min=1)
+
+
+def _average_precision(true_positive: np.ndarray, n_targets: int) -> float:
+    """Area under the monotonic precision-recall curve; true_positive 0 or 1 [K], best first."""
+    found = true_positive.cumsum()
+    precision = found / np.arange(1, len(found) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # best precision from here on
+    return float((true_positive * envelope).sum() / n_targets)  # each hit is one step of recall
+
+
+def _mean_average_precision():
+    from torchmetrics.detection import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(
+        iou_type=("segm", "bbox"),
+        backend="faster_coco_eval",
+        extended_summary=True,
+        # its own way waits for ever when one process has more images than another
+        sync_on_compute=False,
+    )
+    metric.warn_on_many_detections = False  # COCO's limit of 100 is meant
+    return metric
+
+
+def _joined(metric):
+    """The metric with the images of all processes; itself when there is but one."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return metric
+    states = [None] * distributed.get_world_size()
+    distributed.all_gather_object(states, metric.metric_state)
+    joined = _mean_average_precision()
+    for name in metric.metric_state:
+        setattr(joined, name, [image for state in states for image in state[name]])
+    joined._update_count = 1  # else torchmetrics warns that nothing was added
+    return joined
+
+
+def _nan(value: Tensor) -> float:
+    return float(value) if value >= 0 else float("nan")

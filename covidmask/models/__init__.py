@@ -1,0 +1,1 @@
+"""The detector, the ranked boxes, the module S, and their files."""

@@ -1,0 +1,32 @@
+"""ResNets with a feature pyramid, as the paper and the author's light models use them."""
+
+from __future__ import annotations
+
+from torchvision.models import resnet
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+from covidmask.config import DetectorConfig
+
+
+def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> BackboneWithFPN:
+    """Build the feature extractor of the detector (section 3.1).
+
+    ResNet-50 gives four maps (layer1..4, strides 4, 8, 16, 32). ResNet-18 and -34 give one map,
+    of the last layer that `config.cut` leaves (stride 32, 16 or 8). No pooled level is added and
+    batch norm is trainable, not frozen, both unlike torchvision's ready-made detectors.
+
+    Args:
+        config: `backbone`, `cut` and `fpn_channels` are read.
+        weights: a name of torchvision's weights, such as "IMAGENET1K_V1" (downloaded), or None
+            for random weights.
+
+    Returns:
+        A module: float32 [B,3,H,W] -> ordered dict of maps [B,fpn_channels,H/stride,W/stride].
+    """
+    body = getattr(resnet, config.backbone)(weights=weights)
+    layers = (1, 2, 3, 4) if config.backbone == "resnet50" else (4 - config.cut,)
+    channels = [body.inplanes // 2 ** (4 - layer) for layer in layers]
+    return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(layers)}
+    backbone = BackboneWithFPN(body, return_layers, channels, config.fpn_channels)
+    backbone.fpn.extra_blocks = None  # torchvision would add a max-pooled level
+    return backbone

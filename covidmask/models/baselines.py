@@ -1,0 +1,70 @@
+"""What a trivial method reaches: a detector by intensity, a classifier by lesion area."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import ndimage
+
+from covidmask.data.lesions import CONSOLIDATION, GGO, mask_to_targets
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+    from torch import Tensor
+
+
+def threshold_detections(
+    image: np.ndarray, low: float = 0.42, high: float = 0.65, min_area: int = 20
+) -> dict[str, Tensor]:
+    """Call everything inside the body that is neither air nor soft tissue a GGO.
+
+    The body is the largest region brighter than `high`, its holes (the lungs) filled.
+
+    Args:
+        image: float32 [H, W] in 0..1. The defaults suit the lung window of `read_image`.
+        low, high: intensities of GGO, both included.
+        min_area: regions of fewer pixels are dropped.
+
+    Returns:
+        The instances of `mask_to_targets` (all of label 1) and scores float32 [K]: the area as a
+        share of the image, so that larger regions come first.
+    """
+    import torch
+
+    tissue, n = ndimage.label(image > high)
+    if n:
+        largest = np.bincount(tissue.ravel())[1:].argmax() + 1
+        body = ndimage.binary_fill_holes(tissue == largest)
+    else:
+        body = np.zeros(image.shape, dtype=bool)
+    codes = np.where(body & (image >= low) & (image <= high), GGO, 0)
+    found = mask_to_targets(codes, "ggo", min_area)
+    order = torch.argsort(found["area"], descending=True, stable=True)
+    found = {key: value[order] for key, value in found.items()}
+    return {**found, "scores": found["area"] / image.size}
+
+
+def area_features(mask: ArrayLike) -> np.ndarray:
+    """float64 [2]: the shares of the image that are GGO and consolidation; mask codes [H, W]."""
+    mask = np.asarray(mask)
+    return np.array([(mask == GGO).mean(), (mask == CONSOLIDATION).mean()])
+
+
+def fit_area_classifier(features: ArrayLike, labels: ArrayLike) -> Pipeline:
+    """Fit a logistic regression of the image class on standardised features.
+
+    Args:
+        features: float [M, F], for example rows of `area_features`.
+        labels: int [M], image classes.
+
+    Returns:
+        A scikit-learn pipeline; `.score(features, labels)` is its accuracy on other slices.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return classifier.fit(np.asarray(features), np.asarray(labels))

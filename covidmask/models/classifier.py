@@ -1,0 +1,107 @@
+"""COVID-CT-Mask-Net: a detector, its ranked boxes, and the module S that reads them (Figure 3)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from covidmask.config import IMAGE_CLASSES, ClassifierConfig
+from covidmask.models.ranked_boxes import ranked_boxes
+
+REGIMES = ("heads", "heads_bn", "full")
+
+
+class ClassificationModule(nn.Module):
+    """Module S (Figure 3.3): the ranked boxes as one vector, two hidden layers, one logit a class.
+
+    Each logit is read through a sigmoid of its own (Algorithm 1), so the three are no softmax.
+    """
+
+    def __init__(self, n_boxes: int, hidden: int, columns: int = 5) -> None:
+        super().__init__()
+        self.fc_scores = nn.Linear(n_boxes * columns, hidden)
+        self.fc_scores_2 = nn.Linear(hidden, hidden)
+        self.fc_scores_img = nn.Linear(hidden, len(IMAGE_CLASSES))
+        for layer in (self.fc_scores, self.fc_scores_2, self.fc_scores_img):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32 [B,N,5] -> logits [B,3]: control, common pneumonia, COVID-19."""
+        x = rows.flatten(1)  # [B, 5N]
+        x = self.fc_scores(x).relu()  # [B, hidden]
+        x = self.fc_scores_2(x).relu()  # [B, hidden]
+        return self.fc_scores_img(x)  # [B, 3]
+
+
+class CovidCTMaskNet(nn.Module):
+    """Detector + S. `model(images)` gives logits [B,3], `model.ranked_boxes(images)` [B,N,5].
+
+    The detector stays in eval mode, also while the classifier trains: batch norm uses and never
+    updates its running statistics, no sampler runs, and an image's result does not depend on
+    the others in its batch.
+    """
+
+    def __init__(self, detector: GeneralizedRCNN, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.detector = detector
+        self.config = config
+        self.s = ClassificationModule(config.n_boxes, config.hidden)
+        self.eval()
+
+    def train(self, mode: bool = True) -> CovidCTMaskNet:
+        super().train(mode)
+        self.detector.eval()
+        return self
+
+    def ranked_boxes(self, images: list[Tensor], generator: torch.Generator | None = None):
+        """B images, float32 [3,H,W] in 0..1 -> float32 [B,N,5]; see `ranked_boxes`."""
+        return ranked_boxes(self.detector, images, self.config, generator)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        """B images, float32 [3,H,W] in 0..1 -> logits [B,3]."""
+        return self.s(self.ranked_boxes(images))
+
+
+def covid_ct_mask_net(segmenter: GeneralizedRCNN, config: ClassifierConfig) -> CovidCTMaskNet:
+    """Put a fresh S on a copy of a trained segmenter, less its masks (Algorithm 1, line 2)."""
+    detector = copy.deepcopy(segmenter)
+    heads = detector.roi_heads
+    heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+    return CovidCTMaskNet(detector, config)
+
+
+def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The affine parameters, gamma and beta, of every batch-norm layer."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
+def set_regime(model: CovidCTMaskNet, regime: str) -> list[nn.Parameter]:
+    """Say what trains (section 4); everything else is frozen.
+
+    - "heads": S alone. The ranked boxes are then constants of a slice.
+    - "heads_bn": S and the affine parameters of every batch-norm layer, those of the downsample
+      branches included. (The released code misses the latter by the name that it looks for.)
+    - "full": every parameter. The RPN is among them, but no gradient reaches it, because
+      proposals are detached: it stays as it is.
+
+    Batch-norm statistics are used and never updated in all three (see `CovidCTMaskNet`).
+
+    Returns:
+        The parameters that train.
+    """
+    if regime not in REGIMES:
+        raise ValueError(f"regime {regime!r}: choose one of {', '.join(REGIMES)}")
+    trained = list(model.s.parameters())
+    if regime == "heads_bn":
+        trained += batch_norm_parameters(model.detector)
+    if regime == "full":
+        trained = list(model.parameters())
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return trained

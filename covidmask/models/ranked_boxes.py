@@ -1,0 +1,179 @@
+"""From detections to a feature vector: the N best boxes, ranked (section 3.2, "Batch to features").
+
+A detector usually drops most of its boxes and scales the rest to the image. Here the boxes with
+low scores stay, because they are all that a healthy slice has, and each box is written down as
+the network wrote it: its score and four encoded deltas, best score first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from covidmask.config import ClassifierConfig
+
+
+class Ranking(NamedTuple):
+    """The K <= N boxes that one image keeps, best first. A RoI can appear once per lesion class."""
+
+    roi: Tensor  # int64 [K], row of the proposal
+    label: Tensor  # int64 [K], 1.. (0 is background)
+    score: Tensor  # float32 [K], falling, 0..1
+    box: Tensor  # float32 [K,4], decoded and clipped, pixels of the resized image, xyxy
+
+
+def ranked_boxes(
+    detector: GeneralizedRCNN,
+    images: list[Tensor],
+    config: ClassifierConfig,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Rank the boxes of each image by score; keep the N best as [score, dx, dy, dw, dh].
+
+    The deltas are the raw outputs of the box predictor for the box's class, before they are
+    divided by the box coder's weights. Gradients flow through scores and deltas into box head,
+    RoIAlign and backbone. They do not flow into the proposals, so the RPN never learns from S,
+    and the mask branch is not run. Where a gradient is needed, the boxes are first chosen
+    without one and only the N chosen RoIs are differentiated: the same gradient for less work.
+
+    Images of one size are run as one batch. Images of other sizes are run apart from them,
+    because the padding that a mixed batch needs would change features and proposals.
+
+    Args:
+        detector: in eval mode; see `lesion_mask_rcnn`.
+        images: B tensors, float32 [3,H,W] in 0..1.
+        config: N, score threshold and NMS threshold.
+        generator: fills missing rows by the author's random rule (`author_padding`); by default
+            they are filled by `even_padding`, which is deterministic.
+
+    Returns:
+        float32 [B,N,5]. An image with no box at all gives zeros: score 0 and no shift.
+    """
+    with_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in detector.parameters())
+    rows: list[Tensor | None] = [None] * len(images)
+    for group in same_size_groups(images):
+        features, proposals, shapes = propose(detector, [images[i] for i in group])
+        with torch.no_grad():
+            logits, deltas = run_box_head(detector, features, proposals, shapes)
+            rankings = [
+                rank_boxes(*parts, detector.roi_heads.box_coder, config)
+                for parts in zip(logits, deltas, proposals, shapes, strict=True)
+            ]
+        chosen = [ranking.roi for ranking in rankings]
+        if with_gradient:
+            torch.clear_autocast_cache()  # its copies of the weights were made without gradient
+            kept = [boxes[roi] for boxes, roi in zip(proposals, chosen, strict=True)]  # [K, 4]
+            logits, deltas = run_box_head(detector, features, kept, shapes)
+            chosen = [torch.arange(len(roi), device=roi.device) for roi in chosen]
+        for i, row, delta, roi, ranking in zip(
+            group, logits, deltas, chosen, rankings, strict=True
+        ):
+            kept_rows = encoded_rows(row[roi], delta[roi], ranking.label)  # [K, 5]
+            rows[i] = pad_rows(kept_rows, config.n_boxes, generator)  # [N, 5]
+    return torch.stack(rows)  # [B, N, 5]
+
+
+def propose(detector: GeneralizedRCNN, images: list[Tensor]):
+    """Run backbone and RPN.
+
+    Returns:
+        features: dict of maps [B,C,h,w]; proposals: B tensors [P,4], detached, pixels of the
+        resized image, xyxy; shapes: B pairs (height, width) of the resized images.
+    """
+    batch, _ = detector.transform(images)
+    features = detector.backbone(batch.tensors)
+    with torch.no_grad():
+        detached = {name: map.detach() for name, map in features.items()}
+        proposals, _ = detector.rpn(batch, detached)
+    return features, proposals, batch.image_sizes
+
+
+def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], shapes):
+    """RoIAlign, box head and box predictor.
+
+    Returns:
+        Per image: class logits [P,C] and box regression [P,4C], class-major.
+    """
+    heads = detector.roi_heads
+    pooled = heads.box_roi_pool(features, proposals, shapes)  # [sum P, channels, 7, 7]
+    logits, deltas = heads.box_predictor(heads.box_head(pooled))  # [sum P, C], [sum P, 4C]
+    counts = [len(boxes) for boxes in proposals]
+    return logits.float().split(counts), deltas.float().split(counts)
+
+
+def rank_boxes(
+    class_logits: Tensor,
+    box_regression: Tensor,
+    proposals: Tensor,
+    image_shape: tuple[int, int],
+    box_coder: BoxCoder,
+    config: ClassifierConfig,
+) -> Ranking:
+    """Choose and order the boxes of one image. Needs no gradient.
+
+    Softmax over all classes; background dropped; boxes decoded and clipped; boxes of no area and
+    of scores at or below `config.score` dropped; NMS per class on the decoded boxes; best N.
+
+    Args:
+        class_logits: [P,C]. box_regression: [P,4C], class-major. proposals: [P,4] xyxy.
+        image_shape: (height, width) of the resized image.
+    """
+    boxes = box_coder.decode(box_regression, [proposals])  # [P, C, 4]
+    boxes = clip_boxes_to_image(boxes, image_shape)[:, 1:].reshape(-1, 4)  # [P*(C-1), 4] RoI-major
+    scores = class_logits.softmax(-1)[:, 1:].flatten()  # [P*(C-1)]
+    lesions = class_logits.shape[1] - 1
+    index = torch.arange(len(scores), device=scores.device)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    index = index[(area > 0) & (scores > config.score)]
+    label = index % lesions + 1
+    keep = batched_nms(boxes[index], scores[index], label, config.nms)[: config.n_boxes]
+    index = index[keep]
+    return Ranking(index // lesions, label[keep], scores[index], boxes[index])
+
+
+def encoded_rows(class_logits: Tensor, box_regression: Tensor, label: Tensor) -> Tensor:
+    """[K,C], [K,4C], [K] -> [K,5]: score and raw deltas of the class `label`."""
+    row = torch.arange(len(label), device=label.device)
+    scores = class_logits.softmax(-1)[row, label]  # [K]
+    deltas = box_regression.reshape(len(label), class_logits.shape[1], 4)[row, label]  # [K, 4]
+    return torch.cat([scores[:, None], deltas], dim=1)
+
+
+def pad_rows(rows: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """[K,5] -> [n,5]: repeat rows in place when K < n, so that the order by score stays."""
+    k = len(rows)
+    if k == 0:
+        return rows.new_zeros(n, rows.shape[1])
+    if k >= n:
+        return rows[:n]
+    index = even_padding(k, n) if generator is None else author_padding(k, n, generator)
+    return rows[index.to(rows.device)]
+
+
+def even_padding(k: int, n: int) -> Tensor:
+    """Row i shows box floor(i * k / n): each of k boxes floor(n/k) or ceil(n/k) times, in order."""
+    return torch.arange(n) * k // n
+
+
+def author_padding(k: int, n: int, generator: torch.Generator) -> Tensor:
+    """The released code's rule: k - 1 random places at which the next box starts, 1 <= k < n.
+
+    Each box is used, in order, and the last one fills at least two rows. The result differs from
+    call to call unless the generator is seeded.
+    """
+    starts = torch.zeros(n, dtype=torch.int64)
+    starts[torch.randperm(n - 2, generator=generator)[: k - 1] + 1] = 1
+    return starts.cumsum(0)
+
+
+def same_size_groups(images: list[Tensor]) -> list[list[int]]:
+    """Positions of the images, grouped by shape, in order of first appearance."""
+    groups: dict[torch.Size, list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(position)
+    return list(groups.values())

@@ -1,0 +1,169 @@
+"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1).
+
+Everything is torchvision's but two small subclasses: `LesionRPN` ranks proposals on raw logits,
+and both subclasses take the shape of their box loss from the configuration.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+
+from covidmask.config import DetectorConfig
+from covidmask.models.backbones import fpn_backbone
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+class LesionRPN(RegionProposalNetwork):
+    """torchvision's RPN with two points of the released code that its own does not offer.
+
+    Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
+    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
+    """
+
+    def __init__(self, *args, min_size: float, box_beta: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.min_size = min_size
+        self.box_beta = box_beta
+
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        objectness = objectness.detach().reshape(len(proposals), -1)  # [B, A]
+        levels = torch.cat(
+            [
+                torch.full((count,), level, device=objectness.device)
+                for level, count in enumerate(num_anchors_per_level)
+            ]
+        )
+        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
+        final_boxes, final_logits = [], []
+        for boxes, logits, index, shape in zip(
+            proposals, objectness, best, image_shapes, strict=True
+        ):
+            boxes, logits, level = boxes[index], logits[index], levels[index]
+            boxes = clip_boxes_to_image(boxes, shape)
+            keep = remove_small_boxes(boxes, self.min_size)
+            boxes, logits, level = boxes[keep], logits[keep], level[keep]
+            keep = batched_nms(boxes, logits, level, self.nms_thresh)[: self.post_nms_top_n()]
+            final_boxes.append(boxes[keep])
+            final_logits.append(logits[keep])
+        return final_boxes, final_logits
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        positive, negative = self.fg_bg_sampler(labels)
+        positive = torch.where(torch.cat(positive))[0]
+        sampled = torch.cat([positive, torch.where(torch.cat(negative))[0]])
+        box_loss = F.smooth_l1_loss(
+            pred_bbox_deltas[positive],
+            torch.cat(regression_targets)[positive],
+            beta=self.box_beta,
+            reduction="sum",
+        ) / max(sampled.numel(), 1)
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        )
+        return objectness_loss, box_loss
+
+
+class LesionRoIHeads(RoIHeads):
+    """torchvision's RoI heads; `box_beta` sets the smooth L1 loss of the boxes."""
+
+    def __init__(self, *args, box_beta: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.box_beta = box_beta
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        proposals, matched, labels, regression_targets = self.select_training_samples(
+            proposals, targets
+        )
+        pooled = self.box_roi_pool(features, proposals, image_shapes)  # [R, C, 7, 7]
+        class_logits, box_regression = self.box_predictor(self.box_head(pooled))  # [R,C], [R,4C]
+        all_labels = torch.cat(labels)
+        positive = torch.where(all_labels > 0)[0]
+        deltas = box_regression.reshape(len(all_labels), -1, 4)[positive, all_labels[positive]]
+        box_loss = F.smooth_l1_loss(
+            deltas, torch.cat(regression_targets)[positive], beta=self.box_beta, reduction="sum"
+        ) / max(all_labels.numel(), 1)
+        losses = {
+            "loss_classifier": F.cross_entropy(class_logits, all_labels),
+            "loss_box_reg": box_loss,
+        }
+        lesions = [torch.where(label > 0)[0] for label in labels]  # masks learn on positive RoIs
+        rois = [boxes[index] for boxes, index in zip(proposals, lesions, strict=True)]
+        matched = [match[index] for match, index in zip(matched, lesions, strict=True)]
+        pooled = self.mask_roi_pool(features, rois, image_shapes)  # [M, C, 14, 14]
+        mask_logits = self.mask_predictor(self.mask_head(pooled))  # [M, classes, 28, 28]
+        masks, true_labels = ([t[key] for t in targets] for key in ("masks", "labels"))
+        losses["loss_mask"] = maskrcnn_loss(mask_logits, rois, masks, true_labels, matched)
+        return [], losses
+
+
+def lesion_mask_rcnn(
+    config: DetectorConfig, weights: str | None = None, masks: bool = True
+) -> GeneralizedRCNN:
+    """Build the detector, with random weights but for an optional ImageNet backbone.
+
+    Args:
+        config: every number of section 3.1 and of the released code.
+        weights: passed to `fpn_backbone`.
+        masks: without masks the detector is the one inside the classifier: it can be run and
+            ranked, not trained on lesions.
+
+    Returns:
+        torchvision's `GeneralizedRCNN`, with the configuration as `model.config`. Input: a list
+        of float32 [3,H,W] in 0..1. In eval mode it returns, per image, `boxes` [K,4] (pixels of
+        the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and `masks` [K,1,H,W]
+        (probabilities). In train mode, given targets too, it returns the five losses.
+    """
+    backbone = fpn_backbone(config, weights)
+    levels = 4 if config.backbone == "resnet50" else 1
+    names = [str(level) for level in range(levels)]
+    channels = config.fpn_channels
+    anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
+    rpn = LesionRPN(
+        anchors,
+        RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        *config.rpn_iou,
+        config.rpn_batch,
+        config.rpn_positive,
+        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
+        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
+        config.rpn_nms,
+        min_size=config.rpn_min_size,
+        box_beta=config.rpn_box_beta,
+    )
+    heads = LesionRoIHeads(
+        MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        TwoMLPHead(channels * 7 * 7, config.box_features),
+        FastRCNNPredictor(config.box_features, config.num_classes),
+        *config.box_iou,
+        config.box_batch,
+        config.box_positive,
+        None,  # the box coder's usual weights, (10, 10, 5, 5)
+        config.box_score,
+        config.box_nms,
+        config.box_detections,
+        box_beta=config.box_beta,
+    )
+    if masks:
+        widths = (128,) if config.light_mask_head else (256,) * 4
+        heads.mask_roi_pool = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+        heads.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
+        heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], config.num_classes)
+    transform = GeneralizedRCNNTransform(
+        config.image_size, config.max_size, IMAGENET_MEAN, IMAGENET_STD
+    )
+    model = GeneralizedRCNN(backbone, rpn, heads, transform)
+    model.config = config
+    return model

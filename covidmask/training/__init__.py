@@ -1,0 +1,1 @@
+"""Training and evaluation loops with Lightning Fabric around them."""

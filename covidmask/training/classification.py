@@ -1,0 +1,223 @@
+"""Training and judging COVID-CT-Mask-Net in its three regimes (Algorithm 1, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+from tqdm.auto import tqdm
+
+from covidmask.config import IMAGE_CLASSES, TrainingConfig
+from covidmask.metrics.classification import confusion, report
+from covidmask.models.classifier import ClassificationModule, CovidCTMaskNet, set_regime
+from covidmask.training.loop import fit, gather, make_fabric, plain, share
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of each class on its own, averaged (Algorithm 1, line 9).
+
+    The paper prints the positive term alone; the released code, and this, has both.
+
+    Args:
+        logits: float [B,3]. labels: int64 [B].
+    """
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
+
+
+@torch.no_grad()
+def cache_ranked_boxes(
+    model: CovidCTMaskNet,
+    dataset: Dataset,
+    *,
+    fabric: Fabric | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+    title: str = "ranking boxes",
+) -> Tensor:
+    """Run the detector once on each slice. Returns float32 [M,N,5] on the CPU, in dataset order."""
+    fabric = fabric or make_fabric()
+    model.to(fabric.device).eval()
+    indices = share(len(dataset), fabric)
+    n = model.config.n_boxes
+    rows = torch.empty(len(indices), n, 5)
+    hidden = not (progress and fabric.global_rank == 0)
+    with tqdm(total=len(indices), desc=title, disable=hidden) as bar:
+        for start in range(0, len(indices), batch_size):
+            images = [dataset[i][0].to(fabric.device) for i in indices[start : start + batch_size]]
+            with fabric.autocast():
+                rows[start : start + len(images)] = model.ranked_boxes(images).cpu()
+            bar.update(len(images))
+    return gather(rows, len(dataset), fabric)
+
+
+def train_s(
+    s: ClassificationModule,
+    rows: Tensor,
+    labels: Tensor,
+    training: TrainingConfig,
+    *,
+    validation: tuple[Tensor, Tensor] | None = None,
+    fabric: Fabric | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    names: list[str] | None = None,
+    run: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train S alone on ranked boxes that were computed before.
+
+    Args:
+        rows: float32 [M,N,5]. labels: int64 [M].
+        validation: rows and labels; with them the epoch of the best accuracy is kept.
+    """
+    fabric = fabric or make_fabric(training.precision)
+
+    def losses(wrapped, items: list) -> dict[str, Tensor]:
+        batch_rows, batch_labels = (torch.stack(part) for part in zip(*items, strict=True))
+        return {"bce": classification_loss(wrapped(batch_rows), batch_labels)}
+
+    def validate(epoch: int) -> dict[str, float]:
+        true = validation[1]
+        with torch.no_grad():
+            predicted = s(validation[0].to(fabric.device)).argmax(1).cpu()
+        return {"accuracy": (predicted == true).float().mean().item()}
+
+    s.train()
+    return fit(
+        fabric,
+        s,
+        s.parameters(),
+        TensorDataset(rows, labels),
+        losses,
+        training,
+        names=names or [f"row {i}" for i in range(len(rows))],
+        seed=seed,
+        checkpoint=checkpoint,
+        run=run,
+        after_epoch=validate if validation else None,
+        best="accuracy" if validation else None,
+        progress=progress,
+        title="S",
+    )
+
+
+def train_classifier(
+    model: CovidCTMaskNet,
+    dataset: Dataset,
+    regime: str,
+    training: TrainingConfig,
+    *,
+    validation: Dataset | None = None,
+    fabric: Fabric | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train the classifier in place in one of the three regimes (`set_regime`).
+
+    In "heads" the detector is constant, so it runs once a slice and S trains on what it gave. In
+    the other two each step runs it again, and keeps gradients for the N ranked boxes only.
+
+    Args:
+        dataset: items (image, label) of `SliceImages`.
+        validation: with it the epoch of the best accuracy is kept ("return the best model").
+        checkpoint: written after each epoch; an existing one is resumed.
+
+    Returns:
+        One dict a step; see `fit`. The model ends in eval mode.
+    """
+    fabric = fabric or make_fabric(training.precision, find_unused_parameters=regime == "full")
+    parameters = set_regime(model, regime)
+    run = {
+        "regime": regime,
+        "detector": plain(asdict(model.detector.config)),
+        "classifier": plain(asdict(model.config)),
+    }
+    if regime == "heads":
+        rows = cache_ranked_boxes(model, dataset, fabric=fabric, progress=progress)
+        held_out = None
+        if validation is not None:
+            held_out_rows = cache_ranked_boxes(
+                model, validation, fabric=fabric, progress=progress, title="ranking validation"
+            )
+            held_out = (held_out_rows, torch.tensor(validation.labels))
+        return train_s(
+            model.s,
+            rows,
+            torch.tensor(dataset.labels),
+            training,
+            validation=held_out,
+            fabric=fabric,
+            seed=seed,
+            checkpoint=checkpoint,
+            names=dataset.names,
+            run=run,
+            progress=progress,
+        )
+
+    def losses(wrapped, items: list) -> dict[str, Tensor]:
+        images, labels = zip(*items, strict=True)
+        target = torch.tensor(labels, device=fabric.device)
+        return {"bce": classification_loss(wrapped(list(images)), target)}
+
+    def validate(epoch: int) -> dict[str, float]:
+        result = evaluate_classifier(model, validation, fabric=fabric, progress=False)
+        model.train()
+        return {"accuracy": result["accuracy"]}
+
+    model.train()
+    return fit(
+        fabric,
+        model,
+        parameters,
+        dataset,
+        losses,
+        training,
+        names=dataset.names,
+        seed=seed,
+        checkpoint=checkpoint,
+        run=run,
+        after_epoch=validate if validation is not None else None,
+        best="accuracy" if validation is not None else None,
+        workers=workers,
+        progress=progress,
+        title=f"classifier, {regime}",
+    )
+
+
+def evaluate_classifier(
+    model: CovidCTMaskNet,
+    dataset: Dataset,
+    *,
+    fabric: Fabric | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Classify each slice once and compare with its label. No graph is built.
+
+    Returns:
+        `probabilities` float32 [M,3] (a sigmoid each, so rows need not sum to 1), `predictions`
+        and `labels` int64 [M], `confusion` int64 [3,3] and everything in `report(confusion)`.
+    """
+    fabric = fabric or make_fabric()
+    rows = cache_ranked_boxes(
+        model, dataset, fabric=fabric, batch_size=batch_size, progress=progress
+    )
+    with torch.no_grad():
+        logits = model.s(rows.to(fabric.device)).cpu()  # [M, 3]
+    labels = torch.tensor(dataset.labels)
+    counts = confusion(labels, logits.argmax(1), classes=len(IMAGE_CLASSES))
+    return {
+        "probabilities": logits.sigmoid(),
+        "predictions": logits.argmax(1),
+        "labels": labels,
+        "confusion": counts,
+        **report(counts),
+    }

@@ -1,0 +1,260 @@
+"""The one training loop. A step depends on the seed, its number and the weights before it alone.
+
+Order of the slices, learning rate and all random draws of a step are computed from its number, so
+a run that was killed goes on bit for bit where its last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from covidmask.config import TrainingConfig
+from covidmask.errors import DataError, TrainingError
+from covidmask.training.checkpoints import load_checkpoint, save_checkpoint
+
+
+def make_fabric(
+    precision: str = "32-true",
+    device: str = "auto",
+    find_unused_parameters: bool = False,
+    log_dir: str | Path | None = None,
+) -> Fabric:
+    """Choose the device and join the other processes that `torchrun` started, if any.
+
+    Args:
+        precision: Lightning Fabric's names, such as "32-true" or "bf16-mixed".
+        device: "auto" is CUDA when present, else CPU; MPS is used only when asked for.
+        find_unused_parameters: for models of which some parameter gets no gradient ("full").
+        log_dir: folder for TensorBoard, or None.
+    """
+    accelerator = device
+    if device == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    loggers = []
+    if log_dir is not None:
+        from lightning.fabric.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(log_dir, name="", version=""))
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=world // local,
+        strategy=DDPStrategy(find_unused_parameters=find_unused_parameters)
+        if world > 1
+        else "auto",
+        precision=precision,
+        loggers=loggers,
+    )
+    fabric.launch()
+    return fabric
+
+
+def fit(
+    fabric: Fabric,
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    dataset: Dataset,
+    losses: Callable[[nn.Module, list], dict[str, Tensor]],
+    training: TrainingConfig,
+    *,
+    names: Sequence[str],
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    run: dict[str, Any] | None = None,
+    after_epoch: Callable[[int], dict[str, float]] | None = None,
+    best: str | None = None,
+    workers: int = 0,
+    progress: bool = True,
+    title: str = "training",
+) -> list[dict[str, float]]:
+    """Train `model` in place with Adam.
+
+    Args:
+        parameters: those to train.
+        dataset: its items are given to `losses` as a list.
+        losses: (model, items) -> named losses; their sum is minimised.
+        names: the name of each item, for the message when a loss is not finite.
+        checkpoint: file to write after every epoch, and to go on from when it is there.
+        run: settings that a resumed run must share, besides `training`, seed and data.
+        after_epoch: values to add to the last step of an epoch, such as a validation metric.
+        best: name of a value of `after_epoch`; the weights with the highest one are kept.
+
+    Returns:
+        One dict a step: step, epoch, lr, loss and each named loss, averaged over processes; at
+        the end of an epoch also what `after_epoch` gave.
+
+    Raises:
+        DataError: fewer slices than one batch, or a batch that the processes cannot share.
+        TrainingError: the loss is not finite.
+        CheckpointError, OutputError: see `checkpoints`.
+    """
+    world, rank = fabric.world_size, fabric.global_rank
+    size = training.batch_size
+    if size % world:
+        raise DataError(f"batch size {size}: not a multiple of the {world} processes; change it")
+    if len(dataset) < size:
+        raise DataError(f"{len(dataset)} slices: less than one batch of {size}; give more slices")
+    steps_per_epoch = len(dataset) // size  # the rest of an epoch's order waits for another epoch
+    total = steps_per_epoch * training.epochs
+    run = {
+        "training": plain(asdict(training)),
+        "seed": seed,
+        "slices": len(dataset),
+        "first": names[0],
+        "processes": world,
+        **(run or {}),
+    }
+
+    parameters = list(parameters)
+    optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    history: list[dict[str, float]] = []
+    best_value, best_weights = -math.inf, None
+    if checkpoint is not None and Path(checkpoint).exists():
+        state = load_checkpoint(checkpoint, run)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+        best_value, best_weights = state["best_value"], state["best_weights"]
+
+    start = len(history)
+    order = [
+        batch
+        for epoch in range(start // steps_per_epoch, training.epochs)
+        for batch in epoch_batches(len(dataset), size, epoch, seed)
+    ]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[batch[rank::world] for batch in order],
+        collate_fn=list,
+        num_workers=workers,
+        pin_memory=fabric.device.type == "cuda",
+        persistent_workers=False,
+    )
+    bar = tqdm(total=total, initial=start, desc=title, disable=not (progress and rank == 0))
+    for step, items in enumerate(loader, start):
+        torch.manual_seed(step_seed(seed, step, rank))
+        lr = learning_rate(training, step, total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        named = losses(wrapped, [to_device(item, fabric.device) for item in items])
+        loss = sum(named.values())
+        report = torch.stack([loss, *named.values()]).detach()
+        if world > 1:
+            report = fabric.all_reduce(report, reduce_op="mean")
+        values = dict(zip(["loss", *named], report.tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            batch = [names[i] for i in order[step - start]]
+            raise TrainingError(
+                f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}; "
+                "look at these slices, or lower the learning rate"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        fabric.backward(loss)
+        optimizer.step()
+        epoch = step // steps_per_epoch
+        history.append({"step": step, "epoch": epoch, "lr": lr, **values})
+        bar.update()
+        bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+        if (step + 1) % steps_per_epoch == 0:
+            _share_buffers(model, world)
+            if after_epoch is not None:
+                history[-1].update(after_epoch(epoch))
+            if best is not None and history[-1].get(best, -math.inf) > best_value:
+                best_value = history[-1][best]
+                best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            if checkpoint is not None and rank == 0:
+                save_checkpoint(
+                    checkpoint,
+                    {
+                        "run": run,
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "history": history,
+                        "best_value": best_value,
+                        "best_weights": best_weights,
+                    },
+                )
+        fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
+    bar.close()
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    model.eval()
+    return history
+
+
+def epoch_batches(n: int, size: int, epoch: int, seed: int) -> list[list[int]]:
+    """The slices of each step of one epoch, over all processes; n % size of them sit it out."""
+    generator = torch.Generator().manual_seed(step_seed(seed, epoch, -1))
+    order = torch.randperm(n, generator=generator).tolist()
+    return [order[start : start + size] for start in range(0, n - size + 1, size)]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed of its own for each step and process (and, at rank -1, for each epoch's order)."""
+    return ((seed + 1) * 1_000_003 + step) * 1_009 + rank + 1
+
+
+def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to 0."""
+    if step < training.warmup:
+        return training.lr * (step + 1) / training.warmup
+    if not training.cosine:
+        return training.lr
+    progress = (step - training.warmup) / max(total - training.warmup, 1)
+    return training.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def share(n: int, fabric: Fabric) -> range:
+    """The items of `range(n)` that this process evaluates: each item belongs to one process."""
+    return range(fabric.global_rank, n, fabric.world_size)
+
+
+def gather(part: Tensor, n: int, fabric: Fabric) -> Tensor:
+    """Put the rows that each process computed for its `share` back into one [n, ...] tensor."""
+    if fabric.world_size == 1:
+        return part
+    parts: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(parts, part)
+    whole = part.new_empty(n, *part.shape[1:])
+    for rank, rows in enumerate(parts):
+        whole[rank :: fabric.world_size] = rows
+    return whole
+
+
+def _share_buffers(model: nn.Module, world: int) -> None:
+    """Batch-norm statistics differ between processes until those of the first are sent round."""
+    if world > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def to_device(item: Any, device: torch.device) -> Any:
+    if isinstance(item, Tensor):
+        return item.to(device, non_blocking=True)
+    if isinstance(item, dict):
+        return {key: to_device(value, device) for key, value in item.items()}
+    if isinstance(item, (tuple, list)):
+        return type(item)(to_device(value, device) for value in item)
+    return item
+
+
+def plain(value: Any) -> Any:
+    """Tuples become lists, as they do in a file."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value

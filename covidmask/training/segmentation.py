@@ -1,0 +1,116 @@
+"""Training and judging the segmenter (section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from tqdm.auto import tqdm
+
+from covidmask.config import TrainingConfig
+from covidmask.metrics.detection import CocoAP
+from covidmask.models.ranked_boxes import same_size_groups
+from covidmask.training.loop import fit, make_fabric, plain, share, to_device
+
+
+def train_segmenter(
+    model: GeneralizedRCNN,
+    dataset: Dataset,
+    training: TrainingConfig,
+    *,
+    fabric: Fabric | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Minimise the sum of the five losses of Mask R-CNN, in place.
+
+    Args:
+        dataset: items (image, target) of `LesionSlices`.
+        checkpoint: written after each epoch; an existing one is resumed.
+
+    Returns:
+        One dict a step; see `fit`. The model ends in eval mode.
+    """
+    fabric = fabric or make_fabric(training.precision)
+
+    def losses(wrapped, items: list) -> dict[str, Tensor]:
+        images, targets = zip(*items, strict=True)
+        return wrapped(list(images), list(targets))
+
+    model.train().requires_grad_(True)
+    return fit(
+        fabric,
+        model,
+        model.parameters(),
+        dataset,
+        losses,
+        training,
+        names=dataset.names,
+        seed=seed,
+        checkpoint=checkpoint,
+        run={"segmenter": plain(asdict(model.config))},
+        workers=workers,
+        progress=progress,
+        title="segmenter",
+    )
+
+
+@torch.no_grad()
+def predict_lesions(
+    model: GeneralizedRCNN,
+    dataset: Dataset,
+    *,
+    fabric: Fabric | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
+    """Run the detector once on each slice; yield (index, prediction, target), both on the CPU.
+
+    With several processes each yields the slices of its share. Slices of different sizes never
+    share a batch, because padding changes the result.
+    """
+    fabric = fabric or make_fabric()
+    model.to(fabric.device).eval()
+    indices = list(share(len(dataset), fabric))
+    hidden = not (progress and fabric.global_rank == 0)
+    with tqdm(total=len(indices), desc="detecting", disable=hidden) as bar:
+        for start in range(0, len(indices), batch_size):
+            part = indices[start : start + batch_size]
+            items = [dataset[i] for i in part]
+            images = [image.to(fabric.device) for image, _ in items]
+            for group in same_size_groups(images):
+                with fabric.autocast():
+                    predictions = model([images[i] for i in group])
+                for i, prediction in zip(group, predictions, strict=True):
+                    yield part[i], to_device(prediction, torch.device("cpu")), items[i][1]
+            bar.update(len(part))
+
+
+def evaluate_segmenter(
+    model: GeneralizedRCNN,
+    dataset: Dataset,
+    *,
+    fabric: Fabric | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, float]:
+    """COCO average precision of boxes and masks; one detector pass for all thresholds.
+
+    Returns:
+        The values of `CocoAP.compute` and `slices`, how many were judged.
+    """
+    fabric = fabric or make_fabric()
+    metric = CocoAP()
+    for _, prediction, target in predict_lesions(
+        model, dataset, fabric=fabric, batch_size=batch_size, progress=progress
+    ):
+        metric.update([prediction], [target])
+    return {**metric.compute(), "slices": len(dataset)}

@@ -1,0 +1,95 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from covidmask.data.lesions import split_by_patient
+from covidmask.data.semiseg import SemiSeg
+from covidmask.errors import DataError
+
+
+def write_pair(root, name, indices, size=None):
+    """Store a pair as COVID-SemiSeg does: palette mask, image of the same size."""
+    folder = root / "TrainingSet" / "MultiClassInfection-Train"
+    for part in ("Imgs", "GT"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    grey = np.uint8(indices * 100) if size is None else np.zeros(size, np.uint8)
+    Image.fromarray(grey).save(folder / "Imgs" / f"{name}.jpg", quality=100)
+    mask = Image.fromarray(indices)
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    mask.save(folder / "GT" / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def stored():
+    """Palette indices as stored, 10 x 16: GGO in columns 2..4 and consolidation at the end."""
+    indices = np.zeros((10, 16), dtype=np.uint8)
+    indices[1:3, 2:5] = 1
+    indices[8:, 14:] = 2
+    return indices
+
+
+def test_codes_and_transpose(tmp_path, stored):
+    write_pair(tmp_path, "0", stored)
+    image, mask = SemiSeg(tmp_path, "train").read(0)
+    assert set(np.unique(mask)) == {0, 2, 3}
+    np.testing.assert_array_equal(mask, np.uint8([0, 2, 3])[stored].T)
+    np.testing.assert_allclose(image, stored.T * 100 / 255, atol=0.1)  # JPEG is not exact
+    image, target = SemiSeg(tmp_path, "train")[0]
+    assert (image.shape, image.dtype) == ((3, 16, 10), torch.float32)
+    assert target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[1, 2, 3, 5], [8, 14, 10, 16]]  # 3 rows now, 2 columns
+
+
+def test_numeric_order_and_the_dataset_folder(tmp_path, stored):
+    for name in ("10", "9", "100"):
+        write_pair(tmp_path / "Dataset", name, stored)
+    dataset = SemiSeg(tmp_path, "train", "merged", 5)
+    assert dataset.names == ["9.jpg", "10.jpg", "100.jpg"]
+    assert dataset.patients == ["9", "10", "100"]
+    assert dataset[2][1]["area"].tolist() == [6]
+
+
+def test_bad_folders(tmp_path, stored):
+    with pytest.raises(ValueError, match="train or test"):
+        SemiSeg(tmp_path, "val")
+    with pytest.raises(DataError, match="Imgs: no .jpg slices found"):
+        SemiSeg(tmp_path, "train")
+    folder = write_pair(tmp_path, "0", stored)
+    (folder / "GT" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"GT: masks are missing: 1 \(0.png\)"):
+        SemiSeg(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "value, size, problem", [(3, None, r"expected codes 0..2"), (0, (16, 10), "its image 16 x 10")]
+)
+def test_bad_masks(tmp_path, stored, value, size, problem):
+    write_pair(tmp_path, "7", stored + np.uint8(value), size)
+    with pytest.raises(DataError, match=problem) as caught:
+        SemiSeg(tmp_path, "train")[0]
+    assert "7.png" in str(caught.value)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("COVIDMASK_REAL"), reason="COVIDMASK_REAL (folder of real CT) is not set"
+)
+def test_the_real_training_slices():
+    dataset = SemiSeg(Path(os.environ["COVIDMASK_REAL"]) / "covid-semiseg", "train")
+    assert len(dataset) == 50
+    assert dataset.names[:3] + dataset.names[-1:] == ["0.jpg", "1.jpg", "2.jpg", "67.jpg"]
+    assert [len(part) for part in split_by_patient(dataset.patients, (0.8, 0.2), 0)] == [40, 10]
+    instances, wide = 0, 0
+    for index in range(len(dataset)):
+        image, target = dataset[index]
+        assert image.min() >= 0 and image.max() <= 1
+        assert target["masks"].shape[1:] == image.shape[1:]
+        assert set(target["labels"].tolist()) <= {1, 2}
+        instances += len(target["labels"])
+        wide += image.shape[2] > image.shape[1]
+    assert instances > 100
+    assert wide >= 40  # a chest is wider than deep; as stored, it would be 8

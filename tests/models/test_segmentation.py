@@ -1,0 +1,98 @@
+"""The detector: shapes, losses, and the two points where it departs from torchvision."""
+
+import pytest
+import torch
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+
+from covidmask.config import DetectorConfig
+from covidmask.models.backbones import fpn_backbone
+from covidmask.models.segmentation import lesion_mask_rcnn
+
+SMALL = DetectorConfig(
+    backbone="resnet18",
+    cut=2,
+    image_size=64,
+    fpn_channels=32,
+    rpn_test_proposals=100,
+    light_mask_head=True,
+)
+LOSSES = {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+
+
+def target(boxes=((8.0, 8.0, 24.0, 20.0),)):
+    boxes = torch.tensor(boxes).reshape(-1, 4)
+    masks = torch.zeros(len(boxes), 64, 64, dtype=torch.uint8)
+    for mask, box in zip(masks, boxes.int().tolist(), strict=True):
+        mask[box[1] : box[3], box[0] : box[2]] = 1
+    return {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64), "masks": masks}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "cut", "strides"),
+    [("resnet50", 0, [4, 8, 16, 32]), ("resnet34", 0, [32]), ("resnet18", 1, [16]),
+     ("resnet18", 2, [8])],
+)  # fmt: skip
+def test_feature_maps(backbone, cut, strides):
+    maps = fpn_backbone(DetectorConfig(backbone=backbone, cut=cut))(torch.rand(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps.values()] == [(1, 256, 64 // s, 96 // s) for s in strides]
+
+
+def test_five_finite_losses_with_and_without_lesions():
+    model = lesion_mask_rcnn(SMALL).train()
+    for targets in ([target(), target()], [target(), target(())], [target(()), target(())]):
+        losses = model([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], targets)
+        assert set(losses) == LOSSES
+        assert all(torch.isfinite(loss) for loss in losses.values())
+        sum(losses.values()).backward()
+
+
+def test_predictions_are_in_range():
+    model = lesion_mask_rcnn(SMALL).eval()
+    with torch.no_grad():
+        result = model([torch.rand(3, 80, 64)])[0]
+    assert set(result) == {"boxes", "labels", "scores", "masks"}
+    assert result["masks"].shape == (len(result["boxes"]), 1, 80, 64)
+    assert (result["boxes"] >= 0).all() and result["scores"].le(1).all()
+    assert set(result["labels"].tolist()) <= {1, 2}
+
+
+def test_stock_box_loss_at_the_stock_beta():
+    """With beta 1/9 our RoI loss is torchvision's own function; with beta 1 it is not."""
+    values = {}
+    for beta in (1 / 9, 1.0):
+        torch.manual_seed(0)
+        config = DetectorConfig(**{**SMALL.__dict__, "box_beta": beta})
+        model = lesion_mask_rcnn(config).train()
+        heads, seen = model.roi_heads, {}
+        select = heads.select_training_samples
+
+        def spy(*args, seen=seen, select=select):
+            result = select(*args)
+            seen["labels"], seen["targets"] = result[2], result[3]
+            return result
+
+        heads.select_training_samples = spy
+        heads.box_predictor.register_forward_hook(
+            lambda module, inputs, output, seen=seen: seen.update(output=output)
+        )
+        losses = model([torch.rand(3, 64, 64)], [target()])
+        stock = fastrcnn_loss(*seen["output"], seen["labels"], seen["targets"])
+        torch.testing.assert_close(losses["loss_classifier"], stock[0])
+        values[beta] = (losses["loss_box_reg"], stock[1])
+    torch.testing.assert_close(*values[1 / 9])
+    assert not torch.isclose(*values[1.0])
+
+
+def test_proposals_are_ranked_on_raw_logits():
+    """Logits of 30 and 40 have the same sigmoid in float32; the stronger one must come first."""
+    rpn = lesion_mask_rcnn(SMALL).rpn.eval()
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 60, 60]]])
+    kept, logits = rpn.filter_proposals(boxes, torch.tensor([[30.0, 40.0, -5.0]]), [(64, 64)], [3])
+    assert logits[0].tolist() == [40.0, 30.0, -5.0]
+    assert kept[0][0].tolist() == [20, 20, 40, 40]
+
+
+@pytest.mark.parametrize("wrong", [{"backbone": "vgg"}, {"cut": 3}, {"cut": 1}, {"lesions": "all"}])
+def test_config_refuses(wrong):
+    with pytest.raises(ValueError, match="choose"):
+        DetectorConfig(**wrong)
