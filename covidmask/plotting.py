@@ -92,10 +92,7 @@ def show_mask(mask: ArrayLike, ax: Axes | None = None) -> Axes:
     colours = (BLACK, "#606060", *LESION_COLOURS)
     ax.imshow(mask, cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5, interpolation="nearest")
     if (mask == 3).any():
-        hatch = ax.contourf(
-            mask == 3, levels=[0.5, 1.5], colors="none", hatches=[LESION_HATCHES[1] * 2]
-        )
-        hatch.set_edgecolor(BLACK)
+        ax.contourf(mask == 3, levels=[0.5, 1.5], colors="none", hatches=[LESION_HATCHES[1] * 2])
     names = ("background", "lung", "GGO", "consolidation")
     handles = [
         Patch(
@@ -121,16 +118,9 @@ def count_histogram(
     """
     ax = ax or get_ax()
     counts = np.asarray(counts)
-    width = 0.8 / len(classes)
-    for i, name in enumerate(classes):
-        share = 100 * np.bincount(counts[:, i], minlength=counts.max() + 1) / len(counts)
-        ax.bar(
-            np.arange(len(share)) + (i - (len(classes) - 1) / 2) * width,
-            share,
-            width,
-            label=name,
-            **_bar_style(i),
-        )
+    bins = np.arange(counts.max(initial=0) + 2)
+    shares = [100 * np.histogram(column, bins)[0] / len(counts) for column in counts.T]
+    _grouped_bars(ax, bins[:-1], shares, classes)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="Regions in a slice (count)", ylabel="Slices (%)")
     ax.legend()
@@ -158,16 +148,12 @@ def area_histogram(
     ax = ax or get_ax()
     percent, labels = 100 * np.asarray(fractions, dtype=float), np.asarray(labels)
     largest = largest or float(percent.max(initial=1e-3))
-    groups = [np.minimum(percent[labels == i + 1], largest) for i in range(len(classes))]
-    _, _, bars = ax.hist(
-        groups,
-        bins=np.linspace(0, largest, bins + 1),
-        weights=[np.full(len(group), 100 / max(len(group), 1)) for group in groups],
-        label=classes,
-    )
-    for i, container in enumerate(bars if len(classes) > 1 else [bars]):
-        for patch in container:
-            patch.set(**_bar_style(i))
+    edges = np.linspace(0, largest, bins + 1)
+    shares = []
+    for label in range(1, len(classes) + 1):
+        group = np.minimum(percent[labels == label], largest)
+        shares.append(100 * np.histogram(group, edges)[0] / max(len(group), 1))
+    _grouped_bars(ax, (edges[:-1] + edges[1:]) / 2, shares, classes)
     ax.set(xlabel="Area of a region (% of the image)", ylabel="Regions of the class (%)")
     ax.legend()
     return ax
@@ -264,8 +250,8 @@ def ranked_box_matrix(rows: ArrayLike, ax: Axes | None = None) -> Axes:
         range(len(rows)),
         [f"{name} / {value:.2g}" for name, value in zip(BOX_NUMBERS, largest, strict=True)],
     )
-    ax.set(xlabel="Rank of the box (1 is the best score)", ylabel="Number / largest")
-    ax.figure.colorbar(drawn, ax=ax, label="Share of the largest\nmagnitude (no unit)")
+    ax.set(xlabel="Rank of the box (1 is the best score)", ylabel="Number /\nits largest magnitude")
+    ax.figure.colorbar(drawn, ax=ax, label="Ratio (no unit)")
     return ax
 
 
@@ -350,9 +336,10 @@ def overlay(
         uint8 [H, W, 3], to be written as PNG; no pyplot state is touched.
     """
     import torch
+    from PIL import Image, ImageDraw
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    grey = torch.from_numpy(_grey(image)).clamp(0, 1)
+    grey = torch.tensor(_grey(image)).clamp(0, 1)
     picture = (255 * grey).round().byte().repeat(3, 1, 1)  # [3, H, W]
     boxes, labels, masks, scores = _lesion_arrays(lesions, score_threshold, mask_threshold)
     if len(boxes):
@@ -364,13 +351,21 @@ def overlay(
             picture = draw_segmentation_masks(
                 picture, torch.from_numpy(masks), alpha=0.45, colors=colours
             )
-        picture = draw_bounding_boxes(picture, torch.from_numpy(boxes), text, colours)
+        corners = torch.from_numpy(boxes)
+        corners[:, 2:] = torch.maximum(corners[:, 2:] - 1, corners[:, :2])  # last pixel inside
+        picture = draw_bounding_boxes(picture, corners, colors=colours)
+        drawing = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        pen = ImageDraw.Draw(drawing)
+        for (x1, y1, _, y2), words, colour in zip(boxes, text, colours, strict=True):
+            # above the box, so that the lesion stays in view; below it at the upper border
+            pen.text((x1, y1 - 12 if y1 >= 12 else y2), words, fill=colour)
+        return np.array(drawing)
     return picture.permute(1, 2, 0).numpy()
 
 
 def _grey(image: ArrayLike) -> np.ndarray:
     """float32 [H, W] of [H, W] or of [3, H, W] with three equal channels."""
-    image = np.array(image, dtype=np.float32)
+    image = np.asarray(image, dtype=np.float32)
     return image[0] if image.ndim == 3 else image
 
 
@@ -379,8 +374,22 @@ def _pixel_axes(ax: Axes) -> Axes:
     return ax
 
 
-def _bar_style(i: int) -> dict:
-    return {"color": LESION_COLOURS[i], "hatch": LESION_HATCHES[i], "edgecolor": BLACK, "lw": 0.5}
+def _grouped_bars(
+    ax: Axes, centres: np.ndarray, heights: Sequence[np.ndarray], names: Sequence[str]
+) -> None:
+    """Bars of several lesion classes side by side at equally spaced centres."""
+    width = 0.8 * (centres[1] - centres[0] if len(centres) > 1 else 1) / len(names)
+    for i, name in enumerate(names):
+        ax.bar(
+            centres + (i - (len(names) - 1) / 2) * width,
+            heights[i],
+            width,
+            label=name,
+            color=LESION_COLOURS[i],
+            hatch=LESION_HATCHES[i],
+            edgecolor=BLACK,
+            linewidth=0.5,
+        )
 
 
 def _lesion_arrays(
@@ -389,7 +398,7 @@ def _lesion_arrays(
     """boxes [K, 4], labels [K], masks bool [K, H, W] or None, scores [K] or None."""
     from covidmask.metrics.detection import binary_masks
 
-    boxes, labels = (lesions[key].detach().cpu().numpy() for key in ("boxes", "labels"))
+    boxes, labels = (lesions[key].detach().cpu().numpy().copy() for key in ("boxes", "labels"))
     masks = binary_masks(lesions, mask_threshold).cpu().numpy() if "masks" in lesions else None
     if "scores" not in lesions:
         return boxes, labels, masks, None

@@ -15,34 +15,18 @@ explicit integers, so the same arguments give the same bytes in every process.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
+import itertools
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter, shift
-from tqdm.auto import tqdm
 
-import covidmask
-from covidmask.config import PhantomConfig
 from covidmask.data.images import LUNG_WINDOW
 from covidmask.data.medical import hounsfield_to_unit
-from covidmask.errors import DataError, OutputError
 
-GENERATOR = 1  # raised whenever the same arguments give other phantoms
 GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background and 1 lung
-CLASS_NAMES = ("Normal", "CP", "NCP")  # file names of COVIDx-CT, labels 0, 1, 2
 HEIGHT = 0.75  # of the lungs, in image sides: z = HEIGHT * position
 MIN_AREA = 0.001  # of the image: cross-sections below it are not drawn (16 pixels at 128 x 128)
-MAX_SLICES = 12  # per patient in `write_phantoms`
-IN_PROCESS = 300 * 256**2  # pixels: for fewer, starting processes would take longer
 AIR, FAT, TISSUE, BONE = -1000.0, -100.0, 40.0, 450.0
 VESSEL_SIGMAS = (0.0028, 0.0042, 0.0065, 0.010)  # of the Gaussian tubes and nodules
 POSITIONS = np.round(np.arange(0.1, 0.9001, 0.005), 3)
@@ -221,18 +205,19 @@ def _place(
 
 
 def _lesion(
-    rng: np.random.Generator, code: int, centre: tuple[float, float, float], radius: float, **kwargs
+    rng: np.random.Generator, code: int, centre: tuple[float, float, float], radius: float, **given
 ) -> Lesion:
-    ggo = code == GGO
+    """A lesion of that radius with everything else drawn, unless `given`."""
+    ggo, radius = code == GGO, float(radius)
     shape = rng.uniform(0.75, 1.3)
     settings = dict(
         radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
         angle=rng.uniform(0, np.pi),
-        hu=rng.uniform(240, 360) if ggo else rng.uniform(-60, 40),
+        hu=rng.uniform(250, 360) if ggo else rng.uniform(-60, 40),
         edge=rng.uniform(0.012, 0.02) if ggo else rng.uniform(0.007, 0.012),
         waves=tuple((rng.normal(0, 0.045), rng.uniform(0, 2 * np.pi)) for _ in range(3)),
     )
-    return Lesion(code, centre, **(settings | kwargs))
+    return Lesion(code, centre, **(settings | given))
 
 
 def _free(lesion: Lesion, others: list[Lesion], gap: float = 0.012) -> bool:
@@ -257,11 +242,12 @@ def _covid(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
         turn, depth = rng.normal(0.6, 0.65), rng.uniform(0.6, 0.88)
         centre = _place(patient, side, turn, depth, position)
         if rng.random() < 0.62:
-            new = [_lesion(rng, GGO, centre, float(np.clip(rng.lognormal(-2.72, 0.22), 0.04, 0.1)))]
-            if new[0].radii[0] > 0.04 and rng.random() < 0.22:  # a core leaves a ring of GGO
-                new.append(_lesion(rng, CONSOLIDATION, centre, 0.5 * min(new[0].radii[:2])))
+            radius = np.clip(rng.lognormal(-2.72, 0.22), 0.04, 0.1)
+            new = [_lesion(rng, GGO, centre, radius)]
+            if rng.random() < 0.17:  # a core leaves a ring of GGO
+                new.append(_lesion(rng, CONSOLIDATION, centre, 0.55 * min(new[0].radii[:2])))
         else:
-            radius = float(np.clip(rng.lognormal(-2.93, 0.18), 0.036, 0.075))
+            radius = np.clip(rng.lognormal(-2.93, 0.18), 0.036, 0.075)
             new = [_lesion(rng, CONSOLIDATION, centre, radius)]
         if _free(new[0], lesions) and _visible_area(patient, new[0], position) > 2 * MIN_AREA:
             lesions += new
@@ -282,16 +268,15 @@ def _pneumonia(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
         turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
         depth = rng.uniform(0.1, 0.6) if central else rng.uniform(0.6, 0.95)
         centre = _place(patient, side, turn, depth, position)
-        radius = float(np.clip(rng.lognormal(-2.4, 0.35), 0.045, 0.15))
+        radius = np.clip(rng.lognormal(-2.4, 0.35), 0.045, 0.15)
         if rng.random() < 0.15:
             new = [_lesion(rng, GGO, centre, radius)]
         else:
             new = [_lesion(rng, CONSOLIDATION, centre, radius)]
-            if rng.random() < 0.7:  # the rim has the same shape, a little larger
+            if rng.random() < 0.7:  # a rim of GGO around it
                 rim = rng.uniform(1.25, 1.6)
-                core = new[0]
-                radii = tuple(rim * r for r in core.radii)
-                new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=core.angle))
+                radii = tuple(rim * r for r in new[0].radii)
+                new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))
         if _free(new[0], lesions) and _visible_area(patient, new[0], position) > 2 * MIN_AREA:
             lesions += new
             foci -= 1
@@ -323,9 +308,9 @@ def make_patient(seed: int, label: int) -> Patient:
         ribs=rng.uniform(0, 2 * np.pi),
         lung_hu=rng.uniform(-880, -810),
         gravity=rng.uniform(30, 110),
-        dependent=rng.uniform(120, 300) if rng.random() < 0.4 else 0.0,
+        dependent=rng.uniform(100, 240) if rng.random() < 0.4 else 0.0,
         window=rng.normal(0, 30),
-        noise=rng.uniform(15, 45),
+        noise=rng.uniform(15, 40),
         lesions=(),
         points=_vessels_and_lookalikes(rng),
     )
@@ -337,11 +322,8 @@ def _with_lesions(patient: Patient, label: int) -> Patient:
     if label == 0:
         return patient
     draw = _pneumonia if label == 1 else _covid
-    for attempt in range(1000):
-        lesions = draw(patient, _rng(patient.seed, label, 1, attempt))
-        if lesions:
-            break
-    return replace(patient, lesions=tuple(lesions))
+    drawn = (draw(patient, _rng(patient.seed, label, 1, attempt)) for attempt in itertools.count())
+    return replace(patient, lesions=tuple(next(filter(None, drawn))))
 
 
 # ------------------------------------------------------------------------------------ the slice
@@ -355,16 +337,20 @@ def _texture(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
     return weights @ rng.standard_normal((cells, cells), dtype=np.float32) @ weights.T
 
 
+def _to_image(patient: Patient, x, y):
+    """Column and row, 0..1 across the image, of points given in the patient's coordinates."""
+    cos, sin = np.cos(patient.rotation) * patient.scale, np.sin(patient.rotation) * patient.scale
+    return cos * x - sin * y + patient.offset[0] + 0.5, sin * x + cos * y + patient.offset[1] + 0.5
+
+
 def _draw_points(patient: Patient, z: float, size: int) -> np.ndarray:
     """Density [size, size] of vessels, scars and nodules near height `z`: 1 is solid tissue."""
     density = np.zeros((size, size), np.float32)
-    cos, sin = np.cos(patient.rotation) * patient.scale, np.sin(patient.rotation) * patient.scale
     for kind, sigma in enumerate(VESSEL_SIGMAS):
         away = (patient.points[:, 2] - z) / sigma
         near = patient.points[(patient.points[:, 3] == kind) & (np.abs(away) < 3.5)]
         x, y, dz = near[:, 0], near[:, 1], (near[:, 2] - z) / sigma
-        column = (cos * x - sin * y + patient.offset[0] + 0.5) * size - 0.5
-        row = (sin * x + cos * y + patient.offset[1] + 0.5) * size - 0.5
+        column, row = (size * along - 0.5 for along in _to_image(patient, x, y))
         mass = near[:, 4] * np.exp(-0.5 * dz**2) * 2 * np.pi * (sigma * size * patient.scale) ** 2
         left, top = np.floor(column).astype(int), np.floor(row).astype(int)
         index, shares = [], []
@@ -382,14 +368,11 @@ def _draw_points(patient: Patient, z: float, size: int) -> np.ndarray:
 
 def _around(patient: Patient, lesion: Lesion, size: int) -> tuple[slice, slice]:
     """Rows and columns of the image that hold a lesion."""
-    cos, sin = np.cos(patient.rotation), np.sin(patient.rotation)
-    x, y = lesion.centre[:2]
-    reach = 1.4 * max(lesion.radii[:2])
+    reach = 1.4 * max(lesion.radii[:2]) * patient.scale
     spans = []
-    for along, offset in zip((cos * x - sin * y, sin * x + cos * y), patient.offset, strict=True):
-        ends = patient.scale * np.array([along - reach, along + reach]) + offset + 0.5
-        low, high = np.clip(ends * size, 0, size).astype(int)
-        spans.append(slice(low, high + 1))
+    for middle in _to_image(patient, *lesion.centre[:2]):
+        low, high = max(middle - reach, 0.0), max(middle + reach, 0.0)
+        spans.append(slice(int(low * size), int(high * size) + 1))
     return spans[1], spans[0]
 
 
@@ -424,10 +407,8 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
     lung = _cover(level)
     cy, _, b = _thorax(patient, position)
     air = patient.lung_hu + patient.gravity * (y - cy + b) / (2 * b) + 22 * coarse + 22 * fine
-    band = np.exp(-((np.maximum(level, 0) / 0.022) ** 2)) * np.clip(
-        (y - cy - 0.45 * b) / 0.06, 0, 1
-    )
-    air += patient.dependent * band * np.clip(0.75 + 0.6 * patchy, 0, 1.4)
+    band = np.exp(-((np.maximum(level, 0) / 0.022) ** 2)) * np.clip(0.75 + 0.6 * patchy, 0, 1.4)
+    air += patient.dependent * band * np.clip((y - cy - 0.45 * b) / 0.06, 0, 1)
     mask = (level > 0).astype(np.uint8)
     for lesion in visible_lesions(patient, position):
         box = _around(patient, lesion, size)
@@ -493,23 +474,23 @@ def _airways(position: float, x: np.ndarray, y: np.ndarray, hu: np.ndarray) -> n
     return hu + tube * (AIR + 20 - hu)
 
 
-def draw_positions(patient: Patient, count: int, lesions_only: bool = True) -> list[float]:
+def draw_positions(patient: Patient, count: int) -> list[float]:
     """Draw `count` different slice positions in 0.1..0.9, in ascending order.
 
-    With `lesions_only`, every slice shows a lesion, as in COVIDx-CT, where only such slices were
+    Every slice shows a lesion, as in COVIDx-CT, where only such slices were
     kept. A control has none; its positions are drawn as if it had pneumonia or COVID-19, so that
     the position of a slice says nothing about its class.
 
     Raises:
         ValueError: more positions than the patient has.
     """
-    if lesions_only and patient.label == 0:
+    if patient.label == 0:
         patient = _with_lesions(patient, 1 + patient.seed % 2)
     positions = []
     for position in _rng(patient.seed, patient.label, 4).permutation(POSITIONS).tolist():
         if len(positions) == count:
             break
-        if not lesions_only or visible_lesions(patient, position):
+        if visible_lesions(patient, position):
             positions.append(position)
     if len(positions) < count:
         raise ValueError(f"{count} slices: this patient has only {len(positions)} with lesions")
@@ -529,142 +510,3 @@ def make_slice(
     if position is None:
         position = draw_positions(patient, 1)[0]
     return render(patient, position, size)
-
-
-# ------------------------------------------------------------------------------- writing to disk
-
-
-def _jobs(config: PhantomConfig, seed: int) -> Iterator[tuple[str, str, int, int, int]]:
-    """Yield (set, split, patient number, patient seed, label) for every patient of a data set."""
-    number = 0
-    for kind, counts in (("lesions", config.lesion_patients), ("slices", config.class_patients)):
-        for split, count in zip(("train", "val", "test"), counts, strict=True):
-            for label in (2,) if kind == "lesions" else (0, 1, 2):
-                for _ in range(count):
-                    number += 1
-                    key = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]
-                    yield kind, split, number, int(key), label
-
-
-def _write_patient(folder: Path, config: PhantomConfig, job: tuple[str, str, int, int, int]):
-    """Write the slices of one patient; return its set, its split and its lines of the list."""
-    kind, split, number, seed, label = job
-    patient = make_patient(seed, label)
-    count, size = config.slices_per_patient, config.size
-    positions = draw_positions(patient, count)
-    if kind == "lesions":  # one slice in ten is drawn anywhere, mostly where there is no lesion
-        rng = _rng(seed, label, 5)
-        anywhere = [p for p in rng.permutation(POSITIONS).tolist() if p not in positions]
-        clear = [p for p in anywhere if not visible_lesions(patient, p)]
-        swap = rng.random(count) < 0.1
-        positions = sorted(
-            clear.pop() if clear and swapped else position
-            for position, swapped in zip(positions, swap, strict=True)
-        )
-    lines = []
-    for position in positions:
-        image, mask = render(patient, position, size)
-        pixels = Image.fromarray(np.round(255 * image).astype(np.uint8))
-        piece = f"{round(1000 * position):04d}"
-        if kind == "lesions":
-            for part, picture in (("image", pixels), ("mask", Image.fromarray(mask))):
-                home = folder / kind / part / str(number)
-                home.mkdir(parents=True, exist_ok=True)
-                picture.save(home / f"{piece}.png")
-            lines.append(f"{number}_{piece}.png")
-        else:
-            name = f"{CLASS_NAMES[label]}_{number}_1_{piece}.png"
-            pixels.save(folder / kind / name)
-            lines.append(f"{name} {label} 0 0 {size} {size}")
-    return kind, split, lines
-
-
-def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress: bool) -> None:
-    """Write every patient and then the lists."""
-    for kind in ("lesions", "slices"):
-        (folder / kind).mkdir(parents=True)
-    jobs = list(_jobs(config, seed))
-    write = partial(_write_patient, folder, config)
-    bar = partial(tqdm, total=len(jobs), desc="phantoms", unit="patient", disable=not progress)
-    if workers <= 1 or len(jobs) * config.slices_per_patient * config.size**2 < IN_PROCESS:
-        done = list(bar(map(write, jobs)))
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            done = list(bar(pool.map(write, jobs, chunksize=4)))
-    for kind in ("lesions", "slices"):
-        for split in ("train", "val", "test"):
-            lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
-            (folder / kind / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
-
-
-def write_phantoms(
-    root: str | Path,
-    config: PhantomConfig,
-    seed: int = 0,
-    workers: int | None = None,
-    progress: bool = True,
-) -> Path:
-    """Write a data set of phantoms in the layouts of the real ones, or find it already written.
-
-    `root/lesions` holds COVID-19 patients with masks (CNCB layout); about one slice in ten shows
-    no lesion, as some slices of positive patients do in the paper's data. `root/slices` holds
-    patients of the three classes (COVIDx-CT layout), and each slice of classes 1 and 2 shows a
-    lesion. Both have train.txt, val.txt and test.txt, and no patient occurs twice. A slice is
-    named by 1000 times its position. The folder appears complete or not at all.
-
-    Args:
-        workers: processes; None takes one per core. The files do not depend on it. A script that
-            calls this with more than one needs the usual `if __name__ == "__main__":` guard.
-
-    Raises:
-        DataError: `root` holds something else, or `config` is out of range.
-        OutputError: `root` cannot be written, or the disk is full.
-    """
-    root = Path(root)
-    numbers = (*config.lesion_patients, *config.class_patients)
-    if not (32 <= config.size <= 1024 and 1 <= config.slices_per_patient <= MAX_SLICES):
-        raise DataError(f"{config}: size must be 32..1024, slices per patient 1..{MAX_SLICES}")
-    if min(numbers) < 0 or seed < 0:
-        raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
-    note = {"generator": GENERATOR, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
-    try:
-        if _found(root, note):
-            return root
-        folder = root.with_name(f".{root.name}.{os.getpid()}.tmp")
-        try:
-            shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
-            folder.mkdir(parents=True)
-            _fill(folder, config, seed, os.cpu_count() if workers is None else workers, progress)
-            text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
-            (folder / "phantoms.json").write_text(text + "\n")
-            if root.exists():
-                root.rmdir()  # it is empty
-            os.replace(folder, root)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"{root}: phantoms cannot be written ({error.strerror or error}); "
-            "choose a folder that you may write to and that has space left"
-        ) from error
-    return root
-
-
-def _found(root: Path, note: dict) -> bool:
-    """Whether `root` holds these very phantoms; False when it is absent or empty."""
-    if not root.is_dir():
-        if root.exists():
-            raise DataError(f"{root}: is a file; choose another folder for the phantoms")
-        return False
-    if not any(root.iterdir()):
-        return False
-    try:
-        there = json.loads((root / "phantoms.json").read_text())
-        there.pop("package", None)
-    except (FileNotFoundError, ValueError, AttributeError):
-        there = None
-    if there == note:
-        return True
-    problem = "holds other files" if there is None else "holds phantoms made with other settings"
-    raise DataError(f"{root}: {problem}; choose another folder, or remove this one yourself")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -218,6 +217,10 @@ def _mean_average_precision():
     metric = MeanAveragePrecision(
         iou_type=("segm", "bbox"),
         backend="faster_coco_eval",
+        # torchmetrics' own are float32: 0.2 becomes 0.200000003, so that a recall or an IoU of
+        # exactly 1/5 misses it and AP differs from COCO's in the third digit
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
         extended_summary=True,
         # its own way waits for ever when one process has more images than another
         sync_on_compute=False,

@@ -20,7 +20,8 @@ def threshold_detections(
 ) -> dict[str, Tensor]:
     """Call everything inside the body that is neither air nor soft tissue a GGO.
 
-    The body is the largest region brighter than `high`, its holes (the lungs) filled.
+    The body is the largest region brighter than `high`, its holes (the lungs) filled. An
+    opening by 3 x 3 pixels removes thin vessels and the blurred border of the lung.
 
     Args:
         image: float32 [H, W] in 0..1. The defaults suit the lung window of `read_image`.
@@ -39,8 +40,9 @@ def threshold_detections(
         body = ndimage.binary_fill_holes(tissue == largest)
     else:
         body = np.zeros(image.shape, dtype=bool)
-    codes = np.where(body & (image >= low) & (image <= high), GGO, 0)
-    found = mask_to_targets(codes, "ggo", min_area)
+    candidates = body & (image >= low) & (image <= high)
+    candidates = ndimage.binary_opening(candidates, np.ones((3, 3)))
+    found = mask_to_targets(np.where(candidates, GGO, 0), "ggo", min_area)
     order = torch.argsort(found["area"], descending=True, stable=True)
     found = {key: value[order] for key, value in found.items()}
     return {**found, "scores": found["area"] / image.size}

@@ -124,6 +124,10 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
             f"{path}: not a complete .safetensors file ({error}); copy or train it again, "
             "or turn the author's .pth into one with `covidmask convert`"
         ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path}: a .safetensors file of another program; use one that covidmask wrote"

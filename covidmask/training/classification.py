@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from covidmask.config import IMAGE_CLASSES, TrainingConfig
 from covidmask.metrics.classification import confusion, report

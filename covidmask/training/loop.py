@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from covidmask.config import TrainingConfig
 from covidmask.errors import DataError, TrainingError

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from covidmask.config import TrainingConfig
 from covidmask.metrics.detection import CocoAP

@@ -1,0 +1,80 @@
+# Two commands: `make book` and `make test`. The plain equivalents stand in README.md.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CHAPTERS := $(wildcard book/*.ipynb)
+
+export COVIDMASK_DATA ?= $(CURDIR)/data
+# matplotlib keeps its fonts' index here: a home folder may be read-only
+export MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/matplotlib
+
+.PHONY: help book test lint unit chapters pages lab notebooks repository clean
+.NOTPARALLEL:
+
+help:
+	@echo "make book        run every chapter (preset quick) and build _build/html/index.html"
+	@echo "make test        style, unit tests, chapters, book and browser tests"
+	@echo "make lab         open JupyterLab on the book"
+	@echo "make notebooks   write book/*.ipynb from book/py/*.py and execute them in place"
+	@echo "make repository URL=https://github.com/OWNER/NAME   write the address everywhere"
+	@echo "make clean       remove _build (the environment .venv and the data stay)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$(PYTHON) is older than Python 3.10: run make PYTHON=python3.11, for example"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment: install python3-venv"; exit 1; }
+
+# One pip command, so that torch and torchvision are chosen together.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) (a few minutes and some GB the first time)"
+	$(BIN)/python -m pip install -e ".[book,test,train,medical]"
+	$(BIN)/python -c 'import matplotlib.font_manager'
+	@touch $@
+
+book: $(INSTALLED)
+	$(BIN)/covidmask phantoms --preset quick
+	$(BIN)/python tools/book.py execute
+	$(BIN)/python tools/book.py html .
+	@echo "make book: done. Open $(CURDIR)/_build/html/index.html"
+
+test: lint unit chapters pages
+	@echo "make test: all passed. Coverage: _build/coverage/index.html;" \
+	  "book: _build/test/_build/html/index.html; screenshots: _build/screenshots"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One torch thread per worker: two workers with two threads each slow each other down.
+unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/book -n 2 --dist loadscope \
+	  --cov --cov-report=term --cov-report=html
+
+# Executes each notebook once. Without a chapter, pytest's "no tests" is a failure, as it should be.
+chapters: $(INSTALLED)
+	$(BIN)/covidmask phantoms --preset quick
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 \
+	  --durations=5 $(CHAPTERS)
+
+# The book from a clean folder with the committed outputs, warnings as errors; then a browser.
+pages: $(INSTALLED)
+	$(BIN)/python tools/book.py html _build/test --stored --strict
+	BROWSER_PATH="$$($(BIN)/python tools/browser.py)" || exit 1; \
+	COVIDMASK_BROWSER="$$BROWSER_PATH" COVIDMASK_HTML="$(CURDIR)/_build/test/_build/html" \
+	  $(BIN)/python -m pytest tests/book
+
+lab: $(INSTALLED)
+	cd book && ../$(BIN)/jupyter-lab
+
+notebooks: $(INSTALLED)
+	$(BIN)/covidmask phantoms --preset quick
+	$(BIN)/python tools/book.py notebooks
+
+repository: $(INSTALLED)
+	$(BIN)/python tools/set_repository.py "$(URL)"
+
+clean:
+	rm -rf _build

@@ -1,0 +1,176 @@
+"""What the quick preset reaches from random weights, on this machine's CPU, seed by seed.
+
+    python benchmarks/quick_preset.py [--seeds 0 1 2] [--out results/quick_preset.json]
+
+For each seed: train the segmenter, rank the boxes of the classification slices, train S (timed);
+then judge both on phantom patients that neither has seen, train S afresh on the boxes of a
+detector with random weights, and, for comparison, two simple rules: an intensity threshold with
+connected components as the detector, and logistic regression on the true lesion areas of a slice
+as the classifier. All data are synthetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import torch
+import torchvision
+
+from covidmask.config import PRESETS
+from covidmask.data.lesions import LesionSlices
+from covidmask.data.phantom_sets import phantom_mask, write_phantoms
+from covidmask.data.slices import SliceImages
+from covidmask.files import atomic_path
+from covidmask.metrics.classification import wilson
+from covidmask.metrics.detection import CocoAP
+from covidmask.models.baselines import (
+    area_features,
+    fit_area_classifier,
+    threshold_detections,
+)
+from covidmask.models.classifier import covid_ct_mask_net
+from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.training.classification import (
+    evaluate_classifier,
+    train_classifier,
+)
+from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
+
+PRESET = PRESETS["quick"]
+
+
+def one_seed(seed: int, root: Path) -> dict:
+    """Train and judge once; every time is wall-clock seconds."""
+    lesions = [
+        LesionSlices(root / "lesions", split, min_area=PRESET.min_area)
+        for split in ("train", "test")
+    ]
+    slices = {split: SliceImages(root / "slices", split) for split in ("train", "val", "test")}
+    torch.manual_seed(seed)
+    segmenter = lesion_mask_rcnn(PRESET.detector)
+    clock = [time.perf_counter()]
+    train_segmenter(segmenter, lesions[0], PRESET.segmenter, seed=seed)
+    clock.append(time.perf_counter())
+    model = covid_ct_mask_net(segmenter, PRESET.classifier)
+    train_classifier(
+        model,
+        slices["train"],
+        "heads",
+        PRESET.classifier_training,
+        validation=slices["val"],
+        seed=seed,
+    )
+    clock.append(time.perf_counter())
+    detection = evaluate_segmenter(segmenter, lesions[1])
+    classified = evaluate_classifier(model, slices["test"])
+
+    torch.manual_seed(seed)
+    random_model = covid_ct_mask_net(lesion_mask_rcnn(PRESET.detector), PRESET.classifier)
+    train_classifier(
+        random_model,
+        slices["train"],
+        "heads",
+        PRESET.classifier_training,
+        validation=slices["val"],
+        seed=seed,
+    )
+    untrained = evaluate_classifier(random_model, slices["test"])
+    correct = int(classified["confusion"].trace())
+    return {
+        "seed": seed,
+        "seconds_segmenter": clock[1] - clock[0],
+        "seconds_ranking_and_s": clock[2] - clock[1],
+        "seconds_total": clock[2] - clock[0],
+        "lesion_test_slices": len(lesions[1]),
+        **{key: detection[key] for key in ("mask_ap", "mask_ap50", "box_ap", "box_ap50")},
+        "class_test_slices": len(slices["test"]),
+        "accuracy": classified["accuracy"],
+        "accuracy_interval": wilson(correct, len(slices["test"])),
+        "sensitivity": list(classified["sensitivity"]),
+        "ppv": list(classified["ppv"]),
+        "confusion": classified["confusion"].tolist(),
+        "accuracy_random_detector": untrained["accuracy"],
+    }
+
+
+def threshold_detector(root: Path) -> dict:
+    """Best AP50 of thresholds chosen on the test slices themselves, lesions of one class."""
+    dataset = LesionSlices(root / "lesions", "test", "merged", PRESET.min_area)
+    images = [dataset.read(i)[0] for i in range(len(dataset))]
+    targets = [dataset[i][1] for i in range(len(dataset))]
+    best = {"mask_ap50": -1.0}
+    for low in (0.35, 0.4, 0.45, 0.5):
+        for high in (0.55, 0.6, 0.65, 0.7, 0.8):
+            metric = CocoAP()
+            found = [threshold_detections(image, low, high, PRESET.min_area) for image in images]
+            metric.update(found, targets)
+            ap50 = metric.compute()["mask_ap50"]
+            if ap50 > best["mask_ap50"]:
+                best = {"mask_ap50": ap50, "low": low, "high": high}
+    return best
+
+
+def area_classifier(root: Path, seed: int) -> float:
+    """Accuracy of logistic regression on the TRUE lesion areas of the same slices."""
+    features, labels = {}, {}
+    for split in ("train", "test"):
+        slices = SliceImages(root / "slices", split)
+        masks = [phantom_mask(name, PRESET.phantoms.size, seed) for name in slices.names]
+        features[split] = [area_features(mask) for mask in masks]
+        labels[split] = slices.labels
+    model = fit_area_classifier(features["train"], labels["train"])
+    return float(model.score(features["test"], labels["test"]))
+
+
+def environment() -> dict:
+    """Where and from what the figures came."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    """Read the command line, run, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", type=Path, default=Path("data/phantoms-quick"))
+    parser.add_argument("--data-seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/quick_preset.json"))
+    arguments = parser.parse_args()
+    root = write_phantoms(arguments.data, PRESET.phantoms, arguments.data_seed)
+    result = {
+        "about": "quick preset on synthetic phantoms; nothing here is a figure of real CT",
+        **environment(),
+        "preset": asdict(PRESET),
+        "seeds": [one_seed(seed, root) for seed in arguments.seeds],
+        "threshold_detector": threshold_detector(root),
+        "area_classifier_accuracy": area_classifier(root, arguments.data_seed),
+    }
+    with atomic_path(arguments.out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    for row in result["seeds"]:
+        print({k: round(v, 3) for k, v in row.items() if isinstance(v, float)})
+    print(result["threshold_detector"], result["area_classifier_accuracy"])
+    print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Data sets of phantoms on disk, in the layouts of the real data.
+
+`root/lesions` is laid out as the masked slices of CNCB, `root/slices` as COVIDx-CT, so one set of
+readers serves phantoms and scans.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import covidmask
+from covidmask.config import PhantomConfig
+from covidmask.data.phantoms import (
+    POSITIONS,
+    _rng,
+    draw_positions,
+    make_patient,
+    render,
+    visible_lesions,
+)
+from covidmask.data.slices import parse_name
+from covidmask.errors import DataError, OutputError
+
+GENERATOR = 1  # raised whenever the same arguments give other phantoms
+CLASS_NAMES = ("Normal", "CP", "NCP")  # file names of COVIDx-CT, labels 0, 1, 2
+MAX_SLICES = 12  # per patient in `write_phantoms`
+IN_PROCESS = 300 * 256**2  # pixels: for fewer, starting processes would take longer
+
+
+def _jobs(config: PhantomConfig, seed: int) -> Iterator[tuple[str, str, int, int, int]]:
+    """Yield (set, split, patient number, patient seed, label) for every patient of a data set."""
+    number = 0
+    for kind, counts in (("lesions", config.lesion_patients), ("slices", config.class_patients)):
+        for split, count in zip(("train", "val", "test"), counts, strict=True):
+            for label in (2,) if kind == "lesions" else (0, 1, 2):
+                for _ in range(count):
+                    number += 1
+                    yield kind, split, number, _patient_seed(seed, number), label
+
+
+def _patient_seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])
+
+
+def phantom_mask(name: str, size: int, seed: int = 0) -> np.ndarray:
+    """The true lesion mask of a classification phantom, which has none on disk.
+
+    Args:
+        name: of a slice that `write_phantoms` wrote under `slices/`, such as NCP_412_1_0455.png.
+        size: pixels per side. seed: that of the data set.
+
+    Returns:
+        uint8 [size, size], codes as in `render`.
+    """
+    slice_name = parse_name(name)
+    patient = make_patient(_patient_seed(seed, int(slice_name.patient)), slice_name.label)
+    return render(patient, int(slice_name.slice) / 1000, size)[1]
+
+
+def _write_patient(folder: Path, config: PhantomConfig, job: tuple[str, str, int, int, int]):
+    """Write the slices of one patient; return its set, its split and its lines of the list."""
+    kind, split, number, seed, label = job
+    patient = make_patient(seed, label)
+    count, size = config.slices_per_patient, config.size
+    positions = draw_positions(patient, count)
+    if kind == "lesions":  # one slice in ten is swapped for one without a lesion
+        rng = _rng(seed, label, 5)
+        anywhere = [p for p in rng.permutation(POSITIONS).tolist() if p not in positions]
+        clear = [p for p in anywhere if not visible_lesions(patient, p)]
+        swap = rng.random(count) < 0.1
+        positions = sorted(
+            clear.pop() if clear and swapped else position
+            for position, swapped in zip(positions, swap, strict=True)
+        )
+    lines = []
+    for position in positions:
+        image, mask = render(patient, position, size)
+        pixels = Image.fromarray(np.round(255 * image).astype(np.uint8))
+        piece = f"{round(1000 * position):04d}"
+        if kind == "lesions":
+            for part, picture in (("image", pixels), ("mask", Image.fromarray(mask))):
+                home = folder / kind / part / str(number)
+                home.mkdir(parents=True, exist_ok=True)
+                picture.save(home / f"{piece}.png")
+            lines.append(f"{number}_{piece}.png")
+        else:
+            name = f"{CLASS_NAMES[label]}_{number}_1_{piece}.png"
+            pixels.save(folder / kind / name)
+            lines.append(f"{name} {label} 0 0 {size} {size}")
+    return kind, split, lines
+
+
+def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress: bool) -> None:
+    """Write every patient and then the lists."""
+    for kind in ("lesions", "slices"):
+        (folder / kind).mkdir(parents=True)
+    jobs = list(_jobs(config, seed))
+    write = partial(_write_patient, folder, config)
+    bar = partial(tqdm, total=len(jobs), desc="phantoms", unit="patient", disable=not progress)
+    if workers <= 1 or len(jobs) * config.slices_per_patient * config.size**2 < IN_PROCESS:
+        done = list(bar(map(write, jobs)))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            done = list(bar(pool.map(write, jobs, chunksize=4)))
+    for kind in ("lesions", "slices"):
+        for split in ("train", "val", "test"):
+            lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
+            (folder / kind / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_phantoms(
+    root: str | Path,
+    config: PhantomConfig,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a data set of phantoms in the layouts of the real ones, or find it already written.
+
+    `root/lesions` holds COVID-19 patients with masks (CNCB layout); about one slice in ten shows
+    no lesion, as some slices of positive patients do in the paper's data. `root/slices` holds
+    patients of the three classes (COVIDx-CT layout), and each slice of classes 1 and 2 shows a
+    lesion. Both have train.txt, val.txt and test.txt, and no patient occurs twice. A slice is
+    named by 1000 times its position. The folder appears complete or not at all.
+
+    Args:
+        workers: processes; None takes one per core. The files do not depend on it. A script that
+            calls this with more than one needs the usual `if __name__ == "__main__":` guard.
+
+    Raises:
+        DataError: `root` holds something else, or `config` is out of range.
+        OutputError: `root` cannot be written, or the disk is full.
+    """
+    root = Path(root)
+    numbers = (*config.lesion_patients, *config.class_patients)
+    if not (32 <= config.size <= 1024 and 1 <= config.slices_per_patient <= MAX_SLICES):
+        raise DataError(f"{config}: size must be 32..1024, slices per patient 1..{MAX_SLICES}")
+    if min(numbers) < 0 or seed < 0:
+        raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
+    note = {"generator": GENERATOR, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
+    try:
+        if _found(root, note):
+            return root
+        folder = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
+            folder.mkdir(parents=True)
+            _fill(folder, config, seed, os.cpu_count() if workers is None else workers, progress)
+            text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
+            (folder / "phantoms.json").write_text(text + "\n")
+            if root.exists():
+                root.rmdir()  # it is empty
+            os.replace(folder, root)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"{root}: phantoms cannot be written ({error.strerror or error}); "
+            "choose a folder that you may write to and that has space left"
+        ) from error
+    return root
+
+
+def _found(root: Path, note: dict) -> bool:
+    """Whether `root` holds these very phantoms; False when it is absent or empty."""
+    if not root.is_dir():
+        if root.exists():
+            raise DataError(f"{root}: is a file; choose another folder for the phantoms")
+        return False
+    if not any(root.iterdir()):
+        return False
+    try:
+        there = json.loads((root / "phantoms.json").read_text())
+        there.pop("package", None)
+    except (FileNotFoundError, ValueError, AttributeError):
+        there = None
+    if there == note:
+        return True
+    problem = "holds other files" if there is None else "holds phantoms made with other settings"
+    raise DataError(f"{root}: {problem}; choose another folder, or remove this one yourself")

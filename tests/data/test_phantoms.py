@@ -1,0 +1,354 @@
+"""The phantoms: deterministic, plausible, with the statistics of Fig. 1, and safely written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from covidmask.config import PhantomConfig
+from covidmask.data import phantom_sets, phantoms
+from covidmask.data.phantom_sets import phantom_mask, write_phantoms
+from covidmask.data.phantoms import (
+    MIN_AREA,
+    draw_positions,
+    make_patient,
+    make_slice,
+    render,
+    visible_lesions,
+)
+from covidmask.errors import DataError, OutputError
+
+SMALL = PhantomConfig(
+    size=48, slices_per_patient=2, lesion_patients=(3, 1, 2), class_patients=(2, 1, 1)
+)
+quick = settings(deadline=None, max_examples=20)
+seeds, labels = st.integers(0, 2**64 - 1), st.integers(0, 2)
+
+
+def digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+
+
+def component_areas(mask: np.ndarray, code: int) -> np.ndarray:
+    components, _ = ndimage.label(mask == code, np.ones((3, 3)))
+    return np.bincount(components.ravel())[1:]
+
+
+@pytest.fixture(scope="module")
+def covid_masks() -> list[np.ndarray]:
+    """Three slices of each of 40 COVID-19 patients, 256 x 256."""
+    masks = []
+    for seed in range(40):
+        patient = make_patient(seed, 2)
+        masks += [render(patient, p, 256)[1] for p in draw_positions(patient, 3)]
+    return masks
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("phantoms") / "set", SMALL, progress=False)
+
+
+# One slice
+
+
+@quick
+@given(seed=seeds, label=labels, position=st.floats(0, 1), size=st.integers(32, 160))
+def test_values_codes_and_determinism(seed, label, position, size):
+    image, mask = make_slice(seed, label, size, position)
+    assert image.shape == mask.shape == (size, size)
+    assert image.dtype == np.float32 and mask.dtype == np.uint8
+    assert image.min() >= 0 and image.max() <= 1
+    assert set(np.unique(mask)) <= ({0, 1} if label == 0 else {0, 1, 2, 3})
+    assert digest(image, mask) == digest(*make_slice(seed, label, size, position))
+
+
+@quick
+@given(seed=seeds, label=st.integers(1, 2))
+def test_a_drawn_position_shows_a_lesion(seed, label):
+    mask = make_slice(seed, label, 128)[1]
+    assert (mask >= 2).sum() >= 7
+
+
+@quick
+@given(seed=seeds)
+def test_a_control_has_no_lesion(seed):
+    assert make_patient(seed, 0).lesions == ()
+    assert make_slice(seed, 0, 64)[1].max() == 1
+
+
+def test_another_process_draws_the_same():
+    code = (
+        "import hashlib\n"
+        "from covidmask.data.phantoms import make_slice\n"
+        "image, mask = make_slice(7, 2, 96)\n"
+        "print(hashlib.sha256(image.tobytes() + mask.tobytes()).hexdigest())\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == digest(*make_slice(7, 2, 96))
+
+
+def test_seeds_and_labels_give_different_patients():
+    drawn = {digest(*make_slice(seed, label, 64)) for seed in range(10) for label in range(3)}
+    assert len(drawn) == 30
+
+
+@quick
+@given(seed=seeds, label=labels)
+def test_the_anatomy_is_the_same_at_every_size(seed, label):
+    patient = make_patient(seed, label)
+    position = draw_positions(patient, 1)[0]
+    (small, small_mask), (large, large_mask) = (render(patient, position, n) for n in (128, 256))
+    for code in range(4):
+        assert (small_mask == code).mean() == pytest.approx((large_mask == code).mean(), abs=0.004)
+    halved = large.reshape(128, 2, 128, 2).mean((1, 3))
+    assert np.corrcoef(small.ravel(), halved.ravel())[0, 1] > 0.97
+
+
+def test_lesions_are_denser_than_the_lung_around_them_and_lung_than_air():
+    values = {code: [] for code in range(4)}
+    for seed in range(20):
+        image, mask = make_slice(seed, 2, 128)
+        for code in (1, 2, 3):
+            values[code].append(image[mask == code])
+    lung, ggo, solid = (np.median(np.concatenate(values[code])) for code in (1, 2, 3))
+    assert lung < ggo - 0.1 and ggo < solid - 0.15
+    # Intensity alone does not find GGO: a fair share of healthy lung is as dense.
+    assert np.mean(np.concatenate(values[1]) > ggo) > 0.03
+
+
+def test_lungs_change_from_apex_to_base():
+    patient = make_patient(3, 0)
+    apex, middle, base = ((render(patient, p, 128)[1] == 1).mean() for p in (0.0, 0.5, 1.0))
+    assert apex < 0.5 * middle and base < 0.5 * middle and base > 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: make_patient(-1, 0),
+        lambda: make_patient(0, 3),
+        lambda: make_slice(0, 0, 31),
+        lambda: make_slice(0, 0, 1025),
+        lambda: make_slice(0, 0, 64, 1.1),
+        lambda: make_slice(0, 0, 64, float("nan")),
+    ],
+)
+def test_arguments_out_of_range(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+# Statistics
+
+
+def test_figure_1_of_the_paper(covid_masks):
+    pixels = 256 * 256
+    for code, limit in ((2, 0.02), (3, 0.01)):
+        areas = [component_areas(mask, code) for mask in covid_masks]
+        assert np.mean([len(a) < 5 for a in areas]) >= 0.8
+        assert np.mean(np.concatenate(areas) < limit * pixels) >= 0.8
+
+
+def test_few_tiny_instances(covid_masks):
+    areas = np.concatenate([component_areas(m, c) for m in covid_masks for c in (2, 3)])
+    assert np.mean(areas < 0.5 * MIN_AREA * 256 * 256) < 0.02
+    assert np.mean(areas >= 2 * MIN_AREA * 256 * 256) > 0.8
+
+
+def test_lesions_below_the_smallest_area_are_not_drawn():
+    patient = next(p for p in (make_patient(s, 2) for s in range(99)) if len(p.lesions) > 5)
+    lesion = patient.lesions[0]
+    ends = (lesion.centre[2] + 0.999 * lesion.radii[2]) / phantoms.HEIGHT
+    assert lesion in visible_lesions(patient, lesion.centre[2] / phantoms.HEIGHT)
+    assert lesion not in visible_lesions(patient, min(ends, 1.0))
+
+
+def test_covid_is_bilateral_lower_posterior_and_peripheral():
+    def describe(label):
+        both, position, back, reach, number = [], [], [], [], []
+        for seed in range(150):
+            lesions = make_patient(seed, label).lesions
+            both.append(len({item.centre[0] > 0 for item in lesions}) == 2)
+            number.append(len(lesions))
+            for item in lesions:
+                position.append(item.centre[2] / phantoms.HEIGHT)
+                back.append(item.centre[1])
+                reach.append(abs(item.centre[0]))
+        return (np.mean(values) for values in (both, number, position, back, reach))
+
+    covid, pneumonia = describe(2), describe(1)
+    both, number, position, back, reach = zip(covid, pneumonia, strict=True)
+    assert both[0] > 0.7 and both[1] < 0.4
+    assert number[0] > 2 * number[1]
+    assert position[0] > 0.55
+    assert back[0] > 0.05 and back[0] > back[1]
+    assert reach[0] > reach[1]
+
+
+def test_positions_do_not_tell_the_class():
+    drawn = [
+        np.array([draw_positions(make_patient(seed, label), 1)[0] for seed in range(120)])
+        for label in range(3)
+    ]
+    for positions in drawn:
+        assert positions.min() >= 0.1 and positions.max() <= 0.9
+        assert abs(positions.mean() - drawn[0].mean()) < 0.09
+        assert abs(positions.std() - drawn[0].std()) < 0.06
+
+
+def test_look_alikes_do_not_tell_the_class():
+    def rates(label):
+        patients = [make_patient(seed, label) for seed in range(40)]
+        return np.mean([(p.dependent > 0, len(p.points) / 1e5, p.noise / 100) for p in patients], 0)
+
+    assert np.abs(rates(0) - rates(2)).max() < 0.2
+    assert np.abs(rates(1) - rates(2)).max() < 0.2
+
+
+# Writing
+
+
+def test_layout(written):
+    note = json.loads((written / "phantoms.json").read_text())
+    assert note["seed"] == 0 and note["config"]["lesion_patients"] == [3, 1, 2]
+    for split, patients in (("train", 3), ("val", 1), ("test", 2)):
+        lines = (written / f"lesions/{split}.txt").read_text().split()
+        assert len(lines) == 2 * patients
+        for line in lines:
+            patient, piece = line.rsplit("_", 1)
+            with Image.open(written / "lesions/image" / patient / piece) as picture:
+                assert picture.mode == "L" and picture.size == (48, 48)
+            with Image.open(written / "lesions/mask" / patient / piece) as picture:
+                assert np.asarray(picture).max() <= 3
+    names = set()
+    for split, patients in (("train", 2), ("val", 1), ("test", 1)):
+        lines = (written / f"slices/{split}.txt").read_text().splitlines()
+        assert len(lines) == 3 * 2 * patients
+        for line in lines:
+            name, label, *box = line.split()
+            assert name.split("_")[0] == ("Normal", "CP", "NCP")[int(label)]
+            assert len(Path(name).stem.split("_")) == 4 and len(Path(name).stem[-4:]) == 4
+            assert box == ["0", "0", "48", "48"]
+            names.add(name)
+    assert names == {path.name for path in (written / "slices").glob("*.png")}
+    assert sorted(path.name for path in written.parent.iterdir()) == ["set"]
+
+
+def test_no_patient_occurs_twice(written):
+    groups = []
+    for split in ("train", "val", "test"):
+        lesions = (written / f"lesions/{split}.txt").read_text().split()
+        groups.append({line.rsplit("_", 1)[0] for line in lesions})
+        slices = (written / f"slices/{split}.txt").read_text().splitlines()
+        groups.append({line.split("_")[1] for line in slices})
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 6 + 12
+    drawn = [job[3:] for job in phantom_sets._jobs(PhantomConfig(48, 2, (99, 9, 9), (99, 9, 9)), 0)]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_some_lesion_slices_are_empty(tmp_path):
+    config = PhantomConfig(32, 8, (20, 0, 0), (0, 0, 0))
+    write_phantoms(tmp_path / "set", config, progress=False)
+    empty = [np.asarray(Image.open(p)).max() < 2 for p in tmp_path.rglob("mask/*/*.png")]
+    assert len(empty) == 160 and 0.03 < np.mean(empty) < 0.18
+
+
+def test_a_second_call_does_nothing(written, monkeypatch):
+    monkeypatch.setattr(phantom_sets, "_fill", lambda *_: pytest.fail("written again"))
+    assert write_phantoms(written, SMALL, progress=False) == written
+
+
+def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setattr(phantom_sets, "IN_PROCESS", 0)
+    hashes = []
+    for workers in (1, 2):
+        root = write_phantoms(tmp_path / str(workers), SMALL, 1, workers, progress=False)
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        hashes.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"config": PhantomConfig(48, 3, (1, 1, 1), (1, 1, 1))}]
+)
+def test_other_settings_are_refused(written, change):
+    before = digest(
+        *[np.frombuffer(p.read_bytes(), np.uint8) for p in sorted(written.rglob("*.png"))]
+    )
+    with pytest.raises(DataError, match="other settings.*choose another folder"):
+        write_phantoms(written, **({"config": SMALL, "progress": False} | change))
+    after = digest(
+        *[np.frombuffer(p.read_bytes(), np.uint8) for p in sorted(written.rglob("*.png"))]
+    )
+    assert before == after
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="other files"):
+        write_phantoms(tmp_path, SMALL, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(DataError, match="is a file"):
+        write_phantoms(tmp_path / "notes.txt", SMALL, progress=False)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_nothing_half_written_is_left(tmp_path, monkeypatch, number):
+    save, calls = Image.Image.save, []
+
+    def fail_later(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) > 5:
+            raise OSError(number, "cannot write")
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", fail_later)
+    with pytest.raises(OutputError, match="cannot be written.*space left"):
+        write_phantoms(tmp_path / "set", SMALL, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "seed"),
+    [
+        (PhantomConfig(16, 2, (1, 1, 1), (1, 1, 1)), 0),
+        (PhantomConfig(64, 99, (1, 1, 1), (1, 1, 1)), 0),
+        (PhantomConfig(64, 2, (1, -1, 1), (1, 1, 1)), 0),
+        (SMALL, -1),
+    ],
+)
+def test_settings_out_of_range(tmp_path, config, seed):
+    with pytest.raises(DataError):
+        write_phantoms(tmp_path / "set", config, seed, progress=False)
+
+
+@quick
+@given(seed=seeds, label=labels)
+def test_every_patient_has_enough_positions(seed, label):
+    positions = draw_positions(make_patient(seed, label), phantom_sets.MAX_SLICES)
+    assert positions == sorted(set(positions))
+
+
+def test_the_mask_of_a_classification_slice_is_found_by_its_name(written):
+    for name in ("Normal", "CP", "NCP"):
+        path = next((written / "slices").glob(f"{name}_*.png"))
+        mask = phantom_mask(path.name, SMALL.size)
+        assert mask.shape == (SMALL.size, SMALL.size)
+        assert (mask >= 2).any() == (name != "Normal")
+        number, piece = path.stem.split("_")[1], path.stem.split("_")[3]
+        job = next(job for job in phantom_sets._jobs(SMALL, 0) if job[2] == int(number))
+        image, expected = render(make_patient(*job[3:]), int(piece) / 1000, SMALL.size)
+        assert np.array_equal(mask, expected)
+        assert np.abs(np.asarray(Image.open(path)) / 255 - image).max() < 0.003

@@ -1,0 +1,253 @@
+import contextlib
+import io
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from covidmask.metrics.detection import (
+    CocoAP,
+    author_ap,
+    author_image_ap,
+    binary_masks,
+    dice,
+    semantic_mask,
+)
+
+SIZE = 48
+KEYS = ("mask_ap", "mask_ap50", "mask_ap75", "box_ap", "box_ap50", "box_ap75")
+
+
+def instances(boxes, labels, scores=None, size=SIZE):
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    result = {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "masks": masks}
+    return result if scores is None else {**result, "scores": torch.tensor(scores)}
+
+
+def random_images(rng, n, most, classes=3):
+    """Targets, and predictions near some of them; some of either are empty."""
+    predictions, targets = [], []
+    for _ in range(n):
+        k = int(rng.integers(0, 5))
+        corners = rng.integers(0, SIZE - 16, (k, 2))
+        boxes = np.concatenate([corners, corners + rng.integers(4, 15, (k, 2))], axis=1)
+        labels = rng.integers(1, classes + 1, k)
+        targets.append(instances(boxes, labels))
+        m = int(rng.integers(most // 2, most + 1)) if rng.random() > 0.2 else 0
+        corners = rng.integers(0, SIZE - 16, (m, 2))
+        guesses = np.concatenate([corners, corners + rng.integers(4, 15, (m, 2))], axis=1)
+        guess_labels = rng.integers(1, classes + 1, m)
+        for i in range(m):
+            if k and rng.random() < 0.7:
+                j = rng.integers(k)
+                guesses[i] = boxes[j] + [*rng.integers(-1, 2, 2), *rng.integers(0, 2, 2)]
+                guess_labels[i] = labels[j] if rng.random() < 0.8 else guess_labels[i]
+        guesses = np.clip(guesses, 0, SIZE)
+        scores = rng.permutation(m).astype(np.float32) / max(m, 1)  # no ties
+        predictions.append(instances(guesses, guess_labels, scores))
+        predictions[-1]["masks"] = predictions[-1]["masks"][:, None] * 0.9  # as torchvision's
+    return predictions, targets
+
+
+def pycocotools_ap(predictions, targets, iou_type):
+    from pycocotools import mask as coding
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def annotation(image, lesions, i):
+        mask = binary_masks(lesions)[i].numpy().astype(np.uint8)
+        x1, y1, x2, y2 = lesions["boxes"][i].tolist()
+        return {
+            "image_id": image,
+            "category_id": int(lesions["labels"][i]),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "segmentation": coding.encode(np.asfortranarray(mask)),
+        }
+
+    truth, found = [], []
+    for image, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
+        for i in range(len(target["labels"])):
+            area = int(target["masks"][i].sum())
+            more = {"id": len(truth) + 1, "iscrowd": 0, "area": area}
+            truth.append({**annotation(image, target, i), **more})
+        for i in range(len(prediction["labels"])):
+            score = float(prediction["scores"][i])
+            found.append({**annotation(image, prediction, i), "score": score})
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": i, "height": SIZE, "width": SIZE} for i in range(len(targets))],
+            "categories": [{"id": i} for i in (1, 2, 3)],
+            "annotations": truth,
+        }
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(found), iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    per_class = evaluation.eval["precision"][0, :, :, 0, 2].mean(axis=0)
+    return [*evaluation.stats[:3], *per_class]
+
+
+@pytest.mark.parametrize(("seed", "most"), [(0, 6), (1, 10), (2, 10), (3, 140)])
+def test_coco_ap_agrees_with_pycocotools(seed, most):
+    rng = np.random.default_rng(seed)
+    predictions, targets = random_images(rng, 8, most)
+    if most > 100:
+        assert max(len(prediction["labels"]) for prediction in predictions) > 100
+    metric = CocoAP(classes=("one", "two", "three"))
+    for start in range(0, 8, 3):
+        metric.update(predictions[start : start + 3], targets[start : start + 3])
+    values = metric.compute()
+    assert set(KEYS) < set(values)
+    for name, iou_type in (("mask", "segm"), ("box", "bbox")):
+        keys = ("ap", "ap50", "ap75", "ap50_one", "ap50_two", "ap50_three")
+        ours = [values[f"{name}_{key}"] for key in keys]
+        np.testing.assert_allclose(
+            ours, pycocotools_ap(predictions, targets, iou_type), atol=1e-6, rtol=0
+        )
+
+
+def test_coco_ap_of_one_class_by_hand():
+    target = instances([[0, 0, 10, 10], [20, 20, 30, 30]], [1, 1])
+    found = instances([[0, 0, 10, 10]], [1], [0.9])
+    metric = CocoAP(classes=("GGO", "C"))
+    metric.update([found], [target])
+    values = metric.compute()
+    assert values["mask_ap"] == pytest.approx(51 / 101)  # recalls 0, 0.01, ... 0.50 are reached
+    assert values["box_ap50_GGO"] == pytest.approx(51 / 101)
+    assert math.isnan(values["mask_ap50_C"])
+
+
+def test_coco_ap_without_targets_is_nan():
+    metric = CocoAP()
+    metric.update([instances([], [], [])], [instances([], [])])
+    assert all(math.isnan(value) for value in metric.compute().values())
+
+
+def test_coco_ap_keeps_no_graph():
+    target = instances([[0, 0, 10, 10]], [1])
+    found = instances([[0, 0, 10, 10]], [1], [0.9])
+    found["masks"] = found["masks"][:, None].float()
+    for key in ("boxes", "scores", "masks"):
+        found[key].requires_grad_()
+    metric = CocoAP()
+    metric.update([found], [target])
+    assert metric.compute()["mask_ap"] == pytest.approx(1)
+    assert author_image_ap(found, target)[0] == 1
+    assert semantic_mask(found)[0, 0] == 2
+
+
+def test_coco_ap_joins_processes_with_unequal_numbers_of_images(monkeypatch):
+    predictions, targets = random_images(np.random.default_rng(3), 5, 6)
+    shares = [CocoAP(), CocoAP(), CocoAP()]  # of two processes, and of one that has all
+    for i in range(5):
+        shares[i % 2].update([predictions[i]], [targets[i]])
+        shares[2].update([predictions[i]], [targets[i]])
+    expected = shares[2].compute()
+    assert expected != shares[0].compute()
+
+    def all_gather_object(states, state):
+        assert state.keys() == shares[0]._metric.metric_state.keys()
+        states[:] = [share._metric.metric_state for share in shares[:2]]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    assert shares[0].compute() == pytest.approx(expected)
+
+
+GOLDEN_CASES = ("perfect", "shifted", "wrong_class", "duplicates", "one_prediction_two_gts")
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_author_ap_is_that_of_the_released_code(case):
+    folder = os.environ.get("COVIDMASK_GOLDEN")
+    if not folder:
+        pytest.skip("COVIDMASK_GOLDEN is unset: reference values of the released code")
+    golden = np.load(Path(folder) / "out" / "unit_ap.npz")
+    arrays = {key: golden[f"{case}/{key}"] for key in ("gt_boxes", "gt_labels")}
+    found = [golden[f"{case}/pred_{key}"] for key in ("boxes", "labels", "scores")]
+    target = instances(arrays["gt_boxes"], arrays["gt_labels"], size=100)
+    ap = author_ap([instances(*found, size=100)], [target], golden[f"{case}/thresholds"])
+    np.testing.assert_array_equal(ap.astype(np.float32), golden[f"{case}/ap"].astype(np.float32))
+
+
+A, B = [0, 0, 10, 10], [20, 20, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "expected"),
+    [
+        # best first: hit, miss, hit -> precision 1 up to recall 1/2, then 2/3
+        (
+            ([A, [40, 40, 44, 44], B], [1, 1, 2], [0.9, 0.8, 0.7]),
+            ([A, B], [1, 2]),
+            0.5 + 0.5 * 2 / 3,
+        ),
+        # the same in the other order of scores: misses first -> precision 2/3 at both hits
+        (([A, [40, 40, 44, 44], B], [1, 1, 2], [0.6, 0.8, 0.7]), ([A, B], [1, 2]), 2 / 3),
+        # the right place, the wrong class
+        (([A], [2], [0.9]), ([A], [1]), 0),
+        # a target takes the better overlap (IoU 1) though it scores less than the other (IoU 0.9)
+        (([A, [0, 0, 10, 9]], [1, 1], [0.3, 0.8]), ([A], [1]), 0.5),
+        # one prediction for two targets counts once
+        (([A], [1], [0.9]), ([A, [0, 0, 10, 9]], [1, 1]), 0.5),
+        # IoU of exactly 0.5 is not above 0.5
+        (([[0, 0, 10, 5]], [1], [0.9]), ([A], [1]), 0),
+        (([], [], []), ([], []), 1),
+        (([A], [1], [0.9]), ([], []), 0),
+        (([], [], []), ([A], [1]), 0),
+    ],
+)
+def test_author_ap_by_hand(found, target, expected):
+    assert author_image_ap(instances(*found), instances(*target), [0.5]) == pytest.approx(expected)
+
+
+def test_author_ap_is_the_mean_over_images_from_generators():
+    found = instances([A], [1], [0.9])
+    targets = [instances([A], [1]), instances([], [])]
+    ap = author_ap((found for _ in targets), iter(targets))
+    assert ap.tolist() == [0.5] * 10
+    with pytest.raises(ValueError):
+        author_ap([found], targets)
+    with pytest.raises(ValueError, match="no image"):
+        author_ap([], [])
+
+
+def test_masks_decide_not_boxes():
+    found, target = instances([A], [1], [0.9]), instances([A], [1])
+    found["masks"] = found["masks"][:, None] * 0.6
+    assert author_image_ap(found, target, [0.5]) == 1
+    assert author_image_ap(found, target, [0.5], mask_threshold=0.622) == 0
+
+
+def test_binary_masks_refuses_other_shapes():
+    with pytest.raises(ValueError, match="masks of shape"):
+        binary_masks({"masks": torch.zeros(4, 4)})
+
+
+def test_semantic_mask_puts_the_best_score_on_top():
+    found = instances([[0, 0, 4, 1], [1, 0, 3, 1], [2, 0, 4, 1]], [1, 2, 1], [0.8, 0.9, 0.75], 4)
+    assert semantic_mask(found, 0.75)[0].tolist() == [2, 3, 3, 2]
+    assert semantic_mask(found, 0.85)[0].tolist() == [0, 3, 3, 0]
+    empty = semantic_mask({**instances([], [], []), "masks": torch.zeros(0, 1, 5, 6)})
+    assert empty.shape == (5, 6)
+    assert empty.dtype == np.uint8
+    assert not empty.any()
+
+
+def test_dice():
+    first = np.array([[True, True], [False, False]])
+    assert dice(first, first) == 1
+    assert dice(first, ~first) == 0
+    assert dice(first, [[True, False], [True, True]]) == pytest.approx(0.4)
+    assert math.isnan(dice(first & False, first & False))
+    with pytest.raises(ValueError, match="shapes"):
+        dice(first, first[0])

@@ -1,0 +1,190 @@
+import os
+import subprocess
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from covidmask import plotting
+from covidmask.data.lesions import mask_to_targets
+
+MASK = np.zeros((40, 60), dtype=np.uint8)
+MASK[5:35, 5:55] = 1
+MASK[10:20, 10:22] = 2
+MASK[25:32, 40:50] = 3
+IMAGE = np.full((40, 60), 0.4, dtype=np.float32)
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def lesions():
+    return mask_to_targets(MASK)
+
+
+def drawn(ax):
+    """Draw it, so that an error in the figure shows, and return the texts in it."""
+    ax.figure.canvas.draw()
+    texts = [text.get_text() for text in ax.texts]
+    legend = ax.get_legend()
+    return texts, [text.get_text() for text in legend.get_texts()] if legend else []
+
+
+def labels_of(ax):
+    return ax.get_xlabel(), ax.get_ylabel()
+
+
+def test_show_slice_takes_a_tensor_or_an_array_and_the_given_axes():
+    ax = plotting.get_ax(3, 2)
+    assert plotting.show_slice(torch.from_numpy(IMAGE).repeat(3, 1, 1), ax) is ax
+    np.testing.assert_array_equal(ax.images[0].get_array(), IMAGE)
+    assert labels_of(ax) == ("x (pixels)", "y (pixels)")
+    assert plotting.show_slice(IMAGE) is not ax
+
+
+def test_show_lesions_tells_the_classes_apart_without_colour(lesions):
+    ax = plotting.show_lesions(IMAGE, lesions)
+    ggo, consolidation = ax.patches
+    assert ggo.get_linestyle() != consolidation.get_linestyle()
+    assert ggo.get_bbox().bounds == (9.5, 9.5, 12, 10)
+    assert drawn(ax) == ([], ["GGO", "C"])
+
+
+def test_show_lesions_leaves_out_low_scores(lesions):
+    lesions["scores"] = torch.tensor([0.91, 0.3])
+    lesions["masks"] = lesions["masks"][:, None].float().requires_grad_()
+    ax = plotting.show_lesions(IMAGE, lesions, score_threshold=0.75)
+    assert len(ax.patches) == 1
+    assert drawn(ax) == (["0.91"], ["GGO"])
+    del lesions["masks"]
+    assert drawn(plotting.show_lesions(IMAGE, lesions))[0] == ["0.91", "0.30"]
+
+
+def test_show_lesions_of_none():
+    none = mask_to_targets(np.zeros_like(MASK))
+    assert drawn(plotting.show_lesions(IMAGE, none)) == ([], [])
+
+
+def test_show_mask_names_the_codes_that_occur():
+    assert drawn(plotting.show_mask(MASK))[1] == ["background", "lung", "GGO", "consolidation"]
+    assert drawn(plotting.show_mask(np.minimum(MASK, 1)))[1] == ["background", "lung"]
+
+
+def test_count_histogram_heights():
+    ax = plotting.count_histogram([[0, 1], [2, 1], [2, 0], [2, 1]])
+    heights = [[bar.get_height() for bar in group] for group in ax.containers]
+    assert heights == [[25, 0, 75], [25, 75, 0]]
+    assert ax.containers[0][0].get_hatch() != ax.containers[1][0].get_hatch()
+    assert drawn(ax)[1] == ["GGO", "C"]
+    assert "(%)" in ax.get_ylabel()
+
+
+def test_area_histogram_heights():
+    ax = plotting.area_histogram([0.001, 0.011, 0.011, 0.3], [1, 1, 2, 1], largest=2, bins=2)
+    heights = [[bar.get_height() for bar in group] for group in ax.containers]
+    np.testing.assert_allclose(heights, [[100 / 3, 200 / 3], [0, 100]])  # 30 % is in the last
+    assert "% of the image" in ax.get_xlabel()
+    drawn(plotting.area_histogram([], [], classes=("lesion",)))
+
+
+def test_loss_curves_skip_missing_keys_and_smooth():
+    history = [{"step": i, "epoch": i // 2, "loss": float(i)} for i in range(6)]
+    history[1]["accuracy"] = 0.5
+    history[5]["accuracy"] = 0.7
+    ax = plotting.loss_curves(history, ("loss", "accuracy"), smooth=2)
+    loss, accuracy = ax.lines
+    np.testing.assert_allclose(loss.get_ydata(), [0.5, 1.5, 2.5, 3.5, 4.5])
+    np.testing.assert_allclose(loss.get_xdata(), [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(accuracy.get_ydata(), [0.6])
+    assert loss.get_linestyle() != accuracy.get_linestyle()
+    assert drawn(ax)[1] == ["loss", "accuracy"]
+    with pytest.raises(ValueError, match="'lost'"):
+        plotting.loss_curves(history, ("lost",))
+
+
+def test_confusion_matrix_shows_counts_and_shares_of_the_row():
+    ax = plotting.confusion_matrix([[3, 1, 0], [0, 0, 0], [1000, 0, 1000]])
+    texts = drawn(ax)[0]
+    assert texts[0] == "3\n75.0 %"
+    assert texts[4] == "0\n0.0 %"
+    assert texts[8] == "1,000\n50.0 %"
+    assert labels_of(ax) == ("Predicted class", "True class")
+
+
+def test_ranked_box_matrix_scales_each_number_by_its_largest():
+    rows = np.array([[0.8, -4, 0, 1, 2], [0.4, 2, 0, 1, -1]])
+    ax = plotting.ranked_box_matrix(torch.from_numpy(rows))
+    expected = [[1, 0.5], [-1, 0.5], [0, 0], [1, 1], [1, -0.5]]
+    np.testing.assert_allclose(ax.images[0].get_array(), expected)
+    assert [tick.get_text() for tick in ax.get_yticklabels()][:2] == ["score / 0.8", "dx / 4"]
+    drawn(ax)
+
+
+def test_score_by_rank_has_a_line_per_class_that_occurs():
+    rows = np.zeros((4, 3, 5))
+    rows[:2, :, 0] = [[0.9, 0.5, 0.1], [0.7, 0.3, 0.1]]
+    ax = plotting.score_by_rank(rows, [2, 2, 0, 0])
+    control, covid = ax.lines
+    np.testing.assert_allclose(covid.get_ydata(), [0.8, 0.4, 0.1])
+    np.testing.assert_allclose(control.get_xdata(), [1, 2, 3])
+    assert drawn(ax)[1] == ["Control (2 slices)", "COVID-19 (2 slices)"]
+
+
+def test_sensitivity_bars_in_percent_with_intervals():
+    report = {"sensitivity": [0.5, 0.75, float("nan")]}
+    nan = float("nan")
+    ax = plotting.sensitivity_bars(report, [(0.4, 0.7), (0.5, 0.8), (nan, nan)])
+    assert [bar.get_height() for bar in ax.patches[:2]] == [50, 75]
+    segments = ax.collections[0].get_segments()
+    np.testing.assert_allclose(segments[0][:, 1], [40, 70])
+    assert "(%)" in ax.get_ylabel()
+    drawn(ax)
+
+
+def test_overlay_tints_the_lesion_and_leaves_the_rest(lesions):
+    before = plt.get_fignums()
+    picture = plotting.overlay(IMAGE, lesions)
+    assert plt.get_fignums() == before
+    assert picture.shape == (40, 60, 3)
+    assert picture.dtype == np.uint8
+    grey = round(255 * 0.4)
+    assert (picture[0, 50:] == grey).all()
+    inside = picture[15, 15].astype(int)
+    assert inside[2] > inside[0]  # sky blue
+    assert picture[28, 45, 0] > picture[28, 45, 2]  # orange
+    # the frame goes round the last pixel of the box
+    sky_blue = [0x56, 0xB4, 0xE9]
+    assert picture[19, 21].tolist() == sky_blue
+    assert picture[20, 22].tolist() == [grey] * 3
+
+
+def test_overlay_leaves_out_low_scores_and_keeps_its_input(lesions):
+    lesions["scores"] = torch.tensor([0.2, 0.3])
+    boxes = lesions["boxes"].clone()
+    picture = plotting.overlay(IMAGE, lesions, score_threshold=0.75)
+    assert (picture == round(255 * 0.4)).all()
+    plotting.overlay(torch.from_numpy(IMAGE).repeat(3, 1, 1), lesions)
+    assert torch.equal(lesions["boxes"], boxes)
+
+
+def test_import_changes_no_setting_and_opens_no_figure():
+    code = (
+        "import matplotlib; before = dict(matplotlib.rcParams.copy());"
+        "import covidmask.plotting, matplotlib.pyplot as plt;"
+        "after = dict(matplotlib.rcParams.copy()); before.pop('backend'); after.pop('backend');"
+        "assert before == after; assert not plt.get_fignums();"
+        "import sys; assert 'seaborn' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "MPLBACKEND": "Agg"}
+    )

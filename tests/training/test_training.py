@@ -1,0 +1,228 @@
+"""Training: what it changes, that it resumes bit for bit after kill -9, and how it stops."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from covidmask.errors import CheckpointError, DataError, OutputError, TrainingError
+from covidmask.models.classifier import covid_ct_mask_net
+from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.training import loop
+from covidmask.training.checkpoints import load_checkpoint, save_checkpoint
+from covidmask.training.classification import (
+    cache_ranked_boxes,
+    evaluate_classifier,
+    train_classifier,
+)
+from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from conftest import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training  # noqa: E402
+
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+def segmenter(seed=0):
+    torch.manual_seed(seed)
+    return lesion_mask_rcnn(TINY_DETECTOR)
+
+
+def classifier():
+    model = segmenter()
+    torch.manual_seed(1)
+    return covid_ct_mask_net(model, TINY_CLASSIFIER)
+
+
+def equal(one, other):
+    return all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def test_segmenter_learns(tiny_lesions):
+    model = segmenter()
+    training = tiny_training(epochs=10, warmup=0, cosine=False)
+    history = train_segmenter(model, tiny_lesions, training, progress=False)
+    assert len(history) == 20 and history[-1]["epoch"] == 9
+    assert set(history[0]) >= {"step", "epoch", "lr", "loss", "loss_mask", "loss_objectness"}
+    first, last = (sum(h["loss"] for h in part) for part in (history[:4], history[-4:]))
+    assert last < 0.8 * first
+    assert not model.training
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tiny_lesions):
+    results = []
+    for seed in (0, 0, 1):
+        model = segmenter()
+        train_segmenter(model, tiny_lesions, tiny_training(epochs=1), seed=seed, progress=False)
+        results.append(model.state_dict())
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("regime", ["heads", "heads_bn", "full"])
+def test_classifier_overfits_a_few_slices(tiny_slices, regime):
+    model = classifier()
+    before = {k: v.clone() for k, v in model.detector.state_dict().items()}
+    training = tiny_training(epochs=6 if regime != "heads" else 40, warmup=0, cosine=False)
+    history = train_classifier(model, tiny_slices, regime, training, progress=False)
+    assert history[-1]["bce"] < history[0]["bce"]
+    changed = {k for k, v in model.detector.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any("running" in name for name in changed)
+    assert bool(changed) == (regime != "heads")
+
+
+def test_heads_cached_equals_heads_computed_each_step(tiny_slices):
+    """The cache changes the time, not the result."""
+    model, plain = classifier(), classifier()
+    training = tiny_training(epochs=2)
+    history = train_classifier(model, tiny_slices, "heads", training, progress=False)
+    optimizer = torch.optim.Adam(plain.s.parameters(), lr=1e-3, weight_decay=1e-4)
+    from covidmask.training.classification import classification_loss
+
+    for step, values in enumerate(history):
+        epoch, position = divmod(step, 3)
+        batch = loop.epoch_batches(12, 4, epoch, 0)[position]
+        images, labels = zip(*(tiny_slices[i] for i in batch), strict=True)
+        loss = classification_loss(plain(list(images)), torch.tensor(labels))
+        assert abs(loss.item() - values["bce"]) < 1e-5
+        optimizer.param_groups[0]["lr"] = values["lr"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_validation_keeps_the_best_epoch(tiny_slices):
+    model = classifier()
+    history = train_classifier(
+        model, tiny_slices, "heads", tiny_training(epochs=8), validation=tiny_slices, progress=False
+    )
+    accuracies = [h["accuracy"] for h in history if "accuracy" in h]
+    assert len(accuracies) == 8
+    result = evaluate_classifier(model, tiny_slices, progress=False)
+    assert result["accuracy"] == pytest.approx(max(accuracies))
+    assert result["confusion"].sum() == 12 and result["probabilities"].shape == (12, 3)
+
+
+def test_evaluation_builds_no_graph_and_reads_each_slice_once(tiny_lesions, tiny_slices):
+    rows = cache_ranked_boxes(classifier(), tiny_slices, batch_size=5, progress=False)
+    assert rows.shape == (12, 16, 5) and not rows.requires_grad
+    model = segmenter()
+    seen = []
+    for index, prediction, _ in predict_lesions(model, tiny_lesions, batch_size=3, progress=False):
+        seen.append(index)
+        assert not prediction["scores"].requires_grad
+    assert sorted(seen) == list(range(8))
+    result = evaluate_segmenter(model, tiny_lesions, progress=False)
+    assert result["slices"] == 8 and 0 <= result["mask_ap50"] <= 1
+
+
+def test_not_finite_loss_names_the_slices(tiny_lesions):
+    model = segmenter()
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"step 0.*phantom_\d\.png.*learning rate"):
+        train_segmenter(model, tiny_lesions, tiny_training(), progress=False)
+
+
+def test_batches_of_an_epoch_use_each_slice_at_most_once():
+    one, two = (loop.epoch_batches(10, 4, epoch, 0) for epoch in (0, 1))
+    assert [len(batch) for batch in one] == [4, 4]
+    used = [index for batch in one for index in batch]
+    assert len(set(used)) == 8 and one != two
+    assert one == loop.epoch_batches(10, 4, 0, 0) != loop.epoch_batches(10, 4, 0, 1)
+
+
+def test_learning_rate():
+    training = tiny_training(lr=1.0, warmup=4)
+    rates = [loop.learning_rate(training, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False)) and 0 < rates[-1] < 0.05
+    constant = replace(training, warmup=0, cosine=False)
+    assert {loop.learning_rate(constant, step, 20) for step in range(20)} == {1.0}
+
+
+def test_fewer_slices_than_a_batch(tiny_lesions):
+    with pytest.raises(DataError, match="less than one batch"):
+        train_segmenter(segmenter(), tiny_lesions, tiny_training(batch_size=9), progress=False)
+
+
+# ---- resuming -------------------------------------------------------------------------------
+
+
+def worker(kind, folder, *options):
+    command = [sys.executable, str(WORKER), kind, str(folder), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "heads_bn"])
+def test_killed_run_resumes_bit_for_bit(kind, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert worker(kind, whole).wait() == 0
+    target = random.Random(time.time()).randint(3, 10)  # some step after the first checkpoint
+    process = worker(kind, killed, "--announce")
+    for line in process.stdout:
+        if line.strip() == f"step {target}":
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert (killed / "run.ckpt").exists() and not (killed / "final.pt").exists()
+    assert worker(kind, killed).wait() == 0
+    one = torch.load(whole / "final.pt", weights_only=True)
+    two = torch.load(killed / "final.pt", weights_only=True)
+    assert one["history"] == two["history"]
+    assert equal(one["model"], two["model"])
+
+
+def test_checkpoint_of_another_run(tiny_lesions, tmp_path):
+    path = tmp_path / "run.ckpt"
+    train_segmenter(
+        segmenter(), tiny_lesions, tiny_training(epochs=1), checkpoint=path, progress=False
+    )
+    with pytest.raises(CheckpointError, match="run.ckpt.*another run.*seed was 0, is 5"):
+        train_segmenter(segmenter(), tiny_lesions, tiny_training(epochs=1), seed=5, checkpoint=path)
+
+
+def test_finished_checkpoint_gives_the_finished_model(tiny_lesions, tmp_path):
+    path, first, second = tmp_path / "run.ckpt", segmenter(), segmenter(3)
+    training = tiny_training(epochs=1)
+    one = train_segmenter(first, tiny_lesions, training, checkpoint=path, progress=False)
+    two = train_segmenter(second, tiny_lesions, training, checkpoint=path, progress=False)
+    assert one == two and equal(first.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other"])
+def test_damaged_checkpoint(damage, tmp_path):
+    path = tmp_path / "run.ckpt"
+    save_checkpoint(path, {"run": {"seed": 0}, "model": {"w": torch.zeros(1000)}})
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:900])
+    elif damage == "foreign":
+        torch.save({"run": {"seed": 0}, "model": Path("x")}, path)
+    else:
+        torch.save([1, 2, 3], path)
+    with pytest.raises(CheckpointError, match="run.ckpt"):
+        load_checkpoint(path, {"seed": 0})
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writer")])
+def test_full_disk_leaves_the_old_checkpoint(error, tmp_path, monkeypatch):
+    path = tmp_path / "run.ckpt"
+    save_checkpoint(path, {"run": {}, "step": 1})
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OutputError, match="run.ckpt"):
+        save_checkpoint(path, {"run": {}, "step": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path, {})["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["run.ckpt"]

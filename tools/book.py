@@ -1,0 +1,191 @@
+"""Build the book: run the chapters, write the notebooks, make the HTML.
+
+    python tools/book.py notebooks            twins -> book/*.ipynb, executed in place
+    python tools/book.py execute              twins -> _build/executed, only what has changed
+    python tools/book.py html OUT             OUT/_build/html from _build/executed
+    python tools/book.py html OUT --stored    the same from the outputs stored in book/*.ipynb
+
+A chapter is edited in its text twin, book/py/NAME.py; book/NAME.ipynb is made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parents[1]
+CELL_TIMEOUT = 1200  # seconds
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+def twins(root: Path = ROOT) -> list[Path]:
+    """Return the text twins of the chapters, in the order of their names."""
+    return sorted((root / "book" / "py").glob("*.py"))
+
+
+def read_twin(path: Path) -> nbformat.NotebookNode:
+    """Read a twin as a notebook without outputs. Cell ids depend on the position alone."""
+    notebook = jupytext.read(path, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:03d}"  # random ids would change the file at each run
+    notebook.nbformat, notebook.nbformat_minor = 4, 5  # the first version with cell ids
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Run every cell in `folder`, in place, and drop what depends on the machine."""
+    NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        resources={"metadata": {"path": str(folder)}},
+        extra_arguments=["--log-level=ERROR"],  # a kernel's start-up notes are no reader's concern
+    ).execute()
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})  # drops the Python version
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # wall-clock times
+        if cell.cell_type == "code":  # progress bars are for the one who waits, not for the page
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
+
+
+def is_progress(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is nothing but tqdm's bars, which it redraws on standard error."""
+    if output.output_type != "stream" or output.name != "stderr":
+        return False
+    return not re.sub(r"[^\r\n]*\d+%\|[^\r\n]*", "", output.text).strip()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that an interrupted run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def digest(files: Iterable[Path], root: Path = ROOT) -> str:
+    """Return the SHA-256 of the names and contents of `files`."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        total.update(f"{file.relative_to(root)}\0".encode())
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def package_files() -> list[Path]:
+    """Return what a chapter imports or loads: the package's source, and weights it ships."""
+    files = (ROOT / "covidmask").rglob("*")
+    return [f for f in files if f.is_file() and "__pycache__" not in f.parts]
+
+
+def run_chapter(twin: Path, target: Path) -> bool:
+    """Execute one chapter into `target`. On an error print it, write nothing, return False."""
+    notebook = read_twin(twin)
+    start = time.monotonic()
+    try:
+        execute(notebook, ROOT / "book")
+    except (CellExecutionError, TimeoutError, RuntimeError) as error:
+        print(f"  {twin.stem} FAILED after {time.monotonic() - start:.0f} s\n{error}", flush=True)
+        return False
+    write_text(target, nbformat.writes(notebook) + "\n")
+    print(f"  {twin.stem}: {time.monotonic() - start:.0f} s", flush=True)
+    return True
+
+
+def run_chapters(target: Path, use_cache: bool) -> None:
+    """Execute every chapter into the folder `target`.
+
+    With `use_cache`, a chapter runs only when its twin or anything in the package has changed
+    since its last good run.
+
+    Raises:
+        SystemExit: a chapter failed; the others have run.
+    """
+    chapters, failed = twins(), []
+    for number, twin in enumerate(chapters, 1):
+        print(f"[{number}/{len(chapters)}] {twin.stem}", flush=True)
+        notebook, stamp = target / f"{twin.stem}.ipynb", target / f"{twin.stem}.key"
+        key = digest([twin, Path(__file__), *package_files()])
+        if use_cache and notebook.exists() and stamp.exists() and stamp.read_text() == key:
+            print("  unchanged, not run again", flush=True)
+        elif not run_chapter(twin, notebook):
+            failed.append(twin.stem)
+        elif use_cache:
+            write_text(stamp, key)
+    if failed:
+        sys.exit(f"Chapters that failed: {', '.join(failed)}. Their errors stand above.")
+
+
+def copy_source(source: Path, stored: bool) -> None:
+    """Lay out what Sphinx reads in `source`: settings, pages, and executed notebooks."""
+    shutil.rmtree(source, ignore_errors=True)
+    skip = shutil.ignore_patterns("py", ".ipynb_checkpoints", *([] if stored else ["*.ipynb"]))
+    shutil.copytree(ROOT / "book", source / "book", ignore=skip)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, source)
+    if not stored:
+        for twin in twins():
+            executed = ROOT / "_build" / "executed" / f"{twin.stem}.ipynb"
+            if not executed.exists():
+                sys.exit(f"{executed} is missing: run `python tools/book.py execute` first.")
+            shutil.copy(executed, source / "book")
+
+
+def build_html(out: Path, stored: bool, strict: bool) -> None:
+    """Make `out`/_build/html from a clean folder; skip it when nothing has changed.
+
+    Raises:
+        SystemExit: Jupyter Book failed; with `strict`, also on any warning.
+    """
+    source, html = out / "_build" / "book-source", out / "_build" / "html"
+    stamp = out / "_build" / "html.key"
+    copy_source(source, stored)
+    inputs = [f for f in source.rglob("*") if f.is_file()]
+    key = digest(inputs, source) + digest([Path(__file__), *package_files()])
+    if not strict and stamp.exists() and stamp.read_text() == key:
+        print(f"{html}: unchanged, not built again")
+        return
+    # A build after a failed one in the same folder forgets the warnings, so nothing is reused.
+    stamp.unlink(missing_ok=True)
+    for folder in (html, html.with_name(".doctrees"), html.with_name(".jupyter_cache")):
+        shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command += ["build", str(source), "--path-output", str(out), "--all", "--keep-going", "-n"]
+    code = subprocess.run(command + ["-W"] * strict, check=False).returncode
+    if code or not (html / "index.html").exists():
+        sys.exit(f"The book was not built (Jupyter Book's exit status {code}); see above.")
+    write_text(stamp, key)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["notebooks", "execute", "html"])
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT, help="html: folder to fill")
+    parser.add_argument("--stored", action="store_true", help="html: use book/*.ipynb as they are")
+    parser.add_argument("--strict", action="store_true", help="html: warnings are errors")
+    arguments = parser.parse_args()
+    if arguments.command == "notebooks":
+        run_chapters(ROOT / "book", use_cache=False)
+    elif arguments.command == "execute":
+        run_chapters(ROOT / "_build" / "executed", use_cache=True)
+    else:
+        build_html(arguments.out.resolve(), arguments.stored, arguments.strict)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Write the address of the repository into settings, badges and set-up cells alike.
+
+    python tools/set_repository.py https://github.com/OWNER/NAME
+
+The present address is the one in _config.yml, so a fork can run this again.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = (
+    "_config.yml",
+    "pyproject.toml",
+    "CITATION.cff",
+    "*.md",
+    "book/*.md",
+    "book/*.ipynb",
+    "book/py/*.py",
+    "tools/setup_cell.py",
+)
+ADDRESS = re.compile(r"https://github\.com/([A-Za-z0-9-]+/[A-Za-z0-9._-]+)")
+
+
+def set_repository(url: str, root: Path = ROOT) -> list[Path]:
+    """Replace the present OWNER/NAME by that of `url` in every file of `FILES`.
+
+    Returns:
+        The files that changed.
+
+    Raises:
+        ValueError: `url` is no address of a GitHub repository (Colab opens no other).
+    """
+    match = ADDRESS.fullmatch(url.strip().rstrip("/").removesuffix(".git"))
+    if not match:
+        raise ValueError(
+            f"{url!r} is no repository address: give URL=https://github.com/OWNER/NAME "
+            "(Colab opens notebooks from GitHub only)"
+        )
+    settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    present = settings["repository"]["url"].removeprefix("https://github.com/")
+    # every use has a slash before the owner, and no longer name after the repository's
+    pattern = re.compile(rf"(?<=/){re.escape(present)}(?![A-Za-z0-9_-])")
+    changed = []
+    for path in sorted({p for glob in FILES for p in root.glob(glob)}):
+        old = path.read_text(encoding="utf-8")
+        new = pattern.sub(match[1], old)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+if __name__ == "__main__":
+    try:
+        files = set_repository(sys.argv[1] if len(sys.argv) == 2 else "")
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"The address now stands in {len(files)} files; `git diff` shows them.")
