@@ -121,7 +121,7 @@ PAPER = Preset(
 # Two CPU cores, from random weights: ResNet-18 cut after layer2 (stride 8), a narrow FPN, N = 32.
 QUICK = Preset(
     name="quick",
-    phantoms=PhantomConfig(128, 5, (120, 10, 64), (40, 10, 24)),
+    phantoms=PhantomConfig(128, 5, (150, 10, 64), (200, 20, 24)),
     detector=DetectorConfig(
         backbone="resnet18",
         cut=2,
@@ -139,11 +139,11 @@ QUICK = Preset(
         light_mask_head=True,
     ),
     segmenter=TrainingConfig(
-        epochs=3, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
+        epochs=5, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
     ),
     classifier=ClassifierConfig(n_boxes=32, hidden=256),
     classifier_training=TrainingConfig(
-        epochs=30, batch_size=32, lr=1e-3, weight_decay=1e-3, cosine=True
+        epochs=20, batch_size=32, lr=1e-3, weight_decay=1e-2, cosine=True
     ),
     min_area=7,
 )
@@ -151,7 +151,7 @@ QUICK = Preset(
 # One small GPU: the author's light model (ResNet-18 cut 1, N = 128, S 512) at 256 pixels.
 COLAB = Preset(
     name="colab",
-    phantoms=PhantomConfig(256, 5, (200, 20, 60), (100, 20, 40)),
+    phantoms=PhantomConfig(256, 5, (200, 20, 60), (200, 20, 40)),
     detector=replace(
         QUICK.detector,
         backbone="resnet18",

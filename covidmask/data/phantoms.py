@@ -233,7 +233,7 @@ def _free(lesion: Lesion, others: list[Lesion], gap: float = 0.012) -> bool:
 
 def _covid(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
     lesions: list[Lesion] = []
-    burden = rng.choice([3, 9, 16, 24], p=[0.1, 0.25, 0.35, 0.3])
+    burden = rng.choice([8, 20, 30, 40], p=[0.1, 0.2, 0.35, 0.35])
     for number in range(5 * burden):
         if len(lesions) >= burden:
             break
@@ -256,7 +256,7 @@ def _covid(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
 
 def _pneumonia(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
     lesions: list[Lesion] = []
-    foci = rng.choice([1, 2, 3, 5], p=[0.35, 0.35, 0.15, 0.15])
+    foci = rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])
     first_side = rng.choice([-1, 1])
     one_sided = rng.random() < 0.7
     for _ in range(5 * foci):
@@ -268,12 +268,12 @@ def _pneumonia(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
         turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
         depth = rng.uniform(0.1, 0.6) if central else rng.uniform(0.6, 0.95)
         centre = _place(patient, side, turn, depth, position)
-        radius = np.clip(rng.lognormal(-2.4, 0.35), 0.045, 0.15)
+        radius = np.clip(rng.lognormal(-2.3, 0.3), 0.05, 0.16)
         if rng.random() < 0.15:
             new = [_lesion(rng, GGO, centre, radius)]
         else:
             new = [_lesion(rng, CONSOLIDATION, centre, radius)]
-            if rng.random() < 0.7:  # a rim of GGO around it
+            if rng.random() < 0.5:  # a rim of GGO around it
                 rim = rng.uniform(1.25, 1.6)
                 radii = tuple(rim * r for r in new[0].radii)
                 new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))

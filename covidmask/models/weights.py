@@ -59,7 +59,7 @@ def load_segmenter(path: str | Path, device: str | torch.device = "cpu") -> Gene
             than its configuration asks for.
     """
     header, state = _read(path, "segmenter")
-    model = lesion_mask_rcnn(_detector_config(header["detector"]))
+    model = lesion_mask_rcnn(_config(DetectorConfig, header["detector"], path))
     load_state(model, state, path)
     return model.to(device).eval()
 
@@ -67,8 +67,8 @@ def load_segmenter(path: str | Path, device: str | torch.device = "cpu") -> Gene
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> CovidCTMaskNet:
     """Read a classifier that `save_model` wrote; eval mode. Raises as `load_segmenter`."""
     header, state = _read(path, "classifier")
-    detector = lesion_mask_rcnn(_detector_config(header["detector"]), masks=False)
-    model = CovidCTMaskNet(detector, ClassifierConfig(**header["classifier"]))
+    detector = lesion_mask_rcnn(_config(DetectorConfig, header["detector"], path), masks=False)
+    model = CovidCTMaskNet(detector, _config(ClassifierConfig, header["classifier"], path))
     load_state(model, state, path)
     return model.to(device).eval()
 
@@ -126,21 +126,26 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path}: a .safetensors file of another program; use one that covidmask wrote"
         ) from error
-    if kind and header["kind"] != kind:
-        raise CheckpointError(f"{path}: holds a {header['kind']}; give a {kind} file here")
+    if kind and header.get("kind") != kind:
+        raise CheckpointError(f"{path}: holds a {header.get('kind')}; give a {kind} file here")
     return header, state
 
 
-def _detector_config(values: dict[str, Any]) -> DetectorConfig:
-    """JSON has lists where the configuration has tuples."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return DetectorConfig(**values)
+def _config(kind: type, values: dict[str, Any], path: str | Path) -> Any:
+    """A configuration from JSON, which has lists where the dataclass has tuples."""
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its configuration is not one of this version ({error}); "
+            "train it again, or install the version that wrote it"
+        ) from error
 
 
 # ---- the author's files ---------------------------------------------------------------------

@@ -13,10 +13,16 @@ from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
-from covidmask.config import TrainingConfig
-from covidmask.metrics.detection import CocoAP
+from covidmask.config import LESION_CLASSES, TrainingConfig
+from covidmask.metrics.detection import (
+    IOU_THRESHOLDS,
+    CocoAP,
+    author_image_ap,
+    dice,
+    semantic_mask,
+)
 from covidmask.models.ranked_boxes import same_size_groups
-from covidmask.training.loop import fit, make_fabric, plain, share, to_device
+from covidmask.training.loop import fit, gather, make_fabric, plain, share, to_device
 
 
 def train_segmenter(
@@ -100,17 +106,43 @@ def evaluate_segmenter(
     *,
     fabric: Fabric | None = None,
     batch_size: int = 8,
+    score: float = 0.75,
     progress: bool = True,
 ) -> dict[str, float]:
-    """COCO average precision of boxes and masks; one detector pass for all thresholds.
+    """Judge a segmenter; one detector pass for all thresholds, each slice once.
+
+    Args:
+        score: the released code's AP and Dice take detections that score above it (0.75 in the
+            paper); COCO's AP takes all.
 
     Returns:
-        The values of `CocoAP.compute` and `slices`, how many were judged.
+        Values in 0..1: those of `CocoAP.compute`, with one AP50 a class; `author_ap` (mean over
+        thresholds), `author_ap50` and `author_ap75` by the rule of the released code;
+        `dice_<class>`, the mean over slices with that class in the truth or the detections (NaN
+        where there is none). And `slices`, how many were judged.
     """
     fabric = fabric or make_fabric()
-    metric = CocoAP()
+    classes = LESION_CLASSES[model.config.lesions]
+    coco, rows = CocoAP(classes), []
     for _, prediction, target in predict_lesions(
         model, dataset, fabric=fabric, batch_size=batch_size, progress=progress
     ):
-        metric.update([prediction], [target])
-    return {**metric.compute(), "slices": len(dataset)}
+        coco.update([prediction], [target])
+        kept = prediction["scores"] > score
+        author = author_image_ap({key: v[kept] for key, v in prediction.items()}, target)
+        found = semantic_mask(prediction, score)
+        truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
+        rows.append([*author, *(dice(found == c + 2, truth == c + 2) for c in range(len(classes)))])
+    width = len(IOU_THRESHOLDS) + len(classes)
+    part = torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
+    table = gather(part, len(dataset), fabric)  # [M, thresholds + classes]
+    author = table[:, : len(IOU_THRESHOLDS)].mean(0)
+    overlap = table[:, len(IOU_THRESHOLDS) :].nanmean(0)
+    return {
+        **coco.compute(),
+        "author_ap": float(author.mean()),
+        "author_ap50": float(author[IOU_THRESHOLDS.index(0.5)]),
+        "author_ap75": float(author[IOU_THRESHOLDS.index(0.75)]),
+        **{f"dice_{name}": float(v) for name, v in zip(classes, overlap, strict=True)},
+        "slices": len(dataset),
+    }

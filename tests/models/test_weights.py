@@ -216,3 +216,10 @@ def test_wrong_kind_truncated_and_foreign_safetensors(segmenter, classifier, tmp
         weights.load_segmenter(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="none.safetensors"):
         weights.load_segmenter(tmp_path / "none.safetensors")
+
+
+def test_configuration_of_another_version(segmenter, tmp_path, monkeypatch):
+    path = weights.save_model(segmenter, tmp_path / "s.safetensors")
+    monkeypatch.setattr(weights, "DetectorConfig", ClassifierConfig)  # knows none of the fields
+    with pytest.raises(CheckpointError, match="s.safetensors.*not one of this version"):
+        weights.load_segmenter(path)

@@ -1,0 +1,515 @@
+"""Every command, in-process, on phantoms of 64 pixels and a tiny model."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from covidmask import config
+from covidmask.cli import main
+from covidmask.config import PhantomConfig
+from covidmask.data.folders import lesion_splits, open_lesions, slice_splits
+from covidmask.errors import DataError
+from covidmask.models.weights import load_classifier, load_segmenter, read_card
+from covidmask.training import loop
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS / "models")]
+from conftest import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training  # noqa: E402
+from test_weights import author_file  # noqa: E402
+
+TINY = replace(
+    config.PRESETS["quick"],
+    phantoms=PhantomConfig(64, 2, (4, 2, 3), (2, 1, 2)),
+    detector=TINY_DETECTOR,
+    segmenter=tiny_training(epochs=1),
+    classifier=TINY_CLASSIFIER,
+    classifier_training=tiny_training(epochs=2),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def root(tmp_path_factory):
+    """$COVIDMASK_DATA, with the tiny preset's phantoms and weights in it."""
+    root = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config.PRESETS, "quick", TINY)
+        patch.setenv("COVIDMASK_DATA", str(root))
+        assert main(["phantoms"]) == 0
+        assert main(["train", "segmenter"]) == 0
+        assert main(["train", "classifier"]) == 0
+        yield root
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command that must succeed; give back the lines that it printed."""
+
+    def run(*argv) -> list[str]:
+        capsys.readouterr()
+        status = main([str(word) for word in argv])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        assert "Traceback" not in err
+        return out.strip().splitlines()
+
+    return run
+
+
+def weights(root, kind):
+    return root / "weights" / f"{kind}-quick.safetensors"
+
+
+# ---- help -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("", "phantoms stats train evaluate predict check convert"),
+        ("phantoms", "--preset {quick,colab,paper} --out DIR --seed $COVIDMASK_DATA"),
+        ("stats", "--data --json"),
+        ("train", "segmenter classifier"),
+        ("train segmenter", "--preset --data --out --checkpoint --epochs --weights-backbone"),
+        ("train classifier", "--segmenter {heads,heads_bn,full} --no-validation --log-dir"),
+        ("evaluate", "segmenter classifier"),
+        ("evaluate segmenter", "--weights --split --json --score"),
+        ("evaluate classifier", "--weights --split --json"),
+        ("predict", "IMAGE --segmenter --classifier --out --score DICOM"),
+        ("check", "[FAIL]"),
+        ("convert", "AUTHOR.pth OUT.safetensors"),
+    ],
+)
+def test_help(command, words, run):
+    text = "\n".join(run(*command.split(), "--help"))
+    missing = [word for word in words.split() if word not in text]
+    assert not missing, text
+    assert "None" not in text  # every default is said in words
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["train"], ["stats", "--depth", "3"], ["convert"]])
+def test_usage_error(argv, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and err and "Traceback" not in err
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys; from covidmask.cli import main; main(['--help']); print(sorted(sys.modules))"
+    )
+    text = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=TESTS.parent
+    ).stdout
+    assert "usage: covidmask" in text
+    loaded = text.splitlines()[-1]
+    assert not [m for m in ("torch", "numpy", "matplotlib", "scipy") if f"'{m}'" in loaded]
+
+
+def test_module_runs_as_a_program():
+    command = [sys.executable, "-m", "covidmask", "train", "classifier", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0 and "usage: covidmask train classifier" in done.stdout
+
+
+# ---- data -----------------------------------------------------------------------------------
+
+
+def test_phantoms_are_made_once(run, root, tmp_path):
+    folder = root / "phantoms-quick"
+    lines = run("phantoms")
+    assert lines[-1].startswith("Phantoms were already there: 18 slices with masks, 30 of three")
+    assert lines[-1].endswith(str(folder))
+    lines = run("phantoms", "--out", tmp_path / "other", "--seed", 5, "--workers", 1)
+    assert lines[-1].startswith("Phantoms written:")
+    first, other = (sorted((f / "slices").glob("*.png")) for f in (folder, tmp_path / "other"))
+    assert len(first) == len(other) == 30
+    assert first[0].read_bytes() != other[0].read_bytes()
+
+
+def test_stats(run, root, tmp_path):
+    lines = run("stats", "--json", tmp_path / "s.json")
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert lines[-1].startswith("Statistics of 48 slices in ") and "s.json" in lines[-1]
+    assert [found["lesions"][s]["slices"] for s in ("train", "val", "test")] == [8, 4, 6]
+    assert found["slices"]["train"]["classes"]["COVID-19"] == {"slices": 4, "patients": 2}
+    train = found["lesions"]["train"]["classes"]
+    assert 0 <= train["GGO"]["share_of_regions_below_0.02_of_the_image"] <= 1
+    dataset = open_lesions(root / "phantoms-quick", "train")
+    regions = sum(int((dataset[i][1]["labels"] == 2).sum()) for i in range(len(dataset)))
+    assert train["C"]["regions"] == regions
+
+
+def semiseg(root, count=4):
+    """COVID-SemiSeg's training folder with a few drawn slices."""
+    folder = root / "TrainingSet" / "MultiClassInfection-Train"
+    for part in ("Imgs", "GT"):
+        (folder / part).mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "Imgs" / f"{i}.jpg")
+        mask = np.zeros((64, 64), dtype=np.uint8)
+        mask[10:30, 20:50], mask[40:50, 40:50] = 1, 2
+        Image.fromarray(mask).save(folder / "GT" / f"{i}.png")
+    return root
+
+
+def test_layouts_are_told_apart_by_what_they_hold(run, root, tmp_path):
+    phantoms = root / "phantoms-quick"
+    assert lesion_splits(phantoms) == slice_splits(phantoms) == ["train", "val", "test"]
+    assert slice_splits(phantoms / "lesions") == [] == lesion_splits(phantoms / "slices")
+    assert run("stats", "--data", phantoms / "lesions")[-1].startswith("Statistics of 18 slices")
+    assert run("stats", "--data", phantoms / "slices")[-1].startswith("Statistics of 30 slices")
+    semiseg(tmp_path)
+    assert lesion_splits(tmp_path) == ["train"]
+    lines = run("stats", "--data", tmp_path)
+    assert "4 regions in 4 slices" in lines[1] and lines[-1].startswith("Statistics of 4 slices")
+    with pytest.raises(DataError, match="no split 'val'; choose train"):
+        open_lesions(tmp_path, "val")
+
+
+def test_slices_without_lists(run, tmp_path):
+    for part in ("image", "mask"):
+        (tmp_path / part / "7").mkdir(parents=True)
+        Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(tmp_path / part / "7" / "1.png")
+    lines = run("stats", "--data", tmp_path, "--json", tmp_path / "s.json")
+    assert lines[0] == "lesions, all: 1 slices of 1 patients" and "n/a" in lines[1]
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["lesions"]["all"]["classes"]["GGO"]["mean_area_fraction"] is None
+
+
+# ---- training -------------------------------------------------------------------------------
+
+
+def test_segmenter_file_and_card(root):
+    path = weights(root, "segmenter")
+    assert load_segmenter(path).config == TINY_DETECTOR
+    card = read_card(path)
+    assert card["command"] == "covidmask train segmenter" and card["seed"] == 0
+    assert (card["preset"], card["data"], card["split"]) == ("quick", "phantoms-quick", "train")
+    assert card["steps"] == 2 and card["last_epoch"]["loss"] > 0 and card["min_area"] == 7
+    assert card["torch"] == torch.__version__ and re.match(r"\d{4}-\d\d-\d\dT", card["date"])
+    assert str(root) not in json.dumps(card)  # no path of the machine
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "classifier-quick.safetensors",
+        "segmenter-quick.safetensors",
+    ]
+
+
+def test_overrides_and_other_data(run, tmp_path):
+    data, out = semiseg(tmp_path / "real"), tmp_path / "new" / "s.safetensors"
+    lines = run(
+        *("train", "segmenter", "--data", data, "--out", out, "--epochs", 2, "--batch-size", 2),
+        *("--lr", 1e-4, "--seed", 3, "--device", "cpu", "--workers", 1),
+    )
+    assert lines[-1].startswith("Segmenter trained on 4 slices: epochs 2, steps 4, mean loss")
+    assert lines[-1].endswith(f"weights in {out}")
+    card = read_card(out)
+    assert card["training"]["lr"] == 1e-4 and card["training"]["batch_size"] == 2
+    assert card["seed"] == 3 and card["data"] == "real"
+
+
+def test_log_dir(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run("train", "segmenter", "--out", tmp_path / "s.safetensors", "--log-dir", tmp_path / "logs")
+    assert list((tmp_path / "logs").rglob("events*"))
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "classifier"])
+def test_interrupted_training_goes_on(kind, run, tmp_path, capsys):
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    options = ["train", kind, "--epochs", 3]
+    run(*options, "--out", whole)
+    save = loop.save_checkpoint
+
+    def interrupted(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+
+    with patch.object(loop, "save_checkpoint", interrupted):
+        assert main([*map(str, options), "--out", str(broken)]) == 130
+    assert capsys.readouterr().err.endswith("covidmask: interrupted\n")
+    assert broken.with_suffix(".ckpt").exists() and not broken.exists()
+    assert run(*options, "--out", broken)[0] == f"Going on from {broken.with_suffix('.ckpt')}"
+    load = load_segmenter if kind == "segmenter" else load_classifier
+    one, two = (load(path).state_dict() for path in (whole, broken))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [broken.name, whole.name]
+
+
+@pytest.mark.parametrize("regime", ["heads", "heads_bn", "full"])
+def test_regimes(regime, run, root, tmp_path):
+    out = tmp_path / "c.safetensors"
+    lines = run(
+        *("train", "classifier", "--regime", regime, "--no-validation", "--out", out),
+        *("--segmenter", weights(root, "segmenter"), "--checkpoint", tmp_path / "run.ckpt"),
+    )
+    assert lines[-1].startswith(f"Classifier ({regime}) trained on 12 slices: epochs 2, steps 6")
+    assert "val" not in lines[-1] and lines[-1].endswith(f"weights in {out}")
+    assert read_card(out)["regime"] == regime and read_card(out)["validation_accuracy"] is None
+    detector = load_classifier(out).detector.state_dict()
+    before = load_segmenter(weights(root, "segmenter")).state_dict()
+    same = all(torch.equal(tensor, before[name]) for name, tensor in detector.items())
+    assert same == (regime == "heads")
+
+
+def test_validation_keeps_the_best_epoch(run, root, tmp_path):
+    lines = run("train", "classifier", "--out", tmp_path / "c.safetensors")
+    accuracy = read_card(tmp_path / "c.safetensors")["validation_accuracy"]
+    assert f"best accuracy on val {accuracy:.3f} (kept)" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--epochs 0", "--epochs 0: must be at least 1"),
+        ("--batch-size -1", "--batch-size -1: must be at least 1"),
+        ("--lr nan", "--lr nan: must be above 0"),
+        ("--seed -1", "--seed -1: must be at least 0 and below"),
+        ("--batch-size 500", "8 slices: less than one batch of 500"),
+        ("--weights-backbone NONE", "--weights-backbone NONE"),
+        ("--device mps", "--device mps: there is none"),
+        ("--out weights.pt", "weights.pt: weights are written to a file"),
+    ],
+)
+def test_settings_that_cannot_be(options, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    out = [] if "--out" in options else ["--out", str(tmp_path / "s.safetensors")]
+    assert main(["train", "segmenter", *options.split(), *out]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("covidmask: error: ") and err.count("\n") == 1 and words in err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- evaluation -----------------------------------------------------------------------------
+
+
+def test_evaluate_segmenter(run, root, tmp_path):
+    lines = run("evaluate", "segmenter", "--json", tmp_path / "e.json", "--score", 0.01)
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["slices"] == 6 and found["patients"] == 3 and found["min_area"] == 7
+    for name in ("mask_ap", "box_ap75", "mask_ap50_GGO", "author_ap", "author_ap50", "dice_C"):
+        assert 0 <= found[name] <= 1
+    text = "\n".join(lines)
+    assert "COCO AP, mask" in text and "Released code's own AP" in text and "mean Dice" in text
+    assert f"{weights(root, 'segmenter')} judged on 6 slices of 3 patients" in lines[-1]
+
+
+def test_evaluate_classifier(run, root, tmp_path):
+    lines = run("evaluate", "classifier", "--json", tmp_path / "e.json", "--split", "test")
+    found = json.loads((tmp_path / "e.json").read_text())
+    confusion = np.array(found["confusion"])
+    assert confusion.shape == (3, 3) and confusion.sum(1).tolist() == found["support"] == [4, 4, 4]
+    assert found["accuracy"] == pytest.approx(confusion.trace() / 12)
+    low, high = found["wilson"]["accuracy"]
+    assert low <= found["accuracy"] <= high
+    text = "\n".join(lines)
+    assert "A slice is not a patient: 12 slices come from 6 patients" in text
+    assert "Confusion matrix" in text and "sensitivity (95 %)" in text
+    assert lines[-1].endswith(f"accuracy {found['accuracy']:.3f}; numbers in {tmp_path / 'e.json'}")
+
+
+# ---- use ------------------------------------------------------------------------------------
+
+
+def write_dicom(path, name="Secret^Person"):
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    dicom = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    dicom.PatientName = name
+    dicom.Rows = dicom.Columns = 64
+    dicom.SamplesPerPixel, dicom.PhotometricInterpretation = 1, "MONOCHROME2"
+    dicom.BitsAllocated = dicom.BitsStored = 16
+    dicom.HighBit, dicom.PixelRepresentation = 15, 1
+    dicom.RescaleSlope, dicom.RescaleIntercept = 1, 0
+    pixels = np.random.default_rng(0).integers(-1000, 200, (64, 64)).astype(np.int16)
+    dicom.PixelData = pixels.tobytes()
+    dicom.save_as(path, enforce_file_format=True)
+
+
+def predict(run, root, out, *images):
+    files = [weights(root, kind) for kind in ("segmenter", "classifier")]
+    lines = run(
+        *("predict", *images, "--segmenter", files[0], "--classifier", files[1]),
+        *("--out", out, "--score", 0.01),
+    )
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        return lines, list(csv.DictReader(file))
+
+
+def test_predict_reads_what_scanners_and_editors_write(run, root, tmp_path):
+    pytest.importorskip("pydicom")
+    source = next((root / "phantoms-quick" / "slices").glob("NCP*.png"))
+    grey = np.asarray(Image.open(source))
+    (tmp_path / "a").mkdir()
+    images = [tmp_path / name for name in ("one.png", "a/one.png", "A.PNG", "b.jpg", "c.dcm")]
+    for path in (images[0], images[3]):
+        Image.fromarray(grey).save(path)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(images[1])  # the same in 16 bits
+    Image.fromarray(np.stack([grey] * 3, -1)).save(images[2], format="PNG")
+    write_dicom(images[4])
+    out = tmp_path / "out"
+    lines, rows = predict(run, root, out, *images)
+    assert "research and teaching only" in lines[0] and "need not sum to 1" in lines[-2]
+    assert lines[-1].startswith("5 slices done") and lines[-1].endswith("predictions.csv")
+    names = ["one_lesions.png", "one_2_lesions.png", "A_lesions.png", "b_lesions.png"]
+    assert [row["picture"] for row in rows] == [*names, "c_lesions.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [*names, "c_lesions.png", "predictions.csv"]
+    )
+    columns = ("Control", "Common pneumonia", "COVID-19")
+    values = np.array([[float(row[c]) for c in columns] for row in rows])
+    assert ((values > 0) & (values < 1)).all()
+    assert np.allclose(values[0], values[1], atol=1e-5)  # 8 and 16 bits of one slice
+    for row, each in zip(rows, values, strict=True):
+        assert row["likeliest"] == columns[each.argmax()] and int(row["lesions"]) >= 0
+        with Image.open(out / row["picture"]) as picture:
+            assert picture.mode == "RGB" and picture.size == (64, 64)
+    written = b"".join(path.read_bytes() for path in out.iterdir())
+    assert b"Secret" not in written and "Secret" not in "\n".join(lines)
+
+
+def test_predict_nifti_keeps_its_stem(run, root, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    volume = np.full((64, 64, 3), -800, dtype=np.int16)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "ct.nii.gz")
+    _, rows = predict(run, root, tmp_path / "out", tmp_path / "ct.nii.gz")
+    assert rows[0]["picture"] == "ct_lesions.png"
+
+
+def test_predict_real_dicom(run, root, tmp_path):
+    if "COVIDMASK_REAL" not in os.environ:
+        pytest.skip("COVIDMASK_REAL, the folder of real slices, is not set")
+    folder = Path(os.environ["COVIDMASK_REAL"]) / "dicom"
+    images = sorted(path for path in folder.rglob("*") if path.suffix in (".dcm", ".dicom"))
+    assert len(images) == 2
+    _, rows = predict(run, root, tmp_path / "out", *images)
+    assert len(rows) == 2
+    assert all((tmp_path / "out" / row["picture"]).stat().st_size > 1000 for row in rows)
+
+
+@pytest.mark.parametrize("what", ["segmenter", "classifier"])
+def test_convert(what, run, root, tmp_path):
+    load = load_segmenter if what == "segmenter" else load_classifier
+    model = load(weights(root, what))
+    detector = TINY_DETECTOR
+    source = author_file(tmp_path / "a.pth", model, detector.anchor_sizes, detector.anchor_ratios)
+    lines = run("convert", source, tmp_path / "o.safetensors")
+    text = "\n".join(lines)
+    assert "Backbone resnet18, cut 2" in text and "Lesion classes 2 (GGO, C)" in text
+    assert "Anchor sizes 2, 4, 8, 16, 32 pixels, ratios 0.1, 0.25, 0.5, 1, 1.5, 2" in text
+    assert ("N 16 ranked boxes, S 32 wide" in text) == (what == "classifier")
+    assert lines[-1].endswith(f"converted; weights in {tmp_path / 'o.safetensors'}")
+    converted = load(tmp_path / "o.safetensors").state_dict()
+    assert all(torch.equal(t, converted[name]) for name, t in model.state_dict().items())
+
+
+# ---- check ----------------------------------------------------------------------------------
+
+
+class FakeInstallation:
+    """What `importlib.metadata` says of covidmask, whether or not it is installed here."""
+
+    def __init__(self, requires, python=">=3.10"):
+        self.requires = lambda name: requires
+        self.metadata = lambda name: {"Requires-Python": python, "Version": "9.9"}
+
+    version = staticmethod(metadata.version)
+    PackageNotFoundError = metadata.PackageNotFoundError
+
+
+def test_check(run, root):
+    fake = FakeInstallation(
+        ["torch>=2.2", "tyro>=0.9", 'absent-one>=1; extra == "medical"', 'x; extra == "book"']
+    )
+    with patch("covidmask.check.metadata", fake):
+        lines = run("check")
+    assert all(re.match(r"\[(OK|--)\] ", line) for line in lines[:-1])
+    text = "\n".join(lines)
+    for part in ("Python 3.", "covidmask 9.9", f"torch {metadata.version('torch')}, needs >=2.2"):
+        assert part in text
+    assert "[--] absent-one: absent, for DICOM and NIfTI files" in text
+    assert "torch and torchvision fit together" in text and "device c" in text
+    assert f"data folder {root} can be written" in text and lines[-1] == "All is well"
+
+
+def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path / "not" / "yet"))
+    fake = FakeInstallation(["torch>=99", "absent-one>=1"], python=">=4")
+    monkeypatch.setattr("covidmask.check.metadata", fake)
+    monkeypatch.setattr("torchvision.ops.nms", lambda *_: torch.tensor([0, 1]))
+    assert main(["check"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith("[FAIL]")]
+    assert len(failed) == 4 and lines[-1] == f"4 of {len(lines) - 1} checks failed"
+    text = "\n".join(failed)
+    for part in ("needs >=4", "needs >=99", "absent-one: absent", "torchvision do not fit"):
+        assert part in text
+    assert not list(tmp_path.iterdir())  # looking changes nothing
+
+
+def test_check_without_installation(capsys, monkeypatch):
+    fake = FakeInstallation([])
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    fake.metadata = missing
+    monkeypatch.setattr("covidmask.check.metadata", fake)
+    assert main(["check"]) == 2
+    assert "[FAIL] covidmask is not installed" in capsys.readouterr().out
+
+
+# ---- several processes ----------------------------------------------------------------------
+
+
+def test_only_the_first_process_prints_and_writes(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["phantoms", "--out", str(tmp_path / "p")]) == 0
+    assert main(["evaluate", "segmenter", "--json", str(tmp_path / "e.json")]) == 0
+    assert main(["train", "classifier", "--out", str(tmp_path / "c.safetensors")]) == 0
+    assert capsys.readouterr().out == ""
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".ckpt"]
+
+
+@pytest.mark.slow
+def test_two_processes(root, tmp_path):
+    code = (
+        "import sys; sys.path[:0] = ['tests', '.']; from unittest.mock import patch\n"
+        "from covidmask import config, cli; import test_cli\n"
+        "config.PRESETS['quick'] = test_cli.TINY\n"
+        "raise SystemExit(cli.main(sys.argv[1:]))"
+    )
+    (tmp_path / "program.py").write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    program = [*torchrun, "--master_port=0", str(tmp_path / "program.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COVIDMASK_DATA": str(root)}
+    out = tmp_path / "out" / "s.safetensors"
+    for argv in (
+        ["train", "segmenter", "--out", str(out), "--device", "cpu"],
+        ["evaluate", "segmenter", "--weights", str(out), "--device", "cpu"],
+    ):
+        done = subprocess.run(
+            [*program, *argv], env=environment, capture_output=True, text=True, cwd=TESTS.parent
+        )
+        assert done.returncode == 0, done.stderr
+        last = [line for line in done.stdout.splitlines() if line.startswith("Segmenter")]
+        assert len(last) == 1
+    assert "judged on 6 slices of 3 patients" in last[0]
+    assert [p.name for p in out.parent.iterdir()] == ["s.safetensors"]
