@@ -47,7 +47,7 @@ def check_writable(folder: str | Path) -> Path:
     Raises:
         OutputError: as `atomic_path`.
     """
-    probe = Path(folder) / "write_check"
+    probe = Path(folder) / f".write_check.{os.getpid()}"  # a name that no other process uses
     with atomic_path(probe) as temporary:
         temporary.write_bytes(b"covidmask")
     probe.unlink()

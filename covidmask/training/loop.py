@@ -145,52 +145,54 @@ def fit(
         pin_memory=fabric.device.type == "cuda",
         persistent_workers=False,
     )
-    bar = tqdm(total=total, initial=start, desc=title, disable=not (progress and rank == 0))
-    for step, items in enumerate(loader, start):
-        torch.manual_seed(step_seed(seed, step, rank))
-        lr = learning_rate(training, step, total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        named = losses(wrapped, [to_device(item, fabric.device) for item in items])
-        loss = sum(named.values())
-        report = torch.stack([loss, *named.values()]).detach()
-        if world > 1:
-            report = fabric.all_reduce(report, reduce_op="mean")
-        values = dict(zip(["loss", *named], report.tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            batch = [names[i] for i in order[step - start]]
-            raise TrainingError(
-                f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}; "
-                "look at these slices, or lower the learning rate"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        fabric.backward(loss)
-        optimizer.step()
-        epoch = step // steps_per_epoch
-        history.append({"step": step, "epoch": epoch, "lr": lr, **values})
-        bar.update()
-        bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-        if (step + 1) % steps_per_epoch == 0:
-            _share_buffers(model, world)
-            if after_epoch is not None:
-                history[-1].update(after_epoch(epoch))
-            if best is not None and history[-1].get(best, -math.inf) > best_value:
-                best_value = history[-1][best]
-                best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            if checkpoint is not None and rank == 0:
-                save_checkpoint(
-                    checkpoint,
-                    {
-                        "run": run,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "history": history,
-                        "best_value": best_value,
-                        "best_weights": best_weights,
-                    },
+    hidden = not (progress and rank == 0)
+    with tqdm(total=total, initial=start, desc=title, disable=hidden) as bar:
+        for step, items in enumerate(loader, start):
+            torch.manual_seed(step_seed(seed, step, rank))
+            lr = learning_rate(training, step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            named = losses(wrapped, [to_device(item, fabric.device) for item in items])
+            loss = sum(named.values())
+            report = torch.stack([loss, *named.values()]).detach()
+            if world > 1:
+                report = fabric.all_reduce(report, reduce_op="mean")
+            values = dict(zip(["loss", *named], report.tolist(), strict=True))
+            if not math.isfinite(values["loss"]):
+                batch = [names[i] for i in order[step - start]]
+                raise TrainingError(
+                    f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}; "
+                    "look at these slices, or lower the learning rate"
                 )
-        fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
-    bar.close()
+            optimizer.zero_grad(set_to_none=True)
+            fabric.backward(loss)
+            optimizer.step()
+            epoch = step // steps_per_epoch
+            history.append({"step": step, "epoch": epoch, "lr": lr, **values})
+            bar.update()
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            if (step + 1) % steps_per_epoch == 0:
+                _share_buffers(model, world)
+                if after_epoch is not None:
+                    history[-1].update(after_epoch(epoch))
+                if best is not None and history[-1].get(best, -math.inf) > best_value:
+                    best_value = history[-1][best]
+                    best_weights = {
+                        k: v.detach().cpu().clone() for k, v in model.state_dict().items()
+                    }
+                if checkpoint is not None and rank == 0:
+                    save_checkpoint(
+                        checkpoint,
+                        {
+                            "run": run,
+                            "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "history": history,
+                            "best_value": best_value,
+                            "best_weights": best_weights,
+                        },
+                    )
+            fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
     if best_weights is not None:
         model.load_state_dict(best_weights)
     model.eval()

@@ -1,14 +1,11 @@
 """Files of weights: our own, and the author's, which must be read without running anything."""
 
-import os
-import sys
-import types
 import zipfile
 from dataclasses import asdict
 
 import pytest
 import torch
-from torch import nn
+from author_files import ANCHORS, Payload, author_file, author_names
 
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.errors import CheckpointError
@@ -19,55 +16,7 @@ from covidmask.models.segmentation import lesion_mask_rcnn
 SMALL = DetectorConfig(
     backbone="resnet18", cut=2, image_size=64, rpn_test_proposals=60, light_mask_head=True
 )
-ANCHORS = ((4.0, 8.0), (0.5, 1.0, 2.0))
 IMAGES = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-
-
-def author_names(state):
-    """Our names -> those of the released files."""
-    pairs = [
-        ("detector.", ""), ("rpn.head.conv.0.0", "rpn.head.conv"),
-        ("inner_blocks.0.0", "inner_blocks.0"), ("layer_blocks.0.0", "layer_blocks.0"),
-        ("mask_head.0.0", "mask_head.mask_fcn1"),
-    ]  # fmt: skip
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.replace("s.fc", "s2new.fc") if name.startswith("s.fc") else name
-        for new, old in pairs:
-            name = name.replace(new, old)
-        renamed[name] = tensor.clone()
-    return renamed
-
-
-def author_file(path, model, sizes=ANCHORS[0], ratios=ANCHORS[1], module="models.mask_net.rpn"):
-    """Write `model` as torch 1.1 did: a pre-zip pickle with the author's anchor class inside."""
-    foreign = types.ModuleType(module)
-
-    class AnchorGenerator(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.sizes, self.aspect_ratios = (sizes,) * 5, (ratios,) * 5
-            self.cell_anchors, self._cache = [torch.zeros(3, 4)], {}
-
-    AnchorGenerator.__module__, AnchorGenerator.__qualname__ = module, "AnchorGenerator"
-    foreign.AnchorGenerator = AnchorGenerator
-    parents = [".".join(module.split(".")[: i + 1]) for i in range(module.count("."))]
-    added = {name: types.ModuleType(name) for name in parents} | {module: foreign}
-    sys.modules.update(added)
-    try:
-        content = {
-            "epoch": "50",
-            "model_weights": author_names(model.state_dict()),
-            "optimizer_state": {"state": {}, "param_groups": []},
-            "lrate": 1e-5,
-            "anchor_generator": AnchorGenerator(),
-            "model_name": "maskrcnn",
-        }
-        torch.save(content, path, _use_new_zipfile_serialization=False)
-    finally:
-        for name in added:
-            del sys.modules[name]
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +88,6 @@ def test_plain_anchors_in_a_newer_file(segmenter, tmp_path):
     torch.save(content, tmp_path / "plain.pth")
     loaded = weights.load_author_checkpoint(tmp_path / "plain.pth")
     assert same_weights(segmenter, loaded)
-
-
-class Payload:
-    """What a malicious file would do."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return (os.system, (f"touch {self.marker}",))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -2,20 +2,17 @@
 
 import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY_DETECTOR, tiny_training
 from torch.utils.data import Subset
 
 from covidmask.data.semiseg import SemiSeg
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.training.segmentation import train_segmenter
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TINY_DETECTOR, tiny_training  # noqa: E402
 
 REAL = os.environ.get("COVIDMASK_REAL")
 

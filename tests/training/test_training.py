@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
 from covidmask.errors import CheckpointError, DataError, OutputError, TrainingError
 from covidmask.models.classifier import covid_ct_mask_net
@@ -23,10 +24,6 @@ from covidmask.training.classification import (
     train_classifier,
 )
 from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from conftest import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training  # noqa: E402
 
 WORKER = Path(__file__).with_name("train_worker.py")
 

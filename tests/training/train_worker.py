@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TINY_CLASSIFIER, TINY_DETECTOR, TinyLesions, TinySlices, tiny_training
+from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinyLesions, TinySlices, tiny_training
 
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.training import loop
 from covidmask.training.classification import evaluate_classifier, train_classifier
-from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
+from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter
 
 
 def main(kind: str, folder: Path, announce: bool) -> None:
@@ -46,6 +46,8 @@ def main(kind: str, folder: Path, announce: bool) -> None:
         loop._share_buffers = spy
         history = train_segmenter(model, data, training, **options)
         result = evaluate_segmenter(model, data, fabric=fabric, progress=False)
+        seen = predict_lesions(model, data, fabric=fabric, batch_size=3, progress=False)
+        result["judged_here"] = [index for index, _, _ in seen]
     else:
         data = TinySlices()
         model = covid_ct_mask_net(model, TINY_CLASSIFIER)

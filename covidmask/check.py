@@ -1,0 +1,105 @@
+"""`covidmask check`: what this machine has, one line each. Put its output into a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from covidmask.errors import OutputError
+from covidmask.files import check_writable
+
+OPTIONAL = {  # extra -> what it is for
+    "medical": "DICOM and NIfTI files",
+    "train": "TensorBoard logs",
+}
+
+
+def check(data: Path, weights: Path) -> int:
+    """Print [OK], [FAIL] and [--] (optional, absent) lines. Returns 0, or 2 after any [FAIL]."""
+    lines = [*_packages(), _torchvision(), _device(), _folder("data", data)]
+    lines.append(_folder("weights", weights))
+    for state, text in lines:
+        print(f"[{state}] {text}", flush=True)
+    failures = sum(state == "FAIL" for state, _ in lines)
+    print(f"{failures} of {len(lines)} checks failed" if failures else "All is well", flush=True)
+    return 2 if failures else 0
+
+
+def _packages() -> list[tuple[str, str]]:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        own = metadata.metadata("covidmask")
+    except metadata.PackageNotFoundError:
+        return [("FAIL", "covidmask is not installed; run `pip install -e .` in its folder")]
+    python = platform.python_version()
+    fits = SpecifierSet(own["Requires-Python"]).contains(python, prereleases=True)
+    lines = [
+        ("OK" if fits else "FAIL", f"Python {python}, needs {own['Requires-Python']}"),
+        ("OK", f"covidmask {own['Version']}"),
+    ]
+    for requirement in map(Requirement, metadata.requires("covidmask") or []):
+        extra = next((e for e in OPTIONAL if f'extra == "{e}"' in str(requirement.marker)), None)
+        if requirement.marker is not None and extra is None:
+            continue  # for building and testing the book
+        bound = f"needs {requirement.specifier}"
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            lines.append(
+                ("--", f"{requirement.name}: absent, for {OPTIONAL[extra]} ({bound})")
+                if extra
+                else ("FAIL", f"{requirement.name}: absent, {bound}; pip install covidmask")
+            )
+            continue
+        # a wheel built for one device calls itself 2.5.0+cpu; the part after + is no version
+        fits = requirement.specifier.contains(version.split("+")[0], prereleases=True)
+        remedy = "" if fits else f"; pip install --upgrade {requirement.name}"
+        lines.append(("OK" if fits else "FAIL", f"{requirement.name} {version}, {bound}{remedy}"))
+    return lines
+
+
+def _torchvision() -> tuple[str, str]:
+    try:
+        import torch
+        from torchvision.ops import nms
+
+        boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9]])
+        if nms(boxes, torch.tensor([0.5, 0.9]), 0.5).tolist() != [1]:
+            raise RuntimeError("a wrong result")
+    except Exception as error:  # a mismatch shows in many ways: ImportError, RuntimeError, OSError
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return "FAIL", (
+            f"torch and torchvision do not fit together ({reason}); install both with one command"
+        )
+    return "OK", "torch and torchvision fit together (nms of two boxes)"
+
+
+def _device() -> tuple[str, str]:
+    try:
+        import torch
+
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        name = f"cuda, {torch.cuda.get_device_name()}" if cuda else "cpu"
+        threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    except Exception as error:
+        return "FAIL", f"device: torch cannot be used ({type(error).__name__})"
+    more = "; mps is there, too: --device mps" if mps else ""
+    return "OK", f"device {name} ({threads}){more}; {sys.platform}"
+
+
+def _folder(name: str, folder: Path) -> tuple[str, str]:
+    """Whether a folder, or the one that it would be made in, can be written."""
+    there = folder.resolve()
+    while not there.exists():
+        there = there.parent
+    note = "" if folder.exists() else " (not made yet)"
+    try:
+        check_writable(there)
+    except OutputError as error:
+        return "FAIL", f"{name} folder {error}"
+    return "OK", f"{name} folder {folder} can be written{note}"
