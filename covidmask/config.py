@@ -121,7 +121,7 @@ PAPER = Preset(
 # Two CPU cores, from random weights: ResNet-18 cut after layer2 (stride 8), a narrow FPN, N = 32.
 QUICK = Preset(
     name="quick",
-    phantoms=PhantomConfig(128, 5, (150, 10, 64), (200, 20, 24)),
+    phantoms=PhantomConfig(128, 5, (150, 10, 64), (200, 20, 40)),
     detector=DetectorConfig(
         backbone="resnet18",
         cut=2,
@@ -143,7 +143,7 @@ QUICK = Preset(
     ),
     classifier=ClassifierConfig(n_boxes=32, hidden=256),
     classifier_training=TrainingConfig(
-        epochs=20, batch_size=32, lr=1e-3, weight_decay=1e-2, cosine=True
+        epochs=20, batch_size=32, lr=1e-3, weight_decay=3e-2, cosine=True
     ),
     min_area=7,
 )

@@ -213,7 +213,7 @@ def _lesion(
     settings = dict(
         radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
         angle=rng.uniform(0, np.pi),
-        hu=rng.uniform(250, 360) if ggo else rng.uniform(-60, 40),
+        hu=rng.uniform(220, 330) if ggo else rng.uniform(-60, 40),
         edge=rng.uniform(0.012, 0.02) if ggo else rng.uniform(0.007, 0.012),
         waves=tuple((rng.normal(0, 0.045), rng.uniform(0, 2 * np.pi)) for _ in range(3)),
     )
@@ -233,7 +233,7 @@ def _free(lesion: Lesion, others: list[Lesion], gap: float = 0.012) -> bool:
 
 def _covid(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
     lesions: list[Lesion] = []
-    burden = rng.choice([8, 20, 30, 40], p=[0.1, 0.2, 0.35, 0.35])
+    burden = rng.choice([8, 20, 30, 40], p=[0.05, 0.15, 0.35, 0.45])
     for number in range(5 * burden):
         if len(lesions) >= burden:
             break
@@ -256,7 +256,7 @@ def _covid(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
 
 def _pneumonia(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
     lesions: list[Lesion] = []
-    foci = rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])
+    foci = rng.choice([1, 2, 3], p=[0.65, 0.28, 0.07])
     first_side = rng.choice([-1, 1])
     one_sided = rng.random() < 0.7
     for _ in range(5 * foci):
@@ -273,7 +273,7 @@ def _pneumonia(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
             new = [_lesion(rng, GGO, centre, radius)]
         else:
             new = [_lesion(rng, CONSOLIDATION, centre, radius)]
-            if rng.random() < 0.5:  # a rim of GGO around it
+            if rng.random() < 0.3:  # a rim of GGO around it
                 rim = rng.uniform(1.25, 1.6)
                 radii = tuple(rim * r for r in new[0].radii)
                 new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))
@@ -308,9 +308,9 @@ def make_patient(seed: int, label: int) -> Patient:
         ribs=rng.uniform(0, 2 * np.pi),
         lung_hu=rng.uniform(-880, -810),
         gravity=rng.uniform(30, 110),
-        dependent=rng.uniform(100, 240) if rng.random() < 0.4 else 0.0,
+        dependent=rng.uniform(100, 260) if rng.random() < 0.55 else 0.0,
         window=rng.normal(0, 30),
-        noise=rng.uniform(15, 40),
+        noise=rng.uniform(20, 48),
         lesions=(),
         points=_vessels_and_lookalikes(rng),
     )
