@@ -199,10 +199,11 @@ def main() -> None:
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quick_preset.json")
     arguments = parser.parse_args()
+    origin = environment()  # first, so that the commit is that of the code which runs
     root = write_phantoms(arguments.data, PRESET.phantoms, arguments.data_seed)
     result = {
         "about": "quick preset on synthetic phantoms; nothing here is a figure of real CT",
-        **environment(),
+        **origin,
         "preset": asdict(PRESET),
         "seeds": [one_seed(seed, root) for seed in arguments.seeds],
         "threshold_detector": threshold_detector(root),

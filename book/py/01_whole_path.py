@@ -14,8 +14,8 @@
 # - train both models, and judge each with the number that fits it;
 # - say what a good result on synthetic slices does not show.
 #
-# **You need** Python and some PyTorch. **Run time:** about RUNTIME minutes on two CPU cores in the
-# preset `quick`; on a GPU not measured.
+# **You need** Python and some PyTorch. **Run time:** about 7 minutes on two CPU cores in the preset
+# `quick`, of which the detector's training takes 3; on a GPU not measured.
 #
 # ```{admonition} Synthetic data
 # :class: important

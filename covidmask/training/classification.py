@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
@@ -139,6 +140,7 @@ def train_classifier(
         "regime": regime,
         "detector": plain(asdict(model.detector.config)),
         "classifier": plain(asdict(model.config)),
+        "segmenter": _digest(model.detector),  # S of one detector must not go on with another
     }
     if regime == "heads":
         rows = cache_ranked_boxes(model, dataset, fabric=fabric, progress=progress)
@@ -221,3 +223,10 @@ def evaluate_classifier(
         "confusion": counts,
         **report(counts),
     }
+
+
+def _digest(module: nn.Module) -> str:
+    total = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        total.update(tensor.detach().cpu().numpy().tobytes())
+    return total.hexdigest()[:12]

@@ -6,6 +6,7 @@ a run that was killed goes on bit for bit where its last checkpoint stands.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -114,7 +115,7 @@ def fit(
         "training": plain(asdict(training)),
         "seed": seed,
         "slices": len(dataset),
-        "first": names[0],
+        "data": hashlib.sha256("\n".join(names).encode()).hexdigest()[:12],
         "processes": world,
         **(run or {}),
     }

@@ -187,6 +187,14 @@ def test_checkpoint_of_another_run(tiny_lesions, tmp_path):
         train_segmenter(segmenter(), tiny_lesions, tiny_training(epochs=1), seed=5, checkpoint=path)
 
 
+def test_classifier_does_not_go_on_with_another_segmenter(tiny_slices, tmp_path):
+    path, training = tmp_path / "run.ckpt", tiny_training(epochs=1)
+    train_classifier(classifier(), tiny_slices, "heads", training, checkpoint=path, progress=False)
+    other = covid_ct_mask_net(segmenter(3), TINY_CLASSIFIER)
+    with pytest.raises(CheckpointError, match="run.ckpt.*another run.*segmenter was"):
+        train_classifier(other, tiny_slices, "heads", training, checkpoint=path, progress=False)
+
+
 def test_finished_checkpoint_gives_the_finished_model(tiny_lesions, tmp_path):
     path, first, second = tmp_path / "run.ckpt", segmenter(), segmenter(3)
     training = tiny_training(epochs=1)
