@@ -14,7 +14,7 @@
 # - train both models, and judge each with the number that fits it;
 # - say what a good result on synthetic slices does not show.
 #
-# **You need** Python and some PyTorch. **Run time:** about 7 minutes on two CPU cores in the preset
+# **You need** Python and some PyTorch. **Run time:** about 5 minutes on two CPU cores in the preset
 # `quick`, of which the detector's training takes 3; on a GPU not measured.
 #
 # ```{admonition} Synthetic data
@@ -177,12 +177,15 @@ print(f"GGO regions below 2 % of the image: {small[0]:.0%}; C regions below 1 %:
 segmenter = lesion_mask_rcnn(preset.detector)
 history = train_segmenter(segmenter, lesions["train"], preset.segmenter, seed=SEED)
 
-# %% mystnb={"image": {"alt": "Five falling curves, one for each loss of Mask R-CNN, against the training step."}, "figure": {"caption": "The five losses of the segmenter, each smoothed over 20 steps. Synthetic data."}}
+# %% mystnb={"image": {"alt": "Five curves, one for each loss of Mask R-CNN, against the training step; four fall, and the loss of the RoI boxes first rises and then falls."}, "figure": {"caption": "The five losses of the segmenter, each smoothed over 20 steps. Synthetic data."}}
 names = [name for name in history[0] if name.startswith("loss_")]
 _ = plotting.loss_curves(history, names, smooth=20)
 plt.show()
 
 # %% [markdown]
+# The loss of the RoI boxes rises before it falls: it counts only proposals that meet a lesion, and
+# at first there are hardly any.
+#
 # Average precision (AP) judges a detector. A detection counts as right when its mask overlaps a
 # true one by at least a threshold; AP50 uses the threshold 0.5, and AP averages over ten
 # thresholds up to 0.95. The test patients are new to the detector.
