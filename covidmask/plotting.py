@@ -326,23 +326,27 @@ def overlay(
     classes: Sequence[str] = ("GGO", "C"),
     score_threshold: float = 0.0,
     mask_threshold: float = 0.5,
+    enlarge: int = 1,
 ) -> np.ndarray:
     """Tint the lesions of a slice and frame them with their class and score.
 
     Args:
         image, lesions, classes, score_threshold, mask_threshold: as in `show_lesions`.
+        enlarge: draw each pixel as a square of so many, so that words fit on a small slice.
 
     Returns:
-        uint8 [H, W, 3], to be written as PNG; no pyplot state is touched.
+        uint8 [enlarge * H, enlarge * W, 3], to be written as PNG; no pyplot state is touched.
     """
     import torch
     from PIL import Image, ImageDraw
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    grey = torch.tensor(_grey(image)).clamp(0, 1)
+    grey = torch.tensor(_grey(image).repeat(enlarge, 0).repeat(enlarge, 1)).clamp(0, 1)
     picture = (255 * grey).round().byte().repeat(3, 1, 1)  # [3, H, W]
     boxes, labels, masks, scores = _lesion_arrays(lesions, score_threshold, mask_threshold)
     if len(boxes):
+        boxes = boxes * enlarge
+        masks = None if masks is None else masks.repeat(enlarge, 1).repeat(enlarge, 2)
         colours = [LESION_COLOURS[label - 1] for label in labels]
         text = [classes[label - 1] for label in labels]
         if scores is not None:

@@ -14,6 +14,8 @@ from covidmask.data.images import read_image, write_image
 from covidmask.files import atomic_path
 from covidmask.models.weights import load_classifier, load_segmenter
 
+PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
+
 
 @torch.no_grad()
 def predict(
@@ -60,7 +62,8 @@ def predict(
         image = torch.from_numpy(grey).repeat(3, 1, 1).to(device)  # [3, H, W]
         found = detector([image])[0]
         probabilities = model([image])[0].sigmoid().tolist()  # [3]
-        picture = overlay(grey, found, classes=classes, score_threshold=score)
+        enlarge = max(1, PICTURE_SIDE // min(grey.shape))
+        picture = overlay(grey, found, classes=classes, score_threshold=score, enlarge=enlarge)
         write_image(Path(out) / name, picture)
         count = int((found["scores"] > score).sum())
         best = IMAGE_CLASSES[probabilities.index(max(probabilities))]

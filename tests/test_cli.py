@@ -379,7 +379,7 @@ def test_predict_reads_what_scanners_and_editors_write(run, root, tmp_path):
     for row, each in zip(rows, values, strict=True):
         assert row["likeliest"] == columns[each.argmax()] and int(row["lesions"]) >= 0
         with Image.open(out / row["picture"]) as picture:
-            assert picture.mode == "RGB" and picture.size == (64, 64)
+            assert picture.mode == "RGB" and picture.size == (512, 512)
     written = b"".join(path.read_bytes() for path in out.iterdir())
     assert b"Secret" not in written and "Secret" not in "\n".join(lines)
 

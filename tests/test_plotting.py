@@ -168,6 +168,16 @@ def test_overlay_tints_the_lesion_and_leaves_the_rest(lesions):
     assert picture[20, 22].tolist() == [grey] * 3
 
 
+def test_overlay_enlarges_by_a_whole_factor(lesions):
+    tinted = {key: value for key, value in lesions.items() if key != "scores"}
+    small = plotting.overlay(IMAGE, {**tinted, "boxes": tinted["boxes"] * 0})  # no frame, no words
+    large = plotting.overlay(IMAGE, lesions, enlarge=3)
+    assert large.shape == (3 * IMAGE.shape[0], 3 * IMAGE.shape[1], 3)
+    mask = np.asarray(lesions["masks"]).reshape(-1, *IMAGE.shape)[0] > 0.5
+    y, x = np.argwhere(mask)[mask.sum() // 2]
+    assert np.array_equal(large[3 * y + 1, 3 * x + 1], small[y, x])
+
+
 def test_overlay_leaves_out_low_scores_and_keeps_its_input(lesions):
     lesions["scores"] = torch.tensor([0.2, 0.3])
     boxes = lesions["boxes"].clone()
