@@ -166,6 +166,8 @@ def markdown(result: dict) -> str:
         "",
         f"Synthetic phantoms of unseen patients: {first['lesion_test_slices']} slices for the AP, "
         f'{first["class_test_slices"]} for the accuracy of S alone ("heads"), three classes. '
+        "No model saw them, but the phantoms and the settings of S were tuned while "
+        "looking at results on these very patients, so expect a little less on other ones. "
         "Minutes are for both trainings and the ranking between them. The intervals (Wilson) take "
         "slices as independent, which slices of one patient are not. For comparison, an intensity "
         f"threshold with connected components reaches a mask AP50 of "
