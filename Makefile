@@ -10,7 +10,7 @@ export COVIDMASK_DATA ?= $(CURDIR)/data
 # matplotlib keeps its fonts' index here: a home folder may be read-only
 export MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/matplotlib
 
-.PHONY: help book test lint unit chapters pages lab notebooks bench repository clean
+.PHONY: help book test lint unit chapters pages lab notebooks weights bench repository clean
 .NOTPARALLEL:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test        style, unit tests, chapters, book and browser tests"
 	@echo "make lab         open JupyterLab on the book"
 	@echo "make notebooks   write book/*.ipynb from book/py/*.py and execute them in place"
+	@echo "make weights     train the weights that the package ships, and write their cards"
 	@echo "make bench       measure what the quick preset reaches; fills results/ and README.md"
 	@echo "make repository URL=https://github.com/OWNER/NAME   write the address everywhere"
 	@echo "make clean       remove _build (the environment .venv and the data stay)"
@@ -73,6 +74,9 @@ lab: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/covidmask phantoms --preset quick
 	$(BIN)/python tools/book.py notebooks
+
+weights: $(INSTALLED)
+	$(BIN)/python tools/shipped_weights.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/quick_preset.py

@@ -612,7 +612,8 @@ class Convert:
 
     def run(self) -> None:
         from covidmask.models.classifier import CovidCTMaskNet
-        from covidmask.models.weights import load_author_checkpoint, save_model
+        from covidmask.models.author_checkpoints import load_author_checkpoint
+        from covidmask.models.weights import save_model
 
         _check_output(self.out)
         model = load_author_checkpoint(self.author)

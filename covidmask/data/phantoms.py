@@ -29,6 +29,7 @@ HEIGHT = 0.75  # of the lungs, in image sides: z = HEIGHT * position
 MIN_AREA = 0.001  # of the image: cross-sections below it are not drawn (16 pixels at 128 x 128)
 AIR, FAT, TISSUE, BONE = -1000.0, -100.0, 40.0, 450.0
 VESSEL_SIGMAS = (0.0028, 0.0042, 0.0065, 0.010)  # of the Gaussian tubes and nodules
+FRIEND, FRIEND_POSITION = (2020, 2), 0.6  # (seed, label) and position of `old_friend`
 POSITIONS = np.round(np.arange(0.1, 0.9001, 0.005), 3)
 
 
@@ -510,3 +511,11 @@ def make_slice(
     if position is None:
         position = draw_positions(patient, 1)[0]
     return render(patient, position, size)
+
+
+def old_friend(size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """The COVID-19 phantom slice that the book follows through all its chapters; see `render`.
+
+    Its patient is in no data set, so no model has been trained on it.
+    """
+    return make_slice(*FRIEND, size=size, position=FRIEND_POSITION)

@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.models import weights
+from covidmask.models import author_checkpoints
 from covidmask.models.ranked_boxes import (
     author_padding,
     encoded_rows,
@@ -53,12 +53,12 @@ def images():
 
 @pytest.fixture(scope="module")
 def classifier():
-    return weights.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth")
+    return author_checkpoints.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth")
 
 
 @pytest.fixture(scope="module")
 def segmenter():
-    return weights.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{SEG}.plain.pth")
+    return author_checkpoints.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{SEG}.plain.pth")
 
 
 def test_architecture_is_read_from_the_file(classifier, segmenter):
@@ -133,7 +133,7 @@ def test_lower_nms_thresholds(classifier, images):
     z = out(CLS)
     runs = {name.split("/")[0] for name in z.files if "_nms03/" in name}
     assert runs
-    model = weights.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth")
+    model = author_checkpoints.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth")
     model.detector.rpn.nms_thresh = 0.3
     config = ClassifierConfig(64, 256, nms=0.3)
     for run in runs:
@@ -146,7 +146,7 @@ def test_lower_nms_thresholds(classifier, images):
 
 def test_random_padding_end_to_end(images):
     z = out(f"{CLS}_padded_post_nms_40")
-    model = weights.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth")
+    model = author_checkpoints.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth")
     model.detector.rpn._post_nms_top_n["testing"] = 40
     runs = {name.split("/")[0] for name in z.files if name.startswith("img")}
     assert len(runs) == 4
@@ -235,7 +235,9 @@ def test_segmenter(segmenter, images):
 
 def test_five_losses(segmenter, images):
     z = out(f"{SEG}_train_losses")
-    model = weights.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{SEG}.plain.pth").train()
+    model = author_checkpoints.load_author_checkpoint(
+        Path(GOLDEN) / "ckpt" / f"{SEG}.plain.pth"
+    ).train()
     masks = np.unpackbits(z["masks_packbits"], axis=1).reshape(-1, 512, 512)
     target = {
         "boxes": torch.from_numpy(z["boxes"]),
@@ -273,7 +275,9 @@ def author_name(name):
 
 def test_one_training_step(images):
     z = out(f"{CLS}_train_step")
-    model = weights.load_author_checkpoint(Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth").train()
+    model = author_checkpoints.load_author_checkpoint(
+        Path(GOLDEN) / "ckpt" / f"{CLS}.plain.pth"
+    ).train()
     trained = dict(zip(z["param_names"].tolist(), z["is_trained"].tolist(), strict=True))
     named = {author_name(name): parameter for name, parameter in model.named_parameters()}
     before = {name: parameter.detach().clone() for name, parameter in named.items()}

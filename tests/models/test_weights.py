@@ -9,7 +9,7 @@ from author_files import ANCHORS, Payload, author_file, author_names
 
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.errors import CheckpointError
-from covidmask.models import weights
+from covidmask.models import author_checkpoints, weights
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
 
@@ -56,7 +56,7 @@ def test_classifier_round_trip(classifier, tmp_path):
 
 def test_author_segmenter(segmenter, tmp_path):
     path = author_file(tmp_path / "seg.pth", segmenter)
-    loaded = weights.load_author_checkpoint(path)
+    loaded = author_checkpoints.load_author_checkpoint(path)
     assert loaded.config.anchor_sizes == ANCHORS[0] and loaded.config.anchor_ratios == ANCHORS[1]
     assert (loaded.config.backbone, loaded.config.cut) == ("resnet18", 2)
     assert same_weights(segmenter, loaded) and not loaded.training
@@ -64,7 +64,9 @@ def test_author_segmenter(segmenter, tmp_path):
 
 def test_author_classifier(classifier, tmp_path):
     module = "models.mask_net.rpn_segmentation"
-    loaded = weights.load_author_checkpoint(author_file(tmp_path / "c", classifier, module=module))
+    loaded = author_checkpoints.load_author_checkpoint(
+        author_file(tmp_path / "c", classifier, module=module)
+    )
     assert isinstance(loaded, CovidCTMaskNet)
     assert (loaded.config.n_boxes, loaded.s.fc_scores.out_features) == (16, 24)
     assert same_weights(classifier, loaded)
@@ -74,7 +76,9 @@ def test_author_resnet50_with_the_mask_branch_that_is_never_run(tmp_path):
     sizes = ((2, 4), (1.0,))
     config = DetectorConfig(anchor_sizes=sizes[0], anchor_ratios=sizes[1])
     whole = CovidCTMaskNet(lesion_mask_rcnn(config), ClassifierConfig(n_boxes=8, hidden=16))
-    loaded = weights.load_author_checkpoint(author_file(tmp_path / "c.pth", whole, *sizes))
+    loaded = author_checkpoints.load_author_checkpoint(
+        author_file(tmp_path / "c.pth", whole, *sizes)
+    )
     assert loaded.detector.config.backbone == "resnet50"
     assert not loaded.detector.roi_heads.has_mask()
     assert same_weights(loaded, whole)
@@ -86,7 +90,7 @@ def test_plain_anchors_in_a_newer_file(segmenter, tmp_path):
         "anchor_generator": {"sizes": (ANCHORS[0],) * 5, "aspect_ratios": (ANCHORS[1],) * 5},
     }
     torch.save(content, tmp_path / "plain.pth")
-    loaded = weights.load_author_checkpoint(tmp_path / "plain.pth")
+    loaded = author_checkpoints.load_author_checkpoint(tmp_path / "plain.pth")
     assert same_weights(segmenter, loaded)
 
 
@@ -96,7 +100,7 @@ def test_foreign_code_is_refused_and_does_not_run(segmenter, tmp_path, zipped):
     content = {"model_weights": segmenter.state_dict(), "anchor_generator": Payload(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match="bad.pth.*system"):
-        weights.load_author_checkpoint(path)
+        author_checkpoints.load_author_checkpoint(path)
     assert not marker.exists()
 
 
@@ -124,9 +128,9 @@ def test_anything_else_is_refused_by_name(segmenter, tmp_path):
     for name, content in broken_files(tmp_path, segmenter):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
-            weights.load_author_checkpoint(tmp_path / name)
+            author_checkpoints.load_author_checkpoint(tmp_path / name)
     with pytest.raises(CheckpointError, match="missing.pth"):
-        weights.load_author_checkpoint(tmp_path / "missing.pth")
+        author_checkpoints.load_author_checkpoint(tmp_path / "missing.pth")
 
 
 def test_other_architecture_names_keys_and_sizes(segmenter, tmp_path):
