@@ -611,8 +611,8 @@ class Convert:
     """File to write."""
 
     def run(self) -> None:
-        from covidmask.models.classifier import CovidCTMaskNet
         from covidmask.models.author_checkpoints import load_author_checkpoint
+        from covidmask.models.classifier import CovidCTMaskNet
         from covidmask.models.weights import save_model
 
         _check_output(self.out)

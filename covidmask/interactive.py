@@ -29,6 +29,7 @@ def frame_slider(
     title: str,
     alt: str | Sequence[str],
     *,
+    caption: str = "",
     start: int = 0,
     dpi: int = 100,
 ) -> HTML:
@@ -42,6 +43,7 @@ def frame_slider(
         labels: what the slider says at each frame, for example "NMS threshold 0.25".
         title: the accessible name of the slider, also shown before it.
         alt: what the pictures show: a text for each, or one text, to which the label is added.
+        caption: a sentence under the pictures.
         start: index of the frame shown first.
         dpi: of the figures.
 
@@ -65,6 +67,7 @@ def frame_slider(
     )
     name = f"slider-{uuid.uuid4().hex}"
     first = escape(labels[start])
+    below = f"<figcaption>{escape(caption)}</figcaption>\n" if caption else ""
     return HTML(
         f'<figure style="margin: 0;">\n'
         f'<label for="{name}">{escape(title)}</label>: '
@@ -72,7 +75,7 @@ def frame_slider(
         f'<input type="range" id="{name}" min="0" max="{len(frames) - 1}" step="1" '
         f'value="{start}" aria-label="{escape(title)}" aria-valuetext="{first}" '
         f'autocomplete="off" style="width: min(100%, 30em);" oninput="{escape(_ON_INPUT)}">\n'
-        f"{images}\n</figure>"
+        f"{images}\n{below}</figure>"
     )
 
 

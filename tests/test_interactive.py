@@ -39,6 +39,12 @@ def slider(n=3, **options):
     return Elements(frame_slider([PNG] * n, labels, "NMS", "boxes", **options).data)
 
 
+def test_caption_is_escaped_and_optional():
+    page = slider(caption="a < b")
+    assert len(page.all("figcaption")) == 1 and "a < b" in page.text
+    assert not slider().all("figcaption")
+
+
 def test_frames_are_embedded_and_one_is_shown():
     page = slider(start=1)
     images = page.all("img")

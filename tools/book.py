@@ -1,6 +1,7 @@
 """Build the book: run the chapters, write the notebooks, make the HTML.
 
     python tools/book.py notebooks            twins -> book/*.ipynb, executed in place
+    python tools/book.py notebooks --only 04_ranked_boxes          (one chapter or several)
     python tools/book.py execute              twins -> _build/executed, only what has changed
     python tools/book.py html OUT             OUT/_build/html from _build/executed
     python tools/book.py html OUT --stored    the same from the outputs stored in book/*.ipynb
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jupytext
@@ -104,16 +105,19 @@ def run_chapter(twin: Path, target: Path) -> bool:
     return True
 
 
-def run_chapters(target: Path, use_cache: bool) -> None:
-    """Execute every chapter into the folder `target`.
+def run_chapters(target: Path, use_cache: bool, only: Sequence[str] = ()) -> None:
+    """Execute every chapter, or those named in `only`, into the folder `target`.
 
     With `use_cache`, a chapter runs only when its twin or anything in the package has changed
     since its last good run.
 
     Raises:
-        SystemExit: a chapter failed; the others have run.
+        SystemExit: a chapter failed; the others have run. Or `only` names one that is not there.
     """
     chapters, failed = twins(), []
+    if unknown := set(only) - {twin.stem for twin in chapters}:
+        sys.exit(f"No such chapter: {', '.join(sorted(unknown))}.")
+    chapters = [twin for twin in chapters if not only or twin.stem in only]
     for number, twin in enumerate(chapters, 1):
         print(f"[{number}/{len(chapters)}] {twin.stem}", flush=True)
         notebook, stamp = target / f"{twin.stem}.ipynb", target / f"{twin.stem}.key"
@@ -176,11 +180,12 @@ def main() -> None:
     )
     parser.add_argument("command", choices=["notebooks", "execute", "html"])
     parser.add_argument("out", nargs="?", type=Path, default=ROOT, help="html: folder to fill")
+    parser.add_argument("--only", nargs="+", default=[], help="notebooks: these chapters alone")
     parser.add_argument("--stored", action="store_true", help="html: use book/*.ipynb as they are")
     parser.add_argument("--strict", action="store_true", help="html: warnings are errors")
     arguments = parser.parse_args()
     if arguments.command == "notebooks":
-        run_chapters(ROOT / "book", use_cache=False)
+        run_chapters(ROOT / "book", use_cache=False, only=arguments.only)
     elif arguments.command == "execute":
         run_chapters(ROOT / "_build" / "executed", use_cache=True)
     else:

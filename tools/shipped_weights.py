@@ -34,7 +34,7 @@ from covidmask.metrics.classification import patient_bootstrap, report, wilson
 from covidmask.metrics.detection import CocoAP
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import load_classifier, load_segmenter, save_model
+from covidmask.models.weights import load_classifier, load_segmenter, read_card, save_model
 from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESET = PRESETS["quick"]
 SEED, DATA_SEED, TEST_SEED = 0, 0, 1
 RESAMPLES = 200
+NAMES = ("segmenter-quick.safetensors", "classifier-quick.safetensors")
 LIMITS = (
     "Synthetic data only: on real CT these weights are wrong. For teaching; not a medical device, "
     "not for diagnosis."
@@ -57,8 +58,8 @@ def train(root: Path, out: Path, origin: dict) -> None:
     train_segmenter(segmenter, lesions, PRESET.segmenter, seed=SEED)
     segmenter.cpu()
     # float16 first, so that S is trained on the ranked boxes of the detector that is shipped
-    save_model(segmenter, out / "segmenter-quick.safetensors", half=True, **origin)
-    segmenter = load_segmenter(out / "segmenter-quick.safetensors")
+    save_model(segmenter, out / NAMES[0], half=True, **origin)
+    segmenter = load_segmenter(out / NAMES[0])
     model = covid_ct_mask_net(segmenter, PRESET.classifier)
     train_classifier(
         model,
@@ -68,7 +69,7 @@ def train(root: Path, out: Path, origin: dict) -> None:
         validation=val_slices,
         seed=SEED,
     )
-    save_model(model.cpu(), out / "classifier-quick.safetensors", half=True, **origin)
+    save_model(model.cpu(), out / NAMES[1], half=True, **origin)
 
 
 def judge_segmenter(path: Path, root: Path) -> dict:
@@ -156,8 +157,8 @@ def write_sums(out: Path, source: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def card_page(cards: dict[str, dict], sizes: dict[str, int], sums: dict[str, str]) -> str:
-    """The page book/weights.md: one model card a file."""
+def card_page(folder: Path) -> str:
+    """The page book/weights.md: one model card for each file of `folder`."""
     lines = [
         "# Shipped weights",
         "",
@@ -177,16 +178,18 @@ def card_page(cards: dict[str, dict], sizes: dict[str, int], sums: dict[str, str
         LIMITS,
         "```",
     ]
-    for name, card in cards.items():
+    for name in NAMES:
+        card = read_card(folder / name)
         metrics = card["metrics"]
         lines += [
             "",
             f"## {name.split('-')[0].capitalize()}, preset `quick`",
             "",
-            f"- **File**: `covidmask/models/shipped/{name}`, {sizes[name] / 1e6:.1f} MB. Weights of",
-            "  two or more dimensions are stored as float16 and loaded as float32; the figures",
-            "  below are those of the stored weights.",
-            f"- **SHA-256**: `{sums[name]}`",
+            f"- **File**: `covidmask/models/shipped/{name}`,"
+            f" {(folder / name).stat().st_size / 1e6:.1f} MB. Weights of two or more dimensions are"
+            " stored as float16 and loaded as float32; the figures below are those of the stored"
+            " weights.",
+            f"- **SHA-256**: `{sha256(folder / name)}`",
             f"- **Trained on**: {card['data']}, from random weights, seed {card['seed']}.",
             f"- **Judged on**: {card['test_data']}: {metrics['slices']} slices of"
             f" {metrics['patients']} patients. No model was trained on them; nothing was tuned on"
@@ -200,14 +203,13 @@ def card_page(cards: dict[str, dict], sizes: dict[str, int], sums: dict[str, str
         for metric, value in metrics.items():
             if isinstance(value, dict):
                 label = metric.replace("mask_ap50", "mask AP50").replace("mask_ap", "mask AP")
-                lines.append(
-                    f"| {label} | {value['value']:.3f} | {value['low']:.3f} to {value['high']:.3f} |"
-                )
+                interval = f"{value['low']:.3f} to {value['high']:.3f}"
+                lines.append(f"| {label} | {value['value']:.3f} | {interval} |")
     lines += [
         "",
         "The intervals of AP and accuracy come from resampling whole patients, those of the",
         "sensitivities from Wilson's formula, which takes slices as independent. They hold for one",
-        "training seed; [the results in the README](index.md) show how much seeds differ.",
+        "training seed; the table of results in the README shows how much seeds differ.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -230,23 +232,15 @@ def main() -> None:
     unseen_root = arguments.data.with_name(f"{arguments.data.name}-seed{TEST_SEED}")
     write_phantoms(unseen_root, unseen, TEST_SEED)
     train(root, arguments.out, origin)
-    parts = (
-        ("segmenter-quick.safetensors", load_segmenter, judge_segmenter),
-        ("classifier-quick.safetensors", load_classifier, judge_classifier),
-    )
-    cards = {}
-    for name, load, judge in parts:
-        path = arguments.out / name
-        metrics = judge(path, unseen_root)
-        add_card(path, load, metrics, origin)
-        cards[name] = {**origin, "metrics": metrics}
+    for name, load, judge in zip(
+        NAMES, (load_segmenter, load_classifier), (judge_segmenter, judge_classifier), strict=True
+    ):
+        metrics = judge(arguments.out / name, unseen_root)
+        add_card(arguments.out / name, load, metrics, origin)
         print(name, json.dumps(metrics, indent=1))
     write_sums(arguments.out, ROOT / "covidmask" / "models" / "weights.py")
-    files = {name: arguments.out / name for name in cards}
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    sums = {name: sha256(path) for name, path in files.items()}
     with atomic_path(ROOT / "book" / "weights.md") as temporary:
-        temporary.write_text(card_page(cards, sizes, sums), encoding="utf-8")
+        temporary.write_text(card_page(arguments.out), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ HEIGHT = 0.75  # of the lungs, in image sides: z = HEIGHT * position
 MIN_AREA = 0.001  # of the image: cross-sections below it are not drawn (16 pixels at 128 x 128)
 AIR, FAT, TISSUE, BONE = -1000.0, -100.0, 40.0, 450.0
 VESSEL_SIGMAS = (0.0028, 0.0042, 0.0065, 0.010)  # of the Gaussian tubes and nodules
-FRIEND, FRIEND_POSITION = (2020, 2), 0.6  # (seed, label) and position of `old_friend`
+FRIEND, FRIEND_POSITION = (2051, 2), 0.725  # (seed, label) and position of `old_friend`
 POSITIONS = np.round(np.arange(0.1, 0.9001, 0.005), 3)
 
 

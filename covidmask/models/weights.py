@@ -167,8 +167,14 @@ class ShippedWeights(Enum):
     teach, and say nothing about patients.
     """
 
-    SEGMENTER_QUICK = ("segmenter-quick.safetensors", "")
-    CLASSIFIER_QUICK = ("classifier-quick.safetensors", "")
+    SEGMENTER_QUICK = (
+        "segmenter-quick.safetensors",
+        "8b2e4c611b88a4e75bd02f24c34b64b7b621737228b6b117603ca225f09556a4",
+    )
+    CLASSIFIER_QUICK = (
+        "classifier-quick.safetensors",
+        "ad8bda11990d646da48408f585de64af6bde4e43df347b247d8a61a4b7d3e261",
+    )
 
     @property
     def path(self) -> Path:

@@ -38,9 +38,25 @@ def test_every_chapter_has_both_forms_and_is_in_the_contents():
     names = {path.stem for path in NOTEBOOKS}
     assert names == {path.stem for path in twins()}
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    listed = {Path(page["file"]).name for page in contents["chapters"]}
     pages = {path.stem for path in (ROOT / "book").glob("*.md")} - {"index"}
-    assert listed == names | pages
+    assert listed_pages(contents) == names | pages
+
+
+def test_tables_of_chapters_are_complete():
+    for file in (ROOT / "README.md", ROOT / "book" / "index.md"):
+        text = file.read_text(encoding="utf-8")
+        missing = [path.name for path in NOTEBOOKS if f"{path.name})" not in text]
+        assert not missing, f"{file.name} does not link to {missing}"
+
+
+def listed_pages(node) -> set[str]:
+    """Names of the pages in a table of contents, wherever they stand."""
+    if isinstance(node, dict):
+        own = {Path(node["file"]).name} if "file" in node else set()
+        return own.union(*(listed_pages(value) for value in node.values()))
+    if isinstance(node, list):
+        return set().union(*(listed_pages(value) for value in node))
+    return set()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -96,6 +112,36 @@ class TestChapter:
                 options = cell.metadata.get("mystnb", {})
                 assert options.get("image", {}).get("alt", "").strip(), cell.source
                 assert options.get("figure", {}).get("caption", "").strip(), cell.source
+
+    def test_has_exercises_with_hidden_solutions(self, path):
+        cells = read(path).cells
+        texts = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        exercises = re.findall(r"```\{exercise\}.*\n:label: (\S+)", texts)
+        solutions = re.findall(r"````\{solution-start\} (\S+)", texts)
+        assert len(exercises) >= 3 and exercises == solutions
+        hidden = False
+        code = 0
+        for cell in cells:
+            if cell.cell_type == "markdown":
+                hidden = "{solution-start}" in cell.source or hidden
+                hidden = hidden and "{solution-end}" not in cell.source
+            elif hidden:
+                code += 1
+                # collapsed in Colab (a form) and in JupyterLab
+                assert cell.source.startswith("# @title"), cell.source
+                assert cell.metadata.get("cellView") == "form", cell.source
+                assert cell.metadata.get("jupyter", {}).get("source_hidden"), cell.source
+        assert code >= len(exercises), "a solution without code cannot fail"
+
+    def test_tells_what_a_reader_gets_and_learns(self, path):
+        text = "\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
+        name = f"book/{path.name}"
+        assert f"/blob/main/{name})" in text and f"/raw/main/{name})" in text, "badge row"
+        for needed in ("After it you can", "You need", "Run time"):
+            assert re.search(rf"\*\*{needed}:?\*\*", text), needed
+        learned = text.split("## What we learned")[1].split("\n## ")[0]
+        assert len(re.findall(r"^\d+\. ", learned, re.MULTILINE)) == 5
+        assert "## Further reading" in text and "{cite:" in text.split("## Further reading")[1]
 
     def test_some_output_is_compared(self, path):
         lines = [line for cell in code_cells(path) for line in cell.source.splitlines()]

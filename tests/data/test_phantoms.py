@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from covidmask.config import PhantomConfig
+from covidmask.config import PRESETS, PhantomConfig
 from covidmask.data import phantom_sets, phantoms
+from covidmask.data.lesions import mask_to_targets
 from covidmask.data.phantom_sets import phantom_mask, write_phantoms
 from covidmask.data.phantoms import (
+    FRIEND,
     MIN_AREA,
     draw_positions,
     make_patient,
     make_slice,
+    old_friend,
     render,
     visible_lesions,
 )
@@ -352,3 +355,18 @@ def test_the_mask_of_a_classification_slice_is_found_by_its_name(written):
         image, expected = render(make_patient(*job[3:]), int(piece) / 1000, SMALL.size)
         assert np.array_equal(mask, expected)
         assert np.abs(np.asarray(Image.open(path)) / 255 - image).max() < 0.003
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_the_old_friend_has_the_same_lesions_at_every_size(preset):
+    image, mask = old_friend(preset.phantoms.size)
+    assert image.shape == mask.shape == (preset.phantoms.size,) * 2
+    target = mask_to_targets(mask, min_area=preset.min_area)
+    assert target["labels"].tolist() == [1, 1, 1, 2, 2]
+
+
+def test_the_old_friend_is_in_no_data_set():
+    seeds = {
+        job[3] for preset in PRESETS.values() for job in phantom_sets._jobs(preset.phantoms, 0)
+    }
+    assert FRIEND[0] not in seeds

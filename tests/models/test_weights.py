@@ -1,18 +1,25 @@
 """Files of weights: our own, and the author's, which must be read without running anything."""
 
+import json
+import time
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from author_files import ANCHORS, Payload, author_file, author_names
 
-from covidmask.config import ClassifierConfig, DetectorConfig
+from covidmask.config import QUICK, ClassifierConfig, DetectorConfig
+from covidmask.data.folders import weights_file
+from covidmask.data.phantoms import old_friend
 from covidmask.errors import CheckpointError
 from covidmask.models import author_checkpoints, weights
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
+from tools.shipped_weights import card_page
 
+ROOT = Path(__file__).parents[2]
 SMALL = DetectorConfig(
     backbone="resnet18", cut=2, image_size=64, rpn_test_proposals=60, light_mask_head=True
 )
@@ -166,3 +173,67 @@ def test_configuration_of_another_version(segmenter, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "DetectorConfig", ClassifierConfig)  # knows none of the fields
     with pytest.raises(CheckpointError, match="s.safetensors.*not one of this version"):
         weights.load_segmenter(path)
+
+
+class TestShipped:
+    def test_loads_fast_and_judges_the_old_friend(self):
+        image, _ = old_friend(QUICK.phantoms.size)
+        x = torch.from_numpy(image).expand(3, -1, -1)
+        start = time.perf_counter()
+        segmenter = weights.trained_segmenter("quick")
+        classifier = weights.trained_classifier("quick")
+        assert time.perf_counter() - start < 5  # about half a second; a broken cache takes longer
+        assert segmenter.config == QUICK.detector and classifier.config == QUICK.classifier
+        for name, tensor in classifier.detector.state_dict().items():  # S was trained on this one
+            assert torch.equal(tensor, segmenter.state_dict()[name]), name
+        with torch.no_grad():
+            found = segmenter([x])[0]
+            logits = classifier([x])
+        assert (found["scores"] > 0.75).sum() >= 3  # it has five lesions
+        assert logits.shape == (1, 3) and logits[0, 0] < 0  # certainly no control
+
+    @pytest.mark.parametrize("member", weights.ShippedWeights)
+    def test_cards_are_complete_and_the_page_shows_them(self, member):
+        card = member.card()
+        for key in ("command", "commit", "date", "hardware", "torch", "data", "seed", "limits"):
+            assert str(card[key]), key
+        assert card["preset"] == json.loads(json.dumps(asdict(QUICK))), "run make weights again"
+        assert member.value[1] in (ROOT / "book" / "weights.md").read_text(encoding="utf-8")
+        measured = [value for value in card["metrics"].values() if isinstance(value, dict)]
+        assert measured and all(v["low"] <= v["value"] <= v["high"] for v in measured)
+
+    def test_the_page_is_made_from_the_files(self):
+        page = (ROOT / "book" / "weights.md").read_text(encoding="utf-8")
+        assert page == card_page(weights.SHIPPED), "run make weights again"
+
+    def test_other_bytes_are_refused(self, tmp_path, monkeypatch):
+        member = weights.ShippedWeights.SEGMENTER_QUICK
+        changed = bytearray(member.path.read_bytes())
+        changed[-1] ^= 1  # still a readable file, of other weights
+        (tmp_path / member.value[0]).write_bytes(changed)
+        monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+        for use in (member.load, member.card):
+            with pytest.raises(CheckpointError, match="install covidmask again"):
+                use()
+        (tmp_path / member.value[0]).unlink()
+        with pytest.raises(CheckpointError, match="is missing"):
+            member.load()
+
+    def test_other_presets_need_training(self, tmp_path, monkeypatch, segmenter):
+        monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path))
+        with pytest.raises(CheckpointError, match="covidmask train segmenter --preset colab"):
+            weights.trained_segmenter("colab")
+        weights.save_model(segmenter, weights_file("segmenter", "colab"))
+        assert same_weights(segmenter, weights.trained_segmenter("colab"))
+
+
+def test_half_precision_halves_the_file(segmenter, tmp_path):
+    full = weights.save_model(segmenter, tmp_path / "full.safetensors")
+    half = weights.save_model(segmenter, tmp_path / "half.safetensors", half=True)
+    assert half.stat().st_size < 0.6 * full.stat().st_size
+    loaded = weights.load_segmenter(half)
+    for (name, a), b in zip(
+        segmenter.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
+        assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-3), name
+        assert a.ndim > 1 or torch.equal(a, b), name
