@@ -44,13 +44,14 @@ def mask_to_targets(
         min_area: components of fewer pixels are dropped.
 
     Returns:
-        K instances (K may be 0) ordered by label, then by their first pixel, row by row:
-        boxes: float32 [K, 4], x1, y1, x2, y2 in pixels. x2 and y2 are the edges behind the last
-            pixel (xmax + 1), so that x2 - x1 is the width and a 1-pixel lesion has area 1.
-        labels: int64 [K].
-        masks: uint8 [K, H, W], 0 or 1.
-        area: float32 [K], pixels of the component.
-        iscrowd: int64 [K], all 0.
+        K instances (K may be 0) ordered by label, then by their first pixel, row by row.
+
+        - boxes: float32 [K, 4], x1, y1, x2, y2 in pixels. x2 and y2 are the edges behind the last
+          pixel (xmax + 1), so that x2 - x1 is the width and a 1-pixel lesion has area 1.
+        - labels: int64 [K].
+        - masks: uint8 [K, H, W], 0 or 1.
+        - area: float32 [K], pixels of the component.
+        - iscrowd: int64 [K], all 0.
     """
     _check_lesions(lesions)
     mask = np.asarray(mask)

@@ -191,3 +191,84 @@ def _found(root: Path, note: dict) -> bool:
         return True
     problem = "holds other files" if there is None else "holds phantoms made with other settings"
     raise DataError(f"{root}: {problem}; choose another folder, or remove this one yourself")
+
+
+def write_semiseg_phantoms(
+    root: str | Path, size: int, slices: tuple[int, int] = (50, 48), seed: int = 0
+) -> Path:
+    """Write phantoms of COVID-19 patients in the layout of COVID-SemiSeg, or find them written.
+
+    `root/TrainingSet/MultiClassInfection-Train` and `root/TestingSet/MultiClassInfection-Test` hold
+    Imgs/*.jpg and GT/*.png, to be read by `SemiSeg`. As in the real set, slices are cropped to the
+    lungs and so differ in size, image and mask are stored transposed, and the masks are palette
+    pictures (0 background, 1 GGO, 2 consolidation) that mark no lung. Unlike there, each slice is
+    of a patient of its own, of whom no other data set shows a slice. The folder appears complete
+    or not at all.
+
+    Args:
+        size: pixels per side before cropping, 64 to 1024.
+        slices: how many for training and for testing. seed: another one gives other patients.
+
+    Raises:
+        DataError: `root` holds something else, or an argument is out of range.
+        OutputError: `root` cannot be written, or the disk is full.
+    """
+    root = Path(root)
+    if not 64 <= size <= 1024 or len(slices) != 2 or min(slices) < 0 or seed < 0:
+        raise DataError(
+            f"size {size}, slices {slices}, seed {seed}: size must be 64..1024, slices two numbers "
+            ">= 0, the seed >= 0"
+        )
+    note = {
+        "generator": GENERATOR,
+        "layout": "COVID-SemiSeg",
+        "seed": seed,
+        "size": size,
+        "slices": list(slices),
+    }
+    try:
+        if _found(root, note):
+            return root
+        folder = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
+            number = 0
+            for split, part, count in zip(
+                ("Training", "Testing"), ("Train", "Test"), slices, strict=True
+            ):
+                home = folder / f"{split}Set" / f"MultiClassInfection-{part}"
+                for kind in ("Imgs", "GT"):
+                    (home / kind).mkdir(parents=True)
+                for _ in range(count):
+                    _write_semiseg_slice(home, number, size, seed)
+                    number += 1
+            text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
+            (folder / "phantoms.json").write_text(text + "\n")
+            if root.exists():
+                root.rmdir()  # it is empty
+            os.replace(folder, root)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"{root}: phantoms cannot be written ({error.strerror or error}); "
+            "choose a folder that you may write to and that has space left"
+        ) from error
+    return root
+
+
+def _write_semiseg_slice(home: Path, number: int, size: int, seed: int) -> None:
+    """One pair Imgs/<number>.jpg and GT/<number>.png, cropped to the lungs and transposed."""
+    patient = make_patient(_patient_seed(seed, 1_000_000 + number), 2)
+    image, mask = render(patient, draw_positions(patient, 1)[0], size)
+    rows, columns = np.nonzero(mask)  # lung and lesions
+    margin = size // 32
+    crop = tuple(
+        slice(max(int(at.min()) - margin, 0), int(at.max()) + 1 + margin) for at in (rows, columns)
+    )
+    grey = np.round(255 * image[crop]).astype(np.uint8)
+    codes = np.array([0, 0, 1, 2], dtype=np.uint8)[mask[crop]]  # the palette's, without the lung
+    Image.fromarray(np.ascontiguousarray(grey.T)).save(home / "Imgs" / f"{number}.jpg", quality=95)
+    palette = Image.fromarray(np.ascontiguousarray(codes.T))
+    palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    palette.save(home / "GT" / f"{number}.png")

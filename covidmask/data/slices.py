@@ -100,7 +100,7 @@ class SliceImages(Dataset):
         root: the folder that holds the image files.
         split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to a
             list. A name in the list also finds its file under the other suffix (.png, .jpg) or
-            class word (the author's 2_91_... is NCP_91_... in COVIDx-CT), if just one is there.
+            class word (the author's `2_91_...` is `NCP_91_...` in COVIDx-CT), if just one is there.
         require_classes: every class must occur, as training needs.
 
     Attributes:

@@ -40,13 +40,15 @@ def report(confusion: ArrayLike) -> dict:
         confusion: counts [C, C], true classes in rows, predicted ones in columns.
 
     Returns:
-        accuracy: float, 0..1: share of all slices that are classified correctly.
-        sensitivity: C floats, 0..1: share of the slices of a class that are found; NaN for a class
-            without slices.
-        ppv: C floats, 0..1: share of the predictions of a class that are right (positive
-            predictive value, precision); NaN for a class that is never predicted.
-        support: C ints: slices of each class.
-        n: int: slices in all.
+        A dict with
+
+        - accuracy: float, 0..1: share of all slices that are classified correctly.
+        - sensitivity: C floats, 0..1: share of the slices of a class that are found; NaN for a
+          class without slices.
+        - ppv: C floats, 0..1: share of the predictions of a class that are right (positive
+          predictive value, precision); NaN for a class that is never predicted.
+        - support: C ints: slices of each class.
+        - n: int: slices in all.
 
     Raises:
         ValueError: not a square matrix of counts, or no slice in it.

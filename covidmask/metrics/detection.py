@@ -180,7 +180,7 @@ def semantic_mask(
 
 
 def dice(predicted: ArrayLike, true: ArrayLike) -> float:
-    """Dice's coefficient of two bool masks of one shape: 2 |A and B| / (|A| + |B|), 0..1.
+    """Dice's coefficient of two bool masks of one shape: `2 |A and B| / (|A| + |B|)`, 0..1.
 
     NaN when both are empty: there was nothing to find, and nothing was found. Whoever takes a mean
     decides whether such a slice counts (as 1) or not.
