@@ -551,7 +551,9 @@ class Evaluate:
 class Predict:
     """Draw the lesions of CT slices and give the probabilities of three classes.
 
-    Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM and NIfTI (its middle slice). For example:
+    Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM and NIfTI (its middle slice). Without weights
+    of yours it takes the small ones that come with the package, which have seen synthetic slices
+    only. For example:
     `covidmask predict scan.dcm --segmenter seg.safetensors --classifier cls.safetensors --out out`
     """
 
@@ -559,25 +561,30 @@ class Predict:
         Positional[tuple[Path, ...]], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")
     ]
     """Slices to look at."""
-    segmenter: Annotated[Path, arg(metavar="FILE")]
-    """Weights that `covidmask train segmenter` wrote."""
-    classifier: Annotated[Path, arg(metavar="FILE")]
-    """Weights that `covidmask train classifier` wrote."""
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder for <image>_lesions.png and predictions.csv."""
+    segmenter: Annotated[Path | None, _default("the shipped weights", "FILE")] = None
+    """Weights that `covidmask train segmenter` wrote."""
+    classifier: Annotated[Path | None, _default("the shipped weights", "FILE")] = None
+    """Weights that `covidmask train classifier` wrote."""
     score: float = 0.5
     """Lesions that score above it are drawn, 0 to 1."""
     device: Device = "auto"
     """auto is CUDA where there is one, else the CPU."""
 
     def run(self) -> None:
+        from covidmask.models.weights import ShippedWeights
         from covidmask.predict import predict
 
         if not self.images:
             raise CovidmaskError("no image is named; run `covidmask predict IMAGE ... --help`")
         _say(NOTICE)
+        segmenter = self.segmenter or ShippedWeights.SEGMENTER_QUICK.checked()
+        classifier = self.classifier or ShippedWeights.CLASSIFIER_QUICK.checked()
+        if not (self.segmenter and self.classifier):
+            _say("Shipped weights in use. They have seen phantoms only: on real CT they are wrong.")
         table = predict(
-            self.images, self.segmenter, self.classifier, self.out, self.score, _device(self.device)
+            self.images, segmenter, classifier, self.out, self.score, _device(self.device)
         )
         _say(
             f"{len(self.images)} {'slice' if len(self.images) == 1 else 'slices'} done: "

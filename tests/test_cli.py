@@ -22,6 +22,8 @@ from covidmask import config
 from covidmask.cli import main
 from covidmask.config import PhantomConfig
 from covidmask.data.folders import lesion_splits, open_lesions, slice_splits
+from covidmask.data.images import write_image
+from covidmask.data.phantoms import old_friend
 from covidmask.errors import DataError
 from covidmask.models.weights import load_classifier, load_segmenter, read_card
 from covidmask.training import loop
@@ -382,6 +384,16 @@ def test_predict_reads_what_scanners_and_editors_write(run, root, tmp_path):
             assert picture.mode == "RGB" and picture.size == (512, 512)
     written = b"".join(path.read_bytes() for path in out.iterdir())
     assert b"Secret" not in written and "Secret" not in "\n".join(lines)
+
+
+def test_predict_takes_the_shipped_weights_and_says_so(run, tmp_path):
+    image, _ = old_friend(128)
+    write_image(tmp_path / "friend.png", image)
+    lines = run("predict", tmp_path / "friend.png", "--out", tmp_path / "out")
+    assert any("They have seen phantoms only" in line for line in lines)
+    with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["lesions"]) >= 3 and float(row["Control"]) < 0.5
 
 
 def test_predict_nifti_keeps_its_stem(run, root, tmp_path):

@@ -157,6 +157,7 @@ def _config(kind: type, values: dict[str, Any], path: str | Path) -> Any:
 # ---- the files that come with the package ------------------------------------------------------
 
 SHIPPED = Path(__file__).parent / "shipped"
+_LOAD = {"segmenter": load_segmenter, "classifier": load_classifier}
 
 
 class ShippedWeights(Enum):
@@ -181,27 +182,26 @@ class ShippedWeights(Enum):
         """The file."""
         return SHIPPED / self.value[0]
 
-    def load(self, device: str | torch.device = "cpu") -> GeneralizedRCNN | CovidCTMaskNet:
-        """Check the SHA-256 and load the model, in eval mode.
+    def checked(self) -> Path:
+        """The file, after a look at its SHA-256.
 
         Raises:
             CheckpointError: the file is missing, or is not the one that was shipped.
         """
-        self._check()
+        found = hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path.is_file() else None
+        if found != self.value[1]:
+            state = f"has the SHA-256 {found}, not {self.value[1]}" if found else "is missing"
+            raise CheckpointError(f"{self.path}: {state}; install covidmask again")
+        return self.path
+
+    def load(self, device: str | torch.device = "cpu") -> GeneralizedRCNN | CovidCTMaskNet:
+        """The model, in eval mode. Raises as `checked`."""
         kind = self.value[0].split("-")[0]
-        return {"segmenter": load_segmenter, "classifier": load_classifier}[kind](self.path, device)
+        return _LOAD[kind](self.checked(), device)
 
     def card(self) -> dict[str, Any]:
-        """Data, command, commit, metrics with intervals, limits. Raises as `load`."""
-        self._check()
-        return read_card(self.path)
-
-    def _check(self) -> None:
-        name, expected = self.value
-        found = hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path.is_file() else None
-        if found != expected:
-            state = "is missing" if found is None else f"has the SHA-256 {found}, not {expected}"
-            raise CheckpointError(f"{self.path}: {state}; install covidmask again ({name})")
+        """Data, command, commit, metrics with intervals, limits. Raises as `checked`."""
+        return read_card(self.checked())
 
 
 def trained_segmenter(preset: str, device: str | torch.device = "cpu") -> GeneralizedRCNN:
@@ -227,4 +227,4 @@ def _trained(kind: str, preset: str, device: str | torch.device):
             f"{path}: weights come with the preset quick only; train these first, with "
             f"`covidmask train {kind} --preset {preset}`, which writes this file"
         )
-    return {"segmenter": load_segmenter, "classifier": load_classifier}[kind](path, device)
+    return _LOAD[kind](path, device)

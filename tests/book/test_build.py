@@ -1,0 +1,64 @@
+"""What `make book` runs again, and what not."""
+
+import pytest
+
+from tools import book
+
+
+@pytest.fixture
+def chapters(tmp_path, monkeypatch):
+    """Three empty chapters and a package of one file; returns the list of what was run."""
+    folder = tmp_path / "book" / "py"
+    folder.mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.py").write_text(f"# %%\nprint('{name}')\n")
+    (tmp_path / "package.py").write_text("x = 1\n")
+    script = tmp_path / "book.py"
+    script.write_text("")
+    ran = []
+
+    def run(twin, target):
+        ran.append(twin.stem)
+        book.write_text(target, "{}")
+        return twin.stem != "c" or "fails" not in twin.read_text()
+
+    monkeypatch.setattr(book, "ROOT", tmp_path)
+    monkeypatch.setattr(book, "__file__", str(script))
+    monkeypatch.setattr(book, "twins", lambda: sorted(folder.glob("*.py")))
+    monkeypatch.setattr(book, "package_files", lambda: [tmp_path / "package.py"])
+    original = book.digest
+    monkeypatch.setattr(book, "digest", lambda files: original(files, tmp_path))
+    monkeypatch.setattr(book, "run_chapter", run)
+    return ran
+
+
+def again(chapters, tmp_path):
+    chapters.clear()
+    book.run_chapters(tmp_path / "executed", use_cache=True)
+    return chapters
+
+
+def test_only_what_has_changed_runs_again(chapters, tmp_path):
+    twin = tmp_path / "book" / "py" / "b.py"
+    assert again(chapters, tmp_path) == ["a", "b", "c"]
+    assert again(chapters, tmp_path) == []
+    twin.write_text(twin.read_text() + "# one line more\n")
+    assert again(chapters, tmp_path) == ["b"]
+    (tmp_path / "package.py").write_text("x = 2\n")
+    assert again(chapters, tmp_path) == ["a", "b", "c"]
+
+
+def test_a_failed_chapter_runs_again_and_the_others_have_run(chapters, tmp_path):
+    twin = tmp_path / "book" / "py" / "c.py"
+    twin.write_text("# %%\nfails\n")
+    for expected in (["a", "b", "c"], ["c"]):
+        with pytest.raises(SystemExit, match="failed: c"):
+            again(chapters, tmp_path)
+        assert chapters == expected
+
+
+def test_one_chapter_by_name(chapters, tmp_path):
+    book.run_chapters(tmp_path / "executed", use_cache=False, only=["b"])
+    assert chapters == ["b"]
+    with pytest.raises(SystemExit, match="No such chapter: d"):
+        book.run_chapters(tmp_path / "executed", use_cache=False, only=["b", "d"])
