@@ -108,10 +108,15 @@ class TestChapter:
             if cell.cell_type == "markdown":
                 for alt, attributes in MARKDOWN_IMAGE.findall(cell.source):
                     assert alt.strip() or re.search(r'alt="[^"]+"', attributes), cell.source
-            elif any("image/png" in o.get("data", {}) for o in cell.get("outputs", [])):
+                continue
+            kinds = [kind for o in cell.get("outputs", []) for kind in o.get("data", {})]
+            if {"image/png", "image/svg+xml"} & set(kinds):
                 options = cell.metadata.get("mystnb", {})
                 assert options.get("image", {}).get("alt", "").strip(), cell.source
                 assert options.get("figure", {}).get("caption", "").strip(), cell.source
+            for text in texts(cell):
+                if 'type="range"' in text:
+                    assert re.search(r"<figcaption>\S", text), f"no caption: {cell.source}"
 
     def test_has_exercises_with_hidden_solutions(self, path):
         cells = read(path).cells
