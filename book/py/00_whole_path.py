@@ -90,7 +90,7 @@ print(f"slices of {size} x {size} pixels, backbone {preset.detector.backbone}, N
 # The method learns from two sets of patients.
 #
 # - **Lesion masks** teach a detector where ground-glass opacity (GGO) and consolidation (C) are.
-#   A mask takes a radiologist minutes, so this set is small. In the paper it holds COVID-19
+#   A mask takes far longer to draw than a label to give, so this set is small. In the paper it holds COVID-19
 #   patients only {cite:p}`Zhang2020`.
 # - **Slice labels** teach a classifier: control, common pneumonia or COVID-19. One word for each
 #   slice {cite:p}`Gunraj2020`.
