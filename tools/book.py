@@ -46,9 +46,20 @@ def read_twin(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+class Client(NotebookClient):
+    """Runs cells; leaves widgets alone.
+
+    nbclient plays the browser's part for ipywidgets and answers on the channel on which it also
+    waits for the kernel. Now and then a request is lost there, and both sides wait for ever.
+    """
+
+    def handle_comm_msg(self, outs, msg, cell_index) -> None:
+        pass
+
+
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run every cell in `folder`, in place, and drop what depends on the machine."""
-    NotebookClient(
+    Client(
         notebook,
         timeout=CELL_TIMEOUT,
         resources={"metadata": {"path": str(folder)}},
@@ -57,7 +68,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})  # drops the Python version
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # wall-clock times
-        if cell.cell_type == "code":  # progress bars are for the one who waits, not for the page
+        if "remove-output" in cell.metadata.get("tags", []):
+            cell.outputs = []  # a live widget: dead in a file
+        elif cell.cell_type == "code":  # progress bars are for the one who waits, not for the page
             cell.outputs = [output for output in cell.outputs if not is_progress(output)]
 
 
