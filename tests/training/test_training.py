@@ -67,9 +67,10 @@ def test_same_seed_same_weights_other_seed_other_weights(tiny_lesions):
 def test_classifier_overfits_a_few_slices(tiny_slices, regime):
     model = classifier()
     before = {k: v.clone() for k, v in model.detector.state_dict().items()}
-    training = tiny_training(epochs=6 if regime != "heads" else 40, warmup=0, cosine=False)
+    training = tiny_training(epochs=12 if regime != "heads" else 40, warmup=0, cosine=False)
     history = train_classifier(model, tiny_slices, regime, training, progress=False)
-    assert history[-1]["bce"] < history[0]["bce"]
+    bce = [step["bce"] for step in history]
+    assert sum(bce[-3:]) < sum(bce[:3])  # the last epoch against the first, three steps each
     changed = {k for k, v in model.detector.state_dict().items() if not torch.equal(v, before[k])}
     assert not any("running" in name for name in changed)
     assert bool(changed) == (regime != "heads")
