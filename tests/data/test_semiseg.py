@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 from covidmask.data.lesions import split_by_patient
+from covidmask.data.phantom_sets import _patient_seed, write_semiseg_phantoms
+from covidmask.data.phantoms import draw_positions, make_patient, render
 from covidmask.data.semiseg import SemiSeg
-from covidmask.errors import DataError
+from covidmask.errors import DataError, OutputError
 
 
 def write_pair(root, name, indices, size=None):
@@ -73,6 +75,58 @@ def test_bad_masks(tmp_path, stored, value, size, problem):
     with pytest.raises(DataError, match=problem) as caught:
         SemiSeg(tmp_path, "train")[0]
     assert "7.png" in str(caught.value)
+
+
+def test_phantoms_in_this_layout(tmp_path):
+    root = write_semiseg_phantoms(tmp_path / "one", 128, (6, 3), seed=4)
+    train, test = (SemiSeg(root, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (6, 3)
+    assert not set(train.names) & set(test.names)
+    shapes = set()
+    for dataset in (train, test):
+        for index in range(len(dataset)):
+            image, mask = dataset.read(index)
+            shapes.add(image.shape)
+            assert image.shape[1] > image.shape[0]  # a chest is wider than deep: axial again
+            assert max(image.shape) < 128  # cropped
+            assert set(np.unique(mask)) <= {0, 2, 3} and (mask > 0).any()
+            both = [np.asarray(picture) for picture in stored_pair(dataset, index)]
+            assert both[0].shape == both[1].shape == image.shape[::-1]
+            assert stored_pair(dataset, index)[1].mode == "P"
+    assert len(shapes) > 1
+    patient = make_patient(_patient_seed(4, 1_000_000), 2)
+    image, mask = render(patient, draw_positions(patient, 1)[0], 128)
+    rows, columns = (slice(at.min() - 4, at.max() + 5) for at in np.nonzero(mask))
+    read = train.read(0)
+    np.testing.assert_array_equal(read[1], np.uint8([0, 0, 2, 3])[mask[rows, columns]])
+    np.testing.assert_allclose(read[0], image[rows, columns], atol=0.1)  # JPEG is not exact
+
+
+def stored_pair(dataset, index):
+    name = dataset.patients[index]
+    return (
+        Image.open(dataset.folder / "Imgs" / f"{name}.jpg"),
+        Image.open(dataset.folder / "GT" / f"{name}.png"),
+    )
+
+
+def test_phantoms_in_this_layout_are_found_again_and_the_same(tmp_path):
+    root = write_semiseg_phantoms(tmp_path / "one", 64, (1, 1))
+    files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*g")}
+    assert len(files) == 4
+    time = (root / "phantoms.json").stat().st_mtime_ns
+    assert write_semiseg_phantoms(root, 64, (1, 1)) == root
+    assert (root / "phantoms.json").stat().st_mtime_ns == time
+    other = write_semiseg_phantoms(tmp_path / "two", 64, (1, 1))
+    assert {path.relative_to(other): path.read_bytes() for path in other.rglob("*.*g")} == files
+    with pytest.raises(DataError, match="other settings"):
+        write_semiseg_phantoms(root, 64, (1, 1), seed=1)
+    with pytest.raises(DataError, match="size must be"):
+        write_semiseg_phantoms(tmp_path / "three", 32)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((DataError, OutputError)):
+        write_semiseg_phantoms(tmp_path / "file" / "below", 64, (1, 1))
+    assert not list(tmp_path.glob(".*tmp"))
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,884 @@
+# %% [markdown]
+# # Real CT
+#
+# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/09_real_ct.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/09_real_ct.ipynb)
+#
+# Every chapter so far ran on phantoms. How does the method meet real CT? We read a small public set
+# of labelled slices, see what a model from another domain does on it, fine-tune for a minute, and
+# then look at files from a scanner and at the way to the full data sets. We host no data. Without
+# yours, this chapter runs on phantoms written in the same layout, and says so.
+#
+# **After it you can**
+#
+# - read COVID-SemiSeg without falling into its two traps, and measure mean Dice on it;
+# - fine-tune a segmenter from weights of another domain, and compare fairly with random weights;
+# - turn Hounsfield units into what a model expects, from DICOM and NIfTI;
+# - run the method at full scale on the CNCB masks and COVIDx-CT;
+# - say what these data cannot show.
+#
+# **You need** [chapter 3](03_segmenter.ipynb) (training and judging the segmenter) and
+# [chapter 5](05_covid_ct_mask_net.ipynb) (the classifier). **Run time:** about one minute on two CPU
+# cores in the preset `quick` (the first chapter that you run draws the phantoms once, which takes
+# about half a minute more); on a GPU not measured.
+#
+# ```{admonition} Synthetic data, unless you bring real slices
+# :class: important
+# The outputs on this page come from *phantoms*: pictures made by formulas and random numbers. No
+# number in them is a result on patients. If you name a folder of real slices, your own run uses
+# them. Nothing here is for diagnosis either way.
+# ```
+
+# %% tags=["hide-input"]
+# Set-up: installs covidmask only where it is absent, for example on Colab.
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("covidmask") is None:
+    repository = os.environ.get(
+        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
+    )
+    if "repository_not_set" in repository:
+        raise RuntimeError(
+            "This copy of the book does not know its repository yet: "
+            "set the environment variable COVIDMASK_REPOSITORY to its address."
+        )
+    if Path(repository).is_dir():
+        repository = Path(repository).resolve().as_uri()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
+    subprocess.run(command, check=True)
+    importlib.invalidate_caches()
+
+# %%
+import platform
+import tempfile
+from dataclasses import replace
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import Subset
+
+import covidmask
+from covidmask import plotting
+from covidmask.config import IMAGE_CLASSES, PRESETS
+from covidmask.data.images import LUNG_WINDOW, read_image
+from covidmask.data.lesions import LesionSlices, split_by_patient
+from covidmask.data.medical import hounsfield_to_unit, read_nifti
+from covidmask.data.phantom_sets import write_phantoms, write_semiseg_phantoms
+from covidmask.data.phantoms import FRIEND, POSITIONS, make_patient, old_friend, render
+from covidmask.data.semiseg import SemiSeg
+from covidmask.errors import DataError
+from covidmask.interactive import frame_slider
+from covidmask.metrics.detection import dice, semantic_mask
+from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.weights import trained_classifier, trained_segmenter
+from covidmask.training.segmentation import predict_lesions, train_segmenter
+
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
+print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
+
+# %% tags=["parameters"]
+PRESET = "quick"  # or "colab", "paper"
+SEED = 0
+DATA = os.environ.get("COVIDMASK_DATA", "data")
+SEMISEG = os.environ.get("COVIDMASK_SEMISEG", "")  # folder of COVID-SemiSeg: real slices
+EPOCHS = 4  # of fine-tuning
+
+# %% [markdown]
+# ## A set that anyone can get
+#
+# COVID-SemiSeg comes with Inf-Net {cite:p}`Fan2020`. Its labelled part is 100 axial slices from
+# medicalsegmentation.com, in which radiologists marked ground-glass opacity (GGO) and
+# consolidation. The published split trains on 50. It tests on 48, because the authors left out two
+# very small pictures with empty masks. (A further 1,600 slices have no labels, and we do not use
+# them.)
+#
+# What you must know before you use it:
+#
+# - **Where, and on whose terms.** The repository of Inf-Net links to the download and allows
+#   non-commercial use only. Read its terms there; nothing in this book changes them.
+# - **No Hounsfield units.** The slices are 8-bit JPEG, already windowed by someone.
+# - **Cropped** to the lungs, in many sizes.
+# - **Positive slices only.** Every patient had COVID-19. Nothing can be learned here about
+#   controls or about common pneumonia, so the classifier of chapter 5 cannot be judged on it.
+# - **No patient ids.** Slices of one patient may stand on both sides of any split, also of the
+#   published one.
+#
+# To use it, put the folder that holds `TrainingSet` and `TestingSet` somewhere, and set the
+# environment variable `COVIDMASK_SEMISEG` to its path before you start, or write the path into the
+# cell above.
+#
+# ## The same layout, from phantoms
+#
+# `write_semiseg_phantoms` writes phantoms of COVID-19 patients as if they were this set: cropped to
+# the lungs, 8-bit JPEG, palette masks, stored as the real files are.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+preset = PRESETS[PRESET]
+size = 2 * preset.phantoms.size  # before cropping
+phantom_root = write_semiseg_phantoms(f"{DATA}/semiseg-phantoms-{PRESET}", size, seed=0)
+folder = phantom_root / "TrainingSet" / "MultiClassInfection-Train"
+for path in sorted(folder.parents[1].glob("*/*/*")):
+    where = path.relative_to(phantom_root).as_posix()
+    print(f"{where:48} {len(list(path.iterdir()))} files")
+
+# %% [markdown]
+# Two traps lie in the files, in the real ones as in these.
+#
+# **The palette.** A mask is a picture of mode P: each pixel holds an index, and a palette gives the
+# index a colour for display. The index is the class: 0 background, 1 GGO, 2 consolidation. A common
+# line of code, `convert("L")`, replaces the indices by the brightness of their colours.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+stored = Image.open(folder / "GT" / "1.png")
+print("mode", stored.mode)
+print("indices        ", np.unique(np.asarray(stored)).tolist())
+print('convert("L")   ', np.unique(np.asarray(stored.convert("L"))).tolist())
+
+# %% [markdown]
+# Nothing fails there. A class of code 38 is as good as any to a program, and a loss that compares
+# it with 1 or 2 goes on falling.
+#
+# **The axes.** Image and mask are stored transposed, with the spine to the right. Since both are,
+# they fit each other, and again nothing fails. But a model that learned on upright slices sees
+# patients lying on their side.
+
+# %% mystnb={"image": {"alt": "Three pictures of one synthetic slice: as stored, with the spine on the right; as read, upright; and its mask with the lesions coloured."}, "figure": {"caption": "A phantom in the COVID-SemiSeg layout, as it is stored (left) and as `SemiSeg` reads it (middle, right). Synthetic."}}
+upright, codes = SemiSeg(phantom_root, "train").read(1)
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+_ = plotting.show_slice(read_image(folder / "Imgs" / "1.jpg"), axes[0])
+_ = axes[0].set_title("stored")
+_ = plotting.show_slice(upright, axes[1])
+_ = axes[1].set_title("read")
+_ = plotting.show_mask(codes, axes[2])
+_ = axes[2].set_title("mask, read")
+plt.show()
+
+# %% [markdown]
+# `SemiSeg` reads the indices, turns both upright, and maps the indices to this book's codes, 2 for
+# GGO and 3 for consolidation. By hand it is three lines.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+indices = np.asarray(stored).T  # [H, W], upright
+by_hand = np.array([0, 2, 3], dtype=np.uint8)[indices]
+assert np.array_equal(by_hand, codes)
+print("palette indices", np.unique(indices).tolist(), "-> codes", np.unique(by_hand).tolist())
+
+# %% [markdown]
+# ## Training and test slices
+#
+# From here on the chapter uses your real slices, if you named their folder, and the phantoms
+# otherwise. The split is the published one. Where the folder has no `TestingSet`, we hold out a
+# quarter of the training slices. `split_by_patient` would keep patients apart, but without ids each
+# slice counts as a patient, so **the two parts may share patients**, and a score on the held-out
+# part may flatter.
+
+# %%
+source = SEMISEG or phantom_root
+KIND = "real slices of COVID-SemiSeg" if SEMISEG else "phantoms in the COVID-SemiSeg layout"
+training_set = SemiSeg(source, "train")
+everything = list(range(len(training_set)))
+try:
+    test_set = SemiSeg(source, "test")
+    train_indices, test_indices = everything, list(range(len(test_set)))
+    print("the published split")
+except DataError:
+    test_set = training_set
+    train_indices, test_indices = split_by_patient(training_set.patients, (0.75, 0.25), SEED)
+    print("no TestingSet here: a quarter of the training slices is held out")
+
+# specks of a few pixels are no lesions to a detector: the preset's limit, as a share of the image
+areas = [training_set.read(i)[0].size for i in everything]
+training_set.min_area = round(preset.min_area / preset.phantoms.size**2 * np.median(areas))
+
+
+def part(dataset, indices):
+    """Some slices of a data set, with their names, as training wants them."""
+    subset = Subset(dataset, indices)
+    subset.names = [dataset.names[i] for i in indices]
+    return subset
+
+
+train, test = part(training_set, train_indices), part(test_set, test_indices)
+print(f"This run uses {KIND}: {len(train)} to train, {len(test)} to test.")
+
+# %% [markdown]
+# ## What is different here
+#
+# The shipped segmenter learned on uncropped phantoms. Two of its habits can be checked before any
+# model runs: which grey values it knows, and how large a lesion is for it. The detector resizes
+# each slice so that its shorter side fits, so a cropped slice is enlarged, and its lesions with it.
+
+# %%
+home_root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
+home_set = LesionSlices(home_root / "lesions", "test", min_area=preset.min_area)
+home = part(home_set, list(range(0, len(home_set), 10)))  # what the shipped weights know
+
+
+def grey_and_sides(some):
+    """Grey values of all slices, and the longer side of each lesion's box in network pixels."""
+    grey, sides = [], []
+    for image, target in some:
+        grey.append(image[0].flatten()[::7])
+        scale = preset.detector.image_size / min(image.shape[1:])
+        boxes = target["boxes"] * scale
+        sides.append((boxes[:, 2:] - boxes[:, :2]).amax(1))
+    return torch.cat(grey), torch.cat(sides)
+
+
+# %% mystnb={"image": {"alt": "Two pairs of histograms. Left: grey values of the phantoms that the segmenter learned on and of the slices used here. Right: longer sides of lesion boxes, larger for the cropped slices, with a line at the largest anchor."}, "figure": {"caption": "What the shipped segmenter knows (home) and what it meets here. Left: grey values. Right: the size of lesions as the network sees them; cropping enlarges them, some beyond the largest anchor. On this page both sets are phantoms, the second in the COVID-SemiSeg layout."}}
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+looks = (
+    (home, "home: uncropped phantoms", plotting.BLUE, "-"),
+    (train, KIND, plotting.VERMILLION, "--"),
+)
+for some, label, colour, line in looks:
+    for ax, values, bins in zip(
+        axes,
+        grey_and_sides(some),
+        (np.linspace(0, 1, 41), np.linspace(0, preset.detector.image_size, 41)),
+        strict=True,
+    ):
+        weights = np.full(len(values), 100 / len(values))
+        _ = ax.hist(
+            values.numpy(), bins, weights=weights, histtype="step", color=colour, ls=line, lw=1.5,
+            label=label,
+        )  # fmt: skip
+largest = max(preset.detector.anchor_sizes)
+_ = axes[1].axvline(largest, color="black", ls=":", label="largest anchor")
+_ = axes[0].set(xlabel="Grey value (0 to 1, no unit)", ylabel="Pixels (%)")
+_ = axes[1].set(xlabel="Longer side of a lesion's box (network pixels)", ylabel="Lesions (%)")
+for ax in axes:
+    _ = ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## One number for a mask: Dice
+#
+# Papers on this set report the *Dice* coefficient of the whole mask, not AP of instances. For the
+# predicted pixels $A$ and the true pixels $B$ of one slice,
+#
+# $$ \mathrm{Dice}(A, B) = \frac{2\,|A \cap B|}{|A| + |B|}. $$
+#
+# Mask R-CNN gives overlapping instances, each with a score and a soft mask. We fuse them: take
+# those above a score threshold, cut the soft masks at 0.5, and paint them in the order of rising
+# score, so that the best lies on top where GGO and consolidation meet.
+
+# %%
+segmenter = trained_segmenter(PRESET, device).eval()
+image, _ = test[0]
+truth = test_set.read(test_indices[0])[1]  # uint8 [H, W]
+with torch.no_grad():
+    found = {key: value.cpu() for key, value in segmenter([image.to(device)])[0].items()}
+print({key: tuple(value.shape) for key, value in found.items()})
+
+painted = np.zeros(truth.shape, dtype=np.uint8)  # [H, W]
+for i in found["scores"].argsort(stable=True).tolist():
+    if found["scores"][i] > 0.5:
+        painted[(found["masks"][i, 0] > 0.5).numpy()] = found["labels"][i] + 1  # 2 GGO, 3 C
+assert np.array_equal(painted, semantic_mask(found, 0.5))
+
+# %% [markdown]
+# *Infection* is GGO or consolidation. The mean over slices needs a decision: what of a slice that
+# has no consolidation, and in which none is found? Dice is 0/0 there. We leave such slices out. If
+# consolidation is found where there is none, Dice is 0 and counts. (An exercise below shows how
+# much this decision moves the mean.)
+
+
+# %%
+def dice_of(painted, truth):
+    """Dice of infection, GGO and consolidation; NaN where there is none and none is found."""
+    pairs = ((painted > 0, truth >= 2), (painted == 2, truth == 2), (painted == 3, truth == 3))
+    result = []
+    for a, b in pairs:
+        total = a.sum() + b.sum()
+        result.append(2 * (a & b).sum() / total if total else np.nan)
+    return np.array(result)
+
+
+assert np.isclose(dice_of(painted, truth)[0], dice(painted > 0, truth >= 2), equal_nan=True)
+
+THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.75)  # 0.75 is the paper's
+
+
+def all_dice(model, some):
+    """float64 [thresholds, slices, 3]; the detector looks once at each slice."""
+    rows = []
+    for index, prediction, _ in predict_lesions(model, some, progress=False):
+        truth = some.dataset.read(some.indices[index])[1]
+        rows.append([dice_of(semantic_mask(prediction, t), truth) for t in THRESHOLDS])
+    return np.array(rows).swapaxes(0, 1)
+
+
+def judge(model, tune, test):
+    """Mean Dice on `test` at the threshold that is best for infection on `tune`."""
+    best = int(np.nanmean(all_dice(model, tune)[:, :, 0], axis=1).argmax())
+    return THRESHOLDS[best], np.nanmean(all_dice(model, test)[best], axis=0)
+
+
+# %% [markdown]
+# ## The domain gap
+#
+# How good are the shipped weights at home, and how good here? To be fair to every model, the score
+# threshold is chosen for each one, on training slices: scores of a model in a new domain, or after
+# a short training, are not calibrated.
+
+# %%
+tune = part(training_set, train_indices[::4])
+scores = {"shipped weights, at home (phantoms)": judge(segmenter, home, home)}
+scores["shipped weights, here"] = judge(segmenter, tune, test)
+
+
+def show(names):
+    """Print the rows of the table."""
+    print(f"here: {KIND}\nmean Dice{'':30}infection    GGO      C   score above")
+    for name in names:
+        threshold, values = scores[name]
+        print(f"{name:38}" + "".join(f"{v:9.2f}" for v in values) + f"{threshold:12g}")
+
+
+show(scores)
+
+# %% [markdown]
+# On phantoms in this layout the gap is small: the lesions are drawn by the same program and only
+# cropped and compressed. **On real CT expect the shipped weights to be poor.** They have never seen
+# a real vessel, a real artefact or a real lesion. A model that does well on its own test split and
+# poorly one hospital further is the usual case and not the exception {cite:p}`Roberts2021`.
+#
+# ## Fine-tuning
+#
+# Do weights from another domain help all the same? Compare two models with the same training
+# slices in the same order and the same number of steps. One starts from the shipped weights, the
+# other from random ones. The settings are those of the preset, shorter.
+
+# %%
+settings = replace(preset.segmenter, epochs=EPOCHS, warmup=10)
+torch.manual_seed(SEED)
+models = {
+    "fine-tuned from shipped weights": trained_segmenter(PRESET, device),
+    "trained from random weights": lesion_mask_rcnn(preset.detector).to(device),
+}
+histories = {}
+for name, model in models.items():
+    histories[name] = train_segmenter(model, train, settings, seed=SEED, progress=False)
+    scores[name] = judge(model, tune, test)
+steps = len(histories[name])
+print(f"{steps} steps of {settings.batch_size} slices each")
+
+# %%
+show(scores)
+
+# %% mystnb={"image": {"alt": "Total training loss against the step for the two models; the one from random weights falls from higher up or more slowly, and both flatten."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
+ax = plotting.get_ax(6.5, 3.6)
+for (name, history), colour, line in zip(
+    histories.items(), (plotting.BLUE, plotting.VERMILLION), ("-", "--"), strict=True
+):
+    loss = np.convolve([entry["loss"] for entry in history], np.full(10, 0.1), mode="valid")
+    _ = ax.plot(np.arange(9, steps), loss, color=colour, ls=line, label=name)
+_ = ax.set(xlabel="Step (count)", ylabel="Sum of the five losses (no unit)", ylim=(0, None))
+_ = ax.legend()
+plt.show()
+
+# %% [markdown]
+# Read these losses with care. A detector that proposes nothing good has a small loss for a while,
+# because boxes that meet no lesion have no box loss and no mask loss; when its proposals get
+# better, the sum rises. Look at Dice, and at pictures.
+
+# %% mystnb={"image": {"alt": "Two slices in rows; in columns the true lesion outlines and those found by the shipped weights, after fine-tuning, and by the model from random weights."}, "figure": {"caption": "Outlines of the fused masks, each model at its own score threshold. On this page: phantoms in the COVID-SemiSeg layout."}}
+columns = {
+    "shipped weights, here": segmenter,
+    "fine-tuned from shipped weights": models["fine-tuned from shipped weights"],
+    "trained from random weights": models["trained from random weights"],
+}
+
+
+def outline(ax, image, codes, title):
+    """Draw a slice with the outlines of GGO (solid) and consolidation (dashed)."""
+    _ = plotting.show_slice(image, ax)
+    for code, colour, line in zip(
+        (2, 3), plotting.LESION_COLOURS, plotting.LESION_LINES, strict=True
+    ):
+        if (codes == code).any():
+            _ = ax.contour(codes == code, levels=[0.5], colors=colour, linestyles=line)
+    _ = ax.set_title(title, fontsize=9)
+
+
+fig, axes = plt.subplots(2, 4, figsize=(10, 4.9), layout="constrained")
+for row, index in zip(axes, (0, len(test) // 2), strict=True):
+    image, _target = test[index]
+    outline(row[0], image, test_set.read(test_indices[index])[1], "truth")
+    for ax, (name, model) in zip(row[1:], columns.items(), strict=True):
+        with torch.no_grad():
+            found = model([image.to(device)])[0]
+        outline(ax, image, semantic_mask(found, scores[name][0]), name)
+for colour, line, name in zip(
+    plotting.LESION_COLOURS, plotting.LESION_LINES, ("GGO", "C"), strict=True
+):
+    _ = axes[0, 0].plot([], [], color=colour, ls=line, label=name)
+_ = fig.legend(loc="outside lower center", ncols=2)
+plt.show()
+
+# %% [markdown]
+# The score threshold is a knob like any other. Turn it for the fine-tuned model.
+
+
+# %%
+tuned = models["fine-tuned from shipped weights"]
+shown, shown_target = test[len(test) // 2]
+with torch.no_grad():
+    prediction = {k: v.cpu() for k, v in tuned([shown.to(device)])[0].items()}
+shown_truth = test_set.read(test_indices[len(test) // 2])[1]
+
+
+def draw_threshold(threshold):
+    """Draw the fused mask at a score threshold, beside the truth."""
+    painted = semantic_mask(prediction, threshold)
+    fig, axes = plt.subplots(1, 2, figsize=(7, 3.3), layout="constrained")
+    _ = plotting.show_mask(np.where(shown_truth >= 2, shown_truth, 0), axes[0])
+    _ = axes[0].set_title("truth", fontsize=9)
+    _ = plotting.show_mask(painted, axes[1])
+    infection = dice_of(painted, shown_truth)[0]
+    _ = axes[1].set_title(
+        f"score above {threshold:g}: Dice of infection {infection:.2f}", fontsize=9
+    )
+    return fig
+
+
+frame_slider(
+    [draw_threshold(threshold) for threshold in THRESHOLDS],
+    [f"{threshold:g}" for threshold in THRESHOLDS],
+    "Score threshold",
+    "True mask and fused mask of one slice; a higher threshold paints fewer lesions",
+    caption="Instances above the threshold, painted into one mask. On this page: a phantom in the "
+    "COVID-SemiSeg layout.",
+    start=3,
+    dpi=70,
+)
+
+# %% [markdown]
+# With a running notebook you can choose any threshold:
+
+
+# %% tags=["remove-output"]
+def look(threshold):
+    """Draw and show, for the slider."""
+    _ = draw_threshold(threshold)
+    plt.show()
+
+
+_ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, max=0.95, step=0.05))
+
+# %% [markdown]
+# ## What others report on this split
+#
+# Mean Dice on the 48 published test slices, as re-reported by
+# [Abdel-Basset and others (2021), Table 3](https://doi.org/10.1016/j.knosys.2020.106647):
+#
+# | method | GGO | consolidation |
+# |---|---|---|
+# | DeepLabV3+ (stride 8) | 0.402 | 0.157 |
+# | FCN8s {cite:p}`Long2015` | 0.482 | 0.289 |
+# | U-Net {cite:p}`Ronneberger2015` | 0.462 | 0.421 |
+# | Semi-Inf-Net and FCN8s {cite:p}`Fan2020` | 0.657 | 0.318 |
+# | Semi-Inf-Net and a multi-class U-Net {cite:p}`Fan2020` | 0.639 | 0.471 |
+# | FSS-2019-nCov (their own) | 0.679 | 0.529 |
+#
+# Three warnings before anyone puts a number beside these. All of these methods start from weights
+# trained on ImageNet, ours from phantoms or from nothing. The authors of Inf-Net note that theirs is
+# a *mean* Dice, over cut-off values of a soft map, so it is lower than the Dice of one good
+# threshold. And the rule for slices without a class is not stated. A detector trained for a minute
+# at a quarter of the resolution is in another league anyway. What the table does say: consolidation
+# is hard for everyone, with so few slices.
+
+# %% [markdown]
+# ## Hounsfield units and windows
+#
+# A scanner does not write grey values of 0 to 1. It writes Hounsfield units (HU): air is -1000,
+# water 0, healthy lung about -850, soft tissue about 40, bone several hundred. A screen, and a
+# model, see them through a *window* with level $L$ and width $W$:
+#
+# $$ u = \mathrm{clip}\left(\frac{h - (L - W/2)}{W},\; 0,\; 1\right). $$
+#
+# The lung window of this book has $L = -600$ and $W = 1500$, so it shows -1350 to 150 HU. A phantom
+# is drawn in HU and stored through that window, so inside it we can go back.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+level, width = LUNG_WINDOW
+friend, friend_mask = old_friend(preset.phantoms.size)
+hu = friend * width + (level - width / 2)  # [H, W], HU, cut at the ends of the window
+
+
+def windowed(hu, level, width):
+    """Grey values 0..1 of Hounsfield units."""
+    return np.clip((hu - (level - width / 2)) / width, 0, 1)
+
+
+assert np.allclose(windowed(hu, level, width), hounsfield_to_unit(hu, LUNG_WINDOW), atol=1e-5)
+assert np.allclose(windowed(hu, level, width), friend, atol=1e-5)
+print(
+    f"window {level:g}, {width:g}: black below {level - width / 2:g}, white above {level + width / 2:g} HU"
+)
+
+# %% [markdown]
+# Turn the window. GGO, at some -600 to -500 HU, vanishes in a window for soft tissue, and so does
+# the whole lung.
+
+
+# %%
+WINDOWS = {
+    "lung (-600, 1500)": (-600, 1500),
+    "narrow lung (-600, 800)": (-600, 800),
+    "wide (-500, 2000)": (-500, 2000),
+    "high lung (-400, 1200)": (-400, 1200),
+    "soft tissue (40, 400)": (40, 400),
+}
+
+
+def draw_window(level, width):
+    """Draw our old friend through a window, with what the shipped segmenter finds there."""
+    image = torch.from_numpy(windowed(hu, level, width).astype(np.float32)).expand(3, -1, -1)
+    with torch.no_grad():
+        found = {k: v.cpu() for k, v in segmenter([image.to(device)])[0].items()}
+    ax = plotting.get_ax(5, 4.2)
+    _ = plotting.show_lesions(image, found, ax, score_threshold=0.75)
+    _ = ax.contour(friend_mask >= 2, levels=[0.5], colors=plotting.YELLOW, linewidths=0.8)
+    painted = semantic_mask(found, 0.75)
+    title = f"level {level:g}, width {width:g} HU: Dice {dice_of(painted, friend_mask)[0]:.2f}"
+    _ = ax.set_title(title, fontsize=10)
+    return ax.figure
+
+
+frame_slider(
+    [draw_window(*window) for window in WINDOWS.values()],
+    list(WINDOWS),
+    "Window (level, width in HU)",
+    "The same synthetic slice through one window, with the detections of the shipped segmenter; "
+    "contrast and detections change with the window",
+    caption="Our old friend through five windows, and what a segmenter finds that learned on the "
+    "first. Yellow: the true lesions. Dice: infection, scores above 0.75. Synthetic.",
+    dpi=70,
+)
+
+# %% [markdown]
+# With a running notebook you can set level and width:
+
+
+# %% tags=["remove-output"]
+def look_through(level, width):
+    """Draw and show, for the sliders."""
+    _ = draw_window(level, width)
+    plt.show()
+
+
+_ = ipywidgets.interact(
+    look_through,
+    level=ipywidgets.IntSlider(-600, min=-1000, max=200, step=50),
+    width=ipywidgets.IntSlider(1500, min=200, max=2500, step=100),
+)
+
+# %% [markdown]
+# One slice proves nothing, so here are more of them. **The window is a part of the model.** Weights
+# without a note on the window that they learned on are half a model. COVID-SemiSeg does not say
+# which window made its JPEGs, and a collection from many sources will hold several.
+
+# %%
+window_dice = {}
+for name, (new_level, new_width) in WINDOWS.items():
+    values = []
+    for index in home.indices[::2]:
+        grey, truth = home_set.read(index)
+        grey = windowed(grey * width + (level - width / 2), new_level, new_width)
+        picture = torch.from_numpy(grey.astype(np.float32)).expand(3, -1, -1)
+        with torch.no_grad():
+            found = segmenter([picture.to(device)])[0]
+        values.append(dice_of(semantic_mask(found, 0.75), truth)[0])
+    window_dice[name] = np.nanmean(values)
+    print(f"{name:26} mean Dice of infection {window_dice[name]:.2f}  ({len(values)} phantoms)")
+assert window_dice["soft tissue (40, 400)"] < window_dice["lung (-600, 1500)"]
+
+# %% [markdown]
+# ## Your own DICOM
+#
+# `read_image` reads DICOM and NIfTI through the lung window, or another one that you name. To see
+# it work without a patient's file, we write our old friend as a DICOM slice and read it back.
+# Scanners store integers $v$ with a slope and an intercept, $h = \text{slope} \cdot v +
+# \text{intercept}$; a reader that forgets them sees everything 1,024 HU too bright, for example.
+# The DICOM file carries no name of a patient, because nobody put one in; yours will.
+
+# %%
+temporary = tempfile.TemporaryDirectory()
+if importlib.util.find_spec("pydicom") is None:
+    print('pydicom is not installed: `pip install "covidmask[medical]"` brings it. Skipped.')
+else:
+    import pydicom
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    path = Path(temporary.name) / "friend.dcm"
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    scan = pydicom.Dataset()
+    scan.file_meta = meta
+    scan.Rows, scan.Columns = hu.shape
+    scan.SamplesPerPixel, scan.PhotometricInterpretation = 1, "MONOCHROME2"
+    scan.BitsAllocated = scan.BitsStored = 16
+    scan.HighBit, scan.PixelRepresentation = 15, 0
+    scan.RescaleSlope, scan.RescaleIntercept = 1, -1350
+    scan.PixelData = np.round(hu + 1350).astype(np.uint16).tobytes()
+    scan.save_as(path, enforce_file_format=True)
+
+    again = read_image(path)  # float32 [H, W] in 0..1
+    assert np.abs(again - friend).max() < 1 / width  # integers: half a HU is lost
+    soft = read_image(path, window=(40, 400))
+    assert np.allclose(soft, windowed(np.round(hu), 40, 400), atol=1e-5)
+    print("our old friend came back from DICOM, through both windows")
+
+# %% [markdown]
+# On the command line, `predict` does the rest: it reads files of any kind, draws the lesions, and
+# writes the three probabilities into a table. It takes pixels alone from a file; no DICOM tag
+# reaches an output.
+#
+# ```
+# covidmask predict scan.dcm --segmenter seg.safetensors --classifier cls.safetensors --out out
+# ```
+#
+# ## A scan is many slices
+#
+# A NIfTI file holds a whole scan. The method classifies *slices*, and which slice you take decides
+# what you get: `read_image` takes the middle one. COVIDx-CT kept slices with visible lesions for the
+# two diseases and any slice for controls {cite:p}`Gunraj2020`, so a model that was trained on it has
+# never had to deal with a clear slice of a sick patient. Let us do that with our old friend's whole
+# chest.
+
+# %%
+friend_patient = make_patient(*FRIEND)
+positions = POSITIONS[::7]  # 0 is the apex of the lungs, 1 the base
+drawn = [render(friend_patient, position, preset.phantoms.size) for position in positions]
+stack = np.stack([image for image, _ in drawn])  # [slices, H, W]
+lesion_share = np.array([(mask >= 2).mean() for _, mask in drawn])
+if importlib.util.find_spec("nibabel") is None:
+    print('nibabel is not installed: `pip install "covidmask[medical]"` brings it. Skipped.')
+else:
+    import nibabel
+
+    # the file's axes run to the right, to the front and to the head; ours to the left of the
+    # patient, to the back and to the feet, so all three are reversed
+    volume = (stack * width + (level - width / 2)).transpose(2, 1, 0)[::-1, ::-1, ::-1]
+    path = Path(temporary.name) / "friend.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.round(volume).astype(np.int16), np.eye(4)), path)
+    lowest = read_nifti(path, 0, LUNG_WINDOW)  # the slice nearest the feet
+    assert np.abs(lowest - stack[-1]).max() < 2 / width
+    middle = len(positions) // 2  # counted from the feet
+    assert np.abs(read_image(path) - stack[::-1][middle]).max() < 2 / width
+    print(f"{len(positions)} slices in one NIfTI file, read back one by one")
+
+# %% mystnb={"image": {"alt": "Two panels over the position in the chest from apex to base. Above: area of lesions as a share of each slice. Below: the three probabilities of the classifier, which change from slice to slice."}, "figure": {"caption": "One patient, many answers: lesion area (above) and the classifier's three sigmoids (below) along our old friend's chest. Where no lesion is in the slice, the sick patient looks like a control. Synthetic."}}
+classifier = trained_classifier(PRESET, device).eval()
+with torch.no_grad():
+    images = [torch.from_numpy(image).expand(3, -1, -1).to(device) for image in stack]
+    probabilities = classifier(images).sigmoid().cpu().numpy()  # [slices, 3]
+fig, axes = plt.subplots(2, 1, figsize=(7.5, 5), sharex=True, layout="constrained")
+_ = axes[0].bar(positions, 100 * lesion_share, 0.025, color=plotting.ORANGE, edgecolor="black")
+_ = axes[0].set(ylabel="True lesion area\n(% of the slice)")
+for label, name in enumerate(IMAGE_CLASSES):
+    style = {"color": plotting.CLASS_COLOURS[label], "ls": plotting.CLASS_LINES[label]}
+    _ = axes[1].plot(positions, probabilities[:, label], marker="osD"[label], label=name, **style)
+_ = axes[1].set(
+    xlabel="Position (0 apex, 1 base of the lungs, no unit)",
+    ylabel="Sigmoid (no unit)",
+    ylim=(0, 1.02),
+)
+_ = fig.legend(loc="outside upper center", ncols=3)
+plt.show()
+temporary.cleanup()
+
+# %% [markdown]
+# Neighbouring slices of one patient get different answers, and where no lesion is in sight the
+# answer is "control", which is right for the slice and wrong for the patient. A result for a
+# patient needs a rule over slices: the share of positive slices, or the mean over those that a
+# radiologist, or a lesion detector, picked. The paper has none, and its figures are per slice.
+#
+# ## The full scale
+#
+# The paper's data are public, and larger than this page can use. What you need:
+#
+# 1. **Lesion masks of CNCB** {cite:p}`Zhang2020`, from ncov-ai.big.ac.cn/download; their terms.
+#    Lay them out as `cncb/image/<patient>/<slice>.png` and `cncb/mask/<patient>/<slice>.png`, with
+#    lists `train.txt` and `test.txt`, one `<patient>_<slice>.png` a line.
+# 2. **COVIDx-CT-1** {cite:p}`Gunraj2020`, from Kaggle (`hgunraj/covidxct`), with the lists of
+#    version 1 from GitHub (`haydengunraj/COVIDNet-CT`); their terms. The images lie in one folder
+#    with `val.txt` and `test.txt`; a list of 3,000 training slices is drawn from the long one.
+#
+# Then the commands are those of the phantoms with other folders:
+#
+# ```
+# covidmask stats --data cncb
+# covidmask train segmenter --preset paper --data cncb --out seg.safetensors --workers 4
+# covidmask evaluate segmenter --weights seg.safetensors --data cncb --split test
+#
+# python data_scripts/sample_slices.py train_COVIDx_CT-1.txt covidx/train.txt --seed 0
+# covidmask train classifier --preset paper --data covidx --segmenter seg.safetensors \
+#     --regime heads_bn --out cls.safetensors --workers 4
+# covidmask evaluate classifier --weights cls.safetensors --data covidx --split test
+# ```
+#
+# `--weights-backbone IMAGENET1K_V1` starts the segmenter's backbone from ImageNet (a download).
+# `--preset colab` fits a small GPU. After a crash the same command goes on where its checkpoint
+# stands. COVID-SemiSeg works in these commands too: `--data` may name its folder.
+#
+# **Cost.** The notes to the released code of {cite:t}`TerSarkisov2020` give 4.5 hours for 100
+# epochs of the segmenter and 2 hours 15 minutes for 50 epochs of a light classifier, on a GPU with
+# 8 GB. On the CPU the preset `paper` is out of reach: use `quick` for the code and a GPU for the
+# numbers.
+#
+# ## What these data cannot show
+#
+# - **Positive slices only.** COVID-SemiSeg and the CNCB masks show COVID-19 patients. A segmenter
+#   trained on them meets healthy lungs and other pneumonias for the first time inside the
+#   classifier.
+# - **Few sources.** CNCB is one collection from one country, COVID-SemiSeg one web site. Scanners,
+#   protocols and patients elsewhere differ, and nothing here measures how much that costs.
+# - **A slice is not a patient.** Sensitivity per slice, on slices chosen because they show lesions,
+#   is no sensitivity of a test for patients.
+# - **The split may leak.** Without patient ids nobody can rule out that a neighbour of a test slice
+#   was in training.
+# - **Labels are opinions.** Where GGO ends, two radiologists disagree; a Dice near 1 would be a
+#   reason for suspicion.
+#
+# ## Exercises
+#
+# ```{exercise} Lying on the side
+# :label: real_ct-transposed
+# Forget to transpose: give the shipped segmenter the test slices as they are stored, and transpose
+# its masks before you compare. What does the trap cost?
+# ```
+
+# %% [markdown]
+# ````{solution-start} real_ct-transposed
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+upright_dice, lying_dice = [], []
+for index in test_indices[:16]:
+    grey, truth = test_set.read(index)
+    for values, picture, true in ((upright_dice, grey, truth), (lying_dice, grey.T, truth.T)):
+        image = torch.from_numpy(np.ascontiguousarray(picture)).expand(3, -1, -1)
+        with torch.no_grad():
+            found = segmenter([image.to(device)])[0]
+        values.append(dice_of(semantic_mask(found, 0.5), true)[0])
+print(f"{KIND}, {len(upright_dice)} slices, mean Dice of infection")
+print(f"upright {np.nanmean(upright_dice):.2f}, as stored {np.nanmean(lying_dice):.2f}")
+
+# %% [markdown]
+# A lesion looks much the same lying on its side, and the chest around it does not. Nothing fails
+# and nothing warns: only a number is lower than it could be.
+
+# %% [markdown]
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise} Whose mean?
+# :label: real_ct-empty
+# Compute the mean Dice of consolidation for the fine-tuned model in three ways: leave slices out
+# that have none and where none is found, count them as 1, or pool the pixels of all slices into one
+# Dice. How far apart are they?
+# ```
+
+# %% [markdown]
+# ````{solution-start} real_ct-empty
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+threshold = scores["fine-tuned from shipped weights"][0]
+values, both, total = [], 0, 0
+for index, prediction, _ in predict_lesions(tuned, test, progress=False):
+    truth = test_set.read(test_indices[index])[1] == 3
+    painted = semantic_mask(prediction, threshold) == 3
+    values.append(dice_of(3 * painted, 3 * truth)[2])
+    both, total = both + (painted & truth).sum(), total + painted.sum() + truth.sum()
+values = np.array(values)
+print(f"{KIND}, consolidation, {len(values)} slices, {np.isnan(values).sum()} empty in both")
+print(f"left out     {np.nanmean(values):.2f}")
+print(f"counted as 1 {np.nan_to_num(values, nan=1).mean():.2f}")
+print(f"pooled       {2 * both / total:.2f}")
+
+# %% [markdown]
+# Same masks, three numbers. A paper that does not name its rule cannot be compared with.
+
+# %% [markdown]
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise} Too large for the anchors
+# :label: real_ct-anchors
+# The RPN learns a box when an anchor overlaps it by more than a threshold, or is the best for it.
+# What share of the training lesions here has an anchor above the threshold (`rpn_iou[0]`), with the
+# preset's anchor sizes, and with sizes twice as large? Centre the anchor on the box.
+# ```
+
+# %% [markdown]
+# ````{solution-start} real_ct-anchors
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+sides = []
+for image, target in train:
+    scale = preset.detector.image_size / min(image.shape[1:])
+    sides.append((target["boxes"][:, 2:] - target["boxes"][:, :2]) * scale)  # [K, 2]
+sides = torch.cat(sides)  # [M, 2], width and height in network pixels
+for factor in (1, 2):
+    best = torch.zeros(len(sides))
+    for anchor_size in preset.detector.anchor_sizes:
+        for ratio in preset.detector.anchor_ratios:  # height / width at equal area
+            anchor = factor * anchor_size * torch.tensor([ratio**-0.5, ratio**0.5])
+            overlap = torch.minimum(sides, anchor).prod(1)
+            best = torch.maximum(best, overlap / (sides.prod(1) + anchor.prod() - overlap))
+    share = (best > preset.detector.rpn_iou[0]).float().mean()
+    print(f"sizes x {factor}: {share:.0%} of {len(sides)} lesions have an anchor  ({KIND})")
+
+# %% [markdown]
+# This is the best case: real anchors stand on a grid and miss the centre. Larger sizes win where
+# many lesions outgrow the anchors, and lose where small ones are as many. The change is one line,
+# `replace(preset.detector, anchor_sizes=...)`; the shipped weights still load, because the number
+# of anchors stays the same, though each output now means another size.
+
+# %% [markdown]
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ## What we learned
+#
+# 1. Read indices, not colours, and turn the slices upright: neither mistake raises an error.
+# 2. A mean Dice needs a threshold, a rule for empty slices and a split, all named.
+# 3. On phantoms, weights of a neighbouring domain are the better start; try both on your own slices.
+# 4. The window is a part of the model; DICOM and NIfTI give HU, JPEG collections do not.
+# 5. Positive slices from few sources say nothing about patients elsewhere.
+#
+# ## Further reading
+#
+# {cite:t}`Fan2020` describe COVID-SemiSeg and Inf-Net, {cite:t}`Zhang2020` the CNCB data,
+# {cite:t}`Gunraj2020` COVIDx-CT. {cite:t}`Roberts2021` list what goes wrong when such models meet
+# real patients; {cite:t}`DeGrave2021` show models that learned the source of a picture.
+# {cite:t}`Aleem2020` use Mask R-CNN for the same lesions.

@@ -1,0 +1,92 @@
+"""Chapter 8 shows the numbers of the results file, and its claims about them hold there."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from covidmask.config import PRESETS
+from tools.book import read_twin
+
+ROOT = Path(__file__).parents[1]
+RESULT = json.loads((ROOT / "results" / "ablations.json").read_text())
+BY_NAME = {entry["name"]: entry for entry in RESULT["variants"]}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports from its neighbour
+    spec = importlib.util.spec_from_file_location("ablations", ROOT / "benchmarks" / "ablations.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "ablations", module)  # for its dataclass
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_chapter_shows_the_results_file(benchmark):
+    text = "\n".join(cell.source for cell in read_twin(benchmark.TWIN).cells)
+    shown = text.split("<!-- ablations -->")[1].split("<!-- /ablations -->")[0]
+    assert shown.strip() == benchmark.markdown(RESULT)
+
+
+def test_filling_the_chapter_again_changes_nothing(benchmark, tmp_path):
+    copy = tmp_path / "twin.py"
+    copy.write_text(benchmark.TWIN.read_text(encoding="utf-8"), encoding="utf-8")
+    benchmark.fill_twin(copy, benchmark.markdown(RESULT))
+    assert copy.read_text(encoding="utf-8") == benchmark.TWIN.read_text(encoding="utf-8")
+
+
+def test_results_name_their_origin_and_belong_to_the_preset(benchmark):
+    for key in ("command", "commit", "hardware", "date", "torch", "torchvision"):
+        assert RESULT[key], key
+    assert "ablations.py" in RESULT["command"]
+    assert RESULT["preset"] == json.loads(json.dumps(asdict(PRESETS["quick"]))), (
+        "the preset has changed since: run benchmarks/ablations.py again"
+    )
+    assert RESULT["train_slices"] >= 3000 and RESULT["test_slices"] == 600
+    assert len(RESULT["seeds"]) >= 3
+    trained = [entry for entry in RESULT["variants"] if entry["group"] != "Logistic regression"]
+    assert [entry["name"] for entry in trained] == [variant.name for variant in benchmark.VARIANTS]
+    for entry in trained:
+        assert len(entry["accuracies"]) == len(RESULT["seeds"])
+
+
+def test_what_the_chapter_says_of_the_table_holds_in_it():
+    def mean(name):
+        return BY_NAME[name]["mean"]
+
+    def clear_of_zero(name):
+        low, high = BY_NAME[name]["difference_interval"]
+        return low > 0 or high < 0
+
+    full = mean("score and deltas, N = 32, NMS 0.75")
+    assert mean("N = 1") < mean("N = 2") - 0.04  # few boxes, but more than one
+    assert all(abs(mean(f"N = {n}") - full) < 0.03 for n in (2, 4, 8, 16))
+    assert mean("N = 64") < mean("N = 16")  # while it fits the training slices better
+    assert BY_NAME["N = 64"]["mean_train"] > BY_NAME["N = 2"]["mean_train"] + 0.05
+    assert full > mean("scores alone") > mean("deltas alone") >= mean("ranks shuffled") - 0.01
+    assert not clear_of_zero("scores alone") and clear_of_zero("ranks shuffled")
+    assert not clear_of_zero("score above 0.05 only, then padded")
+    for setting in ("NMS 0.25", "no NMS"):
+        assert mean(f"N = 32, {setting}") > full and clear_of_zero(f"N = 32, {setting}")
+    assert mean("N = 2, NMS 0.25") > mean("N = 32, NMS 0.25") - 0.02  # one rank, one lesion
+    assert mean("N = 16, no NMS") > mean("N = 2, no NMS") + 0.04  # copies need room
+    for setting, base in (
+        ("NMS 0.75", full),
+        ("NMS 0.25", mean("N = 32, NMS 0.25")),
+        ("no NMS", mean("N = 32, no NMS")),
+    ):
+        for wider in ("+ lesion class", "place instead of deltas"):
+            assert mean(f"{wider}, {setting}") < base + 0.02
+        name = "best score and count of each lesion class"
+        plain = mean(f"best score and count, {setting}")
+        assert mean(f"{name}, {setting}") > plain  # the rule does use the class
+    best = max(entry["mean"] for entry in RESULT["variants"] if entry["n"])
+    rule = mean("best score and count of each lesion class, no NMS")
+    assert rule > best - 0.02
+    assert mean("true areas and counts") > best + 0.02
+    assert mean("S without hidden layers") < full - 0.05
+    assert mean("S without hidden layers, no NMS") > mean("N = 32, no NMS") - 0.04
+    assert mean("detector with random weights") < 0.45
