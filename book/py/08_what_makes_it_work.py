@@ -540,9 +540,9 @@ record("S without hidden layers", predict_with_s(vectors(kept[PAPER]), hidden=Fa
 #
 # ## Beyond the paper: class and place
 #
-# The row leaves out what a radiologist would say first: *which* finding, and *where*. COVID-19 is
-# described as ground-glass opacity near the pleura, in both lower lungs; a bacterial pneumonia
-# often as one consolidation. Is that really lost? A *probe* answers such a question: a small model
+# The row leaves out what a radiologist would say first: *which* finding, and *where*. In COVID-19,
+# {cite:t}`Zhao2020relation` mostly find GGO, near the pleura and in both lungs; a lobar pneumonia
+# is one large consolidation. Is that really lost? A *probe* answers such a question: a small model
 # that predicts the missing quantity from the row alone. We probe rows of strong boxes, with
 # different patients for fitting and judging.
 
