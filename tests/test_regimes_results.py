@@ -1,0 +1,106 @@
+"""Chapter 6 shows the results of benchmarks/regimes.py, and the file says where they came from."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from covidmask.config import PRESETS
+from covidmask.models.classifier import REGIMES, covid_ct_mask_net, set_regime
+from covidmask.models.parameters import count_trainable
+from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.weights import ShippedWeights
+
+ROOT = Path(__file__).parents[1]
+RESULT = json.loads((ROOT / "results" / "regimes.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports quick_preset, its neighbour
+    spec = importlib.util.spec_from_file_location("regimes", ROOT / "benchmarks" / "regimes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_chapter_shows_the_results_file(benchmark):
+    table = benchmark.markdown(RESULT)
+    twin = benchmark.TWIN.read_text(encoding="utf-8")
+    start, end = benchmark.MARKS
+    assert f"{start}\n{benchmark.commented(table)}\n{end}" in twin, (
+        "run `python benchmarks/regimes.py --table`, then `make notebooks`"
+    )
+    notebook = ROOT / "book" / "06_three_regimes.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert any(table in "".join(cell["source"]) for cell in cells)
+
+
+def test_filling_the_chapter_twice_changes_nothing(benchmark, tmp_path):
+    start, end = benchmark.MARKS
+    twin = tmp_path / "twin.py"
+    twin.write_text(f"# before\n{start}\n# old\n{end}\n# after\n", encoding="utf-8")
+    for _ in range(2):
+        benchmark.fill_twin(twin, "| new |\n\ntext")
+        expected = f"# before\n{start}\n# | new |\n#\n# text\n{end}\n# after\n"
+        assert twin.read_text(encoding="utf-8") == expected
+
+
+def test_results_name_their_origin_and_belong_to_the_preset():
+    for key in ("command", "commit", "hardware", "date", "torch", "torchvision", "threads"):
+        assert RESULT[key], key
+    assert RESULT["preset"] == json.loads(json.dumps(asdict(PRESETS["quick"]))), (
+        "the preset has changed since: run benchmarks/regimes.py again"
+    )
+    shipped = ShippedWeights.SEGMENTER_QUICK.value
+    assert [RESULT["segmenter"][key] for key in ("file", "sha256")] == list(shipped), (
+        "the shipped segmenter has changed since: run benchmarks/regimes.py again"
+    )
+
+
+def test_rows_agree_with_themselves(benchmark):
+    rows = RESULT["regimes"]
+    assert [row["regime"] for row in rows] == [*REGIMES, *REGIMES[1:], "heads"]
+    assert [row["detector_lr"] is not None for row in rows] == [False] * 3 + [True] * 2 + [False]
+    assert {row["epochs"] for row in rows[:5]} == {RESULT["training"]["epochs"]}
+    model = covid_ct_mask_net(
+        lesion_mask_rcnn(PRESETS["quick"].detector), PRESETS["quick"].classifier
+    )
+    for row in rows:
+        counts = row["confusion"]
+        right, total = sum(counts[k][k] for k in range(3)), sum(map(sum, counts))
+        assert total == RESULT["test_slices"]
+        assert row["accuracy"] == pytest.approx(right / total)
+        for k in range(3):
+            assert row["sensitivity"][k] == pytest.approx(counts[k][k] / sum(counts[k]))
+        low, high = row["accuracy_by_patient"]
+        assert low <= row["accuracy"] <= high
+        set_regime(model, row["regime"])
+        assert row["parameters"] == count_trainable(model)
+        accuracies = row["validation_accuracy_of_epoch"]
+        assert len(accuracies) == row["epochs"]
+        assert accuracies[row["best_epoch"] - 1] == max(accuracies)
+        of_rate = "heads" if row["detector_lr"] else row["regime"]
+        assert row["lr"] == benchmark.best_rate(RESULT["pilot"], of_rate)
+        if row["regime"] == "heads":  # the detector is untouched
+            assert row["detection"]["box_ap50"] == pytest.approx(
+                RESULT["detection_before"]["box_ap50"]
+            )
+
+
+def test_what_the_chapter_says_about_the_results():
+    """The sentences below the table, in numbers: change both together."""
+    heads, bn, full, gentle_bn, gentle_full, longer = RESULT["regimes"]
+    assert bn["minus_heads"][1] < 0 < bn["minus_heads"][2]
+    assert full["minus_heads"][1] > 0
+    for row in (gentle_bn, gentle_full):
+        assert row["accuracy"] > heads["accuracy"] and row["minus_heads"][1] < 0
+    assert gentle_full["accuracy"] < full["accuracy"]
+    assert full["accuracy"] - gentle_full["accuracy"] > 0.03
+    others = [row["accuracy"] for row in (heads, bn, gentle_bn, gentle_full)]
+    assert longer["accuracy"] > max(others) - 0.01 and full["accuracy"] > longer["accuracy"]
+    before = RESULT["detection_before"]["box_ap50"]
+    ap50 = [row["detection"]["box_ap50"] / before for row in RESULT["regimes"]]
+    assert ap50[1] < 0.3 and ap50[2] < 0.3 and ap50[3] > 0.9 and ap50[4] < 0.5
