@@ -783,13 +783,13 @@ plt.show()
 # ## Exercises
 #
 # ```{exercise} Deltas, or their order?
-# :label: what_makes_it_work-order
+# :label: what-makes-order
 # Deltas alone do well. Train $S$ on the deltas alone with the ranks shuffled. How much of the
 # result was the order?
 # ```
 
 # %% [markdown]
-# ````{solution-start} what_makes_it_work-order
+# ````{solution-start} what-makes-order
 # :class: dropdown
 # ````
 
@@ -811,13 +811,13 @@ print(f"deltas in any order:                 {mixed:.1%}")
 
 # %% [markdown]
 # ```{exercise} A difference and its interval
-# :label: what_makes_it_work-difference
+# :label: what-makes-difference
 # `results[name][1]` holds the predictions of a variant. Compute the difference in accuracy between
 # "no NMS" and the paper's vector, and its 95 % interval by resampling patients.
 # ```
 
 # %% [markdown]
-# ````{solution-start} what_makes_it_work-difference
+# ````{solution-start} what-makes-difference
 # :class: dropdown
 # ````
 
@@ -845,13 +845,13 @@ print(f"slices on which the two disagree in being right: {(gain != 0).sum()} of 
 
 # %% [markdown]
 # ```{exercise} Which slices go wrong?
-# :label: what_makes_it_work-count
+# :label: what-makes-count
 # If $S$ counts lesions, it must fail on COVID-19 slices with one lesion and on pneumonia slices
 # with two or more. Check it.
 # ```
 
 # %% [markdown]
-# ````{solution-start} what_makes_it_work-count
+# ````{solution-start} what-makes-count
 # :class: dropdown
 # ````
 
@@ -871,12 +871,12 @@ for label in (1, 2):
 
 # %% [markdown]
 # ```{exercise} Fewer patients
-# :label: what_makes_it_work-patients
+# :label: what-makes-patients
 # Train on a quarter of the patients. Which suffers more, $S$ or the rule of two numbers?
 # ```
 
 # %% [markdown]
-# ````{solution-start} what_makes_it_work-patients
+# ````{solution-start} what-makes-patients
 # :class: dropdown
 # ````
 

@@ -379,13 +379,20 @@ print(f"{steps} steps of {settings.batch_size} slices each")
 # %%
 show(scores)
 
+# %% [markdown]
+# Here the shipped weights are a long way ahead, because home and here are neighbours. **Do not expect
+# this of real slices.** Phantoms are not CT, and weights that learned on them may give no head start
+# at all; for a real head start, others begin with ImageNet or with other CT. The same two lines with
+# your slices tell you.
+
 # %% mystnb={"image": {"alt": "Total training loss against the step for the two models; the one from random weights falls from higher up or more slowly, and both flatten."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
 ax = plotting.get_ax(6.5, 3.6)
 for (name, history), colour, line in zip(
     histories.items(), (plotting.BLUE, plotting.VERMILLION), ("-", "--"), strict=True
 ):
-    loss = np.convolve([entry["loss"] for entry in history], np.full(10, 0.1), mode="valid")
-    _ = ax.plot(np.arange(9, steps), loss, color=colour, ls=line, label=name)
+    wide = min(10, steps)
+    loss = np.convolve([entry["loss"] for entry in history], np.full(wide, 1 / wide), mode="valid")
+    _ = ax.plot(np.arange(wide - 1, steps), loss, color=colour, ls=line, label=name)
 _ = ax.set(xlabel="Step (count)", ylabel="Sum of the five losses (no unit)", ylim=(0, None))
 _ = ax.legend()
 plt.show()
@@ -761,13 +768,13 @@ temporary.cleanup()
 # ## Exercises
 #
 # ```{exercise} Lying on the side
-# :label: real_ct-transposed
+# :label: real-ct-transposed
 # Forget to transpose: give the shipped segmenter the test slices as they are stored, and transpose
 # its masks before you compare. What does the trap cost?
 # ```
 
 # %% [markdown]
-# ````{solution-start} real_ct-transposed
+# ````{solution-start} real-ct-transposed
 # :class: dropdown
 # ````
 
@@ -794,14 +801,14 @@ print(f"upright {np.nanmean(upright_dice):.2f}, as stored {np.nanmean(lying_dice
 
 # %% [markdown]
 # ```{exercise} Whose mean?
-# :label: real_ct-empty
+# :label: real-ct-empty
 # Compute the mean Dice of consolidation for the fine-tuned model in three ways: leave slices out
 # that have none and where none is found, count them as 1, or pool the pixels of all slices into one
 # Dice. How far apart are they?
 # ```
 
 # %% [markdown]
-# ````{solution-start} real_ct-empty
+# ````{solution-start} real-ct-empty
 # :class: dropdown
 # ````
 
@@ -829,14 +836,14 @@ print(f"pooled       {2 * both / total:.2f}")
 
 # %% [markdown]
 # ```{exercise} Too large for the anchors
-# :label: real_ct-anchors
+# :label: real-ct-anchors
 # The RPN learns a box when an anchor overlaps it by more than a threshold, or is the best for it.
 # What share of the training lesions here has an anchor above the threshold (`rpn_iou[0]`), with the
 # preset's anchor sizes, and with sizes twice as large? Centre the anchor on the box.
 # ```
 
 # %% [markdown]
-# ````{solution-start} real_ct-anchors
+# ````{solution-start} real-ct-anchors
 # :class: dropdown
 # ````
 
