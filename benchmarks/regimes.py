@@ -4,8 +4,8 @@
     python benchmarks/regimes.py --table          fills the chapter from the results file
 
 All runs start from the shipped segmenter and from the same random S, see the same slices in the
-same order, and keep the epoch with the best accuracy on the validation slices. The test slices
-are looked at once, after training.
+same order, and keep the epoch with the best accuracy on the validation slices. Each run looks at
+the test slices once, after training. Part 2 was added when the results of part 1 were known.
 
 1. One learning rate for the whole network, as in the paper. No rate fits all regimes, so each
    takes the one that does best in a short pilot: every fourth training slice, 2 epochs, judged on
@@ -304,7 +304,8 @@ def markdown(result: dict) -> str:
         "",
         f"Command: `{result['command']}`; {result['hardware']}, {result['threads']} "
         f"thread{'s' if result['threads'] > 1 else ''}; torch {result['torch']}; "
-        f"{result['date']}; commit {result['commit']}; all numbers in `results/regimes.json`.",
+        f"{result['date']}; commit {result['commit']}; all numbers in `results/regimes.json`."
+        + (f" {result['note']}" if "note" in result else ""),
     ]
     return "\n".join(lines)
 
