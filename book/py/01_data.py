@@ -17,7 +17,7 @@
 #
 # **You need** Python and some PyTorch. [Chapter 0](00_whole_path.ipynb) shows where the data go, but
 # this chapter runs alone. **Run time:** about 40 seconds on two CPU cores in the preset `quick` (the
-# first chapter that you run draws the phantoms once, which takes about half a minute more); on a GPU
+# first chapter that you run draws the phantoms once, which takes about a minute more); on a GPU
 # not measured.
 #
 # ```{admonition} Synthetic data

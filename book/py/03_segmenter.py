@@ -18,7 +18,7 @@
 # **You need** the parts of Mask R-CNN from [chapter 2](02_mask_rcnn.ipynb), and the data of
 # [chapter 1](01_data.ipynb). The chapter runs without them. **Run time:** about 4 minutes on two CPU
 # cores in the preset `quick`, of which the training takes 3 (the first chapter that you run draws
-# the phantoms once, which takes about half a minute more); on a GPU not measured.
+# the phantoms once, which takes about a minute more); on a GPU not measured.
 #
 # ```{admonition} Synthetic data
 # :class: important

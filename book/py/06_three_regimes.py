@@ -18,7 +18,7 @@
 # **You need** the ranked boxes of [chapter 4](04_ranked_boxes.ipynb) and the module $S$ of
 # [chapter 5](05_covid_ct_mask_net.ipynb); the chapter runs alone. **Run time:** about
 # 2 minutes on two CPU cores in the preset `quick` (the first chapter that you run draws the
-# phantoms once, which takes about half a minute more); on a GPU not measured.
+# phantoms once, which takes about a minute more); on a GPU not measured.
 #
 # ```{admonition} Synthetic data
 # :class: important

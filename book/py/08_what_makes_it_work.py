@@ -19,7 +19,7 @@
 # **You need** [chapter 4](04_ranked_boxes.ipynb) (ranked boxes) and
 # [chapter 5](05_covid_ct_mask_net.ipynb) (the module $S$). **Run time:** about one minute on two CPU
 # cores in the preset `quick` (the first chapter that you run draws the phantoms once, which takes
-# about half a minute more); on a GPU not measured.
+# about a minute more); on a GPU not measured.
 #
 # ```{admonition} Synthetic data
 # :class: important

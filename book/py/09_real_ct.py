@@ -19,7 +19,7 @@
 # **You need** [chapter 3](03_segmenter.ipynb) (training and judging the segmenter) and
 # [chapter 5](05_covid_ct_mask_net.ipynb) (the classifier). **Run time:** about one minute on two CPU
 # cores in the preset `quick` (the first chapter that you run draws the phantoms once, which takes
-# about half a minute more); on a GPU not measured.
+# about a minute more); on a GPU not measured.
 #
 # ```{admonition} Synthetic data, unless you bring real slices
 # :class: important
