@@ -99,7 +99,7 @@ print(f"torchvision {torchvision.__version__}, Python {platform.python_version()
 PRESET = "quick"  # or "colab", "paper"
 SEED = 0
 DATA = os.environ.get("COVIDMASK_DATA", "data")
-PATIENTS = {"train": 60, "val": 10, "test": 20}  # of each class, at most
+PATIENTS = {"train": 45, "val": 10, "test": 20}  # of each class, at most
 
 # %%
 preset = PRESETS[PRESET]

@@ -61,6 +61,8 @@ def python(tmp_path_factory) -> Path:
                 (packages / entry.name).symlink_to(entry)
     run(sys.executable, "-m", "venv", folder / "venv")
     python = folder / "venv" / "bin" / "python"
+    # the setuptools of an older Python's venv cannot build the package; ours stands in `packages`
+    run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools")
     own = run(python, "-c", "import site; print(site.getsitepackages()[0])").strip()
     Path(own, "all.pth").write_text(f"{packages}\n")
     return python
@@ -70,7 +72,8 @@ def python(tmp_path_factory) -> Path:
 def test_chapter_runs_from_its_one_file(name, repository, python, tmp_path):
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "covidmask")
     shutil.copy(ROOT / "book" / f"{name}.ipynb", tmp_path)
-    absent = run(python, "-c", "import importlib.util as u; print(u.find_spec('covidmask'))")
+    look = "import importlib.util as u; print(u.find_spec('covidmask'))"
+    absent = run(python, "-c", look, cwd=tmp_path)  # elsewhere, or Python would find the checkout
     assert absent.strip() == "None"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COVIDMASK_")}
     environment |= {
@@ -80,7 +83,7 @@ def test_chapter_runs_from_its_one_file(name, repository, python, tmp_path):
         "PIP_NO_BUILD_ISOLATION": "0",
     }
     run(python, "-c", RUN.format(name=name), cwd=tmp_path, env=environment)
-    where = run(python, "-c", "import covidmask; print(covidmask.__file__)").strip()
+    where = run(python, "-c", "import covidmask; print(covidmask.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(python.parents[1]), "installed from the clone"
     cells = nbformat.read(tmp_path / "done.ipynb", as_version=4).cells
     counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
