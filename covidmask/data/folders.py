@@ -30,6 +30,11 @@ def weights_file(kind: str, preset: str) -> Path:
     return data_root() / "weights" / f"{kind}-{preset}.safetensors"
 
 
+def ranked_folder() -> Path:
+    """Where training keeps the ranked boxes of slices; it may be deleted at any time."""
+    return data_root() / "ranked"
+
+
 def existing_folder(root: str | Path) -> Path:
     """`root`, if it is there.
 

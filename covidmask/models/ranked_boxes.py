@@ -100,10 +100,14 @@ def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], s
         Per image: class logits [P,C] and box regression [P,4C], class-major.
     """
     heads = detector.roi_heads
-    pooled = heads.box_roi_pool(features, proposals, shapes)  # [sum P, channels, 7, 7]
-    logits, deltas = heads.box_predictor(heads.box_head(pooled))  # [sum P, C], [sum P, 4C]
+    rows, parts = [], []
+    for index, pooled in heads.box_roi_pool.parts(features, proposals, shapes):
+        rows.append(index)
+        parts.append(heads.box_predictor(heads.box_head(pooled)))  # [r, C], [r, 4C]
+    order = torch.cat(rows).argsort()
     counts = [len(boxes) for boxes in proposals]
-    return logits.float().split(counts), deltas.float().split(counts)
+    logits, deltas = (torch.cat(part)[order].float() for part in zip(*parts, strict=True))
+    return logits.split(counts), deltas.split(counts)
 
 
 def rank_boxes(

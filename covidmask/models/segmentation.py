@@ -1,7 +1,8 @@
 """Mask R-CNN for ground-glass opacity and consolidation (section 3.1).
 
-Everything is torchvision's but two small subclasses: `LesionRPN` ranks proposals on raw logits,
-and both subclasses take the shape of their box loss from the configuration.
+Everything is torchvision's but three small subclasses: `LesionRPN` ranks proposals on raw logits,
+`LesionRPN` and `LesionRoIHeads` take the shape of their box loss from the configuration, and
+`LesionRoIAlign` is RoIAlign made faster on CPUs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from covidmask.config import DetectorConfig
 from covidmask.models.backbones import fpn_backbone
+from covidmask.models.roi_align import LesionRoIAlign
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -144,7 +146,7 @@ def lesion_mask_rcnn(
         box_beta=config.rpn_box_beta,
     )
     heads = LesionRoIHeads(
-        MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        LesionRoIAlign(names, output_size=7, sampling_ratio=2),
         TwoMLPHead(channels * 7 * 7, config.box_features),
         FastRCNNPredictor(config.box_features, config.num_classes),
         *config.box_iou,
@@ -158,7 +160,7 @@ def lesion_mask_rcnn(
     )
     if masks:
         widths = (128,) if config.light_mask_head else (256,) * 4
-        heads.mask_roi_pool = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+        heads.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
         heads.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
         heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], config.num_classes)
     transform = GeneralizedRCNNTransform(

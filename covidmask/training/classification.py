@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
-from tqdm import tqdm
 
 from covidmask.config import IMAGE_CLASSES, TrainingConfig
 from covidmask.metrics.classification import confusion, report
 from covidmask.models.classifier import ClassificationModule, CovidCTMaskNet, set_regime
-from covidmask.training.loop import fit, gather, make_fabric, plain, share
+from covidmask.training.loop import fit, make_fabric, plain
+from covidmask.training.ranked_cache import cache_ranked_boxes, digest
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,32 +28,6 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: float [B,3]. labels: int64 [B].
     """
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
-
-
-@torch.no_grad()
-def cache_ranked_boxes(
-    model: CovidCTMaskNet,
-    dataset: Dataset,
-    *,
-    fabric: Fabric | None = None,
-    batch_size: int = 8,
-    progress: bool = True,
-    title: str = "ranking boxes",
-) -> Tensor:
-    """Run the detector once on each slice. Returns float32 [M,N,5] on the CPU, in dataset order."""
-    fabric = fabric or make_fabric()
-    model.to(fabric.device).eval()
-    indices = share(len(dataset), fabric)
-    n = model.config.n_boxes
-    rows = torch.empty(len(indices), n, 5)
-    hidden = not (progress and fabric.global_rank == 0)
-    with tqdm(total=len(indices), desc=title, disable=hidden) as bar:
-        for start in range(0, len(indices), batch_size):
-            images = [dataset[i][0].to(fabric.device) for i in indices[start : start + batch_size]]
-            with fabric.autocast():
-                rows[start : start + len(images)] = model.ranked_boxes(images).cpu()
-            bar.update(len(images))
-    return gather(rows, len(dataset), fabric)
 
 
 def train_s(
@@ -118,18 +91,23 @@ def train_classifier(
     fabric: Fabric | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    cache: str | Path | None = None,
     workers: int = 0,
+    memory: float = 0,
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Train the classifier in place in one of the three regimes (`set_regime`).
 
     In "heads" the detector is constant, so it runs once a slice and S trains on what it gave. In
-    the other two each step runs it again, and keeps gradients for the N ranked boxes only.
+    the other two each step runs it again, and keeps gradients for the N ranked boxes only. On a
+    CPU a step takes its slices one by one, which is faster and needs the memory of one.
 
     Args:
         dataset: items (image, label) of `SliceImages`.
         validation: with it the epoch of the best accuracy is kept ("return the best model").
         checkpoint: written after each epoch; an existing one is resumed.
+        cache: folder for the ranked boxes of "heads"; see `cache_ranked_boxes`.
+        workers, memory: as in `fit`.
 
     Returns:
         One dict a step; see `fit`. The model ends in eval mode.
@@ -140,14 +118,19 @@ def train_classifier(
         "regime": regime,
         "detector": plain(asdict(model.detector.config)),
         "classifier": plain(asdict(model.config)),
-        "segmenter": _digest(model.detector),  # S of one detector must not go on with another
+        "segmenter": digest(model.detector),  # S of one detector must not go on with another
     }
     if regime == "heads":
-        rows = cache_ranked_boxes(model, dataset, fabric=fabric, progress=progress)
+        rows = cache_ranked_boxes(model, dataset, fabric=fabric, folder=cache, progress=progress)
         held_out = None
         if validation is not None:
             held_out_rows = cache_ranked_boxes(
-                model, validation, fabric=fabric, progress=progress, title="ranking validation"
+                model,
+                validation,
+                fabric=fabric,
+                folder=cache,
+                progress=progress,
+                title="ranking validation",
             )
             held_out = (held_out_rows, torch.tensor(validation.labels))
         return train_s(
@@ -188,7 +171,9 @@ def train_classifier(
         run=run,
         after_epoch=validate if validation is not None else None,
         best="accuracy" if validation is not None else None,
+        part=1 if fabric.device.type == "cpu" else None,  # slices do not touch each other
         workers=workers,
+        memory=memory,
         progress=progress,
         title=f"classifier, {regime}",
     )
@@ -223,10 +208,3 @@ def evaluate_classifier(
         "confusion": counts,
         **report(counts),
     }
-
-
-def _digest(module: nn.Module) -> str:
-    total = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        total.update(tensor.detach().cpu().numpy().tobytes())
-    return total.hexdigest()[:12]

@@ -21,6 +21,7 @@ from covidmask.metrics.detection import (
     dice,
     semantic_mask,
 )
+from covidmask.models.inference import for_inference
 from covidmask.models.ranked_boxes import same_size_groups
 from covidmask.training.loop import fit, gather, make_fabric, plain, share, to_device
 
@@ -34,6 +35,7 @@ def train_segmenter(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     workers: int = 0,
+    memory: float = 0,
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Minimise the sum of the five losses of Mask R-CNN, in place.
@@ -41,6 +43,7 @@ def train_segmenter(
     Args:
         dataset: items (image, target) of `LesionSlices`.
         checkpoint: written after each epoch; an existing one is resumed.
+        workers, memory: as in `fit`.
 
     Returns:
         One dict a step; see `fit`. The model ends in eval mode.
@@ -64,6 +67,7 @@ def train_segmenter(
         checkpoint=checkpoint,
         run={"segmenter": plain(asdict(model.config))},
         workers=workers,
+        memory=memory,
         progress=progress,
         title="segmenter",
     )
@@ -84,7 +88,7 @@ def predict_lesions(
     share a batch, because padding changes the result.
     """
     fabric = fabric or make_fabric()
-    model.to(fabric.device).eval()
+    fast = for_inference(model.to(fabric.device).eval())
     indices = list(share(len(dataset), fabric))
     hidden = not (progress and fabric.global_rank == 0)
     with tqdm(total=len(indices), desc="detecting", disable=hidden) as bar:
@@ -94,7 +98,7 @@ def predict_lesions(
             images = [image.to(fabric.device) for image, _ in items]
             for group in same_size_groups(images):
                 with fabric.autocast():
-                    predictions = model([images[i] for i in group])
+                    predictions = fast([images[i] for i in group])
                 for i, prediction in zip(group, predictions, strict=True):
                     yield part[i], to_device(prediction, torch.device("cpu")), items[i][1]
             bar.update(len(part))
