@@ -28,10 +28,12 @@ from covidmask.data.folders import (
     open_lesions,
     open_slices,
     phantoms_folder,
+    ranked_folder,
     slice_splits,
     weights_file,
 )
 from covidmask.errors import CheckpointError, CovidmaskError, DataError, OutputError
+from covidmask.fetch import Fetch
 from covidmask.files import atomic_path, check_writable
 
 if TYPE_CHECKING:
@@ -167,6 +169,8 @@ class _TrainOptions:
     """Learning rate of Adam."""
     workers: int = 0
     """Processes that read slices; 0 reads in the training process. Use 2 or more with a GPU."""
+    memory: int = 2048
+    """MiB for slices that are decoded once and kept; the rest is decoded in every epoch."""
     device: Device = "auto"
     """auto is CUDA where there is one, else the CPU."""
     precision: Annotated[
@@ -183,6 +187,7 @@ class _TrainOptions:
         _check_range("--epochs", self.epochs, 1)
         _check_range("--batch-size", self.batch_size, 1)
         _check_range("--workers", self.workers, 0)
+        _check_range("--memory", self.memory, 0)
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise CovidmaskError(f"--lr {self.lr}: must be above 0; try 1e-3 or 1e-5")
         names = ("epochs", "batch_size", "lr", "precision")
@@ -295,6 +300,7 @@ class TrainSegmenter(_TrainOptions):
             seed=self.seed,
             checkpoint=checkpoint,
             workers=self.workers,
+            memory=self.memory,
         )
         self._finish(
             model,
@@ -354,7 +360,9 @@ class TrainClassifier(_TrainOptions):
             fabric=fabric,
             seed=self.seed,
             checkpoint=checkpoint,
+            cache=ranked_folder(),
             workers=self.workers,
+            memory=self.memory,
         )
         best = max((values["accuracy"] for values in history if "accuracy" in values), default=None)
         self._finish(
@@ -406,6 +414,8 @@ class _EvaluateOptions:
     """Slices at a time. It changes speed and memory, not the result."""
     device: Device = "auto"
     """auto is CUDA where there is one, else the CPU."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed is faster on recent GPUs and CPUs, and changes the probabilities a little."""
     json: JsonFile = None
     """Write the numbers to this file, too."""
 
@@ -435,7 +445,7 @@ class EvaluateSegmenter(_EvaluateOptions):
         min_area = self.min_area or read_card(weights).get("min_area", 1)
         dataset = open_lesions(data, self.split, model.config.lesions, min_area)
         _prepare_json(self.json)
-        fabric = make_fabric(device=_device(self.device))
+        fabric = make_fabric(self.precision, _device(self.device))
         result = evaluate_segmenter(
             model, dataset, fabric=fabric, batch_size=self.batch_size, score=self.score
         )
@@ -481,7 +491,7 @@ class EvaluateClassifier(_EvaluateOptions):
         weights = self.weights or weights_file("classifier", self.preset)
         model = load_classifier(weights)
         _prepare_json(self.json)
-        fabric = make_fabric(device=_device(self.device))
+        fabric = make_fabric(self.precision, _device(self.device))
         result = evaluate_classifier(model, dataset, fabric=fabric, batch_size=self.batch_size)
         counts = result["confusion"]
         right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
@@ -551,18 +561,31 @@ class Evaluate:
 class Predict:
     """Draw the lesions of CT slices and give the probabilities of three classes.
 
-    Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM and NIfTI (its middle slice). Without weights
+    Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM (files, or folders that hold a series) and
+    NIfTI. No patient tag and no name of a DICOM or NIfTI file reaches an output. Without weights
     of yours it takes the small ones that come with the package, which have seen synthetic slices
     only. For example:
-    `covidmask predict scan.dcm --segmenter seg.safetensors --classifier cls.safetensors --out out`
+    `covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out`
     """
 
     images: Annotated[
-        Positional[tuple[Path, ...]], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")
+        Positional[tuple[Path, ...]], arg(metavar="IMAGE|DIR [...]", help_behavior_hint="")
     ]
-    """Slices to look at."""
+    """Slices, volumes and folders to look at."""
     out: Annotated[Path, arg(metavar="DIR")]
-    """Folder for <image>_lesions.png and predictions.csv."""
+    """Folder for pictures (..._lesions.png), predictions.csv and summary.csv."""
+    slices: Annotated[
+        str | None, _default("32 of a volume, evenly spaced", "all|20-80|3,17,40-45")
+    ] = None
+    """Which slices of each volume, from 1, nearest the feet where positions are known."""
+    every: Annotated[int | None, _default("take each", "INT")] = None
+    """5 takes every fifth of --slices, or of all slices where --slices is not given."""
+    series: Annotated[int | None, _default("a folder may hold one", "INT")] = None
+    """Which DICOM series of a folder with several; the message that asks for it counts them."""
+    window: Annotated[
+        tuple[float, float] | None, _default("-600 1500, for the lung", "LEVEL WIDTH")
+    ] = None
+    """Hounsfield units that become black to white, for DICOM and NIfTI."""
     segmenter: Annotated[Path | None, _default("the shipped weights", "FILE")] = None
     """Weights that `covidmask train segmenter` wrote."""
     classifier: Annotated[Path | None, _default("the shipped weights", "FILE")] = None
@@ -573,22 +596,40 @@ class Predict:
     """auto is CUDA where there is one, else the CPU."""
 
     def run(self) -> None:
+        from covidmask.data.images import LUNG_WINDOW
         from covidmask.models.weights import ShippedWeights
         from covidmask.predict import predict
 
         if not self.images:
             raise CovidmaskError("no image is named; run `covidmask predict IMAGE ... --help`")
+        _check_range("--every", self.every, 1)
+        _check_range("--series", self.series, 1)
+        window = self.window or LUNG_WINDOW
+        if not (all(map(math.isfinite, window)) and window[1] > 0):
+            raise CovidmaskError(
+                f"--window {window[0]:g} {window[1]:g}: level and width must be numbers, the width "
+                "above 0; try -600 1500"
+            )
         _say(NOTICE)
         segmenter = self.segmenter or ShippedWeights.SEGMENTER_QUICK.checked()
         classifier = self.classifier or ShippedWeights.CLASSIFIER_QUICK.checked()
         if not (self.segmenter and self.classifier):
             _say("Shipped weights in use. They have seen phantoms only: on real CT they are wrong.")
-        table = predict(
-            self.images, segmenter, classifier, self.out, self.score, _device(self.device)
+        rows = predict(
+            self.images,
+            segmenter,
+            classifier,
+            self.out,
+            self.score,
+            _device(self.device),
+            series=self.series,
+            slices=self.slices,
+            every=self.every,
+            window=window,
         )
         _say(
-            f"{len(self.images)} {'slice' if len(self.images) == 1 else 'slices'} done: "
-            f"pictures in {self.out}, probabilities in {table}"
+            f"{len(rows)} {'slice' if len(rows) == 1 else 'slices'} done: pictures and summary.csv "
+            f"in {self.out}, probabilities in {self.out / 'predictions.csv'}"
         )
 
 
@@ -644,6 +685,7 @@ class Convert:
 
 Command = (
     Annotated[Phantoms, subcommand("phantoms")]
+    | Annotated[Fetch, subcommand("fetch")]
     | Annotated[Stats, subcommand("stats")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]

@@ -1,0 +1,935 @@
+"""Fetching and laying out real CT, with phantoms and a local host in the place of both."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import types
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+from http_server import serve
+from PIL import Image
+
+from covidmask.cli import main
+from covidmask.data import downloads, layouts, sources
+from covidmask.data.archives import extract
+from covidmask.data.downloads import copy_checked, download
+from covidmask.data.folders import open_lesions, open_slices
+from covidmask.data.lesions import LesionSlices
+from covidmask.data.phantom_sets import write_semiseg_phantoms
+from covidmask.data.semiseg import SemiSeg
+from covidmask.data.slices import parse_name, read_split
+from covidmask.errors import DataError, OutputError
+
+PATHS = ("one.bin", "deep/two.bin", "deep/er/three.bin")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def tree(folder):
+    """Every file below a folder, links and hidden ones too."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Limits of a patient user, in the time of a test."""
+    monkeypatch.setattr(downloads, "TIMEOUT", (0.4, 0.4))
+    monkeypatch.setattr(downloads, "LIMIT", 2.5)
+    monkeypatch.setattr(downloads, "ATTEMPTS", 3)
+    monkeypatch.setattr(downloads, "BACKOFF", 0.02)
+
+
+@pytest.fixture
+def host(tmp_path):
+    root = tmp_path / "host"
+    for number, path in enumerate(PATHS):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(np.random.default_rng(number).bytes(3000))
+    with serve(root) as host:
+        yield host
+
+
+@pytest.fixture
+def files(host):
+    return {path: sha256(host.root / path) for path in PATHS}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+# ---- downloads ------------------------------------------------------------------------------
+
+
+def test_a_second_run_fetches_only_what_is_missing_or_wrong(host, files, out):
+    assert download(host.url, files, out, progress=False) == list(PATHS)
+    assert tree(out) == sorted(PATHS)
+    assert all((out / path).read_bytes() == (host.root / path).read_bytes() for path in PATHS)
+    assert host.requests == dict.fromkeys(PATHS, 1)
+    assert download(host.url + "/", files, out, progress=False) == []
+    assert sum(host.requests.values()) == 3
+    (out / PATHS[0]).unlink()
+    (out / PATHS[2]).write_bytes(b"half of")
+    assert download(host.url, files, out, progress=False) == [PATHS[0], PATHS[2]]
+    assert host.requests == {PATHS[0]: 2, PATHS[1]: 1, PATHS[2]: 2}
+    assert {path: sha256(out / path) for path in PATHS} == files
+
+
+@pytest.mark.parametrize(
+    "faults", [[503], [500, 429], ["short"], ["cut"], ["wrong"], ["silent"], ["silent", "short"]]
+)
+def test_a_passing_fault_is_overcome(faults, host, files, out):
+    host.faults[PATHS[1]] = list(faults)
+    download(host.url, files, out, progress=False)
+    assert {path: sha256(out / path) for path in PATHS} == files
+    assert host.requests[PATHS[1]] == len(faults) + 1
+
+
+@pytest.mark.parametrize(
+    "fault, requests, words",
+    [
+        (404, 1, "answers 404 (Not Found); check the address"),
+        (403, 1, "answers 403"),
+        (503, 3, "answers 503 (Service Unavailable), 3 times; try again later"),
+        ("wrong", 3, "another SHA-256 than the published file"),
+        ("short", 3, "the connection fails"),
+        ("cut", 3, "another SHA-256"),
+        ("silent", 3, "the connection fails"),
+        ("huge", 1, "sends more than 67,108,864 bytes"),
+        (("to", PATHS[1]), 31, "redirects"),
+    ],
+)
+def test_a_lasting_fault_ends_in_one_sentence(fault, requests, words, host, files, out):
+    download(host.url, {PATHS[0]: files[PATHS[0]]}, out, progress=False)
+    (out / PATHS[1]).parent.mkdir()
+    (out / PATHS[1]).write_bytes(b"an old version")
+    host.faults[PATHS[1]] = fault
+    with pytest.raises(DataError) as caught:
+        download(host.url, files, out, workers=1, progress=False)
+    message = str(caught.value)
+    assert message.startswith(f"{host.url}/{PATHS[1]}: ") and words in message
+    assert "\n" not in message
+    assert host.requests[PATHS[1]] == requests
+    assert tree(out) == sorted(PATHS[:2])  # the others are kept, and nothing is half-written
+    assert (out / PATHS[1]).read_bytes() == b"an old version"
+    host.faults.clear()
+    assert download(host.url, files, out, progress=False) == list(PATHS[1:])
+    assert host.requests[PATHS[0]] == 1
+
+
+def test_a_host_that_drips_is_left(host, files, out, monkeypatch):
+    monkeypatch.setattr(downloads, "LIMIT", 1.0)
+    monkeypatch.setattr(downloads, "ATTEMPTS", 2)
+    host.faults[PATHS[0]] = "drip"
+    start = time.monotonic()
+    with pytest.raises(DataError, match="too slow"):
+        download(host.url, files, out, progress=False)
+    assert time.monotonic() - start < 8  # to the end it would be 60 s
+
+
+def test_redirects_are_followed(host, files, out):
+    host.faults[PATHS[0]] = [("to", "moved.bin")]
+    shutil.copy(host.root / PATHS[0], host.root / "moved.bin")
+    download(host.url, files, out, progress=False)
+    assert sha256(out / PATHS[0]) == files[PATHS[0]] and host.requests["moved.bin"] == 1
+
+
+def test_the_first_failure_stops_the_others(host, files, out):
+    host.faults = {PATHS[0]: 404, PATHS[1]: "silent", PATHS[2]: "silent"}
+    start = time.monotonic()
+    with pytest.raises(DataError, match="404"):
+        download(host.url, files, out, workers=3, progress=False)
+    assert time.monotonic() - start < 2  # no further attempts at the silent ones
+
+
+def test_nobody_answers(files, out):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(DataError, match="the connection fails"):
+        download(f"http://127.0.0.1:{port}", files, out, progress=False)
+    with pytest.raises(DataError, match="check the address"):
+        download("nowhere", files, out, progress=False)
+    assert tree(out) == []
+
+
+def test_a_place_that_cannot_be_written(host, files, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="file/out: cannot be written"):
+        download(host.url, files, tmp_path / "file" / "out", progress=False)
+    (tmp_path / "out" / PATHS[0]).mkdir(parents=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        download(host.url, files, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_a_killed_download_leaves_nothing_that_counts(host, files, out):
+    host.faults[PATHS[2]] = ["silent"]
+    code = "import json, sys; from covidmask.data.downloads import download; "
+    code += "download(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], 1, progress=False)"
+    child = subprocess.Popen([sys.executable, "-c", code, host.url, json.dumps(files), str(out)])
+    for _ in range(600):
+        if host.requests[PATHS[2]]:
+            break
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (out / ".partial").exists() and not (out / PATHS[2]).exists()
+    assert download(host.url, files, out, progress=False) == [PATHS[2]]
+    assert tree(out) == sorted(PATHS)
+
+
+def test_copies_are_compared_too(host, files, out):
+    assert copy_checked(host.root, files, out) == list(PATHS)
+    assert copy_checked(host.root, files, out) == [] and tree(out) == sorted(PATHS)
+    (host.root / PATHS[0]).write_bytes(b"edited")
+    with pytest.raises(DataError, match=r"another SHA-256 .*: 1 \(one.bin\); download them again"):
+        copy_checked(host.root, files, out)
+    (host.root / PATHS[0]).unlink()
+    with pytest.raises(DataError, match=r"are missing: 1 \(one.bin\)"):
+        copy_checked(host.root, files, out)
+
+
+# ---- archives -------------------------------------------------------------------------------
+
+
+def write_zip(path, members, **options):
+    """members: name -> bytes, or (bytes, Unix mode)."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            data, mode = data if isinstance(data, tuple) else (data, stat.S_IFREG | 0o644)
+            info = zipfile.ZipInfo(name)
+            info.external_attr, info.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+            file.writestr(info, data)
+    return path
+
+
+def write_tar(path, members, mode="w"):
+    """members: name -> bytes, or (type, target)."""
+    with tarfile.open(path, mode) as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(data, tuple):
+                info.type, info.linkname = data
+                file.addfile(info)
+            else:
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def everything(path):
+    return str(path)
+
+
+GOOD = {"./a/1.png": b"one", "a/2.png": b"two", "b/": b"", "note.txt": b"three"}
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"])
+def test_archives_of_every_kind(suffix, tmp_path, out):
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".zip":
+        write_zip(path, GOOD)
+    else:
+        packing = {".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}
+        members = {**GOOD, "b/": (tarfile.DIRTYPE, "")}
+        members["a/link.png"] = (tarfile.SYMTYPE, "../note.txt")
+        members["a/hard.png"] = (tarfile.LNKTYPE, "note.txt")
+        write_tar(path, members, packing.get(suffix, "w"))
+
+    def place(member):
+        return f"flat/{member.name}" if member.suffix == ".png" else None
+
+    assert sorted(extract(path, out, place)) == ["flat/1.png", "flat/2.png"]
+    assert tree(out) == ["flat/1.png", "flat/2.png"] and (out / "flat/2.png").read_bytes() == b"two"
+
+
+LINK, FIFO = stat.S_IFLNK | 0o777, stat.S_IFIFO | 0o644
+EVIL = ["../evil", "a/../../evil", "{top}/evil", "..\\evil", "C:\\evil", "C:evil", "\\evil"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("name", EVIL)
+def test_paths_that_lead_out_are_refused(kind, name, tmp_path, out):
+    write = write_zip if kind == "zip" else write_tar
+    path = write(tmp_path / f"x.{kind}", {"good.png": b"1", name.format(top=tmp_path): b"2"})
+    with pytest.raises(DataError, match="which leads out of the folder; this archive is not"):
+        extract(path, out / "deep", everything)
+    assert not list(tmp_path.rglob("*evil"))
+
+
+@pytest.mark.parametrize(
+    "member, problem",
+    [
+        ((tarfile.SYMTYPE, "../outside"), "holds the link 'a/x' to 'a/../outside'"),
+        ((tarfile.SYMTYPE, "../../outside"), "leads out"),
+        ((tarfile.SYMTYPE, "/etc/passwd"), "leads out"),
+        ((tarfile.LNKTYPE, "../outside"), "leads out"),
+        ((tarfile.LNKTYPE, "/etc/passwd"), "leads out"),
+        ((tarfile.FIFOTYPE, ""), "is a device"),
+        ((tarfile.CHRTYPE, ""), "is a device"),
+    ],
+)
+def test_links_and_devices_in_tar(member, problem, tmp_path, out):
+    path = write_tar(tmp_path / "x.tar", {"a/x": member, "a/good.png": b"1"})
+    if "'a/../outside'" in problem:  # up to the top and no further: left out, not refused
+        assert extract(path, out, everything) == ["a/good.png"]
+    else:
+        with pytest.raises(DataError, match=problem):
+            extract(path, out, everything)
+    assert tree(out) in ([], ["a/good.png"])
+
+
+@pytest.mark.parametrize("target", [b"../../outside", b"/etc/passwd", b"x" * 5000])
+def test_links_and_devices_in_zip(target, tmp_path, out):
+    inside = write_zip(tmp_path / "in.zip", {"a/x": (b"../b", LINK), "b": b"1"})
+    assert extract(inside, out / "in", everything) == ["b"]
+    with pytest.raises(DataError, match="leads out"):
+        extract(write_zip(tmp_path / "x.zip", {"a/x": (target, LINK)}), out, everything)
+    with pytest.raises(DataError, match="is a device"):
+        extract(write_zip(tmp_path / "y.zip", {"a/x": (b"", FIFO)}), out, everything)
+
+
+def test_bombs_are_not_unpacked(tmp_path, out):
+    zeros = bytes(20_000_000)
+    bombs = [
+        write_zip(tmp_path / "b.zip", {f"{i}.png": zeros for i in range(3)}),
+        write_tar(tmp_path / "b.tar.gz", {f"{i}.png": zeros for i in range(3)}, "w:gz"),
+        write_tar(tmp_path / "b.tar.bz2", {"0.png": zeros}, "w:bz2"),
+    ]
+    for bomb in bombs:
+        with pytest.raises(DataError, match=f"{bomb.name}: unpacks to more than 100 times"):
+            extract(bomb, out, everything)
+        # members that nobody wants count as well
+        with pytest.raises(DataError, match="more than 100 times"):
+            extract(bomb, out, lambda path: None)
+    assert tree(out) == []
+    noise = np.random.default_rng(0).bytes(50_000)
+    large = write_zip(tmp_path / "l.zip", {f"{i}.png": noise for i in range(4)})
+    assert len(extract(large, out / "large", everything)) == 4
+    with pytest.raises(DataError, match="more than 150,000 bytes"):
+        extract(large, out, everything, max_bytes=150_000)
+    assert sum(path.stat().st_size for path in out.glob("*.png")) <= 150_000
+
+
+def test_a_size_that_lies_does_not_pass(tmp_path, out):
+    """A zip that says 10 bytes and holds 20 million: no more than it says is ever written."""
+    path = write_zip(tmp_path / "lie.zip", {"0.png": bytes(20_000_000)})
+    data = path.read_bytes().replace((20_000_000).to_bytes(4, "little"), bytes([10, 0, 0, 0]))
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        extract(path, out, everything)
+    assert all(file.stat().st_size <= 10 for file in out.rglob("*.png"))
+
+
+def flip(data, at):
+    return data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
+
+
+def test_damaged_archives(tmp_path, out):
+    noise = np.random.default_rng(0).bytes(100_000)
+    good = write_zip(tmp_path / "g.zip", {"a.png": noise}).read_bytes()
+    tar = write_tar(tmp_path / "g.tar", {"a.png": noise}).read_bytes()
+    broken = {
+        "short.zip": good[:-50],
+        "flip.zip": flip(good, 500),
+        "short.tar": tar[:5000],
+        "text.tar": b"no archive at all" * 100,
+        "short.tar.gz": gzip.compress(tar)[:50_000],
+        "sum.tar.gz": gzip.compress(tar)[:-8] + bytes(8),
+        "flip.tar.gz": flip(gzip.compress(tar, 0), 50_000),
+        "short.tar.bz2": bz2.compress(tar)[:50_000],
+        "empty.zip": b"",
+        "empty.tar": b"",
+    }
+    for name, data in broken.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=f"{name}: the archive is damaged or truncated"):
+            raise AssertionError(f"{name}: {extract(tmp_path / name, out / name, everything)}")
+    locked = bytearray(good)
+    for start in (good.index(b"PK\1\2") + 8, 6):
+        locked[start] |= 1  # the flag of a password
+    (tmp_path / "locked.zip").write_bytes(locked)
+    with pytest.raises(DataError, match="cannot be unpacked .*password"):
+        extract(tmp_path / "locked.zip", out, everything)
+    with pytest.raises(DataError, match="no such file"):
+        extract(tmp_path / "absent.zip", out, everything)
+
+
+def test_of_two_members_with_one_place_the_first_is_taken(tmp_path, out):
+    path = write_tar(tmp_path / "x.tar", {"a/1.png": b"first", "b/1.png": b"second"})
+    assert extract(path, out, lambda member: member.name) == ["1.png"]
+    assert (out / "1.png").read_bytes() == b"first"
+
+
+# ---- COVID-SemiSeg --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def semiseg(tmp_path_factory):
+    """Phantoms in the published layout, and their sums."""
+    root = write_semiseg_phantoms(tmp_path_factory.mktemp("semiseg") / "host", 64, (3, 2))
+    return root, {path: sha256(root / path) for path in tree(root) if path.endswith("g")}
+
+
+def same_slices(one, two):
+    for index in range(len(one)):
+        for a, b in zip(one.read(index), two.read(index), strict=True):
+            np.testing.assert_array_equal(a, b)
+    return len(one) == len(two)
+
+
+def test_covid_semiseg(semiseg, out):
+    root, files = semiseg
+    with serve(root) as host:
+        assert sources.fetch_covid_semiseg(out, host.url, 4, files, False) == len(files) == 10
+        assert "NON-COMMERCIAL" in (out / "TERMS.txt").read_text()
+        for split, count in (("train", 3), ("test", 2)):
+            published, converted = (
+                open_lesions(out, split),
+                LesionSlices(out / "lesion_layout", split),
+            )
+            assert isinstance(published, SemiSeg) and len(published) == count
+            assert same_slices(published, SemiSeg(root, split))
+            assert same_slices(published, converted)  # upright, codes 0, 2, 3, in the same order
+            assert converted.patients == published.patients
+        before = {
+            path: (out / path).stat().st_mtime_ns for path in tree(out) if "TERMS" not in path
+        }
+        assert sources.fetch_covid_semiseg(out, host.url, 4, files, False) == 0
+        assert {path: (out / path).stat().st_mtime_ns for path in before} == before
+        name = "TrainingSet/MultiClassInfection-Train/GT/1.png"
+        (out / name).write_bytes(b"edited")
+        (out / "lesion_layout" / "mask" / "1" / "1.png").unlink()
+        assert sources.fetch_covid_semiseg(out, host.url, 4, files, False) == 1
+        assert host.requests[name] == 2 and sum(host.requests.values()) == 11
+        assert same_slices(LesionSlices(out / "lesion_layout", "train"), SemiSeg(root, "train"))
+
+
+def test_a_conversion_that_was_cut_off_is_made_again(semiseg, out, monkeypatch):
+    root, files = semiseg
+    with serve(root) as host:
+        write = sources.write_image
+        calls = []
+
+        def fails(*arguments):
+            calls.append(arguments)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            write(*arguments)
+
+        monkeypatch.setattr(sources, "write_image", fails)
+        with pytest.raises(KeyboardInterrupt):
+            sources.fetch_covid_semiseg(out, host.url, 4, files, False)
+        assert not list((out / "lesion_layout").glob("*.txt"))  # so that nobody reads half of it
+        assert sources.fetch_covid_semiseg(out, host.url, 4, files, False) == 0
+        assert len(LesionSlices(out / "lesion_layout", "test")) == 2
+
+
+def test_the_table_of_covid_semiseg():
+    address, files = sources.semiseg_files()
+    assert address.startswith(
+        "https://raw.githubusercontent.com/DengPingFan/Inf-Net/fb3a03b5b2f706"
+    )
+    assert len(files) == 196
+    for split, count in (("TrainingSet/MultiClassInfection-Train", 50), ("TestingSet", 48)):
+        for part, suffix in (("Imgs", ".jpg"), ("GT", ".png")):
+            here = [PurePosixPath(f) for f in files if f.startswith(split) and f"/{part}/" in f]
+            assert len({path.stem for path in here}) == count
+            assert {path.suffix for path in here} == {suffix}
+    assert all(len(sum) == 64 and int(sum, 16) for sum in files.values())
+
+
+@pytest.mark.skipif(
+    not os.environ.get("COVIDMASK_REAL"), reason="COVIDMASK_REAL (folder of real CT) is not set"
+)
+def test_the_table_names_the_real_files(tmp_path):
+    root = Path(os.environ["COVIDMASK_REAL"]) / "covid-semiseg"
+    files = sources.semiseg_files()[1]
+    there = {path: sum for path, sum in files.items() if (root / path).is_file()}
+    assert len(there) >= 100
+    assert {path: sha256(root / path) for path in there} == there
+
+
+# ---- COVIDx-CT ------------------------------------------------------------------------------
+
+CLASSES = ("Normal", "CP", "NCP")
+SPLIT_OF = {"train": (0, 1, 2), "val": (3,), "test": (4,)}  # patients of each class
+
+
+def png(number, size=16):
+    data = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 255, (size, size), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+def jpeg(number):
+    data = io.BytesIO()
+    Image.open(io.BytesIO(png(number))).save(data, "JPEG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def covidx(tmp_path, monkeypatch):
+    """Lists of 5 patients per class with 2 slices each, with their own sums; name -> PNG."""
+    folder = tmp_path / "lists"
+    folder.mkdir(exist_ok=True)
+    names = {  # a number is a patient of one class, as in the real lists
+        split: [
+            f"{c}_{10 * (i + 1) + p}_{40 + p}_{s:04}.png"
+            for i, c in enumerate(CLASSES)
+            for p in people
+            for s in (1, 2)
+        ]
+        for split, people in SPLIT_OF.items()
+    }
+    for split, part in names.items():
+        lines = [f"{n} {CLASSES.index(n.split('_')[0])} 1 2 14 15" for n in part]
+        (folder / f"{split}_COVIDx_CT-1.txt").write_text("\n".join(lines) + "\n")
+    author = [
+        f"{CLASSES.index(n.split('_')[0])}_{n.partition('_')[2]}" for n in names["train"][::2]
+    ]
+    (folder / "train_split_classification.txt").write_text("\n".join(author) + "\n")
+    table = {
+        address: {name: sha256(folder / name) for name in part}
+        for address, part in sources.LISTS["covidx-ct"].items()
+    }
+    monkeypatch.setitem(sources.LISTS, "covidx-ct", table)
+    everyone = [name for part in names.values() for name in part]
+    return types.SimpleNamespace(
+        lists=folder, names=names, images={name: png(i) for i, name in enumerate(everyone)}
+    )
+
+
+def write_files(root, files):
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def lay_out(out, *froms, **options):
+    return layouts.lay_out_covidx_ct(out, froms, per_class=2, progress=False, **options)
+
+
+def as_cncb(name):
+    """The path in an archive of CNCB: <class>/<patient>/<scan>/<slice>.jpg."""
+    return name.replace("_", "/").replace(".png", ".jpg")
+
+
+COUNTS = {
+    "train": 9,
+    "val": 6,
+    "test": 6,
+    "train_all": 18,
+    "sample_seed0": 6,
+    "sample_seed0_by_patient": 6,
+}
+
+
+def test_covidx_ct_from_a_kaggle_folder(covidx, out, tmp_path):
+    kaggle = write_files(tmp_path / "kaggle" / "2A_images", covidx.images)
+    others = {"NCP_volume-covid19-A-0001_0_0001.png": b"", "CP_99_1_0001.png": png(1), "x.csv": b""}
+    write_files(kaggle, others)  # later versions hold more
+    assert lay_out(out, kaggle.parent, lists=covidx.lists) == COUNTS
+    assert "CC BY 3.0" in (out / "TERMS.txt").read_text()
+    slices = out / "slices"
+    assert {p.name for p in slices.glob("*.png")} == set(covidx.images)
+    assert all(p.is_symlink() and p.samefile(kaggle / p.name) for p in slices.glob("*.png"))
+    for split, names in covidx.names.items():
+        listed = read_split(slices / f"{'train_all' if split == 'train' else split}.txt")
+        assert [entry.name for entry in listed] == names
+        assert listed[0].box == (1, 2, 14, 15)
+    assert [e.name for e in read_split(slices / "train.txt")] == covidx.names["train"][::2]
+    for split, count in (("train", 9), ("val", 6), ("test", 6)):
+        dataset = open_slices(out, split, require_classes=True)
+        assert len(dataset) == count and dataset[0][0].shape == (3, 16, 16)
+    by_patient = read_split(slices / "sample_seed0_by_patient.txt")
+    assert len({parse_name(e.name)[:2] for e in by_patient}) == 6
+    before = {p: p.lstat().st_mtime_ns for p in slices.glob("*.png")}
+    assert lay_out(out, kaggle, lists=covidx.lists, seeds=(0, 7))["sample_seed7"] == 6
+    assert {p: p.lstat().st_mtime_ns for p in before} == before  # nothing was linked again
+
+
+def test_covidx_ct_in_the_author_s_names(covidx, out, tmp_path):
+    files = {f"{parse_name(n).label}_{n.partition('_')[2]}": d for n, d in covidx.images.items()}
+    assert lay_out(out, write_files(tmp_path / "own", files), lists=covidx.lists) == COUNTS
+    assert open_slices(out, "test").names == covidx.names["test"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_covidx_ct_from_archives_in_parts(kind, covidx, out, tmp_path):
+    write = write_zip if kind == "zip" else lambda path, m: write_tar(path, m, "w:gz")
+    files = {as_cncb(name): jpeg(i) for i, name in enumerate(covidx.images)}
+    healthy = {n: d for n, d in files.items() if n.startswith("Normal")}
+    others = {n: d for n, d in files.items() if n not in healthy} | {"NCP/999/1/0001.jpg": b"x"}
+    one = write(tmp_path / f"one.{kind}", healthy)
+    # in the second, nothing says the class: patient, scan and slice are enough
+    two = write(tmp_path / f"two.{kind}", {n.partition("/")[2]: d for n, d in others.items()})
+    with pytest.raises(DataError) as caught:
+        lay_out(out, one, lists=covidx.lists)
+    message = str(caught.value)
+    assert "of the 30 slices of the COVIDx-CT-1 lists, 20 (CP_20_40_0001.png, " in message
+    assert "(train 12, val 4, test 4)" in message and "--allow-missing" in message
+    assert len(list((out / "slices").glob("*.jpg"))) == 10 and not list(out.glob("slices/*.txt"))
+    one.unlink()  # it is not needed again
+    assert lay_out(out, two, lists=covidx.lists) == COUNTS
+    assert len(list((out / "slices").glob("*.jpg"))) == 30
+    assert not (out / ".partial").exists()
+    assert len(open_slices(out, "test")) == 6
+
+
+def test_covidx_ct_reads_a_folder_of_cncb_in_place(covidx, out, tmp_path):
+    files = {as_cncb(name): jpeg(i) for i, name in enumerate(covidx.images)}
+    cncb = write_files(tmp_path / "cncb", files)
+    assert lay_out(out, cncb / "NCP", cncb / "CP", cncb / "Normal", lists=covidx.lists) == COUNTS
+    assert (out / "slices" / "NCP_30_40_0001.jpg").samefile(cncb / "NCP/30/40/0001.jpg")
+
+
+def test_slices_that_are_missing_or_damaged(covidx, out, tmp_path):
+    files = dict(covidx.images)
+    gone, cut, empty = covidx.names["train"][0], covidx.names["val"][0], covidx.names["test"][1]
+    wrong_class = covidx.names["train"][5]
+    del files[gone]
+    files[f"NCP_{wrong_class.partition('_')[2]}"] = files.pop(wrong_class)
+    files[cut], files[empty] = files[cut][:-20], b""
+    source = write_files(tmp_path / "in", files)
+    with pytest.raises(DataError) as caught:
+        lay_out(out, source, lists=covidx.lists)
+    message = str(caught.value)
+    assert f"4 ({gone}, {wrong_class}, {cut}, ...) are missing (train 2, val 1, test 1)" in message
+    assert "2 of them because their files are damaged" in message
+    counts = lay_out(out, source, lists=covidx.lists, allow_missing=True)
+    assert counts["train_all"] == 16 and counts["val"] == counts["test"] == 5
+    assert (out / "missing.txt").read_text().split() == [gone, wrong_class, cut, empty]
+    assert len(open_slices(out, "test")) == 5
+    write_files(source, covidx.images)
+    assert lay_out(out, source, lists=covidx.lists) == COUNTS
+    assert not (out / "missing.txt").exists()
+    shutil.move(source, tmp_path / "elsewhere")  # the links lead nowhere now
+    with pytest.raises(DataError, match=r"30 \(Normal_10_40_0001.png"):
+        lay_out(out, tmp_path / "lists", lists=covidx.lists)
+    assert lay_out(out, tmp_path / "elsewhere", lists=covidx.lists) == COUNTS
+
+
+def test_what_is_no_source(covidx, out, tmp_path):
+    (tmp_path / "x.rar").write_bytes(b"")
+    for source, problem in (
+        (tmp_path / "absent", "no such file or folder"),
+        (tmp_path / "x.rar", "is no archive"),
+    ):
+        with pytest.raises(DataError, match=f"{source.name}: .*{problem}"):
+            lay_out(out, source, lists=covidx.lists)
+    assert not out.exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="of the 30 slices"):
+        lay_out(out, tmp_path / "empty", lists=covidx.lists, allow_missing=True)
+    with pytest.raises(DataError, match="holds 6 slices|5000 are asked for"):
+        kaggle = write_files(tmp_path / "kaggle", covidx.images)
+        layouts.lay_out_covidx_ct(out, [kaggle], covidx.lists, per_class=5000, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        lay_out(tmp_path / "file", kaggle, lists=covidx.lists)
+
+
+def test_an_archive_that_lies_leaves_nothing(covidx, out, tmp_path):
+    members = {as_cncb(name): jpeg(1) for name in list(covidx.images)[:3]} | {"../x.jpg": b""}
+    with pytest.raises(DataError, match="leads out"):
+        lay_out(out, write_zip(tmp_path / "x.zip", members), lists=covidx.lists)
+    assert not list(out.rglob("*.jpg")) and not (out / ".partial").exists()
+
+
+@pytest.mark.parametrize("broken", ["symlink", "both"])
+def test_disks_without_links(broken, covidx, out, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("not on this disk")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    if broken == "both":
+        monkeypatch.setattr(os, "link", refuse)
+    kaggle = write_files(tmp_path / "kaggle", covidx.images)
+    assert lay_out(out, kaggle, lists=covidx.lists) == COUNTS
+    file = out / "slices" / covidx.names["val"][0]
+    assert not file.is_symlink() and file.read_bytes() == covidx.images[file.name]
+    assert file.samefile(kaggle / file.name) == (broken == "symlink")
+
+
+def test_an_output_inside_the_source(covidx, tmp_path):
+    kaggle = write_files(tmp_path / "data" / "kaggle", covidx.images)
+    for _ in range(2):
+        assert lay_out(tmp_path / "data" / "out", tmp_path / "data", lists=covidx.lists) == COUNTS
+    link = tmp_path / "data" / "out" / "slices" / covidx.names["val"][0]
+    assert link.samefile(kaggle / link.name)
+
+
+def test_lists_are_downloaded_and_compared(covidx, out, tmp_path, monkeypatch):
+    kaggle = write_files(tmp_path / "kaggle", covidx.images)
+    with serve(covidx.lists) as host:
+        table = sources.LISTS["covidx-ct"].values()
+        addresses = (host.url, f"{host.url}/")  # two hosts, as in the real table
+        monkeypatch.setitem(sources.LISTS, "covidx-ct", dict(zip(addresses, table, strict=True)))
+        host.faults["val_COVIDx_CT-1.txt"] = 404
+        with pytest.raises(DataError, match="val_COVIDx_CT-1.txt: .* 404 .*; or name .* --lists"):
+            lay_out(out, kaggle)
+        host.faults.clear()
+        assert lay_out(out, kaggle) == COUNTS
+        requests = dict(host.requests)
+        assert lay_out(out, kaggle) == COUNTS and host.requests == requests
+    (covidx.lists / "val_COVIDx_CT-1.txt").write_text("NCP_1_1_1.png\n")
+    with pytest.raises(DataError, match=r"another SHA-256 .*\(val_COVIDx_CT-1.txt\)"):
+        lay_out(out, kaggle, lists=covidx.lists)
+
+
+def test_kaggle(covidx, out, tmp_path, monkeypatch, capsys):
+    command = ["fetch", "covidx-ct", "--from", "kaggle", "--lists", str(covidx.lists)]
+    command += ["--out", str(out), "--per-class", "2"]
+    monkeypatch.setitem(sys.modules, "kagglehub", None)  # not installed
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "pip install kagglehub" in error and "kaggle.com/datasets/hgunraj/covidxct" in error
+    kaggle = write_files(tmp_path / "cache", covidx.images)
+    asked = []
+    hub = types.SimpleNamespace(dataset_download=lambda name: asked.append(name) or str(kaggle))
+    monkeypatch.setitem(sys.modules, "kagglehub", hub)
+    assert main(command) == 0
+    assert main([*command, "--kaggle-version", "4"]) == 0
+    assert asked == [f"hgunraj/covidxct/versions/{n}" for n in (1, 4)]
+    assert "  train_all.txt: 18 slices\n" in capsys.readouterr().out
+
+    def fails(name):
+        raise RuntimeError("403: consent\nis needed")
+
+    hub.dataset_download = fails
+    assert main(command) == 2
+    assert "the download fails (403: consent is needed)" in capsys.readouterr().err
+
+
+# ---- masked slices of CNCB ------------------------------------------------------------------
+
+
+@pytest.fixture
+def lesions(tmp_path, monkeypatch):
+    """Lists of 13 + 2 patients with 5 slices each, their own sums, and the files."""
+    folder = tmp_path / "lists"
+    folder.mkdir(exist_ok=True)
+    people = {"train": range(13), "test": range(20, 22)}
+    names = {s: [f"{p}_{20 * n}.jpg" for p in people[s] for n in range(1, 6)] for s in people}
+    for split, part in names.items():
+        (folder / f"{split}_split_segmentation.txt").write_text("\n".join(part) + "\n")
+    ((address, part),) = sources.LISTS["cncb-lesions"].items()
+    table = {address: {name: sha256(folder / name) for name in part}}
+    monkeypatch.setitem(sources.LISTS, "cncb-lesions", table)
+    data = io.BytesIO()
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) // 64).save(data, "PNG")
+    files = {}
+    for number, name in enumerate(n for part in names.values() for n in part):
+        place = name.replace("_", "/")
+        files[f"image/{place}"] = jpeg(number)
+        files[f"mask/{place[:-4]}.png"] = data.getvalue()
+    return types.SimpleNamespace(lists=folder, names=names, files=files)
+
+
+LESION_COUNTS = {"train": 65, "test": 10, "train_500": 50, "test_150": 15}
+
+
+def lay_out_lesions(out, source, lesions, **options):
+    return layouts.lay_out_cncb_lesions(out, source, lesions.lists, progress=False, **options)
+
+
+@pytest.mark.parametrize("how", ["folder", "deep", "zip", "tar.gz"])
+def test_cncb_lesions(how, lesions, out, tmp_path):
+    files = {**lesions.files, "image/77/1.jpg": b"not listed", "readme.md": b""}
+    if how == "folder":
+        source = write_files(tmp_path / "in", files)
+    elif how == "deep":
+        source = write_files(tmp_path / "in" / "a" / "Anything at all", files).parents[1]
+    elif how == "zip":
+        source = write_zip(tmp_path / "any.zip", {f"x/y/{n}": d for n, d in files.items()})
+    else:
+        source = write_tar(tmp_path / "any.tar.gz", {f"./{n}": d for n, d in files.items()}, "w:gz")
+    assert lay_out_lesions(out, source, lesions) == LESION_COUNTS
+    assert "not established" in (out / "TERMS.txt").read_text()
+    assert len(list(out.glob("image/*/*"))) == len(list(out.glob("mask/*/*.png"))) == 75
+    assert [s for s in ("train", "test") if open_lesions(out, s).names != lesions.names[s]] == []
+    train, test = (open_lesions(out, out / f"{n}.txt") for n in ("train_500", "test_150"))
+    assert not set(train.patients) & set(test.patients)
+    assert sorted(train.names + test.names) == sorted(lesions.names["train"])
+    assert (len(train), len(test)) == (50, 15)
+    before = {p: p.lstat().st_mtime_ns for p in out.glob("*/*/*")}
+    assert lay_out_lesions(out, source, lesions, seed=1) == LESION_COUNTS
+    assert {p: p.lstat().st_mtime_ns for p in before} == before
+    assert open_lesions(out, out / "test_150.txt").names != test.names  # another seed
+
+
+def test_cncb_lesions_that_are_not_right(lesions, out, tmp_path):
+    source = write_files(tmp_path / "in", lesions.files)
+    (source / "mask/3/20.png").unlink()
+    (source / "image/21/40.jpg").unlink()
+    with pytest.raises(DataError, match=r"missing: 2 \(mask/3/20, image/21/40\)"):
+        lay_out_lesions(out, source, lesions)
+    assert list(out.glob("*.txt")) == [out / "TERMS.txt"]  # no list, so nobody reads the rest
+    write_files(source, lesions.files)
+    Image.fromarray(np.full((16, 16), 7, np.uint8)).save(source / "mask/3/20.png")
+    with pytest.raises(DataError, match=r"mask/3/20.png: .*expected codes 0..3"):
+        lay_out_lesions(out, source, lesions)
+    assert not (out / "train.txt").exists() and not (out / ".partial").exists()
+    write_files(source, lesions.files)
+    (source / "image/3/20.jpg").write_bytes(lesions.files["image/3/20.jpg"][:100])
+    with pytest.raises(DataError, match=r"image/3/20.jpg: the image cannot be decoded"):
+        lay_out_lesions(out, source, lesions)
+    write_files(source, lesions.files)
+    assert lay_out_lesions(out, source, lesions) == LESION_COUNTS
+    write_files(source / "copy", lesions.files)
+    with pytest.raises(
+        DataError, match=r"holds image/0/100 twice, as .* and as .*; name the folder"
+    ):
+        lay_out_lesions(out, source, lesions)
+    with pytest.raises(DataError, match="no such file or folder"):
+        lay_out_lesions(out, tmp_path / "absent.zip", lesions)
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+
+def test_commands(semiseg, lesions, covidx, out, tmp_path, monkeypatch, capsys):
+    root, files = semiseg
+    monkeypatch.setenv("COVIDMASK_DATA", str(out))
+    monkeypatch.setattr(sources, "semiseg_files", lambda: ("http://127.0.0.1:9", files))
+    with serve(root) as host:
+        assert main(["fetch", "covid-semiseg", "--source", host.url, "--workers", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("NON-COMMERCIAL") < text.index(
+        f"is whole in {out / 'covid-semiseg'}: 10 files"
+    )
+    assert main(["fetch", "covid-semiseg"]) == 0  # all is there, nobody is asked
+    assert "0 files fetched, 10 were there" in capsys.readouterr().out
+    assert main(["stats", "--data", str(out / "covid-semiseg")]) == 0
+    assert main(["stats", "--data", str(out / "covid-semiseg" / "lesion_layout")]) == 0
+    assert capsys.readouterr().out.count("Statistics of 5 slices") == 2
+    source = write_zip(tmp_path / "masked.zip", lesions.files)
+    lists = ["--lists", str(lesions.lists)]
+    assert main(["fetch", "cncb-lesions", "--from", str(source), *lists]) == 0
+    assert "  train_500.txt: 50 slices\n" in capsys.readouterr().out
+    kaggle = write_files(tmp_path / "kaggle", covidx.images)
+    command = ["fetch", "covidx-ct", "--from", str(kaggle), *lists, "--per-class", "1"]
+    assert main([*command, "--seeds", "3", "4"]) == 0
+    assert (out / "covidx-ct" / "slices" / "sample_seed4_by_patient.txt").is_file()
+    assert main(["stats", "--data", str(out / "covidx-ct")]) == 0
+    assert "Statistics of 21 slices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("covid-semiseg --workers 0", "--workers 0: must be 1 to 64"),
+        ("covid-semiseg --source http://127.0.0.1:9 --out new", "the connection fails"),
+        ("covidx-ct --from absent --out new", "absent: there is no such file or folder"),
+        ("covidx-ct --from absent --seeds -1", "seeds must be at least 0"),
+        ("covidx-ct --from --out new", "--from: name at least one"),
+        ("cncb-lesions --from absent.zip --out new", "absent.zip: there is no such file"),
+        ("cncb-lesions --from absent.zip --seed -1", "--seed -1: must be at least 0"),
+    ],
+)
+def test_commands_with_bad_input(command, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fetch", *command.split()]) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if "covidmask: error:" in line]
+    assert len(errors) == 1 and words in errors[0] and "Traceback" not in captured.err
+    assert [path for path in tree(tmp_path) if not path.endswith("TERMS.txt")] == []
+
+
+def test_help_names_every_option_and_loads_neither_torch_nor_pooch(capsys):
+    for command, words in {
+        "": "covid-semiseg covidx-ct cncb-lesions",
+        "covid-semiseg": "--out --source --workers non-commercial",
+        "covidx-ct": "--from --lists --seeds --per-class --kaggle-version --allow-missing",
+        "cncb-lesions": "--from --out --lists --seed established",
+    }.items():
+        assert main(["fetch", *command.split(), "--help"]) == 0
+        text = capsys.readouterr().out
+        assert not [word for word in words.split() if word not in text] and "None" not in text
+    code = "import sys; from covidmask.cli import main; main(['fetch', '--help']); "
+    code += "print([m for m in ('torch', 'numpy', 'pooch', 'requests') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# ---- the public lists -----------------------------------------------------------------------
+
+needs_lists = pytest.mark.skipif(
+    not os.environ.get("COVIDMASK_SPLITS"),
+    reason="COVIDMASK_SPLITS (folder of the public split lists) is not set",
+)
+
+
+@needs_lists
+def test_the_sums_of_the_public_lists():
+    folder = Path(os.environ["COVIDMASK_SPLITS"])
+    for addresses in sources.LISTS.values():
+        for files in addresses.values():
+            assert {name: sha256(folder / name) for name in files} == files
+
+
+@needs_lists
+def test_covidx_ct_1_whole(tmp_path):
+    """All 104,009 slices of the lists, each of them an empty picture."""
+    folder = Path(os.environ["COVIDMASK_SPLITS"])
+    source = tmp_path / "in"
+    source.mkdir()
+    one = png(0)
+    (source / "one").write_bytes(one)
+    for split in ("train", "val", "test"):
+        for entry in read_split(folder / f"{split}_COVIDx_CT-1.txt"):
+            os.symlink("one", source / entry.name)
+    start = time.monotonic()
+    counts = layouts.lay_out_covidx_ct(tmp_path / "out", [source], folder, progress=False)
+    assert time.monotonic() - start < 60
+    assert counts == {
+        "train": 3000,
+        "val": 21036,
+        "test": 21191,
+        "train_all": 61782,
+        "sample_seed0": 3000,
+        "sample_seed0_by_patient": 3000,
+    }
+    train = open_slices(tmp_path / "out", "train", require_classes=True)
+    assert [train.labels.count(label) for label in range(3)] == [1000, 1000, 1000]
+    assert len(set(train.patients)) == 608
+
+
+@needs_lists
+def test_the_released_lesion_lists_divide_into_500_and_150(tmp_path):
+    folder = Path(os.environ["COVIDMASK_SPLITS"])
+    mask, image = io.BytesIO(), png(0)
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(mask, "PNG")
+    files = {}
+    for split in ("train", "test"):
+        for name in (folder / f"{split}_split_segmentation.txt").read_text().split():
+            place = name[:-4].replace("_", "/")
+            files |= {f"image/{place}.png": image, f"mask/{place}.png": mask.getvalue()}
+    source, out = write_files(tmp_path / "in", files), tmp_path / "out"
+    for seed in (0, 1):
+        counts = layouts.lay_out_cncb_lesions(out, source, folder, seed, progress=False)
+        assert counts == {"train": 650, "test": 100, "train_500": 500, "test_150": 150}
+        parts = [open_lesions(out, out / f"{name}.txt") for name in ("train_500", "test_150")]
+        assert [len(set(part.patients)) for part in parts] == [100, 30]
+        assert not set(parts[0].patients) & set(parts[1].patients)

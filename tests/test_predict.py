@@ -1,0 +1,304 @@
+"""`covidmask predict` on scans: slices, tables, and nothing of a patient in any output."""
+
+import csv
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scan_files import SECRETS, SERIES, chest, write_series, write_slice
+from tiny import TINY_CLASSIFIER, TINY_DETECTOR
+
+from covidmask import predict as module
+from covidmask.cli import main
+from covidmask.config import IMAGE_CLASSES
+from covidmask.data.images import LUNG_WINDOW
+from covidmask.data.medical import hounsfield_to_unit
+from covidmask.models.classifier import covid_ct_mask_net
+from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.weights import save_model
+
+
+class Networks(torch.nn.Module):
+    """In place of both: brightness decides, so that every number below can be worked out.
+
+    A slice whose mark (see `chest`) is at an even column has two overlapping lesions, GGO and C,
+    and one of a low score; the first probability is 0.1 times the number of the slice.
+    """
+
+    config = TINY_DETECTOR
+
+    def __init__(self, masks):
+        super().__init__()
+        self.masks, self.batches = masks, []
+
+    def forward(self, images):
+        self.batches.append([tuple(image.shape) for image in images])
+        numbers = [int(image[0, 2].argmax()) - 1 for image in images]
+        if not self.masks:
+            p = torch.tensor([[0.1 * min(k, 9), 0.45, 0.2] for k in numbers])
+            return p.clamp(1e-4, 1 - 1e-4).logit()
+        return [
+            self.lesions(image, 0 if k % 2 else 3) for image, k in zip(images, numbers, strict=True)
+        ]
+
+    def lesions(self, image, count):
+        masks = torch.zeros(3, 1, *image.shape[1:])
+        masks[0, 0, 10:20, 10:20] = 0.9  # 100 pixels
+        masks[1, 0, 15:25, 10:20] = 0.8  # 100 pixels, 50 of them the same
+        masks[2, 0, 40:50, 40:50] = 0.7
+        boxes = torch.tensor([[10, 10, 20, 20], [10, 15, 20, 25], [40, 40, 50, 50]]).float()
+        values = {"boxes": boxes, "labels": torch.tensor([1, 2, 1]), "masks": masks}
+        values["scores"] = torch.tensor([0.9, 0.8, 0.4])
+        return {key: value[:count] for key, value in values.items()}
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Both networks, without weights files; gives back the segmenter."""
+    networks = Networks(True), Networks(False)
+    monkeypatch.setattr(module, "load_segmenter", lambda path, device: networks[0])
+    monkeypatch.setattr(module, "load_classifier", lambda path, device: networks[1])
+    return networks[0]
+
+
+def predict(paths, out, *options):
+    """Through the command line; status, and the two tables."""
+    words = ["predict", *paths, "--segmenter", "s", "--classifier", "c", "--out", out, *options]
+    status = main([*map(str, words), "--device", "cpu"])
+    return status, table(out, "predictions"), table(out, "summary")
+
+
+def table(out, name):
+    if not (out / f"{name}.csv").exists():
+        return None
+    with open(out / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- privacy --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    segmenter = lesion_mask_rcnn(TINY_DETECTOR)
+    save_model(segmenter, folder / "seg.safetensors")
+    save_model(covid_ct_mask_net(segmenter, TINY_CLASSIFIER), folder / "cls.safetensors")
+    return [f"--{kind}={folder / name}.safetensors" for kind, name in NAMES.items()]
+
+
+NAMES = {"segmenter": "seg", "classifier": "cls"}
+
+
+@pytest.mark.parametrize("named", ["folder", "files"])
+def test_no_patient_tag_and_no_file_name_leaves_the_tool(named, tmp_path, tiny_weights, capfd):
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
+    scan = write_series(tmp_path / "scan", 6)
+    for path in scan.iterdir():  # values that pydicom would warn of, and quote
+        damaged = path.read_bytes().replace(b"19530307", b"xx-yy-zz").replace(b"777003", b"7770zz")
+        path.write_bytes(damaged)
+    image = nibabel.Nifti1Image(np.stack([chest(k).T for k in range(3)], -1), np.eye(4))
+    image.header["descrip"] = b"Secret^Person"
+    nibabel.save(image, tmp_path / "Secret_Person.nii.gz")
+    sources = [scan] if named == "folder" else sorted(scan.iterdir())
+    words = ["predict", *sources, tmp_path / "Secret_Person.nii.gz", *tiny_weights]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        words += ["--out", tmp_path / "out", "--score", 0.0]
+        assert main([str(word) for word in words]) == 0
+    screen = "".join([*capfd.readouterr(), *(str(warning.message) for warning in caught)])
+    assert "research and teaching only" in screen
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) == 9 + 2
+    everything = screen.replace(str(tmp_path / "Secret_Person.nii.gz"), "")  # as the reader typed
+    everything += " ".join(path.name for path in files)
+    content = b"".join(path.read_bytes() for path in files) + everything.encode()
+    for path in files:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert picture.info == {} and not picture.getexif()
+    secrets = [*SECRETS.values(), SERIES, "1.2.826", "Secret", "secret", "xx-yy-zz", "7770"]
+    assert not [word for word in secrets if word.encode() in content]
+
+
+def test_pictures_keep_their_names_but_not_their_folders(tmp_path, stub):
+    folder = tmp_path / "Secret_Person"
+    folder.mkdir()
+    for name in ("b.png", "a.jpg"):
+        Image.fromarray(np.full((64, 64), 99, np.uint8)).save(folder / name)
+    status, rows, summary = predict([folder], tmp_path / "out")
+    assert status == 0
+    assert [row["image"] for row in rows] == ["a.jpg", "b.png"]
+    assert [row["picture"] for row in rows] == ["a_lesions.png", "b_lesions.png"]
+    assert {row["slice"] + row["position_mm"] + row["lesion_mm2"] for row in rows} == {""}
+    assert [row["image"] for row in summary] == ["pictures"]
+    assert not any("Secret" in (tmp_path / "out" / f"{n}.csv").read_text() for n in TABLES)
+
+
+TABLES = ("predictions", "summary")
+
+
+# ---- tables ---------------------------------------------------------------------------------
+
+
+def test_tables_of_a_series(tmp_path, stub, capsys):
+    status, rows, summary = predict([write_series(tmp_path / "scan", 10)], tmp_path / "out")
+    assert status == 0 and len(rows) == 10
+    assert [row["slice"] for row in rows] == [str(k) for k in range(1, 11)]
+    assert [row["instance"] for row in rows] == [str(k) for k in range(10, 0, -1)]
+    assert [float(row["position_mm"]) for row in rows] == [-100 + 2.5 * k for k in range(10)]
+    assert [row["picture"] for row in rows][::9] == [
+        "slice_0001_lesions.png",
+        "slice_0010_lesions.png",
+    ]
+    for k, row in enumerate(rows):
+        sick = k % 2 == 0
+        assert (row["lesions"], row["GGO"], row["C"]) == (("2", "1", "1") if sick else ("0",) * 3)
+        assert float(row["lesion_mm2"]) == (150 * 0.75 * 0.5 if sick else 0)  # of the union
+        assert float(row["Control"]) == pytest.approx(max(0.1 * k, 1e-4), abs=1e-5)
+        assert row["likeliest"] == ("Control" if k > 4 else "Common pneumonia")
+        with Image.open(tmp_path / "out" / row["picture"]) as picture:
+            assert picture.size == (512, 512)
+    (row,) = summary
+    assert (row["image"], row["slices"], row["looked_at"]) == ("volume 1", "10", "10")
+    assert row["lesion_slices"] == "5"
+    assert float(row["share Control"]) == 0.5 and float(row["share COVID-19"]) == 0
+    assert float(row["mean Control"]) == pytest.approx(0.45, abs=1e-4)
+    assert float(row["max Control"]) == pytest.approx(0.9, abs=1e-4)
+    assert float(row["mean COVID-19"]) == pytest.approx(0.2, abs=1e-4)
+    assert "not a patient diagnosis" in row["note"] and "not validated on volumes" in row["note"]
+    text = capsys.readouterr().out
+    assert row["note"] in text and "lesions in 5 of 10 slices" in text
+    assert "volume 1, slice 3 (-95.0 mm): Control 0.200" in text
+    assert len(os.listdir(tmp_path / "out")) == 12
+
+
+def test_batches_hold_one_size(tmp_path, stub):
+    write_series(tmp_path / "a", 6)
+    write_series(tmp_path / "b", 5, size=96)
+    status, rows, _ = predict([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert status == 0
+    assert [len(batch) for batch in stub.batches] == [4, 2, 4, 1]
+    assert all(len(set(batch)) == 1 for batch in stub.batches)
+    assert rows[0]["picture"] == "volume_1_slice_0001_lesions.png"
+    assert rows[-1]["picture"] == "volume_2_slice_0005_lesions.png"
+    assert (rows[-1]["image"], rows[-1]["slice"]) == ("volume 2", "5")
+
+
+def test_two_networks_give_a_slice_the_same_numbers_alone_and_in_a_batch(tmp_path, tiny_weights):
+    write_series(tmp_path / "scan", 5)
+    tables = []
+    for name, options in (("all", []), ("one", ["--slices", "3"])):
+        words = ["predict", tmp_path / "scan", "--out", tmp_path / name, *tiny_weights, *options]
+        assert main([str(word) for word in words]) == 0
+        tables.append(table(tmp_path / name, "predictions"))
+    (alone,) = tables[1]
+    for name in IMAGE_CLASSES:
+        assert float(alone[name]) == pytest.approx(float(tables[0][2][name]), abs=1e-4)
+    assert alone["slice"] == "3" and alone["position_mm"] == "-95.00"
+
+
+# ---- options --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, slices",
+    [
+        ([], list(range(1, 7))),
+        (["--slices", "all", "--every", "4"], [1, 5]),
+        (["--slices", "2-4,6"], [2, 3, 4, 6]),
+        (["--every", "3"], [1, 4]),
+    ],
+)
+def test_slice_choice(options, slices, tmp_path, stub):
+    status, rows, summary = predict([write_series(tmp_path / "scan", 6)], tmp_path / "o", *options)
+    assert status == 0 and [int(row["slice"]) for row in rows] == slices
+    assert (summary[0]["slices"], summary[0]["looked_at"]) == ("6", str(len(slices)))
+
+
+def test_a_large_volume_is_sampled_evenly(tmp_path, stub):
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
+    volume = np.full((64, 64, 320), -800, np.int16)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([0.5, 0.75, 1, 1])), tmp_path / "v.nii")
+    status, rows, _ = predict([tmp_path / "v.nii"], tmp_path / "out")
+    assert status == 0 and [int(row["slice"]) for row in rows] == list(range(6, 321, 10))
+    assert float(rows[0]["lesion_mm2"]) in (0, 150 * 0.5 * 0.75)
+
+
+def test_window(tmp_path, stub, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stub, "lesions", lambda image, _: seen.append(image) or LESION_FREE)
+    path = write_slice(tmp_path / "a.dcm", chest(0))
+    for options in ([], ["--window", "40", "400"], ["--window", "-600", "1500"]):
+        assert predict([path], tmp_path / "out", *options)[0] == 0
+    np.testing.assert_allclose(seen[0][0], hounsfield_to_unit(chest(0), LUNG_WINDOW), atol=1e-6)
+    np.testing.assert_allclose(seen[1][0], hounsfield_to_unit(chest(0), (40, 400)), atol=1e-6)
+    assert torch.equal(seen[0], seen[2])
+
+
+LESION_FREE = {
+    "boxes": torch.zeros(0, 4),
+    "labels": torch.zeros(0, dtype=torch.int64),
+    "scores": torch.zeros(0),
+    "masks": torch.zeros(0, 1, 64, 64),
+}
+
+
+def test_values_that_are_no_hounsfield_units_are_noted(tmp_path, stub, capsys):
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(grey, np.eye(4)), tmp_path / "grey.nii")
+    assert predict([tmp_path / "grey.nii"], tmp_path / "out")[0] == 0
+    assert "no pixel is as dark as air" in capsys.readouterr().out
+    assert predict([write_series(tmp_path / "scan", 3)], tmp_path / "out")[0] == 0
+    assert "dark as air" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--slices", "2-9"], "volume 1 has no slices 2-9; choose from 1 to 3"),
+        (["--slices", "last"], "does not parse"),
+        (["--every", "0"], "--every 0: must be at least 1"),
+        (["--series", "0"], "--series 0: must be at least 1"),
+        (["--series", "2"], "no series 2"),
+        (["--window", "-600", "0"], "--window -600 0: level and width"),
+        (["--window", "nan", "10"], "level and width"),
+    ],
+)
+def test_bad_options(options, words, tmp_path, stub, capsys):
+    status, rows, _ = predict([write_series(tmp_path / "scan", 3)], tmp_path / "out", *options)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert status == 2 and rows is None and not (tmp_path / "out").exists()
+    assert len(errors) == 1 and words in errors[0]
+
+
+def test_a_cut_file_stops_before_anything_is_written(tmp_path, stub, capsys):
+    write_series(tmp_path / "scan", 5)
+    path = tmp_path / "scan" / "Secret_Person_0003"
+    path.write_bytes(path.read_bytes()[:-50])
+    status, rows, _ = predict([tmp_path / "scan"], tmp_path / "out")
+    assert status == 2 and rows is None and not (tmp_path / "out").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("covidmask: error:") and str(path) in last
+    assert not stub.batches
+
+
+@pytest.mark.skipif(
+    not os.environ.get("COVIDMASK_REAL"), reason="COVIDMASK_REAL (folder of real CT) is not set"
+)
+def test_real_dicom_folder(tmp_path, tiny_weights):
+    pytest.importorskip("pydicom", reason="needs the extra `medical`")
+    folder = Path(os.environ["COVIDMASK_REAL"]) / "dicom"
+    words = ["predict", folder, "--out", tmp_path, *tiny_weights]
+    assert main([str(word) for word in words]) == 0
+    rows = table(tmp_path, "predictions")
+    assert [row["position_mm"] for row in rows] == ["0.00", "1.00"]
+    assert all(float(row["lesion_mm2"]) >= 0 for row in rows)
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"1.2.826" not in written and b"1.3.6.1.4" not in written
