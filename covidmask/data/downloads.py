@@ -19,6 +19,7 @@ LIMIT = 120.0  # seconds for one attempt at one file, however steadily a slow ho
 MAX_BYTES = 2**26  # of one file; the largest one here has 2.4 MB
 ATTEMPTS = 4
 BACKOFF = 0.5  # seconds before the second attempt, doubled before each further one
+_CHECK = "check the address, or the network's filter"
 
 
 def download(
@@ -33,7 +34,8 @@ def download(
     A file arrives under a temporary name in `out`/.partial, is compared with its sum there, and is
     then renamed. A download that stops for any reason keeps the files that are whole, and the next
     call goes on with the others. Server errors, broken connections and wrong sums are tried again,
-    `ATTEMPTS` times in all; the first file that still fails ends the download.
+    `ATTEMPTS` times in all; the first file that still fails ends the download. Files that the host
+    does not have are reported together, when all others are there.
 
     Args:
         base_url: what stands before each name, such as https://host/folder.
@@ -53,7 +55,7 @@ def download(
     out = Path(out)
     pooch.get_logger().setLevel("WARNING")  # a bar says more than a line per file
     with partial_folder(out) as partial:
-        wanted = [name for name, sum in files.items() if not has_sum(out / name, sum)]
+        wanted = [name for name, sha256 in files.items() if not has_sum(out / name, sha256)]
         if not wanted:
             return []
         registry = {name: f"sha256:{files[name]}" for name in wanted}
@@ -70,6 +72,10 @@ def download(
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+    absent = [job.result() for job in jobs if job.result() is not None]
+    if absent:
+        others = f", and so for {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise DataError(f"{absent[0]}{others}; {_CHECK}; the files that came are kept")
     return wanted
 
 
@@ -87,13 +93,13 @@ def copy_checked(folder: str | Path, files: Mapping[str, str], out: str | Path) 
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise DataError(f"{folder}: files are missing: {some(absent)}; add them, or download them")
-    wrong = [name for name, sum in files.items() if not has_sum(folder / name, sum)]
+    wrong = [name for name, sha256 in files.items() if not has_sum(folder / name, sha256)]
     if wrong:
         raise DataError(
             f"{folder}: files have another SHA-256 than the published ones: {some(wrong)}; "
             "download them again"
         )
-    wanted = [name for name, sum in files.items() if not has_sum(out / name, sum)]
+    wanted = [name for name, sha256 in files.items() if not has_sum(out / name, sha256)]
     with partial_folder(out) as partial:
         for name in wanted:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,16 +151,16 @@ class _Stopped(Exception):
     """Another file failed, or the reader pressed Ctrl-C."""
 
 
-def _fetch(source, name: str, target: Path, stop: threading.Event) -> None:
+def _fetch(source, name: str, target: Path, stop: threading.Event) -> str | None:
     try:
-        _fetch_one(source, name, target, stop)
+        return _fetch_one(source, name, target, stop)
     except BaseException:
         stop.set()  # here and not in the main thread, so that no other file is begun
         raise
 
 
-def _fetch_one(source, name: str, target: Path, stop: threading.Event) -> None:
-    """One file, with further attempts where they can help."""
+def _fetch_one(source, name: str, target: Path, stop: threading.Event) -> str | None:
+    """One file, with further attempts where they can help; what the host says if it has none."""
     import pooch
     import requests
 
@@ -166,14 +172,14 @@ def _fetch_one(source, name: str, target: Path, stop: threading.Event) -> None:
             # pieces of 64 bytes, so that the clock is looked at even when they drip
             get = pooch.HTTPDownloader(_Watch(url, stop), chunk_size=64, timeout=TIMEOUT)
             move(Path(source.fetch(name, downloader=get)), target)
-            return
+            return None
         except requests.HTTPError as error:
             status = error.response.status_code
             problem = f"the host answers {status} ({error.response.reason})"
+            if status in (404, 410):
+                return f"{url}: {problem}"
             if status < 500 and status not in (408, 429):
-                raise DataError(
-                    f"{url}: {problem}; check the address, or the network's filter"
-                ) from error
+                raise DataError(f"{url}: {problem}; {_CHECK}") from error
         except requests.RequestException as error:
             if isinstance(error, (ValueError, requests.TooManyRedirects)):  # InvalidURL and its kin
                 raise DataError(f"{url}: {one_line(error)}; check the address") from error

@@ -40,11 +40,11 @@ def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> n
     path = _existing(path)
     if path.name.lower().endswith((".nii", ".nii.gz")):
         image = medical.read_nifti(path, None, window)
-    elif path.suffix.lower() in (".dcm", ".dicom") or _has_dicom_preamble(path):
+    elif path.suffix.lower() in (".dcm", ".dicom") or has_dicom_preamble(path):
         image = medical.read_dicom(path, window)
     else:
         image = _to_unit(_open(path), path)
-    _check_size(image.shape[1], image.shape[0], path)
+    check_size(image.shape[1], image.shape[0], path)
     return image
 
 
@@ -111,7 +111,8 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _has_dicom_preamble(path: Path) -> bool:
+def has_dicom_preamble(path: Path) -> bool:
+    """Whether the letters DICM stand at byte 128."""
     try:
         with open(path, "rb") as file:
             file.seek(128)
@@ -124,7 +125,7 @@ def _open(path: Path) -> Image.Image:
     """Decode a picture completely; Pillow alone would leave the pixels for later."""
     try:
         with Image.open(path) as picture:
-            _check_size(*picture.size, path)  # before any pixel is decoded
+            check_size(*picture.size, path)  # before any pixel is decoded
             picture.verify()  # PNG: the checksums, and that the end of the file is there
         with Image.open(path) as picture:  # again, because `verify` uses the file up
             if getattr(picture, "n_frames", 1) > 1:
@@ -172,7 +173,8 @@ def _within_unit(values: np.ndarray) -> bool:
     return bool(((values >= 0) & (values <= 1)).all())  # False for NaN, too
 
 
-def _check_size(width: int, height: int, path: Path) -> None:
+def check_size(width: int, height: int, path: Path) -> None:
+    """Raise `DataError` where an image is too small, or too large, to be a slice."""
     if min(width, height) < MIN_SIDE:
         raise DataError(
             f"{path}: the image has {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} "

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from covidmask.data.downloads import copy_checked, download
 from covidmask.data.images import write_image
+from covidmask.data.lists import one_line
 from covidmask.data.semiseg import SemiSeg
 from covidmask.errors import DataError, OutputError
 from covidmask.files import atomic_path
@@ -155,7 +156,7 @@ def kaggle_folder(version: int = 1) -> Path:
         return Path(kagglehub.dataset_download(f"{KAGGLE}/versions/{version}"))
     except Exception as error:  # kagglehub has many ways to fail: login, consent, network, disk
         raise DataError(
-            f"--from kaggle: the download fails ({' '.join(str(error).split())}); download {page} "
+            f"--from kaggle: the download fails ({one_line(error)}); download {page} "
             "yourself and name its folder with --from"
         ) from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from covidmask.data.images import LUNG_WINDOW, _check_size, _has_dicom_preamble, read_image
+from covidmask.data.images import LUNG_WINDOW, check_size, has_dicom_preamble, read_image
 from covidmask.data.medical import NiftiVolume, read_dicom
 from covidmask.data.series import UNEVEN, Frame, Slice, dicom_frames, ordered, split_series
 from covidmask.errors import DataError
@@ -182,7 +182,7 @@ def read_slices(
             image = nifti.read(each.index, window)
         else:
             image = read_dicom(each.path, window, each.index)
-        _check_size(image.shape[1], image.shape[0], each.path)
+        check_size(image.shape[1], image.shape[0], each.path)
         rows, columns = (-1 if reverse else 1 for reverse in each.reverse)
         yield np.ascontiguousarray(image[::rows, ::columns])
 
@@ -199,7 +199,7 @@ def _files(folder: Path) -> list[Path]:
 def _kind(path: Path) -> str:
     if _is_nifti(path):
         return "NIfTI"
-    if path.suffix.lower() in (".dcm", ".dicom") or _has_dicom_preamble(path):
+    if path.suffix.lower() in (".dcm", ".dicom") or has_dicom_preamble(path):
         return "DICOM"
     is_picture = path.suffix.lower() in PICTURES and not path.name.endswith(RESULT)
     return "picture" if is_picture else "no image"

@@ -104,6 +104,22 @@ def test_dicom_cut_short(tmp_path):
             read_dicom(path, WINDOW)
 
 
+@pytest.mark.parametrize(
+    "name, package",
+    [("MR_small_jp2klossless.dcm", "PIL"), ("MR_small_jpeg_ls_lossless.dcm", "libjpeg")],
+)
+def test_plug_ins_decompress(name, package):
+    """One picture of pydicom's own, plain and compressed without loss."""
+    data = pytest.importorskip("pydicom.data", reason="needs the extra `medical`")
+    pytest.importorskip(package, reason="needs a plug-in: pip install pylibjpeg pylibjpeg-libjpeg")
+    plain, compressed = (data.get_testdata_file(n, download=False) for n in ("MR_small.dcm", name))
+    if not (plain and compressed):
+        pytest.skip("this release of pydicom comes without its pictures")
+    window = (500, 2000)  # its values run from 0 to about 2,000
+    np.testing.assert_array_equal(read_dicom(compressed, window), read_dicom(plain, window))
+    assert read_dicom(plain, window).std() > 0.1
+
+
 def test_compressed_dicom_names_the_plug_ins(tmp_path):
     pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
     encapsulated = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])

@@ -105,8 +105,7 @@ def test_a_passing_fault_is_overcome(faults, host, files, out):
 @pytest.mark.parametrize(
     "fault, requests, words",
     [
-        (404, 1, "answers 404 (Not Found); check the address"),
-        (403, 1, "answers 403"),
+        (403, 1, "answers 403 (Forbidden); check the address"),
         (503, 3, "answers 503 (Service Unavailable), 3 times; try again later"),
         ("wrong", 3, "another SHA-256 than the published file"),
         ("short", 3, "the connection fails"),
@@ -152,11 +151,30 @@ def test_redirects_are_followed(host, files, out):
 
 
 def test_the_first_failure_stops_the_others(host, files, out):
-    host.faults = {PATHS[0]: 404, PATHS[1]: "silent", PATHS[2]: "silent"}
+    host.faults = {PATHS[0]: 403, PATHS[1]: "silent", PATHS[2]: "silent"}
     start = time.monotonic()
-    with pytest.raises(DataError, match="404"):
+    with pytest.raises(DataError, match="403"):
         download(host.url, files, out, workers=3, progress=False)
     assert time.monotonic() - start < 2  # no further attempts at the silent ones
+
+
+def test_files_that_a_host_does_not_have_are_counted_and_the_others_come(host, files, out):
+    host.faults = {PATHS[0]: 404, PATHS[2]: 410}
+    (out / "deep" / "er").mkdir(parents=True)
+    (out / PATHS[2]).write_bytes(b"an old version")
+    with pytest.raises(DataError) as caught:
+        download(host.url, files, out, workers=1, progress=False)
+    message = str(caught.value)
+    assert message.startswith(f"{host.url}/{PATHS[0]}: the host answers 404 (Not Found), and so")
+    assert "and so for 1 more; check the address" in message and "\n" not in message
+    assert tree(out) == sorted(PATHS[1:]) and sha256(out / PATHS[1]) == files[PATHS[1]]
+    assert (out / PATHS[2]).read_bytes() == b"an old version"
+    host.faults = {PATHS[0]: 404}
+    with pytest.raises(DataError, match=r"answers 404 \(Not Found\); check the address"):
+        download(host.url, files, out, progress=False)
+    host.faults.clear()
+    assert download(host.url, files, out, progress=False) == [PATHS[0]]
+    assert host.requests == {PATHS[0]: 3, PATHS[1]: 1, PATHS[2]: 2}
 
 
 def test_nobody_answers(files, out):
@@ -421,6 +439,21 @@ def test_covid_semiseg(semiseg, out):
         assert sources.fetch_covid_semiseg(out, host.url, 4, files, False) == 1
         assert host.requests[name] == 2 and sum(host.requests.values()) == 11
         assert same_slices(LesionSlices(out / "lesion_layout", "train"), SemiSeg(root, "train"))
+
+
+def test_a_mirror_that_holds_half_of_covid_semiseg(semiseg, out, tmp_path):
+    root, files = semiseg
+    half = shutil.copytree(root / "TrainingSet", tmp_path / "half" / "TrainingSet").parent
+    with serve(half) as host:
+        for _ in range(2):
+            with pytest.raises(DataError, match="TestingSet/.* 404 .*, and so for 3 more; check"):
+                sources.fetch_covid_semiseg(out, host.url, 4, files, False)
+        kept = [path for path in files if path.startswith("TrainingSet")]
+        assert tree(out) == ["TERMS.txt", *sorted(kept)]  # and no layout that misses slices
+        assert all(host.requests[path] == 1 for path in kept)
+    with serve(root) as host:
+        assert sources.fetch_covid_semiseg(out, host.url, 4, files, False) == 4
+    assert same_slices(LesionSlices(out / "lesion_layout", "test"), SemiSeg(root, "test"))
 
 
 def test_a_conversion_that_was_cut_off_is_made_again(semiseg, out, monkeypatch):
