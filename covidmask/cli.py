@@ -54,7 +54,7 @@ def _default(text: str, metavar: str | None = None) -> Any:
     return arg(help_behavior_hint=f"(default: {text})", metavar=metavar)
 
 
-PresetName = Literal["quick", "colab", "paper"]
+PresetName = Literal["quick", "colab", "paper", "semiseg"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DataFolder = Annotated[
     Path | None, _default("the preset's phantoms in $COVIDMASK_DATA or ./data", "DIR")
@@ -148,7 +148,8 @@ class Stats:
 @dataclass(frozen=True, kw_only=True)
 class _TrainOptions:
     preset: PresetName = "quick"
-    """Settings to start from: quick (two CPU cores), colab (one small GPU), paper (the paper's)."""
+    """Settings to start from: quick (two CPU cores), colab (one small GPU), paper (the paper's),
+    semiseg (COVID-SemiSeg, on two CPU cores)."""
     data: DataFolder = None
     """Folder of phantoms or real data in the same layout."""
     split: str = "train"
@@ -264,23 +265,30 @@ class _TrainOptions:
 class TrainSegmenter(_TrainOptions):
     """Train Mask R-CNN to find lesions: the first half of the method.
 
-    DIR holds lesions/, or is such a folder (image/ and mask/), or is COVID-SemiSeg. For example:
-    `covidmask train segmenter --preset quick`
+    DIR holds lesions/, or is such a folder (image/ and mask/), or is COVID-SemiSeg. The preset
+    semiseg draws phantoms, trains on them first and then on random copies of DIR's slices. For
+    example: `covidmask train segmenter --preset quick`, or
+    `covidmask train segmenter --preset semiseg --data data/covid-semiseg`
     """
 
     weights_backbone: Annotated[str | None, _default("random weights", "NAME")] = None
     """Start from torchvision's weights of this name, such as IMAGENET1K_V1 (downloaded)."""
+    pretraining: bool = True
+    """Train on phantoms first, where the preset says so."""
 
     def run(self) -> None:
         import torch
 
+        from covidmask.data.augmentation import Augmented
         from covidmask.models.segmentation import lesion_mask_rcnn
-        from covidmask.training.segmentation import train_segmenter
+        from covidmask.training.segmentation import pretrain_segmenter, train_segmenter
 
         preset = PRESETS[self.preset]
         training = self._training(preset.segmenter)
         data = self.data or phantoms_folder(self.preset)
         dataset = open_lesions(data, self.split, preset.detector.lesions, preset.min_area)
+        if preset.augment:
+            dataset = Augmented(dataset, preset.augment, self.seed)
         out, checkpoint = self._outputs("segmenter")
         fabric = self._fabric(training)
         torch.manual_seed(self.seed)
@@ -292,6 +300,18 @@ class TrainSegmenter(_TrainOptions):
                 f"{preset.detector.backbone} could be had ({_one_line(error)}); check the name "
                 "and the network"
             ) from error
+        before = checkpoint.with_suffix(".phantoms.ckpt")
+        pretraining = preset.pretraining if self.pretraining else None
+        if pretraining:
+            pretrain_segmenter(
+                model,
+                preset,
+                phantoms_folder(self.preset),
+                fabric=fabric,
+                seed=self.seed,
+                checkpoint=before,
+                workers=self.workers,
+            )
         history = train_segmenter(
             model,
             dataset,
@@ -309,9 +329,13 @@ class TrainSegmenter(_TrainOptions):
             checkpoint,
             "train segmenter",
             training=asdict(training),
+            pretraining=pretraining and asdict(pretraining),
+            augment=preset.augment and asdict(preset.augment),
             min_area=preset.min_area,
             weights_backbone=self.weights_backbone,
         )
+        if _rank() == 0:
+            before.unlink(missing_ok=True)
         _say(f"Segmenter trained {_training_summary(history, dataset)}; weights in {out}")
 
 
@@ -430,6 +454,10 @@ class EvaluateSegmenter(_EvaluateOptions):
 
     score: float = 0.75
     """The released code's AP and Dice take detections that score above it; COCO's AP takes all."""
+    threshold: float = 0.5
+    """Pixels whose probability in the fused detections is above it are lesion."""
+    mirror: bool = False
+    """Fuse the detections of each slice with those of its mirror image: twice the time."""
     min_area: Annotated[int | None, _default("as in training", "INT")] = None
     """Lesions of fewer pixels are left out of the truth."""
 
@@ -439,6 +467,8 @@ class EvaluateSegmenter(_EvaluateOptions):
         from covidmask.training.segmentation import evaluate_segmenter
 
         _check_range("--batch-size", self.batch_size, 1)
+        if not 0 <= self.threshold < 1:
+            raise CovidmaskError(f"--threshold {self.threshold}: must be at least 0 and below 1")
         data = existing_folder(self.data or phantoms_folder(self.preset))
         weights = self.weights or weights_file("segmenter", self.preset)
         model = load_segmenter(weights)
@@ -447,8 +477,15 @@ class EvaluateSegmenter(_EvaluateOptions):
         _prepare_json(self.json)
         fabric = make_fabric(self.precision, _device(self.device))
         result = evaluate_segmenter(
-            model, dataset, fabric=fabric, batch_size=self.batch_size, score=self.score
+            model,
+            dataset,
+            fabric=fabric,
+            batch_size=self.batch_size,
+            score=self.score,
+            threshold=self.threshold,
+            mirror=self.mirror,
         )
+        del result["table"]
         patients = len(set(dataset.patients))
         for name in ("mask", "box"):
             ap, ap50, ap75 = (_number(result[f"{name}_{ap}"]) for ap in ("ap", "ap50", "ap75"))
@@ -464,7 +501,22 @@ class EvaluateSegmenter(_EvaluateOptions):
             f"mean {_number(result['author_ap'])}   @.5 {_number(result['author_ap50'])}   "
             f"@.75 {_number(result['author_ap75'])}"
         )
+        _say(
+            f"Fused detections above {self.threshold:g}{', mirrored too' * self.mirror}. Means "
+            "over all slices; where prediction and truth share no pixel a slice counts 0, as in "
+            "the published tables of COVID-SemiSeg (error: of probabilities):"
+        )
+        for region, values in result["overlap"].items():
+            dice, sensitivity, specificity, mae = (
+                _number(values[name]) for name in ("dice", "sensitivity", "specificity", "mae")
+            )
+            _say(
+                f"  {region:<9} Dice {dice}   sensitivity {sensitivity}   specificity "
+                f"{specificity}   mean absolute error {mae}   Dice on the {values['present']} "
+                f"slices that have it {_number(values['dice_present'])}"
+            )
         chosen = {"split": self.split, "min_area": min_area, "score": self.score}
+        chosen |= {"threshold": self.threshold, "mirror": self.mirror}
         result |= {"patients": patients, **chosen}
         _write_json(self.json, result)
         _say(

@@ -1,4 +1,4 @@
-"""Every setting, as frozen dataclasses, and the three presets `quick`, `colab` and `paper`.
+"""Every setting, as frozen dataclasses, and the presets `quick`, `colab`, `paper` and `semiseg`.
 
 The defaults of `DetectorConfig` are those of the paper and its released code; a preset states
 only what it changes.
@@ -96,6 +96,15 @@ class PhantomConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Random copies of slices with masks; see `covidmask.data.augmentation`."""
+
+    size: int  # pixels per side of every copy
+    copies: int  # of each slice in an epoch
+    min_area: int  # lesions of fewer pixels of a copy are no instances
+
+
+@dataclass(frozen=True)
 class Preset:
     """A scale at which the whole method runs."""
 
@@ -106,6 +115,8 @@ class Preset:
     classifier: ClassifierConfig
     classifier_training: TrainingConfig
     min_area: int  # lesions of fewer pixels are no instances (the released code drops <= 100)
+    augment: AugmentConfig | None = None  # the segmenter trains on such copies, not on the slices
+    pretraining: TrainingConfig | None = None  # of the segmenter, on phantoms, before `segmenter`
 
 
 PAPER = Preset(
@@ -173,4 +184,24 @@ COLAB = Preset(
     min_area=26,
 )
 
-PRESETS = {preset.name: preset for preset in (QUICK, COLAB, PAPER)}
+# The 50 training slices of COVID-SemiSeg, after phantoms, on two CPU cores. Lesions there are as
+# large as half a lung, so anchors are larger than the paper's.
+SEMISEG = Preset(
+    name="semiseg",
+    phantoms=PhantomConfig(256, 5, (160, 10, 20), (10, 5, 5)),
+    detector=replace(
+        QUICK.detector, image_size=192, max_size=384, anchor_sizes=(8, 16, 32, 64, 112)
+    ),
+    segmenter=TrainingConfig(
+        epochs=12, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
+    ),
+    classifier=QUICK.classifier,
+    classifier_training=QUICK.classifier_training,
+    min_area=1,
+    augment=AugmentConfig(size=192, copies=10, min_area=12),
+    pretraining=TrainingConfig(
+        epochs=6, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
+    ),
+)
+
+PRESETS = {preset.name: preset for preset in (QUICK, COLAB, PAPER, SEMISEG)}

@@ -78,16 +78,19 @@ def weights(root, kind):
 @pytest.mark.parametrize(
     "command, words",
     [
-        ("", "phantoms stats train evaluate predict check convert"),
-        ("phantoms", "--preset {quick,colab,paper} --out DIR --seed $COVIDMASK_DATA"),
+        ("", "phantoms fetch stats train evaluate predict check convert"),
+        ("phantoms", "--preset {quick,colab,paper,semiseg} --out DIR --seed $COVIDMASK_DATA"),
         ("stats", "--data --json"),
         ("train", "segmenter classifier"),
         ("train segmenter", "--preset --data --out --checkpoint --epochs --weights-backbone"),
+        ("train segmenter", "{quick,colab,paper,semiseg} --no-pretraining"),
         ("train classifier", "--segmenter {heads,heads_bn,full} --no-validation --log-dir"),
         ("evaluate", "segmenter classifier"),
-        ("evaluate segmenter", "--weights --split --json --score"),
+        ("evaluate segmenter", "--weights --split --json --score --threshold --mirror"),
         ("evaluate classifier", "--weights --split --json"),
-        ("predict", "IMAGE --segmenter --classifier --out --score DICOM"),
+        ("fetch", "covid-semiseg covidx-ct cncb-lesions"),
+        ("predict", "IMAGE --segmenter --classifier --out --score DICOM NIfTI"),
+        ("predict", "--slices --every --series --window all|20-80|3,17,40-45"),
         ("check", "[FAIL]"),
         ("convert", "AUTHOR.pth OUT.safetensors"),
     ],
@@ -219,6 +222,39 @@ def test_overrides_and_other_data(run, tmp_path):
     card = read_card(out)
     assert card["training"]["lr"] == 1e-4 and card["training"]["batch_size"] == 2
     assert card["seed"] == 3 and card["data"] == "real"
+
+
+def test_phantoms_first_then_random_copies_of_real_slices(run, tmp_path, monkeypatch):
+    tiny = replace(
+        TINY,
+        name="semiseg",
+        augment=config.AugmentConfig(size=64, copies=3, min_area=4),
+        pretraining=tiny_training(epochs=1, batch_size=2),
+        segmenter=tiny_training(epochs=1, batch_size=2),
+    )
+    monkeypatch.setitem(config.PRESETS, "semiseg", tiny)
+    data, out = semiseg(tmp_path / "real"), tmp_path / "s.safetensors"
+    command = ["train", "segmenter", "--preset", "semiseg", "--data", data, "--out", out]
+    assert run(*command)[-1].startswith("Segmenter trained on 12 slices: epochs 1, steps 6")
+    card = read_card(out)
+    assert card["augment"]["copies"] == 3 and card["pretraining"]["batch_size"] == 2
+    assert [path.name for path in tmp_path.glob("s.*")] == ["s.safetensors"]  # no checkpoint left
+    first = load_segmenter(out).state_dict()
+    run(*command, "--no-pretraining")
+    assert read_card(out)["pretraining"] is None
+    second = load_segmenter(out).state_dict()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+    lines = run(
+        *("evaluate", "segmenter", "--preset", "semiseg", "--data", data, "--split", "train"),
+        *("--weights", out, "--mirror", "--threshold", 0.2, "--json", tmp_path / "e.json"),
+    )
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["mirror"] is True and found["threshold"] == 0.2 and found["min_area"] == 7
+    for region in ("infection", "GGO", "C"):
+        values = found["overlap"][region]
+        assert values["present"] == 4 and 0 <= values["dice"] <= 1 and 0 <= values["mae"] <= 1
+        assert any(line.strip().startswith(f"{region} ") and "Dice" in line for line in lines)
 
 
 def test_log_dir(run, tmp_path):

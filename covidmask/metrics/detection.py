@@ -8,8 +8,10 @@ Predictions and targets are torchvision's dictionaries. A prediction has boxes f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -177,6 +179,106 @@ def semantic_mask(
         if scores[i] > score_threshold:
             codes[masks[i]] = labels[i] + 1
     return codes
+
+
+def lesion_maps(prediction: Instances, classes: int) -> Tensor:
+    """For each class, how probable it is that a pixel belongs to one of its detections.
+
+    `1 - prod(1 - score * mask probability)` over the detections of the class: overlapping
+    detections support each other, as if each were right or wrong on its own, and weak ones still
+    count a little. No score threshold is needed.
+
+    Args:
+        prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W].
+        classes: number of lesion classes.
+
+    Returns:
+        float32 [classes, H, W], 0..1.
+    """
+    shape = prediction["masks"].shape[-2:]
+    votes = prediction["scores"][:, None, None] * prediction["masks"][:, 0]  # [K, H, W]
+    maps = votes.new_zeros(classes, *shape)
+    for label in range(1, classes + 1):
+        chosen = votes[prediction["labels"] == label]
+        maps[label - 1] = 1 - (1 - chosen).prod(0)
+    return maps
+
+
+def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
+    """One mask from the maps of `lesion_maps`: lesion or not, then the likelier class.
+
+    Returns:
+        uint8 [H, W]: codes as in `semantic_mask`. A pixel is a lesion where the probability of any
+        class, `1 - prod(1 - map)`, is above `threshold`.
+    """
+    lesion = 1 - (1 - maps).prod(0) > threshold  # [H, W]
+    return (lesion * (maps.argmax(0) + 2)).to(dtype=torch.uint8).numpy()
+
+
+class Overlap(NamedTuple):
+    """What measures of overlap need of one region in one slice: counts of pixels."""
+
+    both: float  # in the prediction and in the truth
+    predicted: float
+    true: float
+    pixels: float  # of the slice
+    error: float  # sum of |probability - truth|
+
+
+def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Overlap]:
+    """Compare fused maps with a mask: the infection, which is any lesion, then each class.
+
+    Args:
+        maps: float32 [classes, H, W] of `lesion_maps`.
+        truth: uint8 [H, W], codes as in `semantic_mask`.
+    """
+    truth, found = np.asarray(truth), fuse(maps, threshold)
+    whole = 1 - (1 - maps).prod(0)
+    regions = [(found >= 2, truth >= 2, whole)]
+    regions += [(found == c + 2, truth == c + 2, part) for c, part in enumerate(maps)]
+    return [
+        Overlap(
+            float((predicted & true).sum()),
+            float(predicted.sum()),
+            float(true.sum()),
+            float(true.size),
+            float(np.abs(probability.numpy() - true).sum()),
+        )
+        for predicted, true, probability in regions
+    ]
+
+
+def overlap_means(table: ArrayLike) -> dict[str, float]:
+    """Means over slices of one region, in the convention of the published tables, and another.
+
+    COVID-SemiSeg's published tables take the mean over all slices, and a slice in which prediction
+    and truth share no pixel counts 0, also where the truth is empty (Inf-Net's evaluation code).
+    `dice_present` is the mean over the slices whose truth is not empty.
+
+    Args:
+        table: [slices, 5], rows of `Overlap`.
+
+    Returns:
+        dice, sensitivity, specificity, mae (mean absolute error of the probability): 0..1;
+        dice_present, NaN without such a slice; and present, their number.
+    """
+    both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
+    shared = both > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rows = {
+            "dice": 2 * both / (predicted + true),
+            "sensitivity": both / true,
+            "specificity": (pixels - predicted - true + both) / (pixels - true),
+        }
+    means = {name: float(np.where(shared, row, 0).mean()) for name, row in rows.items()}
+    present = true > 0
+    dice_present = 2 * both[present] / (predicted + true)[present]
+    return {
+        **means,
+        "mae": float((error / pixels).mean()),
+        "dice_present": float(dice_present.mean()) if present.any() else float("nan"),
+        "present": int(present.sum()),
+    }
 
 
 def dice(predicted: ArrayLike, true: ArrayLike) -> float:

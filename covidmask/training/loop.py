@@ -89,7 +89,8 @@ def fit(
 
     Args:
         parameters: those to train.
-        dataset: its items are given to `losses` as a list.
+        dataset: its items are given to `losses` as a list. An `endless` one (see `Augmented`) gives
+            new items in every epoch.
         losses: (model, items) -> named losses; their sum is minimised.
         names: the name of each item, for the message when a loss is not finite.
         checkpoint: file to write after every epoch, and to go on from when it is there.
@@ -119,7 +120,8 @@ def fit(
         raise DataError(f"{len(dataset)} slices: less than one batch of {size}; give more slices")
     steps_per_epoch = len(dataset) // size  # the rest of an epoch's order waits for another epoch
     total = steps_per_epoch * training.epochs
-    if memory:
+    endless = getattr(dataset, "endless", False)
+    if memory and not endless:
         dataset = InMemory(dataset, memory, progress=progress and rank == 0)
     run = {
         "training": plain(asdict(training)),
@@ -145,7 +147,7 @@ def fit(
 
     start = len(history)
     order = [
-        batch
+        [item + epoch * len(dataset) * endless for item in batch]
         for epoch in range(start // steps_per_epoch, training.epochs)
         for batch in epoch_batches(len(dataset), size, epoch, seed)
     ]
@@ -180,7 +182,7 @@ def fit(
                 report = fabric.all_reduce(report, reduce_op="mean")
             values = dict(zip(["loss", *named], report.tolist(), strict=True))
             if not math.isfinite(values["loss"]):
-                batch = [names[i] for i in order[step - start]]
+                batch = [names[i % len(names)] for i in order[step - start]]
                 raise TrainingError(
                     f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}; "
                     "look at these slices, or lower the learning rate"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -13,12 +15,18 @@ from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
-from covidmask.config import LESION_CLASSES, TrainingConfig
+from covidmask.config import LESION_CLASSES, Preset, TrainingConfig
+from covidmask.data.augmentation import Augmented
+from covidmask.data.lesions import LesionSlices
+from covidmask.data.phantom_sets import write_phantoms
 from covidmask.metrics.detection import (
     IOU_THRESHOLDS,
     CocoAP,
     author_image_ap,
     dice,
+    lesion_maps,
+    overlap,
+    overlap_means,
     semantic_mask,
 )
 from covidmask.models.inference import for_inference
@@ -37,6 +45,7 @@ def train_segmenter(
     workers: int = 0,
     memory: float = 0,
     progress: bool = True,
+    title: str = "segmenter",
 ) -> list[dict[str, float]]:
     """Minimise the sum of the five losses of Mask R-CNN, in place.
 
@@ -69,7 +78,45 @@ def train_segmenter(
         workers=workers,
         memory=memory,
         progress=progress,
-        title="segmenter",
+        title=title,
+    )
+
+
+def pretrain_segmenter(
+    model: GeneralizedRCNN,
+    preset: Preset,
+    folder: str | Path,
+    *,
+    fabric: Fabric | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train on random copies of a preset's phantoms, which are drawn where they are absent.
+
+    Args:
+        preset: one with `augment` and `pretraining`.
+        folder: of the phantoms.
+
+    Returns:
+        As `train_segmenter`.
+    """
+    fabric = fabric or make_fabric(preset.pretraining.precision)
+    if fabric.global_rank == 0:
+        write_phantoms(folder, preset.phantoms, progress=progress)
+    fabric.barrier()
+    phantoms = LesionSlices(Path(folder) / "lesions", "train", preset.detector.lesions)
+    return train_segmenter(
+        model,
+        Augmented(phantoms, replace(preset.augment, copies=1), seed),
+        preset.pretraining,
+        fabric=fabric,
+        seed=seed,
+        checkpoint=checkpoint,
+        workers=workers,
+        progress=progress,
+        title="phantoms first",
     )
 
 
@@ -80,15 +127,21 @@ def predict_lesions(
     *,
     fabric: Fabric | None = None,
     batch_size: int = 8,
+    mirror: bool = False,
     progress: bool = True,
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
     """Run the detector once on each slice; yield (index, prediction, target), both on the CPU.
 
     With several processes each yields the slices of its share. Slices of different sizes never
     share a batch, because padding changes the result.
+
+    Args:
+        mirror: run it on the mirrored slices, too, and add `maps` to the predictions: the mean of
+            `lesion_maps` of both. Without, `maps` are those of the slice alone.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
+    classes = model.config.num_classes - 1
     indices = list(share(len(dataset), fabric))
     hidden = not (progress and fabric.global_rank == 0)
     with tqdm(total=len(indices), desc="detecting", disable=hidden) as bar:
@@ -99,8 +152,13 @@ def predict_lesions(
             for group in same_size_groups(images):
                 with fabric.autocast():
                     predictions = fast([images[i] for i in group])
-                for i, prediction in zip(group, predictions, strict=True):
-                    yield part[i], to_device(prediction, torch.device("cpu")), items[i][1]
+                    mirrored = fast([images[i].flip(-1) for i in group]) if mirror else predictions
+                for i, prediction, other in zip(group, predictions, mirrored, strict=True):
+                    maps = lesion_maps(prediction, classes)
+                    if mirror:
+                        maps = (maps + lesion_maps(other, classes).flip(-1)) / 2
+                    found = to_device({**prediction, "maps": maps}, torch.device("cpu"))
+                    yield part[i], found, items[i][1]
             bar.update(len(part))
 
 
@@ -111,42 +169,54 @@ def evaluate_segmenter(
     fabric: Fabric | None = None,
     batch_size: int = 8,
     score: float = 0.75,
+    threshold: float = 0.5,
+    mirror: bool = False,
     progress: bool = True,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Judge a segmenter; one detector pass for all thresholds, each slice once.
 
     Args:
         score: the released code's AP and Dice take detections that score above it (0.75 in the
             paper); COCO's AP takes all.
+        threshold: pixels whose probability in the fused maps is above it are lesion; see `fuse`.
+        mirror: judge the mean of the maps of each slice and of its mirror image.
 
     Returns:
         Values in 0..1: those of `CocoAP.compute`, with one AP50 a class; `author_ap` (mean over
         thresholds), `author_ap50` and `author_ap75` by the rule of the released code;
         `dice_<class>`, the mean over slices with that class in the truth or the detections (NaN
-        where there is none). And `slices`, how many were judged.
+        where there is none). `overlap` holds `overlap_means` of "infection" and of each class in
+        the fused maps; `slices`, how many were judged; and `table`, float64 [M, regions, 5], the
+        `Overlap` of each slice.
     """
     fabric = fabric or make_fabric()
     classes = LESION_CLASSES[model.config.lesions]
     coco, rows = CocoAP(classes), []
     for _, prediction, target in predict_lesions(
-        model, dataset, fabric=fabric, batch_size=batch_size, progress=progress
+        model, dataset, fabric=fabric, batch_size=batch_size, mirror=mirror, progress=progress
     ):
+        maps = prediction.pop("maps")
         coco.update([prediction], [target])
         kept = prediction["scores"] > score
         author = author_image_ap({key: v[kept] for key, v in prediction.items()}, target)
         found = semantic_mask(prediction, score)
         truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
         rows.append([*author, *(dice(found == c + 2, truth == c + 2) for c in range(len(classes)))])
-    width = len(IOU_THRESHOLDS) + len(classes)
+        rows[-1] += chain.from_iterable(overlap(maps, truth, threshold))
+    regions = ("infection", *classes)
+    width = len(IOU_THRESHOLDS) + len(classes) + 5 * len(regions)
     part = torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
-    table = gather(part, len(dataset), fabric)  # [M, thresholds + classes]
-    author = table[:, : len(IOU_THRESHOLDS)].mean(0)
-    overlap = table[:, len(IOU_THRESHOLDS) :].nanmean(0)
+    columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
+    author, painted, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
+    author, painted = author.mean(0), painted.nanmean(0)
+    table = counts.reshape(-1, len(regions), 5)  # [M, regions, 5]
     return {
         **coco.compute(),
         "author_ap": float(author.mean()),
         "author_ap50": float(author[IOU_THRESHOLDS.index(0.5)]),
         "author_ap75": float(author[IOU_THRESHOLDS.index(0.75)]),
-        **{f"dice_{name}": float(v) for name, v in zip(classes, overlap, strict=True)},
+        **{f"dice_{name}": float(v) for name, v in zip(classes, painted, strict=True)},
+        "overlap": {name: overlap_means(table[:, i]) for i, name in enumerate(regions)},
         "slices": len(dataset),
+        "table": table,
     }

@@ -14,6 +14,10 @@ from covidmask.metrics.detection import (
     author_image_ap,
     binary_masks,
     dice,
+    fuse,
+    lesion_maps,
+    overlap,
+    overlap_means,
     semantic_mask,
 )
 
@@ -251,3 +255,39 @@ def test_dice():
     assert math.isnan(dice(first & False, first & False))
     with pytest.raises(ValueError, match="shapes"):
         dice(first, first[0])
+
+
+def soft(labels, scores, masks):
+    return {
+        "labels": torch.tensor(labels),
+        "scores": torch.tensor(scores),
+        "masks": torch.tensor(masks)[:, None],  # [K, 1, H, W]
+    }
+
+
+def test_overlapping_detections_support_each_other():
+    found = soft([1, 1, 2], [0.5, 0.5, 0.8], [[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.5]]])
+    maps = lesion_maps(found, 2)
+    assert maps.tolist() == [[[0.75, 0.5]], [[0.0, pytest.approx(0.4)]]]
+    assert fuse(maps).tolist() == [[2, 2]]  # 1 - 0.5 * 0.6 = 0.7 is above 0.5; GGO is likelier
+    assert fuse(maps, 0.72).tolist() == [[2, 0]]
+    nothing = lesion_maps({key: value[:0] for key, value in found.items()}, 2)
+    assert nothing.tolist() == [[[0.0, 0.0]], [[0.0, 0.0]]] and not fuse(nothing).any()
+
+
+def test_overlap_counts_pixels_of_infection_and_classes():
+    maps = torch.tensor([[[0.9, 0.9, 0.0, 0.0]], [[0.0, 0.0, 0.8, 0.0]]])
+    infection, ggo, consolidation = overlap(maps, [[2, 3, 3, 0]])
+    assert infection[:4] == (3, 3, 3, 4) and infection.error == pytest.approx(0.4)
+    assert ggo[:4] == (1, 2, 1, 4) and consolidation[:4] == (1, 1, 2, 4)
+
+
+def test_means_follow_the_published_convention():
+    table = [[5, 10, 10, 100, 10], [0, 0, 0, 100, 0], [0, 4, 0, 100, 4], [8, 8, 8, 100, 0]]
+    means = overlap_means(table)
+    assert means["dice"] == pytest.approx((0.5 + 0 + 0 + 1) / 4)  # no shared pixel: 0
+    assert means["sensitivity"] == pytest.approx((0.5 + 0 + 0 + 1) / 4)
+    assert means["specificity"] == pytest.approx((85 / 90 + 0 + 0 + 1) / 4)
+    assert means["mae"] == pytest.approx(0.14 / 4)
+    assert means["dice_present"] == pytest.approx(0.75) and means["present"] == 2
+    assert math.isnan(overlap_means(table[1:2])["dice_present"])

@@ -1,0 +1,268 @@
+"""What the preset semiseg reaches on real CT: 5-fold cross-validation on COVID-SemiSeg's 50 slices.
+
+    python benchmarks/covid_semiseg.py --data DIR     # the folder that holds TrainingSet
+    python benchmarks/covid_semiseg.py --table        # rewrite chapter 9's table, train nothing
+
+Two models for each fold: pre-trained on phantoms, and from random weights with as many steps in
+all. The phantoms come first and serve every fold. A fold that is done is found again, so the
+command goes on where it was stopped. Writes results/covid_semiseg.json and the table of chapter 9.
+Nothing that is written shows or contains a slice or a weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from quick_preset import ROOT, environment
+from regimes import commented
+from scipy.stats import bootstrap
+
+from covidmask.config import PRESETS, TrainingConfig
+from covidmask.data.augmentation import Augmented
+from covidmask.data.folders import data_root, phantoms_folder
+from covidmask.data.lesions import LesionDataset
+from covidmask.data.semiseg import SemiSeg
+from covidmask.files import atomic_path
+from covidmask.metrics.detection import overlap_means
+from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.weights import load_segmenter, save_model
+from covidmask.training.segmentation import (
+    evaluate_segmenter,
+    pretrain_segmenter,
+    train_segmenter,
+)
+
+PRESET = PRESETS["semiseg"]
+FOLDS = 5
+FOLD_SEED = 2020
+ARMS = ("pretrained", "random")
+REGIONS = ("infection", "GGO", "C")
+OUT = ROOT / "results" / "covid_semiseg.json"
+TWIN = ROOT / "book" / "py" / "09_real_ct.py"
+MARKS = ("# <!-- covid_semiseg -->", "# <!-- /covid_semiseg -->")
+
+
+class Part(LesionDataset):
+    """Some slices of a data set."""
+
+    def __init__(self, whole: LesionDataset, chosen: list[int]) -> None:
+        super().__init__(whole.lesions, whole.min_area)
+        self.whole, self.chosen = whole, chosen
+        self.names = [whole.names[i] for i in chosen]
+        self.patients = [whole.patients[i] for i in chosen]
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.whole.read(self.chosen[index])
+
+
+def folds(count: int) -> list[list[int]]:
+    """The test slices of each fold."""
+    order = np.random.default_rng(FOLD_SEED).permutation(count)
+    return [sorted(part.tolist()) for part in np.array_split(order, FOLDS)]
+
+
+def phantoms_first(folder: Path) -> tuple[Path, dict]:
+    """The pre-trained weights, and what they cost."""
+    weights, note = folder / "phantoms.safetensors", folder / "phantoms.json"
+    if not note.exists():
+        torch.manual_seed(0)
+        model = lesion_mask_rcnn(PRESET.detector)
+        start = time.perf_counter()
+        history = pretrain_segmenter(
+            model, PRESET, phantoms_folder("semiseg"), checkpoint=folder / "phantoms.ckpt"
+        )
+        save_model(model, weights)
+        cost = {"steps": len(history), "seconds": time.perf_counter() - start}
+        note.write_text(json.dumps(cost))
+    return weights, json.loads(note.read_text())
+
+
+def one_fold(arm: str, fold: int, data: Path, folder: Path, first_steps: int) -> dict:
+    """Train on four fifths, judge the fifth; nothing is chosen by looking at it."""
+    path = folder / f"{arm}-{fold}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)
+    whole = SemiSeg(data, "train", min_area=PRESET.min_area)
+    test = folds(len(whole))[fold]
+    train = Part(whole, sorted(set(range(len(whole))) - set(test)))
+    torch.manual_seed(0)
+    if arm == "pretrained":
+        model, training = load_segmenter(folder / "phantoms.safetensors"), PRESET.segmenter
+    else:
+        model = lesion_mask_rcnn(PRESET.detector)
+        training = longer(PRESET.segmenter, first_steps, len(train))
+    start = time.perf_counter()
+    history = train_segmenter(
+        model,
+        Augmented(train, PRESET.augment),
+        training,
+        checkpoint=folder / f"{arm}-{fold}.ckpt",
+        progress=False,
+    )
+    seconds = time.perf_counter() - start
+    found = evaluate_segmenter(model, Part(whole, test), mirror=True, progress=False)
+    plain = evaluate_segmenter(model, Part(whole, test), progress=False)
+    row = {
+        "arm": arm,
+        "fold": fold,
+        "training_slices": len(train),
+        "test_slices": test,
+        "steps": len(history),
+        "seconds": seconds,
+        "mask_ap50": found["mask_ap50"],
+        "mask_ap": found["mask_ap"],
+        "overlap": found["table"].tolist(),
+        "overlap_without_mirror": plain["table"].tolist(),
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(row))
+    return row
+
+
+def longer(training: TrainingConfig, steps: int, slices: int) -> TrainingConfig:
+    """`training` with at least `steps` more, so that random weights cost as much in all."""
+    in_an_epoch = slices * PRESET.augment.copies // training.batch_size
+    return replace(training, epochs=training.epochs + round(steps / in_an_epoch))
+
+
+def dice_with_interval(table: np.ndarray, name: str) -> list[float]:
+    """A Dice of `overlap_means` over all slices: value, and a 95 % interval over slices."""
+
+    def value(indices: np.ndarray) -> float:
+        return overlap_means(table[indices])[name]
+
+    everything = np.arange(len(table))
+    spread = bootstrap(
+        (everything,), value, vectorized=False, method="percentile", n_resamples=2000, rng=0
+    )
+    return [value(everything), *spread.confidence_interval]
+
+
+def summary(rows: list[dict], key: str = "overlap") -> dict:
+    """All folds of one arm together: each slice was judged once, by a model that never saw it."""
+    table = np.concatenate([np.array(row[key]) for row in rows])  # [50, regions, 5]
+    result = {}
+    for i, region in enumerate(REGIONS):
+        part = table[:, i]
+        result[region] = {
+            **overlap_means(part),
+            "dice_interval": dice_with_interval(part, "dice")[1:],
+            "dice_present_interval": dice_with_interval(part, "dice_present")[1:],
+        }
+    return result
+
+
+def markdown(result: dict) -> str:
+    """The table of chapter 9."""
+    lines = [
+        "| real slices, 5 folds | pre-trained on phantoms | random weights, as many steps |",
+        "|---|---|---|",
+    ]
+    for name, text in (("dice", "all slices"), ("dice_present", "slices that have it")):
+        for region in REGIONS:
+            cells = []
+            for arm in ARMS:
+                values = result["arms"][arm]["all_folds"][region]
+                low, high = values[f"{name}_interval"]
+                cells.append(f"{values[name]:.2f} ({low:.2f} to {high:.2f})")
+            lines.append(f"| mean Dice, {region}, {text} | {' | '.join(cells)} |")
+    for key, text in (("sensitivity", "sensitivity"), ("specificity", "specificity")):
+        cells = [f"{result['arms'][arm]['all_folds']['infection'][key]:.2f}" for arm in ARMS]
+        lines.append(f"| mean {text}, infection | {' | '.join(cells)} |")
+    cells = []
+    for arm in ARMS:
+        values = [row["mask_ap50"] for row in result["arms"][arm]["folds"]]
+        cells.append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+    lines.append(f"| mask AP50, mean of folds (lowest to highest) | {' | '.join(cells)} |")
+    cells = []
+    for arm in ARMS:
+        rows = result["arms"][arm]["folds"]
+        first = result["pretraining"] if arm == "pretrained" else {"steps": 0, "seconds": 0}
+        seconds = np.mean([row["seconds"] for row in rows]) + first["seconds"]
+        cells.append(f"{rows[0]['steps'] + first['steps']:,} steps, {seconds / 60:.0f} minutes")
+    lines.append(f"| one training | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Command: `{result['command']}`; {result['hardware']}, two trainings at a time with one "
+        f"thread each; torch {result['torch']}; {result['date']}; commit {result['commit']}; all "
+        "numbers in `results/covid_semiseg.json`. In brackets: 95 % intervals from resampling "
+        f"slices. {result['choices']}",
+    ]
+    return "\n".join(lines)
+
+
+def fill_twin(path: Path, text: str) -> None:
+    """Put `text` between the two marks of the chapter."""
+    start, end = MARKS
+    before, rest = path.read_text(encoding="utf-8").split(start)
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            f"{before}{start}\n{commented(text)}\n{end}{rest.split(end)[1]}", encoding="utf-8"
+        )
+
+
+def main() -> None:
+    """Read the command line, train, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=data_root() / "covid-semiseg")
+    parser.add_argument("--runs", type=Path, default=data_root() / "semiseg-folds")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--table", action="store_true", help="fill the chapter, train nothing")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        origin = environment()  # first, so that the commit is that of the code which runs
+        arguments.runs.mkdir(parents=True, exist_ok=True)
+        _, first = phantoms_first(arguments.runs)
+        jobs = [(arm, fold) for arm in ARMS for fold in range(FOLDS)]
+        rows = []
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+            waiting = [
+                pool.submit(one_fold, *job, arguments.data, arguments.runs, first["steps"])
+                for job in jobs
+            ]
+            for done in as_completed(waiting):
+                rows.append(done.result())
+                print(f"{rows[-1]['arm']}, fold {rows[-1]['fold']}: done", flush=True)
+        rows.sort(key=lambda row: (ARMS.index(row["arm"]), row["fold"]))
+        by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
+        result = {
+            "about": "cross-validation on the 50 training slices of COVID-SemiSeg, real CT of "
+            "COVID-19 patients; no patient ids, so folds may share patients",
+            **origin,
+            "command": "python benchmarks/covid_semiseg.py --data DIR",
+            "preset": asdict(PRESET),
+            "fold_seed": FOLD_SEED,
+            "choices": CHOICES,
+            "pretraining": first,
+            "arms": {
+                arm: {
+                    "all_folds": summary(part),
+                    "all_folds_without_mirror": summary(part, "overlap_without_mirror"),
+                    "folds": part,
+                }
+                for arm, part in by_arm.items()
+            },
+        }
+        with atomic_path(arguments.out) as temporary:
+            temporary.write_text(json.dumps(result) + "\n")
+        print(markdown(result))
+    if arguments.out == OUT:
+        fill_twin(TWIN, markdown(json.loads(OUT.read_text())))
+
+
+CHOICES = ""
+
+
+if __name__ == "__main__":
+    main()
