@@ -17,6 +17,7 @@ from author_files import Payload, author_file
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scan_files import write_series
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
 from covidmask import config
@@ -52,6 +53,7 @@ def whole(tmp_path_factory):
     image, _ = next((folder / "data" / "slices").glob("NCP*.png")), (folder / "out").mkdir()
     shutil.copy(image, folder / "scan.png")
     (folder / "out" / "kept.txt").write_text("was here before")
+    (folder / "empty").mkdir()
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(config.PRESETS, "quick", TINY)
         yield folder
@@ -66,10 +68,15 @@ def here(whole, tmp_path, monkeypatch):
 
 
 def contents(folder):
-    """Every file and folder, hidden ones too, with what is in it."""
+    """Every file and folder, hidden ones too, with what is in it; but not ranked boxes kept whole.
+
+    The next training takes those up, so a run that fails later leaves them on purpose.
+    """
+    kept = {folder / "data" / "ranked", *(folder / "data" / "ranked").glob("ranked-*.npy")}
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
+        if path not in kept
     }
 
 
@@ -223,6 +230,20 @@ def fixed(command, *words):
     return lambda here: (command, *words)
 
 
+def cut_series(here):
+    path = write_series(here / "scan", 3) / "Secret_Person_0001"
+    path.write_bytes(path.read_bytes()[:-50])
+    return PREDICT.format("scan"), "scan/Secret_Person_0001", "decoded"
+
+
+def scan_without_slice(options, *words):
+    def spoil(here):
+        write_series(here / "scan", 3)
+        return (f"{PREDICT.format('scan')} {options}", *words)
+
+    return spoil
+
+
 EVALUATE = "evaluate {} --data data --weights {}.safetensors"
 DATA = {
     "missing folder: train segmenter": fixed(
@@ -271,6 +292,12 @@ DATA = {
     "empty validation split": lists("slices", "val", "", CLASSIFIER, "empty"),
     "empty test split": lists("slices", "test", "", EVALUATE.format("classifier", "cls"), "empty"),
     "class missing from the training split": class_missing,
+    "series with a cut file": cut_series,
+    "slices that a scan does not have": scan_without_slice("--slices 2-9", "no slices 2-9"),
+    "window of no width": scan_without_slice("--window 40 0", "--window 40 0", "above 0"),
+    "folder without a scan": fixed(PREDICT.format("empty"), "empty: holds no axial CT slice"),
+    "no source of COVIDx-CT": fixed("fetch covidx-ct --from gone --out out", "gone", "name a"),
+    "no archive": fixed("fetch cncb-lesions --from scan.png --out out", "scan.png: is no archive"),
 }
 
 
@@ -474,6 +501,9 @@ OUTPUTS = {  # command -> the file or folder that its message names
     CONVERT: "out/new.safetensors",
     "stats --data data --json out/new.json": "out/",
     EVALUATE.format("classifier", "cls") + " --json out/new.json": "out/",
+    "fetch covid-semiseg --source http://127.0.0.1:9 --out out": "out/TERMS.txt",
+    "fetch covidx-ct --from data --out out": "out/TERMS.txt",
+    "fetch cncb-lesions --from data --out out": "out/TERMS.txt",
 }
 
 

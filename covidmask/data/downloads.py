@@ -183,7 +183,8 @@ def _fetch_one(source, name: str, target: Path, stop: threading.Event) -> str | 
         except requests.RequestException as error:
             if isinstance(error, (ValueError, requests.TooManyRedirects)):  # InvalidURL and its kin
                 raise DataError(f"{url}: {one_line(error)}; check the address") from error
-            problem = f"the connection fails ({one_line(error)})"
+            cause = error.args[0] if error.args else error  # of urllib3, which says where and why
+            problem = f"the connection fails ({one_line(getattr(cause, 'reason', cause))})"
         except TimeoutError as error:
             problem = f"the host is too slow ({error})"
         except ValueError as error:

@@ -45,7 +45,7 @@ def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
 
 def some(names: list[str]) -> str:
     """A count and the first names, for messages about many files."""
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names):,} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def one_line(error: Exception) -> str:

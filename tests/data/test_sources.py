@@ -1,6 +1,7 @@
 """Fetching and laying out real CT, with phantoms and a local host in the place of both."""
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -196,6 +197,20 @@ def test_a_place_that_cannot_be_written(host, files, tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
         download(host.url, files, tmp_path / "out", progress=False)
     assert not (tmp_path / "out" / ".partial").exists()
+
+
+@pytest.mark.parametrize("how", ["download", "copy"])
+def test_a_disk_that_is_full(how, host, files, out, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="out: cannot be written .No space left"):
+        if how == "download":
+            download(host.url, files, out, progress=False)
+        else:
+            copy_checked(host.root, files, out)
+    assert tree(out) == [] and not (out / ".partial").exists()
 
 
 def test_a_killed_download_leaves_nothing_that_counts(host, files, out):
