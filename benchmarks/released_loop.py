@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from covidmask.metrics.detection import author_image_ap
-from covidmask.models.ranked_boxes import encoded_rows, pad_rows, rank_boxes
+from covidmask.models.ranked_boxes import Ranking, encoded_rows, pad_rows, rank_boxes
 
 
 def released(model: nn.Module) -> nn.Module:
@@ -33,8 +33,8 @@ def released(model: nn.Module) -> nn.Module:
     return model
 
 
-def logits(model: nn.Module, image: Tensor) -> Tensor:
-    """float32 [3,H,W] -> [3]; the graph holds every proposal."""
+def ranked(model: nn.Module, image: Tensor) -> tuple[Tensor, Ranking]:
+    """float32 [3,H,W] -> rows [N,5] and the boxes behind them; the graph holds every proposal."""
     detector, heads = model.detector, model.detector.roi_heads
     batch, _ = detector.transform([image])
     features = detector.backbone(batch.tensors)
@@ -47,7 +47,12 @@ def logits(model: nn.Module, image: Tensor) -> Tensor:
             scores, deltas, proposals[0], batch.image_sizes[0], heads.box_coder, model.config
         )
     rows = encoded_rows(scores[ranking.roi], deltas[ranking.roi], ranking.label)  # [K, 5]
-    return model.s(pad_rows(rows, model.config.n_boxes)[None])[0]
+    return pad_rows(rows, model.config.n_boxes), ranking
+
+
+def logits(model: nn.Module, image: Tensor) -> Tensor:
+    """float32 [3,H,W] -> [3]."""
+    return model.s(ranked(model, image)[0][None])[0]
 
 
 def training_step(

@@ -1,28 +1,35 @@
 """How much faster than the released code's loops: both timed in turn, in one run, on one machine.
 
-    python benchmarks/speed.py                       # CPU: about 25 minutes on two cores
+    python benchmarks/speed.py                       # CPU: about 30 minutes on two idle cores
     python benchmarks/speed.py --device cuda         # GPU: float32 and bfloat16
     python benchmarks/speed.py --page                # rewrite the page from the results, no timing
+    python benchmarks/speed.py --smoke --out x.json  # everything at toy sizes: does it run?
 
 Writes results/benchmarks.json (or results/benchmarks-cuda.json) and the page book/fast.md with its
 figures. The baseline is `released_loop.py`. Weights are random, slices are synthetic phantoms of
-512 x 512; times are medians of runs that alternate between baseline and ours.
+512 x 512; times are medians of runs that alternate between baseline and ours. Each part is stored
+in _build/ as soon as it is measured, and a run that was stopped goes on there if commit and
+machine are still the same (`--fresh` starts anew).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
+import os
+import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import psutil
 import released_loop
 import speed_page
 import torch
@@ -30,6 +37,7 @@ from quick_preset import ROOT, environment
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import box_iou
 
 from covidmask.config import (
     PAPER,
@@ -42,12 +50,13 @@ from covidmask.config import (
 from covidmask.data.lesions import LesionSlices
 from covidmask.data.memory import InMemory
 from covidmask.data.phantom_sets import write_phantoms
+from covidmask.data.phantoms import make_slice
 from covidmask.data.slices import SliceImages
 from covidmask.files import atomic_path
 from covidmask.metrics.detection import IOU_THRESHOLDS
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net, set_regime
 from covidmask.models.inference import for_inference
-from covidmask.models.ranked_boxes import propose, run_box_head
+from covidmask.models.ranked_boxes import Ranking, propose, rank_boxes, run_box_head
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import ShippedWeights
 from covidmask.training.classification import (
@@ -64,23 +73,56 @@ MODELS = {
     "ResNet-50": (DetectorConfig(), ClassifierConfig()),
     "ResNet-18 cut 1": (LIGHT, ClassifierConfig(n_boxes=128, hidden=512)),
 }
-PHANTOMS = PhantomConfig(512, 5, (1, 1, 2), (4, 1, 1))
+SMALL = "ResNet-18 cut 1"
 BATCH = 8
 # The released code itself, timed on two cores of this kind: seconds a slice, seconds a step of 8.
 RELEASED_CODE = {"ResNet-50": (0.62, 18.2), "ResNet-18 cut 1": (0.23, 9.2)}
 SLICES, EPOCHS = 3000, 50  # the paper's training set and its epochs
+SAME_BOX = 0.9  # IoU above which two boxes of one class are the same box
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes and numbers of repeats."""
+
+    phantoms: PhantomConfig = PhantomConfig(512, 5, (1, 1, 2), (4, 1, 1))
+    changes: tuple[tuple[str, int], ...] = ()  # to the detector
+    repeats: int = 5
+    slow: int = 3  # for the full step of ResNet-50 and the AP of ResNet-18
+    slowest: int = 1  # for the AP of ResNet-50: the baseline takes minutes
+    ranked: int = 48  # slices whose ranking is timed
+    rows: int = SLICES  # slices on which S is timed
+    ap_slices: int = 10
+    sides: tuple[int, ...] = (128, 256, 512, 1024)
+    n_boxes: tuple[int, ...] = (16, 64, 256, 1024)
+    slices: tuple[int, ...] = (8, 16, 32, 60)
+
+
+FULL = Scale()
+SMOKE = Scale(
+    phantoms=PhantomConfig(128, 2, (1, 1, 1), (2, 1, 1)),
+    changes=(("image_size", 128), ("max_size", 256), ("rpn_test_proposals", 60)),
+    repeats=1,
+    slow=1,
+    ranked=4,
+    rows=64,
+    ap_slices=2,
+    sides=(64, 128),
+    n_boxes=(4, 16),
+    slices=(2, 4),
+)
 
 
 class Bench:
-    """Device, precision and the clock."""
+    """Device, precision, sizes and the clock."""
 
-    def __init__(self, device: str, precision: str, repeats: int) -> None:
+    def __init__(self, device: str, precision: str = "32-true", scale: Scale = FULL) -> None:
         self.device = torch.device(device)
         self.precision = precision
-        self.repeats = repeats
+        self.scale = scale
 
-    def autocast(self) -> torch.autocast:
-        enabled = self.precision == "bf16-mixed"
+    def autocast(self, precision: str | None = None) -> torch.autocast:
+        enabled = (precision or self.precision) == "bf16-mixed"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def seconds(self, work: Callable[[], object]) -> float:
@@ -94,25 +136,62 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def alternate(self, works: dict[str, Callable], repeats: int | None = None) -> dict[str, float]:
-        """Median seconds of each; all are run once unmeasured, then in turn."""
-        for work in works.values():
+    def runs(
+        self, works: dict[str, Callable], repeats: int | None = None, warm_up: bool = True
+    ) -> dict[str, list[float]]:
+        """Seconds of every run of each; all are run once unmeasured, then in turn."""
+        for work in works.values() if warm_up else ():
             work()
-        times = {name: [] for name in works}
-        for _ in range(repeats or self.repeats):
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(repeats or self.scale.repeats):
             for name, work in works.items():
                 times[name].append(self.seconds(work))
-        return {name: median(values) for name, values in times.items()}
+        return times
+
+    def alternate(self, works: dict[str, Callable], repeats: int | None = None) -> dict[str, float]:
+        """Median seconds of each; see `runs`."""
+        return {name: median(times) for name, times in self.runs(works, repeats).items()}
 
 
-def build(name: str, device: torch.device, **changes) -> CovidCTMaskNet:
-    """Random weights, the same for everyone."""
+def summary(runs: dict[str, list[float]], each: int = 1) -> dict:
+    """Medians of `baseline` and `ours` and their ratio; times are of one of `each` slices."""
+    runs = {name: [seconds / each for seconds in times] for name, times in runs.items()}
+    times = {name: median(values) for name, values in runs.items()}
+    ratios = [b / o for b, o in zip(runs["baseline"], runs["ours"], strict=True)]
+    return {
+        **times,
+        "ratio": times["baseline"] / times["ours"],
+        "ratio_lowest_highest": [min(ratios), max(ratios)],
+        "repeats": len(ratios),
+        "runs": runs,
+    }
+
+
+def build(name: str, bench: Bench, **changes) -> CovidCTMaskNet:
+    """Random weights, the same for everyone, with batch-norm statistics of phantoms.
+
+    Without such statistics the features grow from layer to layer and every sigmoid is 0 or 1.
+    """
     detector, classifier = MODELS[name]
     torch.manual_seed(0)
-    kinds = {k: v for k, v in changes.items() if k != "n_boxes"}
     if "n_boxes" in changes:
-        classifier = replace(classifier, n_boxes=changes["n_boxes"])
-    return covid_ct_mask_net(lesion_mask_rcnn(replace(detector, **kinds)), classifier).to(device)
+        classifier = replace(classifier, n_boxes=changes.pop("n_boxes"))
+    detector = replace(detector, **{**dict(bench.scale.changes), **changes})
+    segmenter = lesion_mask_rcnn(detector)
+    set_statistics(segmenter.backbone)
+    return covid_ct_mask_net(segmenter, classifier).to(bench.device)
+
+
+@torch.no_grad()
+def set_statistics(backbone: torch.nn.Module) -> None:
+    """Means and variances of each batch norm, from one pass over eight small phantoms."""
+    slices = [torch.from_numpy(make_slice(seed, seed % 3, 128)[0]) for seed in range(8)]
+    images = torch.stack(slices)[:, None].expand(-1, 3, -1, -1)  # [8, 3, 128, 128], 0..1
+    layers = [layer for layer in backbone.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = None  # a plain mean, of one batch
+    backbone.train()((images - images.mean()) / images.std())
+    backbone.eval()
 
 
 def our_step(
@@ -131,7 +210,7 @@ def our_step(
 
 def trainee(name: str, regime: str, bench: Bench, **changes):
     """Our model and its optimiser, as `train_classifier` prepares them."""
-    model = build(name, bench.device, **changes)
+    model = build(name, bench, **changes)
     parameters = set_regime(model, regime)
     model.train().to(memory_format=torch.channels_last)
     return model, torch.optim.Adam(parameters, lr=1e-5, weight_decay=1e-3)
@@ -139,7 +218,7 @@ def trainee(name: str, regime: str, bench: Bench, **changes):
 
 def baseline_trainee(name: str, regime: str, bench: Bench):
     """The released loop's: everything requires a gradient, the optimiser takes a part."""
-    model = build(name, bench.device)
+    model = build(name, bench)
     chosen = {id(parameter) for parameter in set_regime(model, regime)}
     picked = [id(parameter) in chosen for parameter in model.parameters()]
     model = released_loop.released(model)
@@ -147,36 +226,54 @@ def baseline_trainee(name: str, regime: str, bench: Bench):
     return model, torch.optim.Adam(parameters, lr=1e-5, weight_decay=1e-3)
 
 
-def steps(name: str, images: list[Tensor], labels: Tensor, bench: Bench) -> dict:
-    """Training steps of eight slices, and the largest difference of a gradient."""
-    result = {}
-    for regime in ("heads_bn", "full"):
-        ours, optimizer = trainee(name, regime, bench)
-        theirs, other = baseline_trainee(name, regime, bench)
+def steps(
+    name: str, regime: str, images: list[Tensor], labels: Tensor, bench: Bench, repeats: int
+) -> dict:
+    """A training step of eight slices. The baseline has the precision of the released code."""
+    ours, optimizer = trainee(name, regime, bench)
+    theirs, other = baseline_trainee(name, regime, bench)
+    runs = bench.runs(
+        {
+            "baseline": lambda: released_loop.training_step(theirs, images, labels, other),
+            "ours": lambda: our_step(ours, images, labels, optimizer, bench),
+        },
+        repeats,
+    )
+    return summary(runs)
 
-        def baseline(theirs=theirs, other=other) -> None:
-            with bench.autocast():
-                released_loop.training_step(theirs, images, labels, other)
 
-        times = bench.alternate(
+def batches(name: str, images: list[Tensor], labels: Tensor, bench: Bench) -> list[dict]:
+    """Our heads+BN step on a GPU with more and more slices, until the memory is full."""
+    result = []
+    for times in (1, 2, 4, 8, 16):
+        try:
+            model, optimizer = trainee(name, "heads_bn", bench)
+            torch.cuda.reset_peak_memory_stats()
+            more = labels.repeat(times)
+            step = bench.alternate(
+                {"ours": lambda: our_step(model, images * times, more, optimizer, bench)}  # noqa: B023
+            )["ours"]
+        except torch.cuda.OutOfMemoryError:
+            break
+        finally:
+            model = optimizer = None
+            torch.cuda.empty_cache()
+        result.append(
             {
-                "baseline": baseline,
-                "ours": lambda ours=ours, optimizer=optimizer: our_step(
-                    ours, images, labels, optimizer, bench
-                ),
+                "batch": len(more),
+                "seconds_a_slice": step / len(more),
+                "megabytes": torch.cuda.max_memory_allocated() / 1e6,
             }
         )
-        result[regime] = {**times, "ratio": times["baseline"] / times["ours"]}
     return result
 
 
-def gradients(name: str, images: list[Tensor], labels: Tensor) -> dict:
+def gradients(name: str, images: list[Tensor], labels: Tensor, bench: Bench) -> dict:
     """Loss and gradients of one step of both, from the same weights, float32 on the CPU.
 
     `same_layout` is the claim: ranking first and differentiating the N kept boxes changes nothing.
     `as_trained` has channels-last convolutions too, whose sums are rounded in another order.
     """
-    bench = Bench("cpu", "32-true", 1)
     theirs, other = baseline_trainee(name, "full", bench)
     loss = released_loop.training_step(theirs, images, labels, other)
     wanted = {key: p.grad for key, p in theirs.named_parameters() if p.grad is not None}
@@ -189,75 +286,98 @@ def gradients(name: str, images: list[Tensor], labels: Tensor) -> dict:
             result[f"loss_{layout}"] = classification_loss(ours(images), labels).item()
         our_step(ours, images, labels, optimizer, bench)
         found = {key: p.grad for key, p in ours.named_parameters() if p.grad is not None}
-        squared = sum((found[key] - grad).square().sum() for key, grad in wanted.items())
+        # where no kept box lies on a level of the FPN, ours has no gradient and theirs is zero
+        apart = {key: found.get(key, torch.zeros_like(grad)) - grad for key, grad in wanted.items()}
+        squared = sum(difference.square().sum() for difference in apart.values())
         total = sum(grad.square().sum() for grad in wanted.values())
         result[layout] = float((squared / total).sqrt())
         result[f"{layout}_worst"] = max(
-            float((found[key] - grad).norm() / grad.norm())
-            for key, grad in wanted.items()
-            if grad.norm() > 0
+            float(apart[key].norm() / grad.norm()) for key, grad in wanted.items() if grad.any()
         )
     return result
 
 
 def inference(name: str, images: list[Tensor], bench: Bench) -> dict:
-    """Seconds a slice; how far our logits are from the baseline's, and how many boxes change."""
-    model = build(name, bench.device)
+    """Seconds a slice; how far our logits are from the baseline's, and how many boxes change.
+
+    The baseline is in float32, as the released code is. A box is changed when none of ours, of
+    the same class, has an IoU above `SAME_BOX` with it. Where two boxes score the same but for
+    rounding, their order may change, and with it the vector that S reads: such slices are counted.
+    """
+    model = build(name, bench)
     theirs, fast = released_loop.released(model), for_inference(model)
-    with torch.no_grad():
-        plain = model(images).cpu()  # float32
-        rows = model.ranked_boxes(images).cpu()
 
     def baseline() -> None:
         for image in images:
-            with bench.autocast():
-                released_loop.logits(theirs, image)  # builds a graph, as his evaluation does
+            released_loop.logits(theirs, image)  # builds a graph, as his evaluation does
 
     @torch.no_grad()
     def ours(batch: int) -> Tensor:
         parts = []
         for first in range(0, len(images), batch):
             with bench.autocast():
-                parts.append(fast.ranked_boxes(images[first : first + batch]))
+                rows = fast.ranked_boxes(images[first : first + batch])
+            parts.append(fast.s(rows))
         return torch.cat(parts)
 
-    times = bench.alternate(
+    runs = bench.runs(
         {"baseline": baseline, "ours": lambda: ours(BATCH), "one by one": lambda: ours(1)}
     )
-    times = {key: value / len(images) for key, value in times.items()}
-    found = ours(BATCH).cpu()
     with torch.no_grad():
-        logits = fast.s.cpu()(found)
-    distance = torch.cdist(rows, found).min(dim=2).values  # [B, N]: nearest of our rows
+        exact = [released_loop.ranked(theirs, image) for image in images]
+        plain = torch.cat([model.s(rows[None]) for rows, _ in exact])
+    logits, changed, ordered = ours(BATCH), [], []
+    for (_, wanted), found in zip(exact, rankings(fast, images, bench), strict=True):
+        same = (box_iou(wanted.box, found.box) > SAME_BOX) & (wanted.label[:, None] == found.label)
+        changed.append(int((~same.any(1)).sum()))
+        ordered.append(bool(len(wanted.box) == len(found.box) and same.diagonal().all()))
     change = (logits.sigmoid() - plain.sigmoid()).abs()
+    of_slice = (logits - plain).abs().amax(1)  # [M]
     return {
-        **times,
-        "ratio": times["baseline"] / times["ours"],
-        "logits_difference": float((logits - plain).abs().max()),
+        **summary(runs, len(images)),
+        "slices": len(images),
+        "logits_difference": float(of_slice.max()),
+        "logits_difference_of_slice": of_slice.tolist(),
+        "order_changed_slices": ordered.count(False),
+        "logits_difference_same_order": max(
+            (float(d) for d, same in zip(of_slice, ordered, strict=True) if same), default=None
+        ),
+        "largest_logit": float(plain.abs().max()),
         "probability_change": {"mean": float(change.mean()), "max": float(change.max())},
-        "boxes_changed": float((distance > 0.05).sum(1).float().mean()),
-        "boxes": rows.shape[1],
+        "boxes_changed": sum(changed) / len(changed),
+        "boxes": model.config.n_boxes,
     }
+
+
+@torch.no_grad()
+def rankings(model: CovidCTMaskNet, images: list[Tensor], bench: Bench) -> list[Ranking]:
+    """The boxes that our model keeps of each image."""
+    with bench.autocast():
+        features, proposals, shapes = propose(model.detector, images)
+        logits, deltas = run_box_head(model.detector, features, proposals, shapes)
+        coder = model.detector.roi_heads.box_coder
+        parts = zip(logits, deltas, proposals, shapes, strict=True)
+        return [rank_boxes(*part, coder, model.config) for part in parts]
 
 
 def heads_only(name: str, dataset: SliceImages, bench: Bench, step: float) -> dict:
     """S alone: the ranked boxes are constants, so they are computed once."""
-    model = build(name, bench.device)
+    model = build(name, bench)
     set_regime(model, "heads")
     fabric = make_fabric(bench.precision, bench.device.type)
-    part = Subset(dataset, range(48))
-    rank = median(
-        bench.seconds(lambda: cache_ranked_boxes(model, part, fabric=fabric, progress=False))
-        / len(part)
-        for _ in range(3)
+    scale = bench.scale
+    part = Subset(dataset, range(scale.ranked))
+    ranking = bench.alternate(
+        {"ours": lambda: cache_ranked_boxes(model, part, fabric=fabric, progress=False)}, 3
     )
-    rows = torch.rand(SLICES, model.config.n_boxes, 5)
-    labels = torch.arange(SLICES) % 3
+    rank = ranking["ours"] / len(part)
+    rows = torch.rand(scale.rows, model.config.n_boxes, 5)
+    labels = torch.arange(scale.rows) % 3
     training = TrainingConfig(epochs=2, batch_size=BATCH)
-    seconds = bench.seconds(
-        lambda: train_s(model.s, rows, labels, training, fabric=fabric, progress=False)
+    runs = bench.alternate(
+        {"s": lambda: train_s(model.s, rows, labels, training, fabric=fabric, progress=False)}, 3
     )
-    epoch = seconds / training.epochs
+    epoch = runs["s"] / training.epochs * SLICES / scale.rows
     ours = SLICES * rank + EPOCHS * epoch
     uncached = EPOCHS * (SLICES * rank + epoch)
     baseline = EPOCHS * SLICES / BATCH * step
@@ -265,60 +385,63 @@ def heads_only(name: str, dataset: SliceImages, bench: Bench, step: float) -> di
         "seconds_rank_a_slice": rank,
         "seconds_epoch_of_s": epoch,
         "baseline": baseline,
+        "uncached_no_grad": uncached,
         "ours": ours,
         "ratio": baseline / ours,
         "ratio_to_uncached_no_grad": uncached / ours,
-        "extrapolated": f"linear, to {SLICES} slices and {EPOCHS} epochs: the step of the released "
-        f"loop from {bench.repeats} steps, ranking from {len(part)} slices, S from 2 epochs",
+        "slices": SLICES,
+        "epochs": EPOCHS,
+        "measured": {"ranked_slices": len(part), "rows": scale.rows, "epochs": 2, "repeats": 3},
     }
 
 
 def ap(name: str, dataset: LesionSlices, bench: Bench, repeats: int) -> dict:
     """AP over ten IoU thresholds: ten passes of the detector, or one."""
     torch.manual_seed(0)
-    segmenter = lesion_mask_rcnn(MODELS[name][0]).to(bench.device).eval()
+    segmenter = lesion_mask_rcnn(replace(MODELS[name][0], **dict(bench.scale.changes)))
+    set_statistics(segmenter.backbone)
+    segmenter.to(bench.device).eval()
     theirs = released_loop.released(segmenter)
-    ten = InMemory(Subset(dataset, range(10)), progress=False)
+    part = Subset(dataset, range(bench.scale.ap_slices))
     fabric = make_fabric(bench.precision, bench.device.type)
     values = {}
 
     def baseline() -> None:
-        with bench.autocast():
-            values["baseline"] = released_loop.average_precision(
-                theirs, ten, IOU_THRESHOLDS, bench.device
-            )
+        values["baseline"] = released_loop.average_precision(
+            theirs, part, IOU_THRESHOLDS, bench.device
+        )
 
     def ours() -> None:
-        found = evaluate_segmenter(segmenter, ten, fabric=fabric, score=0, progress=False)
+        found = evaluate_segmenter(segmenter, part, fabric=fabric, score=0, progress=False)
         values["ours"] = found["author_ap"]
 
-    ours()  # warm-up; the baseline's runs are long, and warm themselves
-    times = {"baseline": [], "ours": []}
-    for _ in range(repeats):
-        times["baseline"].append(bench.seconds(baseline))
-        times["ours"].append(bench.seconds(ours))
-    times = {key: median(seconds) for key, seconds in times.items()}
-    theirs_mean = sum(values["baseline"]) / len(IOU_THRESHOLDS)
+    released_loop.average_precision(theirs, Subset(part, range(1)), (0.5,), bench.device)
+    ours()  # both are warm now; a whole run of the baseline would be long
+    runs = bench.runs({"baseline": baseline, "ours": ours}, repeats, warm_up=False)
     return {
-        **times,
-        "ratio": times["baseline"] / times["ours"],
-        "repeats": repeats,
-        "ap_baseline": theirs_mean,
+        **summary(runs),
+        "slices": len(part),
+        "thresholds": len(IOU_THRESHOLDS),
+        "ap_baseline": sum(values["baseline"]) / len(IOU_THRESHOLDS),
         "ap_ours": values["ours"],
     }
 
 
 def stages(name: str, images: list[Tensor], bench: Bench) -> dict:
     """Seconds, FLOPs and bytes of each stage of our inference, a slice, and the share of peak."""
-    fast = for_inference(build(name, bench.device)).detector
+    fast = for_inference(build(name, bench)).detector
     matrix = torch.rand(2048 if bench.device.type == "cpu" else 8192, device=bench.device)
     matrix = matrix[:, None] * matrix
     if bench.precision == "bf16-mixed":
         matrix = matrix.bfloat16()
     vector = torch.rand(2**26, device=bench.device)
-    peak = bench.alternate({"matmul": lambda: matrix @ matrix, "copy": lambda: vector.clone()})
-    flops_peak = 2 * len(matrix) ** 3 / peak["matmul"]
-    bytes_peak = 2 * vector.nbytes / peak["copy"]
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # as cuDNN's convolutions are
+    runs = bench.runs({"matmul": lambda: matrix @ matrix, "copy": lambda: vector.clone()}, 10)
+    best = {key: min(times) for key, times in runs.items()}
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    flops_peak = 2 * len(matrix) ** 3 / best["matmul"]
+    bytes_peak = 2 * vector.nbytes / best["copy"]
     result = {"peak_flops": flops_peak, "peak_bytes": bytes_peak}
     with torch.no_grad(), bench.autocast():
         batch, _ = fast.transform(images)
@@ -334,6 +457,10 @@ def stages(name: str, images: list[Tensor], bench: Bench) -> dict:
         times = bench.alternate(works)
         for stage, work in works.items():
             moved = _bytes(fast, work)
+            if stage.startswith("RoIAlign"):  # it is no layer: it reads the maps, writes the bins
+                maps = [features[key] for key in fast.roi_heads.box_roi_pool.featmap_names]
+                bins = len(torch.cat(proposals)) * maps[0].shape[1] * 7 * 7
+                moved += sum(map.nbytes for map in maps) + bins * maps[0].element_size()
             with FlopCounterMode(display=False) as counter:
                 work()
             seconds, flops = times[stage] / len(images), counter.get_total_flops() / len(images)
@@ -366,12 +493,12 @@ def _bytes(model: torch.nn.Module, work: Callable) -> int:
 
 def tried(name: str, images: list[Tensor], bench: Bench) -> dict:
     """Milliseconds of backbone and RoIAlign for one slice, for each thing that was tried."""
-    model = build(name, bench.device).detector
+    model = build(name, bench).detector
     image = images[0][None]
     last = image.contiguous(memory_format=torch.channels_last)
     fast = for_inference(model)
     folded = for_inference(model).to(memory_format=torch.contiguous_format)
-    moved = build(name, bench.device).detector.to(memory_format=torch.channels_last)
+    moved = build(name, bench).detector.to(memory_format=torch.channels_last)
     stock = released_loop.released(model).roi_heads.box_roi_pool
     ours = model.roi_heads.box_roi_pool
     with torch.no_grad():
@@ -387,9 +514,11 @@ def tried(name: str, images: list[Tensor], bench: Bench) -> dict:
             return run
 
         compiled = torch.compile(fast.backbone)
-        start = time.perf_counter()
-        compiled(last)
-        compile_seconds = time.perf_counter() - start
+        compile_seconds = None
+        try:
+            compile_seconds = bench.seconds(lambda: compiled(last))
+        except Exception as error:  # no compiler on this machine, for example
+            print(f"torch.compile: {error}"[:200], flush=True)
         works = {
             "backbone, as torchvision has it": lambda: model.backbone(image),
             "backbone, channels last": lambda: moved.backbone(last),
@@ -410,6 +539,8 @@ def tried(name: str, images: list[Tensor], bench: Bench) -> dict:
                 lambda: [head(part) for _, part in ours.parts(features, proposals, shapes)]
             ),
         }
+        if compile_seconds is None:
+            del works["backbone, both and torch.compile"]
         times = bench.alternate(works)
     rows = {key: 1000 * value for key, value in times.items()}
     chosen = [boxes[: MODELS[name][1].n_boxes] for boxes in proposals]
@@ -419,9 +550,9 @@ def tried(name: str, images: list[Tensor], bench: Bench) -> dict:
         {
             "torchvision, 1,000 boxes": lambda: stock(plain, proposals, shapes).sum().backward(),
             "torchvision, N boxes": lambda: stock(plain, chosen, shapes).sum().backward(),
-            "matrix products, N boxes (in use)": lambda: ours(maps, chosen, shapes)
-            .sum()
-            .backward(),
+            "matrix products, N boxes (in use)": lambda: (
+                ours(maps, chosen, shapes).sum().backward()
+            ),
         }
     )
     rows |= {f"RoIAlign forward and backward, {k}": 1000 * v for k, v in backward.items()}
@@ -430,7 +561,7 @@ def tried(name: str, images: list[Tensor], bench: Bench) -> dict:
 
 def reading(dataset: SliceImages, step: float, inference: float) -> dict:
     """What decoding costs a slice, from a file and from memory."""
-    part = Subset(dataset, range(40))
+    part = Subset(dataset, range(min(40, len(dataset))))
     start = time.perf_counter()
     memory = InMemory(part, progress=False)
     filling = (time.perf_counter() - start) / len(part)
@@ -477,62 +608,81 @@ def waiting(name: str, dataset: SliceImages, bench: Bench) -> dict:
     return shares
 
 
-def bf16_accuracy(device: str) -> dict:
-    """The shipped classifier on the quick preset's test phantoms, in float32 and bfloat16."""
-    dataset = SliceImages(ROOT / "data" / "phantoms-quick" / "slices", "test")
-    model = ShippedWeights.CLASSIFIER_QUICK.load()
-    results = {
-        precision: evaluate_classifier(
-            model, dataset, fabric=make_fabric(precision, device), progress=False
+def trained(bench: Bench, folder: Path) -> dict:
+    """The shipped classifier on the quick preset's test phantoms: what our rounding changes."""
+    phantoms = PRESETS["quick"].phantoms
+    if bench.scale is SMOKE:
+        phantoms = replace(phantoms, lesion_patients=(1, 1, 1), class_patients=(1, 1, 1))
+    dataset = SliceImages(write_phantoms(folder, phantoms, progress=False) / "slices", "test")
+    model = ShippedWeights.CLASSIFIER_QUICK.load().to(bench.device)
+    theirs = released_loop.released(model)
+    with torch.no_grad():
+        exact = torch.stack(
+            [
+                released_loop.logits(theirs, dataset[i][0].to(bench.device)).cpu()
+                for i in range(len(dataset))
+            ]
         )
-        for precision in ("32-true", "bf16-mixed")
-    }
-    exact, rough = results.values()
-    change = (exact["probabilities"] - rough["probabilities"]).abs()
-    return {
+    labels = torch.tensor(dataset.labels)
+    result: dict = {
         "slices": len(dataset),
-        "accuracy": {key: value["accuracy"] for key, value in results.items()},
-        "predictions_changed": int((exact["predictions"] != rough["predictions"]).sum()),
-        "probability_change": {"mean": float(change.mean()), "max": float(change.max())},
+        "accuracy_baseline": float((exact.argmax(1) == labels).float().mean()),
     }
+    for precision in ("32-true", "bf16-mixed"):
+        fabric = make_fabric(precision, bench.device.type)
+        found = evaluate_classifier(model, dataset, fabric=fabric, progress=False)
+        change = (found["probabilities"] - exact.sigmoid()).abs().amax(1)  # [M]
+        result[precision] = {
+            "accuracy": found["accuracy"],
+            "predictions_changed": int((found["predictions"] != exact.argmax(1)).sum()),
+            "probability_change": {
+                "mean": float(change.mean()),
+                "median": float(change.median()),
+                "max": float(change.max()),
+            },
+        }
+    return result
 
 
 def growth(dataset: SliceImages, bench: Bench) -> dict:
-    """Seconds and peak memory of ResNet-18 cut 1 against side, N and number of slices."""
-    name = "ResNet-18 cut 1"
+    """Seconds and peak memory of the small model against side, N and number of slices."""
+    scale = bench.scale
     result: dict[str, list] = {"side": [], "n_boxes": [], "slices": []}
-    for side in (128, 256, 512, 1024):
+    for side in scale.sides:
         image = torch.nn.functional.interpolate(dataset[0][0][None], size=side)[0]
         image = image.to(bench.device)
-        fast = for_inference(build(name, bench.device, image_size=side, max_size=2 * side))
+        fast = for_inference(build(SMALL, bench, image_size=side, max_size=2 * side))
         with torch.no_grad():
             times = bench.alternate({"infer": lambda fast=fast, image=image: fast([image])})
         memory = peak(["--side", str(side)], bench)
         result["side"].append({"x": side, "seconds": times["infer"], "megabytes": memory})
-    images = [dataset[i][0].to(bench.device) for i in range(BATCH)]
-    labels = torch.tensor(dataset.labels[:BATCH], device=bench.device)
-    for n in (16, 64, 256, 1024):
-        model, optimizer = trainee(name, "heads_bn", bench, n_boxes=n)
+    images = [dataset[i % len(dataset)][0].to(bench.device) for i in range(BATCH)]
+    labels = torch.arange(BATCH, device=bench.device) % 3
+    for n in scale.n_boxes:
+        model, optimizer = trainee(SMALL, "heads_bn", bench, n_boxes=n)
         times = bench.alternate(
             {
                 "step": lambda model=model, optimizer=optimizer: our_step(
                     model, images, labels, optimizer, bench
                 )
             },
-            3,
         )
         memory = peak(["--n-boxes", str(n)], bench)
         result["n_boxes"].append({"x": n, "seconds": times["step"], "megabytes": memory})
-    model, fabric = build(name, bench.device), make_fabric(bench.precision, bench.device.type)
-    for count in (8, 16, 32, 60):
+    model, fabric = build(SMALL, bench), make_fabric(bench.precision, bench.device.type)
+    for count in scale.slices:
         part = Subset(dataset, range(count))
         times = bench.alternate(
-            {"rank": lambda part=part: cache_ranked_boxes(model, part, fabric=fabric, progress=False)},
+            {
+                "rank": lambda part=part: cache_ranked_boxes(
+                    model, part, fabric=fabric, progress=False
+                )
+            },
             3,
         )
         memory = peak(["--slices", str(count)], bench)
         result["slices"].append({"x": count, "seconds": times["rank"], "megabytes": memory})
-    return result
+    return {"model": SMALL, **result}
 
 
 # ---- peak memory: each case in a process of its own ------------------------------------------
@@ -541,131 +691,236 @@ def growth(dataset: SliceImages, bench: Bench) -> dict:
 def peak(options: list[str], bench: Bench) -> float:
     """Peak memory in MB of one case above what the imports and the model take."""
     command = [sys.executable, __file__, "--device", bench.device.type, "--peak", *options]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    if bench.scale is SMOKE:
+        command.append("--smoke")
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {run.stderr[-2000:]}")
     return float(run.stdout.splitlines()[-1])
 
 
-def measure_peak(arguments: argparse.Namespace) -> float:
-    """What `peak` runs: one inference, step or ranking, and its highest resident memory."""
-    bench = Bench(arguments.device, "32-true", 1)
-    side = arguments.side or 512
+def measure_peak(arguments: argparse.Namespace, bench: Bench) -> float:
+    """What `peak` runs: one inference, step or ranking, and the most memory it has at a time."""
+    side = arguments.side or dict(bench.scale.changes).get("image_size", 512)
     torch.manual_seed(1)
     images = [torch.rand(3, side, side, device=bench.device) for _ in range(BATCH)]
     labels = torch.arange(BATCH, device=bench.device) % 3
     name = arguments.model
-    if arguments.case == "baseline":
-        model, optimizer = baseline_trainee(name, "heads_bn", bench)
+    if arguments.baseline:
+        model, optimizer = baseline_trainee(name, arguments.regime, bench)
 
         def work() -> None:
             released_loop.training_step(model, images, labels, optimizer)
     elif arguments.side:
-        fast = for_inference(build(name, bench.device, image_size=side, max_size=2 * side))
+        fast = for_inference(build(name, bench, image_size=side, max_size=2 * side))
 
         @torch.no_grad()
         def work() -> None:
             fast(images[:1])
     elif arguments.slices:
-        model = build(name, bench.device)
+        model = build(name, bench)
         many = [(images[i % BATCH], 0) for i in range(arguments.slices)]
 
         def work() -> None:
             cache_ranked_boxes(model, many, progress=False)
     else:
         changes = {"n_boxes": arguments.n_boxes} if arguments.n_boxes else {}
-        model, optimizer = trainee(name, arguments.case, bench, **changes)
+        model, optimizer = trainee(name, arguments.regime, bench, **changes)
 
         def work() -> None:
             our_step(model, images, labels, optimizer, bench)
 
+    gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+    return resident(work)
 
 
-def measure(bench: Bench, folder: Path) -> dict:
+def resident(work: Callable[[], object]) -> float:
+    """MB by which the memory of this process grows while `work` runs, looked at every 2 ms."""
+    process, done = psutil.Process(), threading.Event()
+    before = highest = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return (highest - before) / 1e6
+
+
+# ---- all parts ---------------------------------------------------------------------------------
+
+
+class Results:
+    """What is measured so far, in a file that a run that was stopped finds again."""
+
+    def __init__(self, path: Path, origin: dict, fresh: bool) -> None:
+        self.path = path
+        self.values = {**origin, "parts": {}}
+        if path.exists() and not fresh:
+            found = json.loads(path.read_text())
+            same = ("commit", "hardware", "processor", "torch", "threads", "scale")
+            if all(found[key] == origin[key] for key in same):
+                print(f"going on with {path}", flush=True)
+                self.values["parts"] = found["parts"]
+
+    def part(self, name: str, work: Callable[[], dict]) -> dict:
+        """Measure it, unless it is there, and store it. `name` has slashes between its levels."""
+        parts = self.values["parts"]
+        if name not in parts:
+            start = time.perf_counter()
+            value = work()
+            parts[name] = {"took": round(time.perf_counter() - start, 1), "value": value}
+            with atomic_path(self.path) as temporary:
+                temporary.write_text(json.dumps(self.values, indent=1) + "\n")
+            print(f"{name}, {parts[name]['took']} s: {json.dumps(value)}"[:600], flush=True)
+        return parts[name]["value"]
+
+    def nested(self) -> dict:
+        """All of it, parts below their levels."""
+        result = {key: value for key, value in self.values.items() if key != "parts"}
+        for name, entry in self.values["parts"].items():
+            *levels, last = name.split("/")
+            place = result
+            for level in levels:
+                place = place.setdefault(level, {})
+            place[last] = entry["value"]
+        result["minutes"] = sum(entry["took"] for entry in self.values["parts"].values()) / 60
+        return result
+
+
+def measure(bench: Bench, root: Path, results: Results) -> None:
     """Every table, at one precision."""
-    root = write_phantoms(folder, PHANTOMS, progress=False)
+    scale, cuda = bench.scale, bench.device.type == "cuda"
     slices = SliceImages(root / "slices", "train")
     lesions = LesionSlices(root / "lesions", "test", min_area=PAPER.min_area)
-    chosen = [0, 20, 40, 1, 21, 41, 2, 22]  # of all classes
+    third = len(slices) // 3  # the classes stand one after the other
+    chosen = [third * (i % 3) + i // 3 for i in range(BATCH)] if third > 2 else [0] * BATCH
     images = [slices[i][0].to(bench.device) for i in chosen]
     labels = torch.tensor([slices.labels[i] for i in chosen], device=bench.device)
     exact = bench.precision == "32-true"
-    result: dict[str, dict] = {}
     for name in MODELS:
-        print(f"{name}, {bench.precision}", flush=True)
-        rows: dict[str, dict] = {"inference": inference(name, images, bench)}
-        rows["stages"] = stages(name, images, bench)
-        if exact or bench.device.type == "cuda":  # bfloat16 on a CPU: for inference alone
-            rows["step"] = steps(name, images, labels, bench)
-            released_step = rows["step"]["heads_bn"]["baseline"]
-            rows["heads_only"] = heads_only(name, slices, bench, released_step)
+
+        def part(key: str, work: Callable[[], dict], name: str = name) -> dict:
+            gc.collect()
+            return results.part(f"{bench.precision}/{name}/{key}", work)
+
+        large = name != SMALL
+        inferred = part("inference", lambda name=name: inference(name, images, bench))
+        part("stages", lambda name=name: stages(name, images, bench))
+        if exact or cuda:  # bfloat16 on a CPU: for inference alone
+            for regime in ("heads_bn", "full"):
+                repeats = scale.slow if large and regime == "full" and not cuda else scale.repeats
+                part(
+                    f"step/{regime}",
+                    lambda name=name, regime=regime, repeats=repeats: steps(
+                        name, regime, images, labels, bench, repeats
+                    ),
+                )
+            step = part("step/heads_bn", dict)
+            part(
+                "heads_only",
+                lambda name=name, step=step: heads_only(name, slices, bench, step["baseline"]),
+            )
         if exact:
-            rows["ap"] = ap(name, lesions, bench, 1 if name == "ResNet-50" else 3)
-            if bench.device.type == "cpu":
-                rows["gradients"] = gradients(name, images[:2], labels[:2])
-                rows["tried"] = tried(name, images, bench)
-            rows["peak_megabytes"] = {
-                case: peak(["--model", name, "--case", case], bench)
-                for case in ("baseline", "heads_bn", "full")
-            }
-        if bench.device.type == "cuda":
-            rows["waiting"] = waiting(name, slices, bench)
-        result[name] = rows
-        print(json.dumps(rows, indent=1), flush=True)
-    if exact:
-        light = result["ResNet-18 cut 1"]
-        step, infer = light["step"]["heads_bn"]["ours"], light["inference"]["ours"]
-        result["reading"] = reading(slices, step, infer)
-        result["growth"] = growth(slices, bench)
-    return result
+            repeats = scale.repeats if cuda else scale.slowest if large else scale.slow
+            part("ap", lambda name=name, repeats=repeats: ap(name, lesions, bench, repeats))
+            for regime in ("heads_bn", "full"):
+                for who, option in (("baseline", ["--baseline"]), ("ours", [])):
+                    options = ["--model", name, "--regime", regime, *option]
+                    part(
+                        f"peak_megabytes/{regime}/{who}",
+                        lambda options=options: peak(options, bench),
+                    )
+            if not cuda:
+                part("gradients", lambda name=name: gradients(name, images[:2], labels[:2], bench))
+                part("tried", lambda name=name: tried(name, images, bench))
+        if cuda:
+            part("waiting", lambda name=name: waiting(name, slices, bench))
+            part("batches", lambda name=name: batches(name, images, labels, bench))
+        if exact and not large:
+            seconds = step["ours"], inferred["ours"]
+            results.part("reading", lambda seconds=seconds: reading(slices, *seconds))
+            results.part("growth", lambda: growth(slices, bench))
 
 
 def main() -> None:
     """Read the command line, time, write the results and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", action="store_true", help="only rewrite the page")
-    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--model", choices=list(MODELS), default="ResNet-18 cut 1")
-    parser.add_argument("--case", default="heads_bn", help=argparse.SUPPRESS)
+    parser.add_argument("--fresh", action="store_true", help="measure every part again")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run?")
+    for name in ("--peak", "--baseline"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=list(MODELS), default=SMALL, help=argparse.SUPPRESS)
+    parser.add_argument("--regime", default="heads_bn", help=argparse.SUPPRESS)
     for name in ("--side", "--n-boxes", "--slices"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.smoke and arguments.out is None and not arguments.peak:
+        parser.error("--smoke needs --out, so that it cannot replace results")
+    scale = SMOKE if arguments.smoke else FULL
     if arguments.peak:
-        print(measure_peak(arguments))
+        print(measure_peak(arguments, Bench(arguments.device, scale=scale)))
         return
     if not arguments.page:
-        suffix = "" if arguments.device == "cpu" else f"-{arguments.device}"
-        out = arguments.out or ROOT / "results" / f"benchmarks{suffix}.json"
-        origin = {
-            **environment(),
-            "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-        }
-        if arguments.device == "cuda":
-            origin["hardware"] = torch.cuda.get_device_name()
-        write_phantoms(ROOT / "data" / "phantoms-quick", PRESETS["quick"].phantoms)
-        result = {"about": "times on synthetic phantoms, random weights", **origin}
-        result["repeats"] = arguments.repeats
-        result["released_code_seconds"] = RELEASED_CODE
-        with TemporaryDirectory() as folder:
-            for precision in ("32-true", "bf16-mixed"):
-                bench = Bench(arguments.device, precision, arguments.repeats)
-                result[precision] = measure(bench, Path(folder) / "phantoms")
-        result["bf16_accuracy"] = bf16_accuracy(arguments.device)
-        with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {out}")
+        run(arguments, scale)
         if arguments.out is not None:
             return
     speed_page.write(ROOT)
+
+
+def run(arguments: argparse.Namespace, scale: Scale) -> None:
+    """Measure everything and write the file of results."""
+    suffix = "" if arguments.device == "cpu" else f"-{arguments.device}"
+    out = arguments.out or ROOT / "results" / f"benchmarks{suffix}.json"
+    origin = {
+        "about": "times on synthetic phantoms, random weights; see benchmarks/speed.py",
+        **environment(),
+        "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "processor": processor(),
+        "scale": "smoke" if arguments.smoke else "full",
+        "released_code_seconds": RELEASED_CODE,
+    }
+    if arguments.device == "cuda":
+        origin["hardware"] = f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
+    partial = ROOT / "_build" / f"{out.stem}.part.json"
+    results = Results(partial, origin, arguments.fresh)
+    with TemporaryDirectory() as folder:
+        root = write_phantoms(Path(folder) / "phantoms", scale.phantoms, progress=False)
+        for precision in ("32-true", "bf16-mixed"):
+            measure(Bench(arguments.device, precision, scale), root, results)
+        bench = Bench(arguments.device, scale=scale)
+        results.part("trained", lambda: trained(bench, Path(folder) / "quick"))
+    with atomic_path(out) as temporary:
+        temporary.write_text(json.dumps(results.nested(), indent=1) + "\n")
+    partial.unlink(missing_ok=True)
+    print(f"written: {out}")
+
+
+def processor() -> str:
+    """The processor's name, and whether it multiplies bfloat16 in hardware."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    kinds = [kind for kind in ("avx512_bf16", "amx_bf16") if kind in facts.get("flags", "").split()]
+    return f"{facts.get('model name', platform.processor())} ({', '.join(kinds) or 'no bfloat16'})"
 
 
 if __name__ == "__main__":
