@@ -47,12 +47,17 @@ class DetectorConfig:
     box_score: float = 0.05  # detections below it are dropped by the segmenter
     box_detections: int = 100  # detections per image of the segmenter
     light_mask_head: bool = False  # one 3x3 convolution, as in the author's light models
+    # not in the paper
+    levels: int = 1  # resnet18/34 only: FPN levels, of the last residual layers that are left
+    semantic: bool = False  # a branch that labels every pixel, beside the boxes
 
     def __post_init__(self) -> None:
         if self.backbone not in ("resnet50", "resnet34", "resnet18"):
             raise ValueError(f"backbone {self.backbone!r}: choose resnet50, resnet34 or resnet18")
         if self.cut not in (0, 1, 2) or (self.backbone == "resnet50" and self.cut):
             raise ValueError(f"cut {self.cut}: choose 0, 1 or 2, and 0 for resnet50")
+        if not 1 <= self.levels <= 4 - self.cut:
+            raise ValueError(f"levels {self.levels}: choose 1 to {4 - self.cut}")
         if self.lesions not in LESION_CLASSES:
             raise ValueError(f"lesions {self.lesions!r}: choose one of {', '.join(LESION_CLASSES)}")
 
@@ -185,12 +190,20 @@ COLAB = Preset(
 )
 
 # The 50 training slices of COVID-SemiSeg, after phantoms, on two CPU cores. Lesions there are as
-# large as half a lung, so anchors are larger than the paper's.
+# large as half a lung, so anchors are larger than the paper's; they fray and merge, so pixels are
+# labelled, too, on a pyramid of strides 4, 8 and 16.
 SEMISEG = Preset(
     name="semiseg",
     phantoms=PhantomConfig(256, 5, (160, 10, 20), (10, 5, 5)),
     detector=replace(
-        QUICK.detector, image_size=192, max_size=384, anchor_sizes=(8, 16, 32, 64, 112)
+        QUICK.detector,
+        cut=1,
+        levels=3,
+        semantic=True,
+        image_size=192,
+        max_size=384,
+        anchor_sizes=(8, 16, 32, 64, 112),
+        anchor_ratios=(0.4, 1.0, 2.5),
     ),
     segmenter=TrainingConfig(
         epochs=12, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True

@@ -1,5 +1,7 @@
 """Small phantoms, models and settings that many tests share."""
 
+import json
+
 import torch
 from torch.utils.data import Dataset
 
@@ -61,3 +63,13 @@ class TinySlices(Dataset):
 def tiny_training(**changes):
     values = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "weight_decay": 1e-4, "warmup": 2}
     return TrainingConfig(**{**values, "cosine": True, **changes})
+
+
+def has_settings(preset, stored):
+    """Whether a preset, from `asdict`, still has all stored values; later settings do not count."""
+    return all(
+        has_settings(preset[key], value)
+        if isinstance(value, dict)
+        else json.loads(json.dumps(preset[key])) == value
+        for key, value in stored.items()
+    )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -182,11 +183,12 @@ def semantic_mask(
 
 
 def lesion_maps(prediction: Instances, classes: int) -> Tensor:
-    """For each class, how probable it is that a pixel belongs to one of its detections.
+    """For each class, how probable it is that a pixel belongs to a lesion.
 
     `1 - prod(1 - score * mask probability)` over the detections of the class: overlapping
     detections support each other, as if each were right or wrong on its own, and weak ones still
-    count a little. No score threshold is needed.
+    count a little. No score threshold is needed. Where the prediction has `semantic`, too (see
+    `LesionRoIHeads`), the mean of both.
 
     Args:
         prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W].
@@ -201,6 +203,10 @@ def lesion_maps(prediction: Instances, classes: int) -> Tensor:
     for label in range(1, classes + 1):
         chosen = votes[prediction["labels"] == label]
         maps[label - 1] = 1 - (1 - chosen).prod(0)
+    if "semantic" in prediction:
+        semantic = prediction["semantic"][None]  # [1, classes, h, w]
+        maps += F.interpolate(semantic, size=shape, mode="bilinear")[0]
+        maps /= 2
     return maps
 
 

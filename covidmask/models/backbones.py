@@ -12,11 +12,12 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> Backbone
     """Build the feature extractor of the detector (section 3.1).
 
     ResNet-50 gives four maps (layer1..4, strides 4, 8, 16, 32). ResNet-18 and -34 give one map,
-    of the last layer that `config.cut` leaves (stride 32, 16 or 8). No pooled level is added and
+    of the last layer that `config.cut` leaves (stride 32, 16 or 8), or those of the last
+    `config.levels` layers. No pooled level is added and
     batch norm is trainable, not frozen, both unlike torchvision's ready-made detectors.
 
     Args:
-        config: `backbone`, `cut` and `fpn_channels` are read.
+        config: `backbone`, `cut`, `levels` and `fpn_channels` are read.
         weights: a name of torchvision's weights, such as "IMAGENET1K_V1" (downloaded), or None
             for random weights.
 
@@ -24,7 +25,8 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> Backbone
         A module: float32 [B,3,H,W] -> ordered dict of maps [B,fpn_channels,H/stride,W/stride].
     """
     body = getattr(resnet, config.backbone)(weights=weights)
-    layers = (1, 2, 3, 4) if config.backbone == "resnet50" else (4 - config.cut,)
+    last = 4 - config.cut
+    layers = range(1 if config.backbone == "resnet50" else last - config.levels + 1, last + 1)
     channels = [body.inplanes // 2 ** (4 - layer) for layer in layers]
     return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(layers)}
     backbone = BackboneWithFPN(body, return_layers, channels, config.fpn_channels)

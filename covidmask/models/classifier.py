@@ -70,7 +70,7 @@ def covid_ct_mask_net(segmenter: GeneralizedRCNN, config: ClassifierConfig) -> C
     """Put a fresh S on a copy of a trained segmenter, less its masks (Algorithm 1, line 2)."""
     detector = copy.deepcopy(segmenter)
     heads = detector.roi_heads
-    heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+    heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.semantic = None
     return CovidCTMaskNet(detector, config)
 
 

@@ -2,13 +2,17 @@
 
 Everything is torchvision's but three small subclasses: `LesionRPN` ranks proposals on raw logits,
 `LesionRPN` and `LesionRoIHeads` take the shape of their box loss from the configuration, and
-`LesionRoIAlign` is RoIAlign made faster on CPUs.
+`LesionRoIAlign` is RoIAlign made faster on CPUs. For small sets of real CT there is a branch that
+the paper does not have, `SemanticBranch`.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -17,6 +21,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops.misc import Conv2dNormActivation
 
 from covidmask.config import DetectorConfig
 from covidmask.models.backbones import fpn_backbone
@@ -76,16 +81,75 @@ class LesionRPN(RegionProposalNetwork):
         return objectness_loss, box_loss
 
 
+class SemanticBranch(nn.Module):
+    """A class for each pixel, from the finest map of the pyramid, as in Panoptic FPN.
+
+    Not in the paper. Lesions of real CT fray and merge: where one instance ends is often a matter
+    of taste, which pixels are ground glass is less so. Every pixel teaches the backbone here, not
+    just those of the sampled boxes.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(Conv2dNormActivation(channels, channels) for _ in range(2)),
+            nn.Conv2d(channels, classes, 1),
+        )
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Maps [B,C,h,w], the finest first -> logits [B,classes,h,w]; class 0 is background."""
+        return self.layers(next(iter(features.values())))
+
+    def loss(self, features: dict[str, Tensor], image_shapes, targets) -> Tensor:
+        """Cross-entropy of all pixels and one minus the soft Dice of each lesion class."""
+        logits = self(features)
+        side = _stride(logits, image_shapes)
+        height, width = (side * length for length in logits.shape[-2:])
+        truth = torch.zeros(len(targets), height, width, dtype=torch.int64, device=logits.device)
+        for labels, target in zip(truth, targets, strict=True):  # [height, width]
+            for label, mask in zip(target["labels"], target["masks"], strict=True):
+                labels[: mask.shape[0], : mask.shape[1]][mask > 0] = label
+        logits = F.interpolate(logits.float(), size=(height, width), mode="bilinear")
+        shares = logits.softmax(1)[:, 1:]  # [B, classes - 1, height, width]
+        true = F.one_hot(truth, logits.shape[1]).movedim(3, 1)[:, 1:].float()
+        both, total = ((shares * true).sum((0, 2, 3)), (shares + true).sum((0, 2, 3)))
+        dice = (2 * both + 1) / (total + 1)  # [classes - 1]
+        return F.cross_entropy(logits, truth) + (1 - dice).mean()
+
+    def probabilities(self, features: dict[str, Tensor], image_shapes) -> list[Tensor]:
+        """For each image float32 [classes - 1, h, w]: its part of the padded map."""
+        shares = self(features).float().softmax(1)[:, 1:]
+        side = _stride(shares, image_shapes)
+        return [
+            map[:, : math.ceil(height / side), : math.ceil(width / side)]
+            for map, (height, width) in zip(shares, image_shapes, strict=True)
+        ]
+
+
+def _stride(map: Tensor, image_shapes) -> int:
+    """Pixels of the images, padded to multiples of 32, for one pixel of the map."""
+    return math.ceil(max(width for _, width in image_shapes) / 32) * 32 // map.shape[-1]
+
+
 class LesionRoIHeads(RoIHeads):
-    """torchvision's RoI heads; `box_beta` sets the smooth L1 loss of the boxes."""
+    """torchvision's RoI heads; `box_beta` sets the smooth L1 loss of the boxes.
+
+    With `semantic` there is a sixth loss, and each prediction has `semantic`, float32
+    [classes - 1, h, w]: the probability of each lesion class at the stride of the finest map.
+    """
 
     def __init__(self, *args, box_beta: float, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.box_beta = box_beta
+        self.semantic: SemanticBranch | None = None
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
-            return super().forward(features, proposals, image_shapes, targets)
+            found, losses = super().forward(features, proposals, image_shapes, targets)
+            if self.semantic is not None:
+                maps = self.semantic.probabilities(features, image_shapes)
+                found = [{**one, "semantic": map} for one, map in zip(found, maps, strict=True)]
+            return found, losses
         proposals, matched, labels, regression_targets = self.select_training_samples(
             proposals, targets
         )
@@ -108,6 +172,8 @@ class LesionRoIHeads(RoIHeads):
         mask_logits = self.mask_predictor(self.mask_head(pooled))  # [M, classes, 28, 28]
         masks, true_labels = ([t[key] for t in targets] for key in ("masks", "labels"))
         losses["loss_mask"] = maskrcnn_loss(mask_logits, rois, masks, true_labels, matched)
+        if self.semantic is not None:
+            losses["loss_semantic"] = self.semantic.loss(features, image_shapes, targets)
         return [], losses
 
 
@@ -126,10 +192,11 @@ def lesion_mask_rcnn(
         torchvision's `GeneralizedRCNN`, with the configuration as `model.config`. Input: a list
         of float32 [3,H,W] in 0..1. In eval mode it returns, per image, `boxes` [K,4] (pixels of
         the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and `masks` [K,1,H,W]
-        (probabilities). In train mode, given targets too, it returns the five losses.
+        (probabilities). In train mode, given targets too, it returns the five losses. With
+        `config.semantic` see `LesionRoIHeads`.
     """
     backbone = fpn_backbone(config, weights)
-    levels = 4 if config.backbone == "resnet50" else 1
+    levels = 4 if config.backbone == "resnet50" else config.levels
     names = [str(level) for level in range(levels)]
     channels = config.fpn_channels
     anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
@@ -163,6 +230,8 @@ def lesion_mask_rcnn(
         heads.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
         heads.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
         heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], config.num_classes)
+        if config.semantic:
+            heads.semantic = SemanticBranch(channels, config.num_classes)
     transform = GeneralizedRCNNTransform(
         config.image_size, config.max_size, IMAGENET_MEAN, IMAGENET_STD
     )

@@ -196,6 +196,7 @@ def evaluate_segmenter(
         model, dataset, fabric=fabric, batch_size=batch_size, mirror=mirror, progress=progress
     ):
         maps = prediction.pop("maps")
+        prediction.pop("semantic", None)
         coco.update([prediction], [target])
         kept = prediction["scores"] > score
         author = author_image_ap({key: v[kept] for key, v in prediction.items()}, target)

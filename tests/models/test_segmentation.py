@@ -1,11 +1,15 @@
 """The detector: shapes, losses, and the two points where it departs from torchvision."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny import TINY_CLASSIFIER
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from covidmask.config import DetectorConfig
 from covidmask.models.backbones import fpn_backbone
+from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
 
 SMALL = DetectorConfig(
@@ -44,6 +48,45 @@ def test_five_finite_losses_with_and_without_lesions():
         assert set(losses) == LOSSES
         assert all(torch.isfinite(loss) for loss in losses.values())
         sum(losses.values()).backward()
+
+
+SEMANTIC = replace(SMALL, cut=1, levels=3, semantic=True)
+
+
+def test_levels_of_a_light_backbone():
+    maps = fpn_backbone(SEMANTIC)(torch.rand(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps.values()] == [
+        (1, 32, 64 // s, 96 // s) for s in (4, 8, 16)
+    ]
+    with pytest.raises(ValueError, match="choose 1 to 3"):
+        replace(SMALL, cut=1, levels=4)
+
+
+def test_semantic_branch_adds_a_loss_and_maps():
+    model = lesion_mask_rcnn(SEMANTIC).train()
+    losses = model([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], [target(), target(())])
+    assert set(losses) == LOSSES | {"loss_semantic"}
+    losses["loss_semantic"].backward()
+    assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        found = model.eval()([torch.rand(3, 64, 70), torch.rand(3, 64, 64)])
+    # the batch is padded to 64 x 96; each map is cut to its own slice, of stride 4
+    assert [tuple(one["semantic"].shape) for one in found] == [(2, 16, 18), (2, 16, 16)]
+    assert all(((one["semantic"] >= 0) & (one["semantic"] <= 1)).all() for one in found)
+    assert not any(
+        "semantic" in name for name in covid_ct_mask_net(model, TINY_CLASSIFIER).state_dict()
+    )
+
+
+def test_semantic_loss_falls_towards_the_truth():
+    branch = lesion_mask_rcnn(SEMANTIC).roi_heads.semantic
+    features = {"0": torch.rand(1, 32, 16, 16)}
+    wanted = target(((0.0, 0.0, 32.0, 64.0),))
+    left = torch.zeros(1, 3, 16, 16)
+    left[:, 0], left[:, 1, :, :8], left[:, 0, :, :8] = 9, 9, 0
+    for logits, low, high in ((left, 0, 0.3), (left.flip(-1), 3, 20)):
+        branch.forward = lambda _, logits=logits: logits
+        assert low <= branch.loss(features, [(64, 64)], [wanted]).item() <= high
 
 
 def test_predictions_are_in_range():
