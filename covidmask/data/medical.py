@@ -162,7 +162,7 @@ class NiftiVolume:
         spacing: mm between rows and between columns.
 
     Raises:
-        DataError: nibabel is absent, or the file is no NIfTI or is not 2-D or 3-D.
+        DataError: nibabel is absent, or the file is no NIfTI, is empty, or is not 2-D or 3-D.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -176,7 +176,7 @@ class NiftiVolume:
             shape, affine = self._image.shape, self._image.affine
             while len(shape) > 3 and shape[-1] == 1:
                 shape = shape[:-1]
-            if len(shape) not in (2, 3):
+            if len(shape) not in (2, 3) or 0 in shape:
                 raise DataError(f"{path}: the image has shape {shape}; save one 3-D volume")
             self._shape = (*shape, 1)[:3]
             self._turn = nibabel.io_orientation(affine)

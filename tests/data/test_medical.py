@@ -175,6 +175,13 @@ def test_nifti_of_one_slice(tmp_path, shape):
     np.testing.assert_allclose(read_nifti(path, None, WINDOW), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(12, 10, 0), (12, 10, 3, 2)])
+def test_nifti_that_is_no_volume(tmp_path, shape):
+    path = write_nifti(tmp_path / "odd.nii", np.zeros(shape, np.int16), RAS)
+    with pytest.raises(DataError, match=r"odd.nii: the image has shape .*; save one 3-D volume"):
+        read_nifti(path, None, WINDOW)
+
+
 def test_bad_nifti(tmp_path):
     path = write_nifti(tmp_path / "ct.nii", marked_volume(), RAS)
     for index in (-1, 5):
