@@ -20,6 +20,7 @@ help:
 	@echo "make notebooks   write book/*.ipynb from book/py/*.py and execute them in place"
 	@echo "make weights     train the weights that the package ships, and write their cards"
 	@echo "make bench       measure what the quick preset reaches; fills results/ and README.md"
+	@echo "                 (times are another matter: python benchmarks/speed.py, when idle)"
 	@echo "make repository URL=https://github.com/OWNER/NAME   write the address everywhere"
 	@echo "make clean       remove _build (the environment .venv and the data stay)"
 
