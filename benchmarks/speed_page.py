@@ -432,7 +432,7 @@ def memory(result: dict) -> list[str]:
 GROWTH = {  # key: (what grows, what is timed, unit of x)
     "side": ("side of the slice", "inference of one slice", "pixels"),
     "n_boxes": ("N", "heads + BN step of 8", "boxes"),
-    "slices": ("slices", "ranking all of them", "slices"),
+    "slices": ("slices", "ranking a set of slices", "slices"),
 }
 
 

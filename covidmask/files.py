@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from covidmask.errors import OutputError
@@ -29,7 +29,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # the data reaches the disk before the name does
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file may stand where a folder should
+            temporary.unlink()
         if isinstance(error, OutputError):
             raise
         raise OutputError(

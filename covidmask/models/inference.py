@@ -32,4 +32,4 @@ def for_inference(model: Model) -> Model:
             if isinstance(layer, nn.Conv2d) and isinstance(follower, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(layer, follower))
                 setattr(module, next_name, nn.Identity())
-    return fast.requires_grad_(False).to(memory_format=torch.channels_last)
+    return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)

@@ -106,7 +106,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     """The rows in `path`; None where there is no such file or it is damaged."""
     try:
         rows = np.load(path, mmap_mode="c")  # mapped; torch wants memory that may be written to
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     return torch.from_numpy(rows) if rows.shape == shape and rows.dtype == np.float32 else None
 
@@ -117,7 +117,7 @@ def _open_part(path: Path, shape: tuple[int, ...]) -> Tensor:
         rows = np.lib.format.open_memmap(path, mode="r+")
         if rows.shape == shape and rows.dtype == np.float32:
             return torch.from_numpy(rows)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         pass  # there is none, or it is damaged: start anew
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     rows[:] = np.nan

@@ -1,0 +1,148 @@
+"""Ranked boxes are kept in a file: the right one, whole, and found again."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
+from torch.utils.data import Dataset
+
+from covidmask.errors import OutputError
+from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
+from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.training.loop import make_fabric
+from covidmask.training.ranked_cache import cache_ranked_boxes
+
+
+class Files(Dataset):
+    """Tiny slices as files; counts what is read, and can fail at one of them."""
+
+    def __init__(self, root, count=6):
+        self.root, self.slices = root, TinySlices(count)
+        self.names, self.labels = self.slices.names, self.slices.labels
+        self.reads, self.fails_at = [], None
+        for i, name in enumerate(self.names):
+            levels = (self.slices[i][0][0] * 255).round().to(torch.uint8).numpy()
+            Image.fromarray(levels).save(root / name)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        if index == self.fails_at:
+            raise KeyboardInterrupt
+        self.reads.append(index)
+        return self.slices[index]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    (tmp_path / "slices").mkdir()
+    return Files(tmp_path / "slices")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return covid_ct_mask_net(lesion_mask_rcnn(TINY_DETECTOR), TINY_CLASSIFIER)
+
+
+def rank(model, dataset, folder=None, **options):
+    fabric = make_fabric(options.pop("precision", "32-true"), "cpu")
+    options = {"batch_size": 2, "fabric": fabric, "progress": False, "folder": folder, **options}
+    return cache_ranked_boxes(model, dataset, **options)
+
+
+def test_boxes_are_found_again_and_mapped(model, dataset, folder):
+    rows = rank(model, dataset, folder)
+    assert rows.shape == (6, 16, 5) and not rows.isnan().any()
+    images = [dataset.slices[i][0] for i in range(6)]
+    with torch.no_grad():
+        expected = model.ranked_boxes(images)
+    torch.testing.assert_close(rows[..., 0], expected[..., 0], rtol=1e-4, atol=1e-5)
+    assert [path.suffix for path in folder.iterdir()] == [".npy"]  # no part is left over
+    dataset.reads.clear()
+    again = rank(model, dataset, folder)
+    assert torch.equal(again, rows) and dataset.reads == []
+    (path,) = folder.iterdir()
+    before = path.read_bytes()
+    again.zero_()  # a mapped copy: the file stays
+    assert path.read_bytes() == before
+
+
+def test_every_change_is_another_file(model, dataset, folder):
+    """Weights, detector's settings, N, precision, a pixel, the order: none may find old boxes."""
+    rank(model, dataset, folder)
+    names = [set(folder.iterdir())]
+
+    def changed(model, dataset, **options):
+        rank(model, dataset, folder, **options)
+        names.append(set(folder.iterdir()))
+        assert len(names[-1]) == len(names[-2]) + 1
+
+    other = covid_ct_mask_net(lesion_mask_rcnn(TINY_DETECTOR), TINY_CLASSIFIER)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.detector.roi_heads.box_predictor.cls_score.bias[1] += 1e-3
+    changed(other, dataset)
+    fewer = dataclasses.replace(TINY_CLASSIFIER, n_boxes=8)
+    changed(CovidCTMaskNet(model.detector, fewer), dataset)
+    detector = lesion_mask_rcnn(dataclasses.replace(TINY_DETECTOR, rpn_test_proposals=50))
+    settings = covid_ct_mask_net(detector, TINY_CLASSIFIER)
+    settings.load_state_dict(model.state_dict())
+    changed(settings, dataset)
+    changed(model, dataset, precision="bf16-mixed")
+    pixels = np.array(Image.open(dataset.root / dataset.names[2]))
+    pixels[5, 5] ^= 1
+    Image.fromarray(pixels).save(dataset.root / dataset.names[2])
+    changed(model, dataset)
+    dataset.names = dataset.names[::-1]
+    changed(model, dataset)
+    rank(model, dataset, folder)  # and the same once more is none
+    assert set(folder.iterdir()) == names[-1]
+
+
+def test_s_is_no_part_of_the_key(model, dataset, folder):
+    rank(model, dataset, folder)
+    other = covid_ct_mask_net(model.detector, TINY_CLASSIFIER)  # another random S
+    dataset.reads.clear()
+    rank(other, dataset, folder)
+    assert dataset.reads == [] and len(list(folder.iterdir())) == 1
+
+
+def test_a_killed_run_goes_on(model, dataset, folder):
+    expected = rank(model, dataset)
+    dataset.fails_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        rank(model, dataset, folder)
+    dataset.fails_at = None
+    dataset.reads.clear()
+    rows = rank(model, dataset, folder)
+    assert dataset.reads == [4, 5]  # the first four were on disk
+    torch.testing.assert_close(rows, expected)
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"no array", None], ids=["empty", "text", "cut"])
+def test_a_damaged_file_is_computed_again(model, dataset, folder, damage):
+    rows = rank(model, dataset, folder)
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    again = rank(model, dataset, folder)
+    assert torch.equal(again, rows) and path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written(model, dataset, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    dataset.reads.clear()
+    with pytest.raises(OutputError, match="file"):
+        rank(model, dataset, tmp_path / "file")
+    assert dataset.reads == []  # nothing was computed in vain
