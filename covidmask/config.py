@@ -194,7 +194,7 @@ COLAB = Preset(
 # labelled, too, on a pyramid of strides 4, 8 and 16.
 SEMISEG = Preset(
     name="semiseg",
-    phantoms=PhantomConfig(256, 5, (160, 10, 20), (10, 5, 5)),
+    phantoms=PhantomConfig(256, 5, (120, 10, 20), (10, 5, 5)),
     detector=replace(
         QUICK.detector,
         cut=1,
@@ -213,7 +213,7 @@ SEMISEG = Preset(
     min_area=1,
     augment=AugmentConfig(size=192, copies=10, min_area=12),
     pretraining=TrainingConfig(
-        epochs=6, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
+        epochs=4, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
     ),
 )
 
