@@ -68,11 +68,12 @@ def here(whole, tmp_path, monkeypatch):
 
 
 def contents(folder):
-    """Every file and folder, hidden ones too, with what is in it; but not ranked boxes kept whole.
+    """Every file and folder, hidden ones too, with what is in it; but not the ranked boxes.
 
-    The next training takes those up, so a run that fails later leaves them on purpose.
+    The next training goes on from them, so a run that fails leaves them on purpose.
     """
-    kept = {folder / "data" / "ranked", *(folder / "data" / "ranked").glob("ranked-*.npy")}
+    ranked = folder / "data" / "ranked"
+    kept = {ranked, *ranked.glob("ranked-*.npy"), *ranked.glob(".ranked-*.npy")}
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
