@@ -62,7 +62,9 @@ def made_up(device="cpu"):
             "loss": 1.0, "loss_same_layout": 1.0 + 1e-7, "same_layout": 2e-6, "as_trained": 3e-6
         },
         "tried": {
-            "milliseconds": {"backbone, torchvision": 30.0, "backbone, both (in use)": 20.0},
+            "milliseconds": {
+                "backbone, as torchvision has it": 30.0, "backbone, both (in use)": 20.0
+            },
             "compile_seconds": None,
         },
         "batches": [{"batch": 8, "seconds_a_slice": 0.01, "megabytes": 4000.0}],
@@ -149,6 +151,7 @@ def test_page_says_what_fell_short(speed_page):
     text = speed_page.page(bad, None)
     assert "not: full, step of 8, ResNet-50." in text
     assert "differ by more than 25% (inference of a slice, ResNet-50)" in text
+    assert "ResNet-50: 0.33 s then, 30 ms here" in text
     assert "Ours is above the baseline in: full, ResNet-50." in text
     assert "Worse than linear: N." in text
 
