@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from marks import commented, fill
 from quick_preset import environment
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -346,12 +347,8 @@ def markdown(result: dict) -> str:
 
 def fill_twin(path: Path, text: str) -> None:
     """Put `text`, as comments, between the two marks of the chapter's twin."""
-    start, end = "# <!-- ablations -->\n", "# <!-- /ablations -->\n"
-    before, rest = path.read_text(encoding="utf-8").split(start)
-    after = rest.split(end)[1]
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in text.splitlines())
-    with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{start}#\n{comment}#\n{end}{after}", encoding="utf-8")
+    marks = "# <!-- ablations -->", "# <!-- /ablations -->"
+    fill(path, marks, f"#\n{commented(text)}\n#")
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from marks import commented, fill
 from quick_preset import ROOT, environment
-from regimes import commented
 from scipy.stats import bootstrap
 
 from covidmask.config import PRESETS, TrainingConfig
@@ -218,16 +218,6 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
-def fill_twin(path: Path, text: str) -> None:
-    """Put `text` between the two marks of the chapter."""
-    start, end = MARKS
-    before, rest = path.read_text(encoding="utf-8").split(start)
-    with atomic_path(path) as temporary:
-        temporary.write_text(
-            f"{before}{start}\n{commented(text)}\n{end}{rest.split(end)[1]}", encoding="utf-8"
-        )
-
-
 def main() -> None:
     """Read the command line, train, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -276,7 +266,7 @@ def main() -> None:
             temporary.write_text(json.dumps(result) + "\n")
         print(markdown(result))
     if arguments.out == OUT:
-        fill_twin(TWIN, markdown(json.loads(OUT.read_text())))
+        fill(TWIN, MARKS, commented(markdown(json.loads(OUT.read_text()))))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from marks import fill
 
 from covidmask.config import PRESETS
 from covidmask.data.lesions import LesionSlices
@@ -182,17 +183,6 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
-def fill_readme(path: Path, text: str) -> None:
-    """Put `text` between the two marks of README.md."""
-    start, end = "<!-- results -->", "<!-- /results -->"
-    readme = path.read_text(encoding="utf-8")
-    before, rest = readme.split(start)
-    with atomic_path(path) as temporary:
-        temporary.write_text(
-            f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8"
-        )
-
-
 def main() -> None:
     """Read the command line, run, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -215,7 +205,8 @@ def main() -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result))
     if arguments.out == ROOT / "results" / "quick_preset.json":
-        fill_readme(ROOT / "README.md", markdown(result))
+        marks = "<!-- results -->", "<!-- /results -->"
+        fill(ROOT / "README.md", marks, markdown(result))
     print(f"written: {arguments.out}")
 
 

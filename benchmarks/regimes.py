@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from marks import commented, fill
 from quick_preset import PRESET, ROOT, environment
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
@@ -310,19 +311,9 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
-def commented(text: str) -> str:
-    """Markdown as it stands in a twin."""
-    return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
-
-
 def fill_twin(path: Path, text: str) -> None:
     """Put `text` between the two marks of the chapter."""
-    start, end = MARKS
-    before, rest = path.read_text(encoding="utf-8").split(start)
-    with atomic_path(path) as temporary:
-        temporary.write_text(
-            f"{before}{start}\n{commented(text)}\n{end}{rest.split(end)[1]}", encoding="utf-8"
-        )
+    fill(path, MARKS, commented(text))
 
 
 def main() -> None:

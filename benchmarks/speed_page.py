@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from regimes import commented
+from marks import commented, fill
 
 from covidmask.diagrams import INK, LINE, SMALL, WIDTH, line, svg, words
 from covidmask.files import atomic_path
@@ -709,17 +709,6 @@ def readme_text(result: dict) -> str:
         ),
     ]
     return "\n".join(lines)
-
-
-def fill(path: Path, marks: tuple[str, str], content: str) -> None:
-    """Put `content` between two marks of a file."""
-    start, end = marks
-    before, rest = path.read_text(encoding="utf-8").split(f"{start}\n")
-    with atomic_path(path) as temporary:
-        temporary.write_text(
-            f"{before}{start}\n{content}\n{end}\n{rest.split(f'{end}' + chr(10))[1]}",
-            encoding="utf-8",
-        )
 
 
 TABLE_MARKS = ("# <!-- speed -->", "# <!-- /speed -->")

@@ -1,0 +1,69 @@
+"""Chapter 9 shows the results of benchmarks/covid_semiseg.py, and the file says what they are."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import has_settings
+
+from covidmask.config import PRESETS
+from covidmask.metrics.detection import overlap_means
+
+ROOT = Path(__file__).parents[1]
+RESULT = json.loads((ROOT / "results" / "covid_semiseg.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its neighbours
+    path = ROOT / "benchmarks" / "covid_semiseg.py"
+    spec = importlib.util.spec_from_file_location("covid_semiseg", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_chapter_shows_the_results_file(benchmark):
+    table = benchmark.markdown(RESULT)
+    start, end = benchmark.MARKS
+    assert f"{start}\n{benchmark.commented(table)}\n{end}" in benchmark.TWIN.read_text("utf-8"), (
+        "run `python benchmarks/covid_semiseg.py --table`, then `make notebooks`"
+    )
+
+
+def test_every_slice_is_judged_once_by_a_model_that_did_not_train_on_it(benchmark):
+    for arm in benchmark.ARMS:
+        rows = RESULT["arms"][arm]["folds"]
+        assert [row["test_slices"] for row in rows] == benchmark.folds(50)
+        assert all(row["training_slices"] + len(row["test_slices"]) == 50 for row in rows)
+        tested = sorted(index for row in rows for index in row["test_slices"])
+        assert tested == list(range(50))
+
+
+def test_means_follow_from_the_counts_of_each_slice(benchmark):
+    for arm in benchmark.ARMS:
+        part = RESULT["arms"][arm]
+        table = np.concatenate([row["overlap"] for row in part["folds"]])
+        for i, region in enumerate(benchmark.REGIONS):
+            for name, value in overlap_means(table[:, i]).items():
+                assert part["all_folds"][region][name] == pytest.approx(value)
+            low, high = part["all_folds"][region]["dice_interval"]
+            assert low < part["all_folds"][region]["dice"] < high
+
+
+def test_both_arms_took_as_many_steps(benchmark):
+    pretrained, random = (RESULT["arms"][arm]["folds"] for arm in benchmark.ARMS)
+    for one, other in zip(pretrained, random, strict=True):
+        total = RESULT["pretraining"]["steps"] + one["steps"]
+        assert other["steps"] == pytest.approx(total, rel=0.05)
+
+
+def test_results_name_their_origin_and_belong_to_the_preset():
+    for key in ("command", "commit", "hardware", "date", "torch", "torchvision", "choices"):
+        assert RESULT[key], key
+    assert has_settings(asdict(PRESETS["semiseg"]), RESULT["preset"]), (
+        "the preset has changed since: run benchmarks/covid_semiseg.py again"
+    )
