@@ -191,23 +191,37 @@ def lesion_maps(prediction: Instances, classes: int) -> Tensor:
     `LesionRoIHeads`), the mean of both.
 
     Args:
-        prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W].
+        prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W] that are 0
+            away from their boxes.
         classes: number of lesion classes.
 
     Returns:
         float32 [classes, H, W], 0..1.
     """
-    shape = prediction["masks"].shape[-2:]
-    votes = prediction["scores"][:, None, None] * prediction["masks"][:, 0]  # [K, H, W]
-    maps = votes.new_zeros(classes, *shape)
-    for label in range(1, classes + 1):
-        chosen = votes[prediction["labels"] == label]
-        maps[label - 1] = 1 - (1 - chosen).prod(0)
+    masks = prediction["masks"][:, 0]  # [K, H, W]
+    shape = masks.shape[1:]
+    missed = masks.new_ones(classes, *shape)
+    for mask, box, label, score in zip(
+        masks,
+        prediction["boxes"].tolist(),
+        prediction["labels"].tolist(),
+        prediction["scores"].tolist(),
+        strict=True,
+    ):
+        rows, columns = _window(box[1], box[3]), _window(box[0], box[2])
+        missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns]
+    maps = 1 - missed
     if "semantic" in prediction:
         semantic = prediction["semantic"][None]  # [1, classes, h, w]
         maps += F.interpolate(semantic, size=shape, mode="bilinear")[0]
         maps /= 2
     return maps
+
+
+def _window(start: float, end: float) -> slice:
+    """Where torchvision pastes the mask of a box: 28 pixels, and one more on either side."""
+    margin = (end - start) / 28 + 2
+    return slice(max(0, int(start - margin)), int(end + margin))
 
 
 def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:

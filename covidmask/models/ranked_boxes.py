@@ -103,7 +103,9 @@ def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], s
     rows, parts = [], []
     for index, pooled in heads.box_roi_pool.parts(features, proposals, shapes):
         rows.append(index)
-        parts.append(heads.box_predictor(heads.box_head(pooled)))  # [r, C], [r, 4C]
+        hidden = heads.box_head(pooled)  # [r, box_features]
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 scores would tie
+            parts.append(heads.box_predictor(hidden.float()))  # [r, C], [r, 4C]
     order = torch.cat(rows).argsort()
     counts = [len(boxes) for boxes in proposals]
     logits, deltas = (torch.cat(part)[order].float() for part in zip(*parts, strict=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from covidmask.metrics.detection import (
     CocoAP,
@@ -258,7 +259,9 @@ def test_dice():
 
 
 def soft(labels, scores, masks):
+    height, width = np.shape(masks)[1:]
     return {
+        "boxes": torch.tensor([[0.0, 0.0, width, height]] * len(labels)),
         "labels": torch.tensor(labels),
         "scores": torch.tensor(scores),
         "masks": torch.tensor(masks)[:, None],  # [K, 1, H, W]
@@ -291,3 +294,15 @@ def test_means_follow_the_published_convention():
     assert means["mae"] == pytest.approx(0.14 / 4)
     assert means["dice_present"] == pytest.approx(0.75) and means["present"] == 2
     assert math.isnan(overlap_means(table[1:2])["dice_present"])
+
+
+def test_maps_read_all_that_torchvision_pastes():
+    torch.manual_seed(0)
+    boxes = torch.rand(20, 2) * 60
+    boxes = torch.cat([boxes, boxes + 1 + torch.rand(20, 2) * 70], dim=1).clamp(max=96)
+    masks = paste_masks_in_image(torch.rand(20, 1, 28, 28), boxes, (96, 96))  # [20, 1, 96, 96]
+    labels, scores = torch.arange(20) % 2 + 1, torch.rand(20)
+    found = {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}
+    everywhere = 1 - scores[:, None, None] * masks[:, 0]
+    expected = [1 - everywhere[labels == label].prod(0) for label in (1, 2)]
+    torch.testing.assert_close(lesion_maps(found, 2), torch.stack(expected))
