@@ -363,7 +363,8 @@ def stages(result: dict) -> list[str]:
         "time that the stage's multiplications and bytes need, at the best speed of a matrix "
         f"product ({number(values['peak_flops'] / 1e9)} GFLOP/s in float32) and of a copy "
         f"({number(values['peak_bytes'] / 1e9)} GB/s) on this machine, over the time that it took. "
-        "Small matrices, NMS and copies between layouts take the rest.",
+        "Small matrices, NMS and copies between layouts take the rest. More than 100 % says that "
+        "convolutions of this stage multiply faster than that one product.",
         "",
         *table(head, body),
     ]
