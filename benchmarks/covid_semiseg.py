@@ -6,7 +6,8 @@
 A model for each fold, pre-trained on phantoms; and, for the first three folds, another one from
 random weights with as many steps in all. The phantoms come first and serve every fold. A fold that
 is done is found again, so the command goes on where it was stopped. Writes
-results/covid_semiseg.json and the table of chapter 9. Nothing that is written shows or contains a slice or a weight.
+results/covid_semiseg.json and the table of chapter 9. Nothing that is written shows or contains a
+slice or a weight.
 """
 
 from __future__ import annotations
