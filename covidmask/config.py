@@ -206,7 +206,7 @@ SEMISEG = Preset(
         anchor_ratios=(0.4, 1.0, 2.5),
     ),
     segmenter=TrainingConfig(
-        epochs=12, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
+        epochs=10, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
     ),
     classifier=QUICK.classifier,
     classifier_training=QUICK.classifier_training,
