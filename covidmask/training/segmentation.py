@@ -127,6 +127,7 @@ def predict_lesions(
     *,
     fabric: Fabric | None = None,
     batch_size: int = 8,
+    fused: bool = False,
     mirror: bool = False,
     progress: bool = True,
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
@@ -136,8 +137,8 @@ def predict_lesions(
     share a batch, because padding changes the result.
 
     Args:
-        mirror: run it on the mirrored slices, too, and add `maps` to the predictions: the mean of
-            `lesion_maps` of both. Without, `maps` are those of the slice alone.
+        fused: add `maps`, the `lesion_maps` of the slice, to its prediction.
+        mirror: with `fused`, detect on the mirrored slice, too; `maps` are the mean of both.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
@@ -154,11 +155,12 @@ def predict_lesions(
                     predictions = fast([images[i] for i in group])
                     mirrored = fast([images[i].flip(-1) for i in group]) if mirror else predictions
                 for i, prediction, other in zip(group, predictions, mirrored, strict=True):
-                    maps = lesion_maps(prediction, classes)
-                    if mirror:
-                        maps = (maps + lesion_maps(other, classes).flip(-1)) / 2
-                    found = to_device({**prediction, "maps": maps}, torch.device("cpu"))
-                    yield part[i], found, items[i][1]
+                    if fused:
+                        prediction["maps"] = lesion_maps(prediction, classes)
+                    if fused and mirror:
+                        maps = prediction["maps"] + lesion_maps(other, classes).flip(-1)
+                        prediction["maps"] = maps / 2
+                    yield part[i], to_device(prediction, torch.device("cpu")), items[i][1]
             bar.update(len(part))
 
 
@@ -193,7 +195,13 @@ def evaluate_segmenter(
     classes = LESION_CLASSES[model.config.lesions]
     coco, rows = CocoAP(classes), []
     for _, prediction, target in predict_lesions(
-        model, dataset, fabric=fabric, batch_size=batch_size, mirror=mirror, progress=progress
+        model,
+        dataset,
+        fabric=fabric,
+        batch_size=batch_size,
+        fused=True,
+        mirror=mirror,
+        progress=progress,
     ):
         maps = prediction.pop("maps")
         prediction.pop("semantic", None)
