@@ -530,8 +530,9 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   trained on the other four fifths. The threshold stays at 0.5; what else was chosen, and where, is
 #   said below the table.
 # - **From phantoms.** Each model begins with random weights and trains on phantoms first. No weights
-#   of ImageNet are in it. For two folds the last column has the same number of steps without
-#   phantoms, and the column before it these two folds with them, so that the two can be compared.
+#   of ImageNet are in it. For one fold the last column has the same number of steps without
+#   phantoms, and the column before it that fold with them. Ten slices and one seed: a hint, and no
+#   proof of what phantoms are worth.
 # - **Folds may share patients.** Without patient ids nothing can be done about it, and every number
 #   here may flatter for that reason. The same is true of the published split.
 # - **Empty masks.** The mean is over all slices, and a slice counts 0 where prediction and truth
