@@ -204,6 +204,7 @@ SEMISEG = Preset(
         max_size=384,
         anchor_sizes=(8, 16, 32, 64, 112),
         anchor_ratios=(0.4, 1.0, 2.5),
+        box_batch=32,  # the mask head on 64 RoIs takes longer than the backbone
     ),
     segmenter=TrainingConfig(
         epochs=10, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True

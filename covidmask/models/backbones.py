@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torchvision.models import resnet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from covidmask.config import DetectorConfig
+
+
+class WithImage(BackboneWithFPN):
+    """Hands on the image, too, as the last of the maps: "image", float32 [B,3,H,W], normalised."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {**super().forward(x), "image": x}
 
 
 def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> BackboneWithFPN:
@@ -22,13 +30,15 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> Backbone
             for random weights.
 
     Returns:
-        A module: float32 [B,3,H,W] -> ordered dict of maps [B,fpn_channels,H/stride,W/stride].
+        A module: float32 [B,3,H,W] -> ordered dict of maps [B,fpn_channels,H/stride,W/stride];
+        with `config.semantic` also the image, see `WithImage`.
     """
     body = getattr(resnet, config.backbone)(weights=weights)
     last = 4 - config.cut
     layers = range(1 if config.backbone == "resnet50" else last - config.levels + 1, last + 1)
     channels = [body.inplanes // 2 ** (4 - layer) for layer in layers]
     return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(layers)}
-    backbone = BackboneWithFPN(body, return_layers, channels, config.fpn_channels)
+    kind = WithImage if config.semantic else BackboneWithFPN
+    backbone = kind(body, return_layers, channels, config.fpn_channels)
     backbone.fpn.extra_blocks = None  # torchvision would add a max-pooled level
     return backbone

@@ -43,6 +43,10 @@ class LesionRPN(RegionProposalNetwork):
         self.min_size = min_size
         self.box_beta = box_beta
 
+    def forward(self, images, features, targets=None):
+        maps = {name: map for name, map in features.items() if name != "image"}
+        return super().forward(images, maps, targets)
+
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
         objectness = objectness.detach().reshape(len(proposals), -1)  # [B, A]
         levels = torch.cat(
@@ -86,22 +90,37 @@ class SemanticBranch(nn.Module):
 
     Not in the paper. Lesions of real CT fray and merge: where one instance ends is often a matter
     of taste, which pixels are ground glass is less so. Every pixel teaches the backbone here, not
-    just those of the sampled boxes.
+    just those of the sampled boxes. The image itself, at half its size, joins the map, as in the
+    top level of a U-Net: it has the grey values and the borders that strides have blurred.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *(Conv2dNormActivation(channels, channels) for _ in range(2)),
-            nn.Conv2d(channels, classes, 1),
+        self.coarse = Conv2dNormActivation(channels, 64)
+        self.image = Conv2dNormActivation(3, 16)
+        self.fine = nn.Sequential(
+            Conv2dNormActivation(64 + 16, 32),
+            Conv2dNormActivation(32, 32),
+            nn.Conv2d(32, classes, 1),
         )
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Maps [B,C,h,w], the finest first -> logits [B,classes,h,w]; class 0 is background."""
-        return self.layers(next(iter(features.values())))
+        """Maps, the finest first, and "image" [B,3,H,W] -> logits [B,classes,H/2,W/2].
+
+        Class 0 is background.
+        """
+        image = F.avg_pool2d(features["image"], 2)  # [B, 3, H/2, W/2]
+        coarse = self.coarse(next(iter(features.values())))  # [B, 64, h, w]
+        coarse = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")
+        return self.fine(torch.cat([coarse, self.image(image)], dim=1))
 
     def loss(self, features: dict[str, Tensor], image_shapes, targets) -> Tensor:
-        """Cross-entropy of all pixels and one minus the soft Dice of each lesion class."""
+        """Cross-entropy of all pixels, and one minus the mean soft Dice.
+
+        Dice is taken of each slice on its own, as the slices are judged: a small lesion counts as
+        much as a large one. Its regions are the lesion classes and any lesion; `slack` keeps it
+        smooth where a slice has next to nothing of one.
+        """
         logits = self(features)
         side = _stride(logits, image_shapes)
         height, width = (side * length for length in logits.shape[-2:])
@@ -110,10 +129,13 @@ class SemanticBranch(nn.Module):
             for label, mask in zip(target["labels"], target["masks"], strict=True):
                 labels[: mask.shape[0], : mask.shape[1]][mask > 0] = label
         logits = F.interpolate(logits.float(), size=(height, width), mode="bilinear")
-        shares = logits.softmax(1)[:, 1:]  # [B, classes - 1, height, width]
-        true = F.one_hot(truth, logits.shape[1]).movedim(3, 1)[:, 1:].float()
-        both, total = ((shares * true).sum((0, 2, 3)), (shares + true).sum((0, 2, 3)))
-        dice = (2 * both + 1) / (total + 1)  # [classes - 1]
+        shares = logits.softmax(1)  # [B, classes, height, width]
+        true = F.one_hot(truth, logits.shape[1]).movedim(3, 1).float()
+        # class 0 gives way to its opposite, any lesion
+        shares, true = (torch.cat([1 - map[:, :1], map[:, 1:]], dim=1) for map in (shares, true))
+        both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
+        slack = 0.002 * height * width
+        dice = (2 * both + slack) / (total + slack)
         return F.cross_entropy(logits, truth) + (1 - dice).mean()
 
     def probabilities(self, features: dict[str, Tensor], image_shapes) -> list[Tensor]:

@@ -56,7 +56,8 @@ SEMANTIC = replace(SMALL, cut=1, levels=3, semantic=True)
 def test_levels_of_a_light_backbone():
     maps = fpn_backbone(SEMANTIC)(torch.rand(1, 3, 64, 96))
     assert [tuple(m.shape) for m in maps.values()] == [
-        (1, 32, 64 // s, 96 // s) for s in (4, 8, 16)
+        *((1, 32, 64 // s, 96 // s) for s in (4, 8, 16)),
+        (1, 3, 64, 96),  # the image, for the semantic branch
     ]
     with pytest.raises(ValueError, match="choose 1 to 3"):
         replace(SMALL, cut=1, levels=4)
@@ -70,8 +71,8 @@ def test_semantic_branch_adds_a_loss_and_maps():
     assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
     with torch.no_grad():
         found = model.eval()([torch.rand(3, 64, 70), torch.rand(3, 64, 64)])
-    # the batch is padded to 64 x 96; each map is cut to its own slice, of stride 4
-    assert [tuple(one["semantic"].shape) for one in found] == [(2, 16, 18), (2, 16, 16)]
+    # the batch is padded to 64 x 96; each map is cut to its own slice, of stride 2
+    assert [tuple(one["semantic"].shape) for one in found] == [(2, 32, 35), (2, 32, 32)]
     assert all(((one["semantic"] >= 0) & (one["semantic"] <= 1)).all() for one in found)
     assert not any(
         "semantic" in name for name in covid_ct_mask_net(model, TINY_CLASSIFIER).state_dict()
@@ -80,13 +81,36 @@ def test_semantic_branch_adds_a_loss_and_maps():
 
 def test_semantic_loss_falls_towards_the_truth():
     branch = lesion_mask_rcnn(SEMANTIC).roi_heads.semantic
-    features = {"0": torch.rand(1, 32, 16, 16)}
+    features = {"0": torch.rand(1, 32, 16, 16), "image": torch.rand(1, 3, 64, 64)}
+    assert branch(features).shape == (1, 3, 32, 32)
     wanted = target(((0.0, 0.0, 32.0, 64.0),))
     left = torch.zeros(1, 3, 16, 16)
     left[:, 0], left[:, 1, :, :8], left[:, 0, :, :8] = 9, 9, 0
     for logits, low, high in ((left, 0, 0.3), (left.flip(-1), 3, 20)):
         branch.forward = lambda _, logits=logits: logits
         assert low <= branch.loss(features, [(64, 64)], [wanted]).item() <= high
+
+
+def test_semantic_loss_weighs_slices_alike():
+    """To miss the only lesion of a slice costs about as much, however small it is."""
+    branch = lesion_mask_rcnn(SEMANTIC).roi_heads.semantic
+    nothing = torch.zeros(1, 3, 16, 16)
+    nothing[:, 0] = 9
+    branch.forward = lambda _: nothing
+    costs = []
+    for side in (8.0, 48.0):
+        target_ = target(((0.0, 0.0, side, side),))
+        cross_entropy = 9 * (side / 64) ** 2
+        costs.append(branch.loss({}, [(64, 64)], [target_]).item() - cross_entropy)
+    assert costs[0] == pytest.approx(costs[1], rel=0.15)
+    assert costs[0] > 0.5  # two of three regions: the class, and any lesion
+
+
+def test_semantic_branch_sees_the_image():
+    branch = lesion_mask_rcnn(SEMANTIC).roi_heads.semantic.eval()
+    features = {"0": torch.rand(1, 32, 16, 16), "image": torch.rand(1, 3, 64, 64)}
+    changed = {**features, "image": features["image"].roll(2, -1)}
+    assert not torch.allclose(branch(features), branch(changed))
 
 
 def test_predictions_are_in_range():
