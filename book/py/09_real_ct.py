@@ -514,13 +514,22 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # darker. And it adds something that the paper does not have. Lesions of real CT fray and merge, so
 # that one reader's three lesions are another's one, and boxes suffer from that. A *semantic branch*
 # labels every pixel from the finest map of the pyramid, as in Panoptic FPN {cite:p}`Kirillov2019`, and
-# teaches the backbone with every pixel. Its probabilities and the fused instances are averaged, and
-# a pixel is a lesion above 0.5. One command trains, and one judges:
+# teaches the backbone with every pixel. Three parts of it matter:
+#
+# - **It sees the image.** The finest map has one value for 4 x 4 pixels. The image itself, at half its
+#   size, joins that map, as in the top level of a U-Net {cite:p}`Ronneberger2015`. It still has the
+#   borders, and the grey values that tell consolidation from ground glass.
+# - **Its loss is that of the judge.** Dice is taken of each slice and then averaged, so the soft Dice
+#   in the loss is, too. A small lesion then counts as much as a large one.
+# - **It is one voice of two.** Its probabilities and the fused instances are averaged, and so are
+#   those of the slice and of its mirror image. A pixel is a lesion above 0.5.
+#
+# One command trains, and one judges:
 #
 # ```
 # covidmask train segmenter --preset semiseg --data data/covid-semiseg --out semiseg.safetensors
 # covidmask evaluate segmenter --preset semiseg --data data/covid-semiseg --split test \
-#     --weights semiseg.safetensors --json semiseg.json
+#     --weights semiseg.safetensors --mirror --json semiseg.json
 # ```
 #
 # That is training on the 50 and a test on the published 48. **The table below is another
@@ -529,10 +538,9 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # - **Five-fold cross-validation.** The folds are fixed. Each slice is judged once, by a model that
 #   trained on the other four fifths. The threshold stays at 0.5; what else was chosen, and where, is
 #   said below the table.
-# - **From phantoms.** Each model begins with random weights and trains on phantoms first. No weights
-#   of ImageNet are in it. For one fold the last column has the same number of steps without
-#   phantoms, and the column before it that fold with them. Ten slices and one seed: a hint, and no
-#   proof of what phantoms are worth.
+# - **Two models for each fold.** Both begin with random weights; none of ImageNet are in them. One
+#   trains on phantoms first. The other takes as many steps in all, on real slices alone. What
+#   phantoms are worth is the difference. It is one seed each.
 # - **Folds may share patients.** Without patient ids nothing can be done about it, and every number
 #   here may flatter for that reason. The same is true of the published split.
 # - **Empty masks.** The mean is over all slices, and a slice counts 0 where prediction and truth
