@@ -29,9 +29,13 @@ def benchmark(monkeypatch):
 def test_chapter_shows_the_results_file(benchmark):
     table = benchmark.markdown(RESULT)
     start, end = benchmark.MARKS
+    remedy = "run `python benchmarks/covid_semiseg.py --table`, then `make notebooks`"
     assert f"{start}\n{benchmark.commented(table)}\n{end}" in benchmark.TWIN.read_text("utf-8"), (
-        "run `python benchmarks/covid_semiseg.py --table`, then `make notebooks`"
+        remedy
     )
+    start, end = benchmark.README_MARKS
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"{start}\n{benchmark.sentences(RESULT)}\n{end}" in readme, remedy
 
 
 def test_every_slice_is_judged_once_by_a_model_that_did_not_train_on_it(benchmark):
