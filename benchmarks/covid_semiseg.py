@@ -193,6 +193,23 @@ def summary(rows: list[dict], key: str) -> dict:
     return result
 
 
+def wrong_names(table: np.ndarray) -> float:
+    """Of the pixels that are lesion in truth and prediction: the share with the other class."""
+    right_place, ggo, c = table[:, :, 0].sum(0)  # table [50, regions, 5]
+    return float(1 - (ggo + c) / right_place)
+
+
+def dice_by_size(part: np.ndarray, limits: tuple[float, ...]) -> list[tuple[int, float]]:
+    """Slices, and their mean Dice, where the region covers up to each limit of the picture."""
+    shares = part[:, 2] / part[:, 3]  # part [50, 5], rows of `Overlap`
+    result, low = [], 0.0
+    for high in limits:
+        chosen = part[(shares > low) & (shares <= high)]
+        result.append((len(chosen), overlap_means(chosen)["dice"]))
+        low = high
+    return result
+
+
 def gains(by_arm: dict[str, list[dict]]) -> dict[str, list[float]]:
     """What phantoms add to the mean Dice of each region: value, and a 95 % interval over slices."""
     first, second = (tables(by_arm[arm]) for arm in ("pretrained", "random"))
@@ -244,6 +261,18 @@ def markdown(result: dict) -> str:
         table = tables(column["folds"][:1])
         alone.append(" / ".join(f"{overlap_means(table[:, i])['dice']:.2f}" for i in range(3)))
     row(f"fold 1 alone, all its slices: {regions}", alone)
+    both = [tables(column["folds"]) for column in columns]
+    sizes = [dice_by_size(table[:, 2], (0.01, 0.05, 1.0)) for table in both]
+    counts = " / ".join(str(count) for count, _ in sizes[0])
+    row(
+        f"mean Dice, C, where it covers at most 1 % / 1 to 5 % / more of the slice "
+        f"({counts} slices)",
+        [" / ".join(f"{value:.2f}" for _, value in size) for size in sizes],
+    )
+    row(
+        "of the lesion pixels that were found: share with the wrong of the two names",
+        [f"{wrong_names(table):.2f}" for table in both],
+    )
     for name in ("sensitivity", "specificity", "mae"):
         title = {"mae": "mean absolute error"}.get(name, f"mean {name}")
         values = [column["all_mirrored"]["infection"][name] for column in columns]

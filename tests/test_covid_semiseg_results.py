@@ -68,6 +68,17 @@ def test_gain_is_the_difference_of_the_two_arms(benchmark):
         assert low < value < high
 
 
+def test_names_and_sizes(benchmark):
+    """Two slices: one of 4 lesion pixels, one with the wrong name; one of C alone, half found."""
+    first = [[4, 4, 4, 100, 0], [2, 3, 2, 100, 0], [1, 1, 2, 100, 0]]
+    second = [[2, 2, 4, 100, 0], [0, 0, 0, 100, 0], [2, 2, 4, 100, 0]]
+    table = np.array([first, second], dtype=float)
+    assert benchmark.wrong_names(table) == pytest.approx(1 / 6)
+    sizes = benchmark.dice_by_size(table[:, 2], (0.02, 0.05))
+    assert [count for count, _ in sizes] == [1, 1]
+    assert [value for _, value in sizes] == pytest.approx([2 / 3, 2 / 3])
+
+
 def test_both_arms_took_as_many_steps(benchmark):
     for one, other in zip(*(RESULT[arm]["folds"] for arm in benchmark.ARMS), strict=True):
         total = RESULT["pretraining"]["steps"] + other["steps"]
