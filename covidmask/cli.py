@@ -486,7 +486,7 @@ class EvaluateSegmenter(_EvaluateOptions):
             mirror=self.mirror,
         )
         del result["table"]
-        patients = len(set(dataset.patients))
+        patients = _patients(dataset)
         for name in ("mask", "box"):
             ap, ap50, ap75 = (_number(result[f"{name}_{ap}"]) for ap in ("ap", "ap50", "ap75"))
             _say(f"COCO AP, {name:<8} AP {ap}   AP50 {ap50}   AP75 {ap75}")
@@ -520,7 +520,7 @@ class EvaluateSegmenter(_EvaluateOptions):
         result |= {"patients": patients, **chosen}
         _write_json(self.json, result)
         _say(
-            f"Segmenter {weights} judged on {len(dataset):,} slices of {patients:,} patients: "
+            f"Segmenter {weights} judged on {_slices(dataset)}: "
             f"mask AP50 {_number(result['mask_ap50'])}{_also(self.json)}"
         )
 
@@ -823,19 +823,37 @@ def _device(name: str) -> str:
 
 
 def _training_summary(history: list[dict], dataset) -> str:
+    from covidmask.data.augmentation import Augmented
+
     last = [values["loss"] for values in history if values["epoch"] == history[-1]["epoch"]]
+    slices = f"{len(dataset):,} slices"
+    if isinstance(dataset, Augmented):
+        slices = (
+            f"{len(dataset.dataset):,} slices ({dataset.config.copies} random copies of each in an "
+            "epoch)"
+        )
     return (
-        f"on {len(dataset):,} slices: epochs {history[-1]['epoch'] + 1}, steps {len(history):,}, "
+        f"on {slices}: epochs {history[-1]['epoch'] + 1}, steps {len(history):,}, "
         f"mean loss of the last epoch {sum(last) / len(last):.4f}"
     )
+
+
+def _patients(dataset: LesionDataset) -> int | None:
+    return len(set(dataset.patients)) if dataset.patients_known else None
+
+
+def _slices(dataset: LesionDataset) -> str:
+    patients = _patients(dataset)
+    whose = "unknown patients" if patients is None else f"{patients:,} patients"
+    return f"{len(dataset):,} slices of {whose}"
 
 
 def _lesion_numbers(dataset: LesionDataset, split: str) -> dict[str, Any]:
     """Print and return the numbers of Figure 1 for one list."""
     from covidmask.data.statistics import lesion_statistics
 
-    patients = len(set(dataset.patients))
-    _say(f"lesions, {split}: {len(dataset):,} slices of {patients:,} patients")
+    patients = _patients(dataset)
+    _say(f"lesions, {split}: {_slices(dataset)}")
     found = lesion_statistics(dataset)
     limits = (0.02, 0.01)  # GGO, consolidation, as in the paper
     few, small = found.share_of_slices_below(5), found.share_of_regions_below(*limits)

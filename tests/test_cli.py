@@ -178,6 +178,7 @@ def test_layouts_are_told_apart_by_what_they_hold(run, root, tmp_path):
     semiseg(tmp_path)
     assert lesion_splits(tmp_path) == ["train"]
     lines = run("stats", "--data", tmp_path)
+    assert lines[0] == "lesions, train: 4 slices of unknown patients"
     assert "4 regions in 4 slices" in lines[1] and lines[-1].startswith("Statistics of 4 slices")
     with pytest.raises(DataError, match="no split 'val'; choose train"):
         open_lesions(tmp_path, "val")
@@ -235,7 +236,9 @@ def test_phantoms_first_then_random_copies_of_real_slices(run, tmp_path, monkeyp
     monkeypatch.setitem(config.PRESETS, "semiseg", tiny)
     data, out = semiseg(tmp_path / "real"), tmp_path / "s.safetensors"
     command = ["train", "segmenter", "--preset", "semiseg", "--data", data, "--out", out]
-    assert run(*command)[-1].startswith("Segmenter trained on 12 slices: epochs 1, steps 6")
+    assert run(*command)[-1].startswith(
+        "Segmenter trained on 4 slices (3 random copies of each in an epoch): epochs 1, steps 6"
+    )
     card = read_card(out)
     assert card["augment"]["copies"] == 3 and card["pretraining"]["batch_size"] == 2
     assert [path.name for path in tmp_path.glob("s.*")] == ["s.safetensors"]  # no checkpoint left
@@ -250,6 +253,7 @@ def test_phantoms_first_then_random_copies_of_real_slices(run, tmp_path, monkeyp
         *("--weights", out, "--mirror", "--threshold", 0.2, "--json", tmp_path / "e.json"),
     )
     found = json.loads((tmp_path / "e.json").read_text())
+    assert "judged on 4 slices of unknown patients: " in lines[-1] and found["patients"] is None
     assert found["mirror"] is True and found["threshold"] == 0.2 and found["min_area"] == 7
     for region in ("infection", "GGO", "C"):
         values = found["overlap"][region]

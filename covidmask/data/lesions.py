@@ -85,11 +85,13 @@ class LesionDataset(Dataset):
     Attributes:
         names: one per item.
         patients: the patient of each item.
+        patients_known: False where the data have no patient ids and each slice counts as one.
         lesions, min_area: as in `mask_to_targets`.
     """
 
     names: list[str]
     patients: list[str]
+    patients_known = True
 
     def __init__(self, lesions: str = "both", min_area: int = 1) -> None:
         _check_lesions(lesions)

@@ -37,6 +37,8 @@ class SemiSeg(LesionDataset):
             outside 0..2, and an image and mask of different sizes.
     """
 
+    patients_known = False
+
     def __init__(
         self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
     ) -> None:
