@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -162,17 +163,18 @@ def longer(training: TrainingConfig, slices: int) -> TrainingConfig:
     return replace(training, epochs=training.epochs + round(steps / in_an_epoch))
 
 
-def dice_with_interval(table: np.ndarray, name: str) -> list[float]:
-    """A Dice of `overlap_means` over all slices: value, and a 95 % interval over slices."""
-
-    def value(indices: np.ndarray) -> float:
-        return overlap_means(table[indices])[name]
-
-    everything = np.arange(len(table))
+def with_interval(value: Callable[[np.ndarray], float], slices: int) -> list[float]:
+    """`value` of all slices, given by their indices, and a 95 % interval over slices."""
+    everything = np.arange(slices)
     spread = bootstrap(
         (everything,), value, vectorized=False, method="percentile", n_resamples=2000, rng=0
     )
     return [value(everything), *spread.confidence_interval]
+
+
+def mean_dice(part: np.ndarray, name: str = "dice") -> Callable[[np.ndarray], float]:
+    """A Dice of `overlap_means` as a function of the slices that count; part [50, 5]."""
+    return lambda indices: overlap_means(part[indices])[name]
 
 
 def tables(rows: list[dict], key: str = "overlap_mirrored") -> np.ndarray:
@@ -187,8 +189,8 @@ def summary(rows: list[dict], key: str) -> dict:
         part = table[:, i]
         result[region] = {
             **overlap_means(part),
-            "dice_interval": dice_with_interval(part, "dice")[1:],
-            "dice_present_interval": dice_with_interval(part, "dice_present")[1:],
+            "dice_interval": with_interval(mean_dice(part), len(part))[1:],
+            "dice_present_interval": with_interval(mean_dice(part, "dice_present"), len(part))[1:],
         }
     return result
 
@@ -215,16 +217,10 @@ def gains(by_arm: dict[str, list[dict]]) -> dict[str, list[float]]:
     first, second = (tables(by_arm[arm]) for arm in ("pretrained", "random"))
     result = {}
     for i, region in enumerate(REGIONS):
-
-        def gain(indices: np.ndarray, i: int = i) -> float:
-            one, other = (overlap_means(table[indices, i])["dice"] for table in (first, second))
-            return one - other
-
-        everything = np.arange(len(first))
-        spread = bootstrap(
-            (everything,), gain, vectorized=False, method="percentile", n_resamples=2000, rng=0
+        one, other = mean_dice(first[:, i]), mean_dice(second[:, i])
+        result[region] = with_interval(
+            lambda indices, one=one, other=other: one(indices) - other(indices), len(first)
         )
-        result[region] = [gain(everything), *spread.confidence_interval]
     return result
 
 
@@ -240,9 +236,11 @@ def markdown(result: dict) -> str:
     def row(title: str, cells: list[str], last: str = "") -> None:
         lines.append(f"| {title} | {' | '.join(cells)} | {last} |")
 
-    for name, text in (("dice", "all slices"), ("dice_present", "slices that have it")):
+    for name in ("dice", "dice_present"):
         for region in REGIONS:
             values = [column["all_mirrored"][region] for column in columns]
+            some = f"the {values[0]['present']} slices that have it"
+            text = "all slices" if name == "dice" else some
             gain, low, high = result["gain"][region]
             row(
                 f"mean Dice, {region}, {text}",
