@@ -56,15 +56,17 @@ README_MARKS = ("<!-- covid_semiseg -->", "<!-- /covid_semiseg -->")
 
 CHOICES = (
     "Settings were chosen on the 40 training slices of fold 1 alone: 30 trained and 10 were "
-    "looked at, in two such splits. Twelve configurations were looked at, some of them stopped "
-    "early: without the semantic branch, with it, it alone without boxes, at 256 pixels, with the "
-    "image joined to its maps, with Dice of each slice, with weaker and stronger changes of grey "
-    "values, with more weight decay, from phantoms, with phantoms among the real slices, and the "
-    "one in use. Sixteen pairs of a threshold and a weight of C, and the mirror image with and "
-    "without two other scales, were looked at there, too; 0.5, no weight and the mirror image "
-    "alone were kept. Anchor sizes were chosen by the lesions of all 50 slices, so no fold is "
-    "wholly untouched. The test slices of fold 1 took no part in the other choices; those of the "
-    "other folds are among the 40."
+    "looked at, in two such splits. Nineteen configurations were looked at, some of them stopped "
+    "early: without the semantic branch, with it, it alone without boxes, at 192 and 256 pixels, "
+    "with the image joined to its maps, with Dice of each slice, with twice the weight for C, with "
+    "weaker and stronger changes of grey values, with grey values brought to one scale, with more "
+    "weight decay, from phantoms, with phantoms among the real slices, with lesions pasted into "
+    "some of the copies, with more steps, and mixtures of these, such as the one in use. Sixteen "
+    "pairs of a threshold and a weight of C, and the mirror image with and without two other "
+    "scales, were looked at there, too; 0.5, no weight and the mirror image alone were kept. "
+    "Anchor sizes were chosen by the lesions of all 50 slices, so no fold is wholly untouched. The "
+    "test slices of fold 1 took no part in the other choices; those of the other folds are among "
+    "the 40."
 )
 
 

@@ -87,6 +87,7 @@ class TrainingConfig:
     weight_decay: float = 1e-3
     warmup: int = 0  # steps over which the rate grows linearly from 0
     cosine: bool = False  # fall to 0 along half a cosine after the warm-up
+    average: float = 0  # decay of a running average of the weights, which is kept; 0: the last ones
     precision: str = "32-true"  # Lightning Fabric's names: 32-true | bf16-mixed | 16-mixed
 
 
@@ -107,6 +108,7 @@ class AugmentConfig:
     size: int  # pixels per side of every copy
     copies: int  # of each slice in an epoch
     min_area: int  # lesions of fewer pixels of a copy are no instances
+    paste: float = 0  # share of the copies that get the lesions of another slice, too
 
 
 @dataclass(frozen=True)
@@ -200,19 +202,25 @@ SEMISEG = Preset(
         cut=1,
         levels=3,
         semantic=True,
-        image_size=192,
-        max_size=384,
-        anchor_sizes=(8, 16, 32, 64, 112),
+        image_size=256,
+        max_size=512,
+        anchor_sizes=(10, 20, 40, 80, 150),
         anchor_ratios=(0.4, 1.0, 2.5),
         box_batch=32,  # the mask head on 64 RoIs takes longer than the backbone
     ),
     segmenter=TrainingConfig(
-        epochs=10, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
+        epochs=10,
+        batch_size=4,
+        lr=1e-3,
+        weight_decay=1e-4,
+        warmup=30,
+        cosine=True,
+        average=0.998,
     ),
     classifier=QUICK.classifier,
     classifier_training=QUICK.classifier_training,
     min_area=1,
-    augment=AugmentConfig(size=192, copies=10, min_area=12),
+    augment=AugmentConfig(size=256, copies=10, min_area=20, paste=0.5),
     pretraining=TrainingConfig(
         epochs=4, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
     ),

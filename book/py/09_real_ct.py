@@ -511,7 +511,11 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # A minute of fine-tuning at a quarter of the resolution shows the way and no more. The preset
 # `semiseg` is the whole of it. It trains on phantoms first, cropped to the lungs as the real slices
 # are, and then on random copies of the real slices: turned, stretched, bent, mirrored, brighter or
-# darker. And it adds something that the paper does not have. Lesions of real CT fray and merge, so
+# darker. Half of the copies also get the lesions of another training slice, changed in their own
+# way, as in Copy-Paste {cite:p}`Ghiasi2021`: the same lesion in other lungs, so that the model learns
+# lesions and not slices. What is kept in the end is a running average of the weights.
+#
+# And the preset adds something that the paper does not have. Lesions of real CT fray and merge, so
 # that one reader's three lesions are another's one, and boxes suffer from that. A *semantic branch*
 # labels every pixel from the finest map of the pyramid, as in Panoptic FPN {cite:p}`Kirillov2019`, and
 # teaches the backbone with every pixel. Three parts of it matter:

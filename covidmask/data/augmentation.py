@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,7 +26,9 @@ class Augmented(Dataset):
     16 % along one side, moved by at most 12 %, mirrored every other time, and in half of the cases
     gently bent; its grey values are changed by gamma (0.7 to 1.4), contrast, brightness and, in
     three cases of ten, noise. The mask moves along, and its instances are sought anew, because a
-    lesion that is cut by the border may become two.
+    lesion that is cut by the border may become two. A share of the copies, `config.paste`, also
+    gets the lesions of another slice, moved and bent in their own way, as in Copy-Paste (Ghiasi
+    et al. 2021): the same lesion in other lungs.
 
     Where the mask marks the lung (code 1, as phantoms do), the slice is first cropped to it with a
     random margin of at most 6 %, as the slices of COVID-SemiSeg are.
@@ -58,13 +61,18 @@ class Augmented(Dataset):
         """Image float32 [3, size, size] in 0..1 and target, as `LesionDataset` gives them."""
         rng = np.random.default_rng((self.seed, index))
         which = index % len(self.dataset)
-        if which not in self._slices:
-            self._slices[which] = self.dataset.read(which)
-        image, mask = crop_to_lungs(*self._slices[which], rng)
-        image, mask = warp(image, mask, self.config.size, rng)
+        image, mask = self._moved(which, rng)
+        if rng.random() < self.config.paste:
+            other = int(rng.integers(len(self.dataset)))
+            image, mask = paste(image, mask, *self._moved(other, rng))
         target = mask_to_targets(mask, self.dataset.lesions, self.config.min_area)
         target["image_id"] = torch.tensor([which])
         return torch.from_numpy(shade(image, rng)).repeat(3, 1, 1), target  # [3, size, size]
+
+    def _moved(self, which: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        if which not in self._slices:
+            self._slices[which] = self.dataset.read(which)
+        return warp(*crop_to_lungs(*self._slices[which], rng), self.config.size, rng)
 
 
 def crop_to_lungs(
@@ -107,6 +115,18 @@ def warp(
         for part, mode in ((image, "bilinear"), (mask, "nearest"))
     ]
     return sampled[0][0, 0].numpy(), sampled[1][0, 0].numpy().astype(np.uint8)
+
+
+def paste(
+    image: np.ndarray, mask: np.ndarray, other: np.ndarray, other_mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay the lesions of another slice over this one, where they are; all of them [H, W].
+
+    The edge is blended over about two pixels, so that it gives nothing away.
+    """
+    lesion = other_mask > 1
+    share = ndimage.gaussian_filter(np.float32(ndimage.binary_dilation(lesion)), 1)
+    return image + share * (other - image), np.where(lesion, other_mask, mask)
 
 
 def shade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -96,7 +96,8 @@ def fit(
         checkpoint: file to write after every epoch, and to go on from when it is there.
         run: settings that a resumed run must share, besides `training`, seed and data.
         after_epoch: values to add to the last step of an epoch, such as a validation metric.
-        best: name of a value of `after_epoch`; the weights with the highest one are kept.
+        best: name of a value of `after_epoch`; the weights with the highest one are kept. Not
+            together with `training.average`, whose weights `after_epoch` does not see.
         part: differentiate so many items of a batch at a time and add up their gradients, which
             is the same step for less memory where a loss is a mean over items that do not touch
             each other (no batch statistics). None is the whole batch at once.
@@ -108,10 +109,13 @@ def fit(
         the end of an epoch also what `after_epoch` gave.
 
     Raises:
+        ValueError: both `best` and `training.average`.
         DataError: fewer slices than one batch, or a batch that the processes cannot share.
         TrainingError: the loss is not finite.
         CheckpointError, OutputError: see `checkpoints`.
     """
+    if best is not None and training.average:
+        raise ValueError("best weights and average weights: choose one of the two")
     world, rank = fabric.world_size, fabric.global_rank
     size = training.batch_size
     if size % world:
@@ -138,12 +142,17 @@ def fit(
     wrapped, optimizer = fabric.setup(model, optimizer)
     history: list[dict[str, float]] = []
     best_value, best_weights = -math.inf, None
+    average = None
+    if training.average:
+        average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_checkpoint(checkpoint, run)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
         best_value, best_weights = state["best_value"], state["best_weights"]
+        if average is not None:
+            average = to_device(state["average"], fabric.device)
 
     start = len(history)
     order = [
@@ -188,6 +197,8 @@ def fit(
                     "look at these slices, or lower the learning rate"
                 )
             optimizer.step()
+            if average is not None:
+                follow(average, model, min(training.average, (step + 1) / (step + 10)))
             epoch = step // steps_per_epoch
             history.append({"step": step, "epoch": epoch, "lr": lr, **values})
             bar.update()
@@ -211,11 +222,15 @@ def fit(
                             "history": history,
                             "best_value": best_value,
                             "best_weights": best_weights,
+                            "average": average,
                         },
                     )
             fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
     if best_weights is not None:
         model.load_state_dict(best_weights)
+    if average is not None:
+        model.load_state_dict(average)
+        _share_buffers(model, world)
     model.eval()
     return history
 
@@ -240,6 +255,15 @@ def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
         return training.lr
     progress = (step - training.warmup) / max(total - training.warmup, 1)
     return training.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def follow(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Move the running average of weights and batch-norm statistics towards those of `model`."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - decay)
+        else:
+            average[name].copy_(value)
 
 
 def share(n: int, fabric: Fabric) -> range:

@@ -109,7 +109,7 @@ def pretrain_segmenter(
     phantoms = LesionSlices(Path(folder) / "lesions", "train", preset.detector.lesions)
     return train_segmenter(
         model,
-        Augmented(phantoms, replace(preset.augment, copies=1), seed),
+        Augmented(phantoms, replace(preset.augment, copies=1, paste=0), seed),
         preset.pretraining,
         fabric=fabric,
         seed=seed,

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from covidmask.config import AugmentConfig
-from covidmask.data.augmentation import Augmented, crop_to_lungs, shade, warp
+from covidmask.data.augmentation import Augmented, crop_to_lungs, paste, shade, warp
 from covidmask.data.lesions import LesionDataset
 from covidmask.data.phantoms import make_slice
 
@@ -62,6 +64,33 @@ def test_mask_moves_with_the_image():
         assert set(np.unique(moved_mask)) <= {0, 2}
         places.add(tuple(np.argwhere(moved_mask)[0]))
     assert len(places) > 10
+
+
+def test_pasted_lesions_are_those_of_the_other_slice():
+    image, other = np.full((20, 30), 0.2, np.float32), np.full((20, 30), 0.8, np.float32)
+    mask, other_mask = np.ones((20, 30), np.uint8), np.ones((20, 30), np.uint8)
+    mask[2:12, 3:13] = 2
+    other_mask[6:16, 8:20] = 3
+    pasted, pasted_mask = paste(image, mask, other, other_mask)
+    assert pasted.shape == (20, 30) and pasted.dtype == np.float32
+    assert pasted_mask.dtype == np.uint8 and (pasted_mask == 3).sum() == 120
+    assert (pasted_mask == 2).sum() == 100 - 6 * 5  # covered in part
+    lesion = pasted_mask == 3
+    assert pasted[lesion].min() > 0.6 and np.allclose(pasted[8:14, 11:17], 0.8, atol=1e-3)
+    assert np.allclose(pasted[:, 25:], 0.2, atol=1e-4)
+    nothing = np.zeros_like(mask)
+    same_image, same_mask = paste(image, mask, other, nothing)
+    assert np.array_equal(same_image, image) and np.array_equal(same_mask, mask)
+
+
+def test_a_share_of_the_copies_has_more_lesions():
+    never, always = (
+        Augmented(Phantoms(), replace(CONFIG, copies=20, paste=share)) for share in (0, 1)
+    )
+    areas = [
+        sum(int(data[i][1]["masks"].sum()) for i in range(len(data))) for data in (never, always)
+    ]
+    assert areas[1] > 1.2 * areas[0]
 
 
 def test_crop_keeps_the_lungs_and_their_lesions():

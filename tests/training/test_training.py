@@ -108,6 +108,50 @@ def test_validation_keeps_the_best_epoch(tiny_slices):
     assert result["confusion"].sum() == 12 and result["probabilities"].shape == (12, 3)
 
 
+def test_average_of_the_weights(tiny_lesions, tmp_path, monkeypatch):
+    """Two steps, one an epoch, and the same again after a stop between them."""
+    plain = tiny_training(epochs=1, batch_size=8, warmup=0, cosine=False)
+    states = [segmenter().state_dict()]
+    for epochs in (1, 2):
+        model = segmenter()
+        train_segmenter(model, tiny_lesions, replace(plain, epochs=epochs), progress=False)
+        states.append(model.state_dict())
+    training = replace(plain, epochs=2, average=0.15)
+    model = segmenter()
+    train_segmenter(model, tiny_lesions, training, progress=False)
+    averaged = model.state_dict()
+    for name, value in averaged.items():
+        first, second, third = (state[name].double() for state in states)
+        if value.is_floating_point():  # the decay grows from 0.1, and stops at 0.15
+            expected = 0.15 * (0.1 * first + 0.9 * second) + 0.85 * third
+            torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
+        else:
+            assert value == third
+    assert not equal(averaged, states[2])
+
+    checkpoint = tmp_path / "run.ckpt"
+    save = loop.save_checkpoint
+
+    def interrupted(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "save_checkpoint", interrupted)
+        train_segmenter(segmenter(), tiny_lesions, training, checkpoint=checkpoint, progress=False)
+    model = segmenter()
+    train_segmenter(model, tiny_lesions, training, checkpoint=checkpoint, progress=False)
+    assert equal(model.state_dict(), averaged)
+
+
+def test_average_or_best(tiny_slices):
+    training = tiny_training(average=0.9)
+    with pytest.raises(ValueError, match="choose one of the two"):
+        train_classifier(
+            classifier(), tiny_slices, "heads", training, validation=tiny_slices, progress=False
+        )
+
+
 def test_evaluation_builds_no_graph_and_reads_each_slice_once(tiny_lesions, tiny_slices):
     rows = cache_ranked_boxes(classifier(), tiny_slices, batch_size=5, progress=False)
     assert rows.shape == (12, 16, 5) and not rows.requires_grad
