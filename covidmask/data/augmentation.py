@@ -7,6 +7,7 @@ number alone, in whichever process it is made, so that a run that was killed goe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -56,6 +57,10 @@ class Augmented(Dataset):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The items of one epoch; Python's own way would ask for items without end."""
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Image float32 [3, size, size] in 0..1 and target, as `LesionDataset` gives them."""

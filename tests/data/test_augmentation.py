@@ -87,9 +87,7 @@ def test_a_share_of_the_copies_has_more_lesions():
     never, always = (
         Augmented(Phantoms(), replace(CONFIG, copies=20, paste=share)) for share in (0, 1)
     )
-    areas = [
-        sum(int(data[i][1]["masks"].sum()) for i in range(len(data))) for data in (never, always)
-    ]
+    areas = [sum(int(target["masks"].sum()) for _, target in data) for data in (never, always)]
     assert areas[1] > 1.2 * areas[0]
 
 
