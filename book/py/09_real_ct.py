@@ -584,7 +584,7 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   instances where lesions merge: a gap of a few pixels decides whether one or three are true.
 # - **Phantoms do not help here.** None of the three intervals of the difference leaves zero out. A
 #   phantom is no substitute for a real slice: steps on random copies of the real ones are worth as
-#   much, and `--no-pretraining` spares you the phantoms.
+#   much. `--no-pretraining --epochs 15` skips the phantoms and takes about as many steps in all.
 #
 # No weights trained on these slices come with the package: their terms do not allow it. The command
 # above makes them.
