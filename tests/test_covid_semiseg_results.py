@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import has_settings
 
 from covidmask.config import PRESETS
@@ -77,6 +78,38 @@ def test_names_and_sizes(benchmark):
     sizes = benchmark.dice_by_size(table[:, 2], (0.02, 0.05))
     assert [count for count, _ in sizes] == [1, 1]
     assert [value for _, value in sizes] == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_names_by_grey(benchmark):
+    """The brighter half of the lesion is consolidation: a limit in between names all of it."""
+    image = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    truth = np.where(image > 0.65, 3, np.where(image > 0.25, 2, 0))
+    limit = benchmark.grey_limit([(image, truth)])
+    codes = benchmark.name_by_grey(truth > 1, image, limit)
+    assert np.array_equal(codes, truth)
+    assert benchmark.name_dice(codes, truth) == [1, 1]
+    assert benchmark.name_dice(benchmark.name_by_grey(truth > 1, image, 1.0), truth)[1] == 0
+    assert benchmark.name_dice(np.zeros((2, 2)), np.zeros((2, 2))) == [0, 0]  # the published rule
+
+
+def test_connected_regions(benchmark):
+    maps = torch.zeros(2, 6, 6)
+    maps[0, :2, :2] = 0.8  # one region of GGO, two of C
+    maps[1, 4:, :2], maps[1, 4:, 4:] = 0.6, 0.9
+    found = benchmark.connected_regions(maps)
+    assert found["labels"].tolist() == [1, 2, 2]
+    assert found["scores"].tolist() == pytest.approx([0.8, 0.6, 0.9])
+    assert len(benchmark.connected_regions(torch.zeros(2, 6, 6))["scores"]) == 0
+
+
+def test_right_names_are_the_most_that_names_can_win(benchmark):
+    for arm in benchmark.ARMS:
+        for row in RESULT[arm]["folds"]:
+            table = np.array(row["overlap_mirrored"])[:, 1:]  # [slices, classes, 5]
+            network = [[overlap_means(part[None])["dice"] for part in one] for one in table]
+            best, grey = (np.array(row["named"][name]) for name in ("by_truth", "by_grey"))
+            assert (best >= np.array(network) - 1e-9).all()
+            assert (best.mean(0) >= grey.mean(0)).all()
 
 
 def test_both_arms_took_as_many_steps(benchmark):
