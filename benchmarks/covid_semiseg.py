@@ -181,6 +181,7 @@ def judge(model: GeneralizedRCNN, train: Part, test: Part) -> dict:
         "regions_ap50": regions.compute()["mask_ap50"],
         "overlap": found["table"].tolist(),
         "overlap_mirrored": mirrored,
+        "grey": [true_grey(*test.read(i)) for i in range(len(test))],
         "grey_limit": limit,
         "named": named,
     }
@@ -194,6 +195,12 @@ def connected_regions(maps: Tensor) -> dict[str, Tensor]:
         for label, mask in zip(found["labels"], found["masks"], strict=True)
     ]
     return {**found, "scores": torch.tensor(scores)}
+
+
+def true_grey(image: np.ndarray, truth: np.ndarray) -> list[float | None]:
+    """Median grey value of GGO and of C in one slice; None where it has none."""
+    parts = [image[truth == code] for code in (2, 3)]
+    return [float(np.median(part)) if part.size else None for part in parts]
 
 
 def name_by_grey(lesion: np.ndarray, image: np.ndarray, limit: float) -> np.ndarray:
@@ -340,6 +347,12 @@ def markdown(result: dict) -> str:
     for name, title in titles.items():
         dices = [np.concatenate([one["named"][name] for one in c["folds"]]) for c in columns]
         row(f"mean Dice, {title}", [" / ".join(f"{v:.2f}" for v in d.mean(0)) for d in dices])
+    grey = [one for fold in columns[0]["folds"] for one in fold["grey"]]  # the same for both
+    ranges = [[one[i] for one in grey if one[i] is not None] for i in range(2)]
+    row(
+        "median grey value (0 to 1) of the true lesion in a slice, lowest to highest: GGO / C",
+        [" / ".join(f"{min(values):.2f} to {max(values):.2f}" for values in ranges)] * 2,
+    )
     for name in ("sensitivity", "specificity", "mae"):
         title = {"mae": "mean absolute error"}.get(name, f"mean {name}")
         values = [column["all_mirrored"]["infection"][name] for column in columns]

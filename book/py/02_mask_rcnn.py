@@ -156,7 +156,7 @@ part(0.9, 3, "slice\n[3, H, W]", BLACK)
 part(3.0, 3, "backbone\nand FPN")
 part(5.1, 4.4, "region proposal\nnetwork (RPN)")
 part(7.3, 4.4, "proposals\nboxes [P, 4]", BLACK)
-part(7.3, 3, "RoIAlign\n[P, C, 7, 7]")
+part(7.3, 3, "RoIAlign\n[P, C, 7, 7]\n[R, C, 14, 14]")
 part(9.6, 3.55, "box head\nclass, 4 deltas")
 part(9.6, 2.1, "mask head\n[R, classes, 28, 28]", width=1.8)
 part(5.1, 2.9, "loss_objectness\nloss_rpn_box_reg", VERMILLION, "--", 1.75)
@@ -233,7 +233,7 @@ print(f"slice {tuple(friend.shape)} -> batch {tuple(batch.tensors.shape)}")
 # The *stride* of a map is the distance, in pixels of the slice, between two neighbouring cells.
 #
 # A feature pyramid network (FPN) {cite:p}`Lin2017` brings every map to one number of channels. A
-# 1x1 convolution does that; then each map receives the coarser one below it, enlarged and added, so
+# 1x1 convolution does that; then each map receives the next coarser one, enlarged and added, so
 # that fine maps know what coarse maps have understood; a 3x3 convolution smooths the sum.
 #
 # The paper's ResNet-50 gives four maps, of strides 4, 8, 16 and 32. The light models, of which the
@@ -771,8 +771,8 @@ assert best_512.min() < paper.detector.rpn_iou[0]
 # inside the lesion has the same IoU, all of them are "the best", and all count as lesion. Most of what
 # a training step draws as "lesion" then comes from one or two large lesions. The deltas of these anchors
 # must stretch a box of 32 pixels to more than twice its side. Training can learn large deltas, but
-# this is not what anchors are for. It is a finding on a phantom, though on one whose lesions are no
-# larger than most of those in the paper's Figure 1. With real masks in hand, check this first.
+# this is not what anchors are for. It is a finding on a phantom, but on one whose lesions have sizes
+# that are common in the paper's Figure 1. With real masks in hand, check this first.
 #
 # ### A sample for the loss
 #
@@ -1462,8 +1462,9 @@ for name, values in (("old friend", scores), ("control", logits_h.softmax(dim=1)
     print(f"{name:10} {len(best):4} proposals: {shown}")
 
 # %% [markdown]
-# The segmentation set of the paper holds COVID-19 patients only {cite:p}`Zhang2020`, so the detector
-# never learned "this slice has nothing". Still, it proposes on the control as it does everywhere.
+# The segmentation set of the paper holds COVID-19 patients only {cite:p}`Zhang2020`, as ours does. A
+# few of their slices show no lesion (the released code skips those in training, ours does not), but
+# no healthy patient taught the detector. Still, it proposes on the control as it does everywhere.
 # A list of boxes with scores exists for every slice, and [chapter 4](04_ranked_boxes.ipynb) turns
 # it into a vector.
 

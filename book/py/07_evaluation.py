@@ -149,8 +149,9 @@ plt.show()
 # | F1 | $2\,TP / (2\,TP + FP + FN)$ | The harmonic mean of sensitivity and PPV. |
 # | accuracy | $\sum_c n_{cc} / \sum_{ij} n_{ij}$ | Of all slices, which share is right? |
 #
-# Sensitivity reads along a row, PPV along a column. That is why only PPV depends on how many slices
-# of each class the test set holds.
+# Sensitivity reads along a row, PPV along a column. That is why sensitivity does not depend on how
+# many slices of each class the test set holds. PPV, F1 and accuracy do, and so does specificity,
+# through the mix of the *other* classes.
 
 # %%
 true_positive = counts.diag()  # [3]
@@ -431,29 +432,30 @@ print(f"{'accuracy':17}" + "".join(f"{cell:>16}" for cell in cells) + f" | {100 
 # ## Table 3: other systems
 #
 # Table 3 of the paper compares four systems. They were judged on three different test sets, two of
-# them small. So compute the interval that each number deserves. The counts are not printed; we take
+# them small, and not even on the same kind of case: COVNet reads a whole scan {cite:p}`Li2020`, the
+# first two a slice. So compute the interval that each number deserves. The counts are not printed; we take
 # the nearest whole numbers to the printed shares.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-table_3 = {  # test slices, COVID-19 slices, COVID-19 sensitivity %, accuracy %
+table_3 = {  # test cases, COVID-19 cases, COVID-19 sensitivity %, accuracy %
     "COVID-CT-Mask-Net": (21182, 4346, 90.80, 91.66),  # the paper prints 21,182 slices
     "COVIDNet-CT": (21182, 4346, 92.49, 97.57),
     "COVNet": (438, round(0.30 * 438), 90.00, 89.04),
     "ResNet18 (Butt)": (90, round(0.3579 * 90), 81.30, 86.70),
 }
 bars = {}
-print(f"{'published':18} slices  COVID-19 sensitivity %    accuracy %")
-for name, (slices, covid, printed_sensitivity, printed_accuracy) in table_3.items():
+print(f"{'published':18}  cases  COVID-19 sensitivity %    accuracy %")
+for name, (cases, covid, printed_sensitivity, printed_accuracy) in table_3.items():
     first = [100 * end for end in wilson(round(printed_sensitivity / 100 * covid), covid)]
-    second = [100 * end for end in wilson(round(printed_accuracy / 100 * slices), slices)]
+    second = [100 * end for end in wilson(round(printed_accuracy / 100 * cases), cases)]
     bars[name] = first, second
     print(
-        f"{name:18} {slices:6,}  {printed_sensitivity:.2f} ({first[0]:.1f} to {first[1]:.1f})"
+        f"{name:18} {cases:6,}  {printed_sensitivity:.2f} ({first[0]:.1f} to {first[1]:.1f})"
         f"    {printed_accuracy:.2f} ({second[0]:.1f} to {second[1]:.1f})"
     )
 
-# %% mystnb={"image": {"alt": "Two panels of accuracies with intervals. Left: four published systems; the interval of ResNet18 spans about fourteen points, that of COVNet about six, the other two are narrow. Right, on its own axis: our classifier on phantoms."}, "figure": {"caption": "Accuracies of Table 3 with Wilson's intervals (left). Ours on phantoms stands apart (right), on an axis that is not the same experiment. The intervals on the left treat slices as independent and are too narrow."}}
+# %% mystnb={"image": {"alt": "Two panels of accuracies with intervals. Left: four published systems; the interval of ResNet18 spans about fourteen points, that of COVNet about six, the other two are narrow. Right, on its own axis: our classifier on phantoms."}, "figure": {"caption": "Accuracies of Table 3 with Wilson's intervals (left). Ours on phantoms stands apart (right), on an axis that is not the same experiment. The first two treat slices as independent and are too narrow."}}
 fig, axes = plt.subplots(
     1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=(3, 1), sharey=True
 )
@@ -464,7 +466,7 @@ for i, (name, (_, second)) in enumerate(bars.items()):
         marker="o", capsize=5, lw=2,
     )  # fmt: skip
     _ = axes[0].annotate(f"{value:.2f}", (i, value), (8, 0), textcoords="offset points")
-_ = axes[0].set_xticks(range(len(bars)), [f"{n}\n{table_3[n][0]:,} slices" for n in bars])
+_ = axes[0].set_xticks(range(len(bars)), [f"{n}\n{table_3[n][0]:,} cases" for n in bars])
 _ = axes[0].set(ylabel="Accuracy (%)", title="Published", xlim=(-0.5, len(bars) - 0.3))
 low, high = by_package
 _ = axes[1].errorbar(
@@ -480,7 +482,7 @@ _ = axes[1].set_facecolor("#f2f2f2")
 plt.show()
 
 # %% [markdown]
-# The interval of ResNet18, on 90 slices, contains the accuracies of two of the others
+# The interval of ResNet18, on 90 cases, contains the accuracies of two of the others
 # {cite:p}`Butt2020`. COVNet {cite:p}`Li2020` and the paper's model overlap as well. Only
 # COVIDNet-CT {cite:p}`Gunraj2020` stands clearly apart in accuracy, and it trained on some twenty
 # times as many slices. Of the four, only two were judged on the same slices.
@@ -900,7 +902,7 @@ else:
 # ```{exercise} Does the interval keep its promise?
 # :label: evaluation-coverage
 # An interval of 95 % should contain the true $p$ in 95 % of all experiments. Take $p = 0.9$ and
-# $n = 32$ (the COVID-19 slices of the smallest test set in Table 3). Simulate 10,000 experiments.
+# $n = 32$ (the COVID-19 cases of the smallest test set in Table 3). Simulate 10,000 experiments.
 # How often does Wilson's interval contain $p$, and how often does
 # $\hat p \pm 1.96 \sqrt{\hat p (1 - \hat p) / n}$?
 # ```
@@ -998,8 +1000,10 @@ for name, scores, true in (
     )
 
 # %% [markdown]
-# The promise of 90 % holds on the slices on which the threshold was chosen. On new patients it need
-# not hold, and the interval of the validation slices says by how much it may miss.
+# The promise of 90 % holds on the slices on which the threshold was chosen. On new patients it may
+# hold or not. The threshold rests on the COVID-19 slices of a few validation patients, and the test
+# patients are another draw, so the miss can be larger than either interval says; both take slices
+# as independent, too.
 
 # %% [markdown]
 # ````{solution-end}

@@ -164,8 +164,8 @@ print("indices        ", np.unique(np.asarray(stored)).tolist())
 print('convert("L")   ', np.unique(np.asarray(stored.convert("L"))).tolist())
 
 # %% [markdown]
-# Nothing fails there. A class of code 38 is as good as any to a program, and a loss that compares
-# it with 1 or 2 goes on falling.
+# The reading itself does not fail. A loss that checks its classes would stop at code 38. Code that asks
+# only whether a pixel is above 0, or that compares numbers, goes on and learns something else.
 #
 # **The axes.** Image and mask are stored transposed, with the spine to the right. Since both are,
 # they fit each other, and again nothing fails. But a model that learned on upright slices sees
@@ -585,8 +585,8 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   consolidation most. And names from one number are about as good as the network's: call a found
 #   pixel consolidation if it is brighter than a limit, which the training slices choose. With 40
 #   slices the network has learned hardly more about names than that. No limit is right for all:
-#   what is consolidation in one slice is darker than the ground glass of another, and someone had
-#   windowed the slices before they became JPEG. (An exercise below tries it here.)
+#   consolidation of one slice is darker than ground glass of another (the row of grey values), and
+#   someone had windowed the slices before they became JPEG. (An exercise below tries such a limit.)
 # - **Pixels, not instances.** The mask AP50 is low. Connected regions of a hand-drawn mask are poor
 #   instances where lesions merge: a gap of a few pixels decides whether one or three are true. Even
 #   connected regions of the fused mask, which are made as the true ones are, do little better.
@@ -750,9 +750,10 @@ assert window_dice["soft tissue (40, 400)"] < window_dice["lung (-600, 1500)"]
 #    \text{slope} \cdot v + \text{intercept}$; a reader that forgets them sees everything 1,024 HU too
 #    bright, for example. Compressed files need a plug-in of pydicom's; the message names it.
 # 4. **Which slices.** 32, evenly spaced, or `--slices 20-80`, `--slices all`, `--every 5`.
-# 5. **Whose name.** DICOM files carry names and dates. No tag and no name of a file reaches an
-#    output: pictures are called `slice_0007_lesions.png`. Text that is burned into the pixels does,
-#    unless a tag warns of it, so look at the pictures before you pass them on.
+# 5. **Whose name.** DICOM files carry names and dates. None of them reaches an output, nor does
+#    the name of a DICOM or NIfTI file: pictures are called `slice_0007_lesions.png`. PNG, JPEG and
+#    TIFF files *keep* their names, so rename those first. Text that is burned into the pixels stays
+#    there, unless a tag warns of it, so look at the pictures before you pass them on.
 #
 # To see it work without a patient's file, we write our old friend's whole chest as a DICOM series,
 # with file names in disorder and a name in the tags.
@@ -1034,6 +1035,7 @@ print(f"pooled       {2 * both / total:.2f}")
 # :class: dropdown
 # ````
 
+
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 def name_by_grey(lesion, grey, limit):
@@ -1070,8 +1072,8 @@ for name, values in names.items():
     print(f"names {name:20} {ggo:.2f}  {consolidation:.2f}")
 
 # %% [markdown]
-# Right names in the last row are the most that naming can win; what is missing to 1 there is the
-# outline. If one number comes close to the network, the network has learned little about names, or
+# The last row gives the found lesion pixels their right names, and leaves those alone that are no
+# lesion: about the most that naming can win. The rest to 1 is the outline. If one number comes close to the network, the network has learned little about names, or
 # there is little more to know. Such a baseline takes minutes and belongs beside every network.
 
 # %% [markdown]
@@ -1121,7 +1123,7 @@ for factor in (1, 2):
 # %% [markdown]
 # ## What we learned
 #
-# 1. Read indices, not colours, and turn the slices upright: neither mistake raises an error.
+# 1. Read indices, not colours, and turn the slices upright: neither mistake need raise an error.
 # 2. A mean Dice needs a threshold, a rule for empty slices and a split, all named.
 # 3. On phantoms, weights of a neighbouring domain are the better start; try both on your own slices.
 # 4. The window is a part of the model, and the order of the slices a part of the scan; DICOM and

@@ -247,7 +247,9 @@ for text, codes in (
 #   dropped.
 # - **Code**: drops every connected region of at most 100 pixels, in training and from the ground
 #   truth on which average precision is computed.
-# - **Here**: `min_area`, a setting: 101 in the preset `paper`, as in the code.
+#   A slice that has no lesion left is skipped in training: no pass, no step.
+# - **Here**: `min_area`, a setting: 101 in the preset `paper`, as in the code. Slices without a
+#   lesion take part: their anchors and RoIs all teach "background".
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -44,8 +44,8 @@ def existing_folder(root: str | Path) -> Path:
     root = Path(root)
     if not root.is_dir():
         raise DataError(
-            f"{root}: there is no such data folder; make it with `covidmask phantoms`, or name "
-            "yours with --data"
+            f"{root}: there is no such data folder; make it with `covidmask phantoms --preset "
+            "NAME`, or name yours with --data"
         )
     return root
 

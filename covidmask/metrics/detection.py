@@ -101,8 +101,9 @@ def author_ap(
 ) -> np.ndarray:
     """AP of masks by the rule of the released code: the mean of `author_image_ap` over images.
 
-    It is not COCO's: see `author_image_ap`. His tables judge detections with a score above 0.75
-    and targets of more than 100 pixels; give such (`box_score`, `min_area`). Both arguments may be
+    It is not COCO's: see `author_image_ap`. His script judges detections with a score above 0.05
+    by default, and above 0.75 where his README evaluates the light models, and targets of more than
+    100 pixels; give such (`box_score`, `min_area`). Both arguments may be
     generators, so that a data set's masks need not be in memory at once.
 
     Returns:
