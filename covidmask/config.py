@@ -209,7 +209,7 @@ SEMISEG = Preset(
         box_batch=32,  # the mask head on 64 RoIs takes longer than the backbone
     ),
     segmenter=TrainingConfig(
-        epochs=10,
+        epochs=20,
         batch_size=4,
         lr=1e-3,
         weight_decay=1e-4,
