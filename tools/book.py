@@ -2,6 +2,7 @@
 
     python tools/book.py notebooks            twins -> book/*.ipynb, executed in place
     python tools/book.py notebooks --only 04_ranked_boxes          (one chapter or several)
+    python tools/book.py notebooks --stored   only text has changed: the stored outputs stay
     python tools/book.py execute              twins -> _build/executed, only what has changed
     python tools/book.py html OUT             OUT/_build/html from _build/executed
     python tools/book.py html OUT --stored    the same from the outputs stored in book/*.ipynb
@@ -119,11 +120,26 @@ def run_chapter(twin: Path, target: Path) -> bool:
     return True
 
 
-def run_chapters(target: Path, use_cache: bool, only: Sequence[str] = ()) -> None:
+def keep_outputs(twin: Path, stored: Path) -> bool:
+    """Write `stored` from its twin with the outputs that it has; False if its code has changed."""
+    notebook, old = read_twin(twin), nbformat.read(stored, as_version=4)
+    pairs = [[c for c in n.cells if c.cell_type == "code"] for n in (notebook, old)]
+    if [cell.source for cell in pairs[0]] != [cell.source for cell in pairs[1]]:
+        print(f"  {twin.stem}: its code has changed, so run it", flush=True)
+        return False
+    for cell, before in zip(*pairs, strict=True):
+        cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    write_text(stored, nbformat.writes(notebook) + "\n")
+    return True
+
+
+def run_chapters(
+    target: Path, use_cache: bool, only: Sequence[str] = (), stored: bool = False
+) -> None:
     """Execute every chapter, or those named in `only`, into the folder `target`.
 
     With `use_cache`, a chapter runs only when its twin or anything in the package has changed
-    since its last good run.
+    since its last good run. With `stored` nothing runs: see `keep_outputs`.
 
     Raises:
         SystemExit: a chapter failed; the others have run. Or `only` names one that is not there.
@@ -136,7 +152,10 @@ def run_chapters(target: Path, use_cache: bool, only: Sequence[str] = ()) -> Non
         print(f"[{number}/{len(chapters)}] {twin.stem}", flush=True)
         notebook, stamp = target / f"{twin.stem}.ipynb", target / f"{twin.stem}.key"
         key = digest([twin, Path(__file__), *package_files()])
-        if use_cache and notebook.exists() and stamp.exists() and stamp.read_text() == key:
+        if stored:
+            if not keep_outputs(twin, notebook):
+                failed.append(twin.stem)
+        elif use_cache and notebook.exists() and stamp.exists() and stamp.read_text() == key:
             print("  unchanged, not run again", flush=True)
         elif not run_chapter(twin, notebook):
             failed.append(twin.stem)
@@ -195,12 +214,16 @@ def main() -> None:
     parser.add_argument("command", choices=["notebooks", "execute", "html"])
     parser.add_argument("out", nargs="?", type=Path, default=ROOT, help="html: folder to fill")
     parser.add_argument("--only", nargs="+", default=[], help="notebooks: these chapters alone")
-    parser.add_argument("--stored", action="store_true", help="html: use book/*.ipynb as they are")
+    parser.add_argument(
+        "--stored",
+        action="store_true",
+        help="html: use book/*.ipynb as they are; notebooks: run nothing, keep their outputs",
+    )
     parser.add_argument("--strict", action="store_true", help="html: warnings are errors")
     arguments = parser.parse_args()
     if arguments.command == "notebooks":
         os.environ["COVIDMASK_SEMISEG"] = ""  # what is committed shows phantoms, never a patient
-        run_chapters(ROOT / "book", use_cache=False, only=arguments.only)
+        run_chapters(ROOT / "book", False, arguments.only, arguments.stored)
     elif arguments.command == "execute":
         run_chapters(ROOT / "_build" / "executed", use_cache=True)
     else:

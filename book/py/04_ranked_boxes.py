@@ -1050,7 +1050,7 @@ plt.show()
 # have a box above 0.05, and now and then a vessel that looks like a lesion scores above 0.5.
 #
 # The deltas say something too. In the preset `quick` the detector shrinks the boxes of controls on
-# average, and those of sick slices less or not at all. One reading: where there is a lesion, the
+# average, and enlarges those of sick slices a little. One reading: where there is a lesion, the
 # box grows to hold it, and where there is a vessel, it closes in. How much $S$ gets from scores and
 # from deltas is a question for [chapter 8](08_what_makes_it_work.ipynb).
 #
@@ -1061,7 +1061,8 @@ plt.show()
 #
 # ```{exercise} Find the number
 # :label: ranked-boxes-index
-# Position 17 of the vector: which rank, and which of the five numbers? Write the function, and its
+# Position 17 of the vector, counted from 0: which rank (from 1, as in the figures), and which of the
+# five numbers? Write the function, and its
 # inverse, and check both on all positions.
 # ```
 
@@ -1219,8 +1220,8 @@ assert (copies.mean(0) - expected).abs().max() < 0.5 and copies[:, -1].min() >= 
 # %% [markdown]
 # ```{exercise} A sixth number
 # :label: ranked-boxes-class
-# The rows do not say whether a box is GGO or C. Compute the share of C among the rows of the sixty
-# phantoms above, for each image class. Would a sixth column be worth a try?
+# The rows do not say whether a box is GGO or C. Compute the share of C among the first ten rows of
+# each of the sixty phantoms above, for each image class. Would a sixth column be worth a try?
 # ```
 
 # %% [markdown]

@@ -429,7 +429,7 @@ assert both_terms[1] > positive_alone[1]
 #
 # The printed formula is not wrong in itself. With a *softmax* the positive term is enough, because
 # a larger share of one class means smaller shares of the others. The gradients show it. For one
-# slice, the derivative by the logit $z_k$ is
+# slice, and with the sum over classes in the place of the mean, the derivative by the logit $z_k$ is
 #
 # $$
 # \underbrace{\hat p_k - L_k}_{\text{sigmoids, both terms}} \qquad
@@ -636,7 +636,7 @@ plt.show()
 # "Parameters" can mean two things. `parameters()` holds what an optimiser may change. A state
 # dict, the content of a weights file, also holds the running means and variances of batch
 # normalisation and its step counters; we call its numbers *entries*. The published numbers mix the
-# two. Those with two decimals are cut rather than rounded.
+# two, and most of those with two decimals are cut rather than rounded.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -685,7 +685,8 @@ print(f"RPN and box heads, millions                   {(rpn + box_heads) / 1e6:.
 print(f"RPN, box heads and all values of BN, millions {(rpn + box_heads + 2 * affine) / 1e6:.4f}")
 
 # %% [markdown]
-# The first two come to 2.25. The third rounds to 2.36, so "heads" and "heads + BN" may have meant
+# The first two come to 2.25. The third gives 2.36 if it is rounded (cut, as most numbers here,
+# it is 2.35), so "heads" and "heads + BN" may have meant
 # the detector's own heads rather than $S$. Then again $S$ gives 2.36 as well. The paper does not
 # say, and we leave it open.
 #
@@ -824,8 +825,11 @@ frame_slider(
 )
 
 # %% [markdown]
-# Look at small $k$ first: which class gains from the first box, and which from the later ones? It
-# is the gradient's message once more, in large steps.
+# Look at small $k$ first: which class gains from the first box, and which from the later ones? With
+# the weights shipped for `quick`, the first box turns the control into a common pneumonia, and so
+# it stays for half of the boxes. COVID-19 wins only when the lower half comes from the old friend,
+# too. The low scores of those ranks can hardly do that: their gradient, in the table's last column,
+# is small, and negative. It must be the deltas, as the third point above warned.
 #
 # The next cell needs a running notebook. There it does the same for every $k$.
 
@@ -894,8 +898,8 @@ assert shuffled.std(0).max() > 0.01
 
 # %% [markdown]
 # $S$ was trained on ranked rows, so shuffled ones mean nothing to it. Whether the order *helps* is
-# another question: that needs an $S$ trained on shuffled rows, an exercise of
-# [chapter 0](00_whole_path.ipynb).
+# another question: that needs an $S$ trained on shuffled rows, as in
+# [chapter 8](08_what_makes_it_work.ipynb).
 
 # %% [markdown]
 # ````{solution-end}

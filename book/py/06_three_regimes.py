@@ -265,8 +265,9 @@ for theta, gradient in zip(parameters, gradients, strict=True):
 
 # %% [markdown]
 # Now the package: one epoch on a data set that holds this batch alone is one step. The moved
-# parameters must be ours. We ask for 99 % of them and not for all: where the true gradient is
-# zero, its sign is rounding, and Adam turns even that into a step of size $\alpha$.
+# parameters must be ours. We ask for 99 % of them and not for all: where gradient and
+# weight decay nearly cancel, the sign of their sum is rounding, and Adam turns even that into a step
+# of size $\alpha$.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -460,10 +461,11 @@ print(f"all gamma and beta: {count_batch_norm(sized):,}")
 assert by_name == 2_409_859 and by_name + missed == 2_417_539
 
 # %% [markdown]
-# "Heads" and "full" have no code in the release at all. For "heads" there is little to guess. For
-# "full" the paper says that all layers of RPN and RoI were set to training mode, made trainable,
-# and their losses and samplers switched off. It does not say what the batch-norm statistics did.
-# We keep the detector in eval mode and let every weight learn. Then a slice's result does not
+# "Heads" and "full" have no code in the release that we read (an older commit had an option for all
+# three: [paper v code](paper_v_code.ipynb), items 20 and 21). For "heads" there is little to guess.
+# For "full" the paper says that all layers of RPN and RoI were set to training mode, made
+# trainable, and their losses and samplers switched off. It does not say what the batch-norm
+# statistics did. We keep the detector in eval mode and let every weight learn. Then a slice's result does not
 # depend on the other slices of its batch, and the three regimes differ in one thing only: who
 # learns. Results of our "full" are therefore not a repetition of the paper's.
 
@@ -610,7 +612,7 @@ _ = ipywidgets.interact(
 # ## All three, live
 #
 # Now train the three regimes: the same start, the same slices in the same order, the same number of
-# steps. To stay within minutes we take every tenth training slice and a quarter of the preset's
+# steps. Only the rate of "full" is smaller, as said above. To stay within minutes we take every tenth training slice and a quarter of the preset's
 # epochs. A hook on the backbone counts how many images pass it.
 
 # %%
@@ -653,7 +655,8 @@ for regime in REGIMES:
 # The intervals are wide, so this run shows how to train, not which regime wins; the benchmark below
 # uses all slices. But the figure has something to say. In "heads" the rows of a slice never change,
 # and $S$ learns so few of them by heart. In the other two the rows move under $S$ from step to
-# step, which slows it down, and makes learning by heart harder.
+# step, which slows it down, and makes learning by heart harder. In "full" the rate is smaller, too,
+# so its curve has two possible reasons.
 #
 # ### Heads: run the detector once
 #
@@ -757,7 +760,7 @@ plt.show()
 #   there. The preset's values were tuned for $S$ on fixed rows; why should they suit $\gamma$? We
 #   asked this *after* the first question was answered, test slices and all. The tenth and the
 #   paper's weight decay were fixed beforehand and not tuned, but these two rows are an afterthought,
-#   and they change rate and decay at once.
+#   and they change rate and decay at once; in "full" the rate of $S$ is larger, too.
 # - "Heads" once more with the preset's own number of epochs, which costs no further run of the
 #   detector.
 #
@@ -785,9 +788,9 @@ plt.show()
 # - **The optimiser's settings matter as much as the regime.** With a gentler rate and less decay for
 #   the detector, heads + BN comes out above heads and full comes down; both intervals just hold
 #   zero. The two rows of "full" differ from each other as much as regimes do. One seed cannot say
-#   more, nor which of the two settings did it.
+#   more, nor which of the settings did it.
 # - **Heads has not finished after the common number of epochs.** Its longer schedule, at hardly any
-#   cost, brings it level with all rows but one.
+#   cost, lifts it to the level of the rows with two rates.
 # - **The detector pays.** At one rate both regimes unlearn the lesions almost wholly. With the
 #   gentler rate, heads + BN keeps nearly all of its box AP50, and full still loses most of it.
 
@@ -797,9 +800,11 @@ plt.show()
 # The released code pays for more than a regime needs: it differentiates all proposals whatever
 # trains, and in "heads" it would run a detector that never changes in every epoch. The table
 # compares a loop with these habits and ours, on the same machine, weights and slices of 512 x 512
-# (phantoms). "Heads" gains most, because its detector runs once. In the other two, the boxes are
+# (phantoms). "Heads" gains most, because its detector runs once, and without the backward pass that
+# it does not need; its two rows are extrapolated from a few steps. In the other two, the boxes are
 # ranked without a gradient, and only the $N$ that are kept are differentiated: the same gradient
-# for less work. [What makes it fast](fast.md) has the rest.
+# for less work. [What makes it fast](fast.md) has the rest, and what each of the two savings of
+# "heads" is worth alone.
 #
 # <!-- speed -->
 # | regime and work | model | baseline | ours | ratio |
@@ -814,7 +819,7 @@ plt.show()
 # Command: `python benchmarks/speed.py` (about 37 minutes); x86_64, 2 cores, no GPU used, AMD EPYC (avx512_bf16), 2 threads; torch 2.14.1+cu130; 2026-11-25; commit 80492a5; 51dc5d9 for the parts named in `measured_again`; all numbers in `results/benchmarks.json`.
 # <!-- /speed -->
 
-# %% mystnb={"image": {"alt": "Bars on a logarithmic axis: how many times faster than the released way of working each regime is, with ResNet-18 and with ResNet-50. Heads gains by far the most."}, "figure": {"caption": "How many times faster than a loop that works as the released code does, at 512 x 512. Numbers of the table above, measured before; this cell only draws them.", "name": "fig-regime-speed"}}
+# %% mystnb={"image": {"alt": "Bars on a logarithmic axis: how many times faster than the released way of working each regime is, with ResNet-18 and with ResNet-50. Heads gains by far the most."}, "figure": {"caption": "How many times faster than a loop that works as the released code does, at 512 x 512. Numbers of the table above (those of heads are extrapolated); this cell only draws them.", "name": "fig-regime-speed"}}
 # speed, from results/benchmarks.json
 speed = {  # (regime, model): times faster than the baseline
     ("heads", "ResNet-18 cut 1"): 379,
@@ -971,10 +976,10 @@ for name, attribute in (("gamma", "weight"), ("beta", "bias")):
         print(f"only {name:5} at {step_size:g}: {' '.join(losses)}")
 
 # %% [markdown]
-# Either can lower the loss of a batch. A step has the same size for both, but $\gamma$ stands near
-# one and $\beta$ near zero, so $\beta$ is shaken more, and the curve at the larger rate tends to
-# jump. Below this there is a second reason: boxes that swap ranks make the rows jump, and no
-# gradient announces that.
+# Either can lower the loss of a batch, and in the preset `quick` $\beta$ at the larger rate gets
+# lowest. No run is smooth. A step has the same size for both, but $\gamma$ stands near one and
+# $\beta$ near zero, so $\beta$ is shaken more. A tenth of the rate does not smooth the curve: boxes
+# that swap ranks make the rows jump, and no gradient announces that.
 #
 # ````{solution-end}
 # ````

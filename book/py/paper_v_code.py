@@ -318,8 +318,8 @@ for backbone, printed in (("resnet34", 11.45), ("resnet18", 6.12)):
     print(f"segmenter {backbone} cut 1: README {printed}M, {size.segmenter_entries:,} entries")
 
 # %% [markdown]
-# The README's size of the light ResNet-34 segmenter follows from the entries, that of the ResNet-18
-# one does not. The code may have changed after these numbers were written down.
+# The README's size of the light ResNet-34 segmenter follows from the entries if they are rounded,
+# that of the ResNet-18 one does not. The code may have changed after these numbers were written down.
 #
 # ### 9. Losses of the boxes
 #
@@ -571,7 +571,8 @@ for i, name in enumerate(IMAGE_CLASSES):
     print(f"{name:22} {even[i]:.2f}   {'  '.join(f'{value:.2f}' for value in random[:, i])}")
 
 # %% [markdown]
-# Where padding is needed, the code's prediction for one and the same slice changes from run to run.
+# Where padding is needed, the code's probabilities for one and the same slice change from run to
+# run, and with them, at times, the class.
 #
 # ### 18. What a row is
 #
@@ -708,8 +709,8 @@ print("for example", missed[0].removeprefix("detector."))
 # - **Paper**: 50 epochs "for each algorithm"; Algorithm 1 returns the best model.
 # - **Code**: the README trains the segmenter for 100 epochs (an older one for 50). The loops save
 #   every tenth epoch and compare nothing: which file is best is decided outside the code.
-# - **Here**: 100 and 50 epochs in the preset `paper`; the epoch with the best *validation* accuracy
-#   is kept, by code.
+# - **Here**: 100 and 50 epochs in the preset `paper`; of the classifier the epoch with the best
+#   *validation* accuracy is kept, by code, of the segmenter the last.
 #
 # ### 25. Validation that trains a little
 #
@@ -951,7 +952,7 @@ for name, test_size, train_size, printed in (
     ("ResNet18", 90, 528, 0.17),
 ):
     print(f"{name:18} printed {printed:5}, test / train {test_size / train_size:.4f}")
-print(f"COVNet, test / (train + validation): {438 / (3000 + 370):.4f}")
+print(f"COVNet, test / (train + validation): {438 / (3000 + 370):.5f}")
 
 # %% [markdown]
 # For COVNet the printed ratio fits only if the validation images are added to the training images

@@ -97,8 +97,9 @@ class PublishedCount:
 def published_counts() -> list[PublishedCount]:
     """The sizes that the paper (Table 1) and the author's README print, each with its rule.
 
-    Numbers are cut, not rounded, to two decimals, as the published ones are; 34.14M then is
-    34,146,336. Where no rule is known, `count` is None: the number is reported, not matched.
+    Most numbers are cut, not rounded, to two decimals: 34.14M is 34,146,336. (The 11.45M of a
+    light segmenter is rounded.) Where no rule is known, `count` is None: the number is reported,
+    not matched.
     """
     full, *light = paper_and_light_sizes()
     s = count_parameters(ClassificationModule(256, 1024))

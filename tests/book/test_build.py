@@ -1,5 +1,6 @@
 """What `make book` runs again, and what not."""
 
+import nbformat
 import pytest
 
 from tools import book
@@ -62,3 +63,22 @@ def test_one_chapter_by_name(chapters, tmp_path):
     assert chapters == ["b"]
     with pytest.raises(SystemExit, match="No such chapter: d"):
         book.run_chapters(tmp_path / "executed", use_cache=False, only=["b", "d"])
+
+
+def test_text_alone_keeps_the_outputs(tmp_path, capsys):
+    twin, stored = tmp_path / "a.py", tmp_path / "a.ipynb"
+    twin.write_text("# %% [markdown]\n# old\n\n# %%\nprint(1)\n")
+    notebook = book.read_twin(twin)
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="1\n")]
+    notebook.cells[1].execution_count = 7
+    stored.write_text(nbformat.writes(notebook))
+    twin.write_text("# %% [markdown]\n# new\n\n# %% [markdown]\n# more\n\n# %%\nprint(1)\n")
+    assert book.keep_outputs(twin, stored)
+    written = nbformat.read(stored, as_version=4)
+    assert [cell.source for cell in written.cells] == ["new", "more", "print(1)"]
+    assert written.cells[2].outputs[0].text == "1\n"
+    assert written.cells[2].execution_count == 7
+    before = stored.read_bytes()
+    twin.write_text("# %%\nprint(2)\n")
+    assert not book.keep_outputs(twin, stored)
+    assert stored.read_bytes() == before and "code has changed" in capsys.readouterr().out
