@@ -388,7 +388,8 @@ class TrainClassifier(_TrainOptions):
             workers=self.workers,
             memory=self.memory,
         )
-        best = max((values["accuracy"] for values in history if "accuracy" in values), default=None)
+        judged = [values["accuracy"] for values in history if "accuracy" in values]
+        best = max(judged, default=None) if held_out is not None else None
         self._finish(
             model,
             history,

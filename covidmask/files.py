@@ -25,7 +25,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows syncs a file that may be written only
             os.fsync(file.fileno())  # the data reaches the disk before the name does
         os.replace(temporary, path)
     except OSError as error:

@@ -294,31 +294,6 @@ def score_by_rank(
     return ax
 
 
-def sensitivity_bars(
-    report: Mapping,
-    intervals: Sequence[tuple[float, float]] | None = None,
-    ax: Axes | None = None,
-    *,
-    classes: Sequence[str] = IMAGE_CLASSES,
-) -> Axes:
-    """Draw the sensitivity of each class in %.
-
-    Args:
-        report: of `metrics.classification.report`.
-        intervals: (low, high) of each class, as fractions.
-    """
-    ax = ax or get_ax()
-    percent = 100 * np.asarray(report["sensitivity"])
-    bars = ax.bar([name.replace(" ", "\n") for name in classes], percent, color=CLASS_COLOURS)
-    if intervals is not None:
-        ends = 100 * np.asarray(intervals).T  # [2, C]
-        lengths = np.maximum(np.abs(ends - percent), 0)
-        ax.errorbar(range(len(percent)), percent, yerr=lengths, fmt="none", color=BLACK, capsize=4)
-    ax.bar_label(bars, [f"{value:.1f} %" for value in percent], label_type="center", color="white")
-    ax.set(xlabel="Image class", ylabel="Sensitivity (%)", ylim=(0, 105))
-    return ax
-
-
 def overlay(
     image: ArrayLike,
     lesions: Mapping,

@@ -267,11 +267,8 @@ def test_log_dir(run, tmp_path):
     assert list((tmp_path / "logs").rglob("events*"))
 
 
-@pytest.mark.parametrize("kind", ["segmenter", "classifier"])
-def test_interrupted_training_goes_on(kind, run, tmp_path, capsys):
-    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
-    options = ["train", kind, "--epochs", 3]
-    run(*options, "--out", whole)
+def interrupt(*command):
+    """Stop after the first epoch."""
     save = loop.save_checkpoint
 
     def interrupted(path, state):
@@ -279,7 +276,15 @@ def test_interrupted_training_goes_on(kind, run, tmp_path, capsys):
         raise KeyboardInterrupt
 
     with patch.object(loop, "save_checkpoint", interrupted):
-        assert main([*map(str, options), "--out", str(broken)]) == 130
+        assert main([*map(str, command)]) == 130
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "classifier"])
+def test_interrupted_training_goes_on(kind, run, tmp_path, capsys):
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    options = ["train", kind, "--epochs", 3]
+    run(*options, "--out", whole)
+    interrupt(*options, "--out", broken)
     assert capsys.readouterr().err.endswith("covidmask: interrupted\n")
     assert broken.with_suffix(".ckpt").exists() and not broken.exists()
     assert run(*options, "--out", broken)[0] == f"Going on from {broken.with_suffix('.ckpt')}"
@@ -287,6 +292,14 @@ def test_interrupted_training_goes_on(kind, run, tmp_path, capsys):
     one, two = (load(path).state_dict() for path in (whole, broken))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert sorted(p.name for p in tmp_path.iterdir()) == [broken.name, whole.name]
+
+
+def test_interrupted_training_goes_on_without_validation(run, tmp_path):
+    out = tmp_path / "c.safetensors"
+    command = ["train", "classifier", "--epochs", 3, "--out", out]
+    interrupt(*command)
+    assert "val" not in run(*command, "--no-validation")[-1]
+    assert read_card(out)["validation_accuracy"] is None
 
 
 @pytest.mark.parametrize("regime", ["heads", "heads_bn", "full"])

@@ -96,6 +96,8 @@ def test_shapes_are_those_of_the_model(pictures):
     ):
         assert line in paper
     assert "64 channels, stride 8" in texts(pictures["quick"])
+    assert "256 channels, stride 16" in texts(pictures["colab"])
+    assert "64 channels, strides 4, 8, 16" in texts(pictures["semiseg"])
 
 
 def test_another_n_gives_another_picture_and_the_same_model_the_same():

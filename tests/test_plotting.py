@@ -140,17 +140,6 @@ def test_score_by_rank_has_a_line_per_class_that_occurs():
     assert drawn(ax)[1] == ["Control (2 slices)", "COVID-19 (2 slices)"]
 
 
-def test_sensitivity_bars_in_percent_with_intervals():
-    report = {"sensitivity": [0.5, 0.75, float("nan")]}
-    nan = float("nan")
-    ax = plotting.sensitivity_bars(report, [(0.4, 0.7), (0.5, 0.8), (nan, nan)])
-    assert [bar.get_height() for bar in ax.patches[:2]] == [50, 75]
-    segments = ax.collections[0].get_segments()
-    np.testing.assert_allclose(segments[0][:, 1], [40, 70])
-    assert "(%)" in ax.get_ylabel()
-    drawn(ax)
-
-
 def test_overlay_tints_the_lesion_and_leaves_the_rest(lesions):
     before = plt.get_fignums()
     picture = plotting.overlay(IMAGE, lesions)

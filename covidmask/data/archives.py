@@ -125,8 +125,9 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
         for info in file.infolist():
             mode = info.external_attr >> 16  # of archives made on Unix, else 0
             # orig_filename is what the archive says; filename is cut at a null byte
-            name, kind, target = info.orig_filename, "file", ""
-            if info.is_dir():
+            name = info.orig_filename.replace("\\", "/")  # some programs on Windows write a\b
+            kind, target = "file", ""
+            if name.endswith("/"):
                 kind = "folder"
             elif stat.S_ISLNK(mode):
                 kind = "link"

@@ -21,10 +21,11 @@ MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a de
 def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> np.ndarray:
     """Read one CT slice as grey values.
 
-    Pictures (PNG, JPEG, TIFF) of 8 or 16 bits are divided by 255 or 65535; float pictures must lie
-    in 0..1 already. Colour becomes grey (luminance) and an alpha channel is dropped. DICOM (.dcm,
-    .dicom, or the letters DICM at byte 128) and NIfTI (.nii, .nii.gz; the middle axial slice) hold
-    Hounsfield units, which the window maps to 0..1.
+    Pictures (PNG, JPEG, TIFF) of 8 or 16 bits are divided by 255 or 65535, and inverted where a
+    TIFF says that 0 is white; float pictures must lie in 0..1 already. Colour becomes grey
+    (luminance) and an alpha channel is dropped. DICOM (.dcm, .dicom, or the letters DICM at byte
+    128) and NIfTI (.nii, .nii.gz; the middle axial slice) hold Hounsfield units, which the window
+    maps to 0..1.
 
     Args:
         path: the file.
@@ -150,6 +151,9 @@ def _open(path: Path) -> Image.Image:
 def _to_unit(picture: Image.Image, path: Path) -> np.ndarray:
     if picture.mode.startswith("I"):  # I;16 and its kin, or I: 16 bits held in 32
         values = np.asarray(picture).astype(np.float32) / 65535
+        # a TIFF in which 0 is white: Pillow inverts 8 bits, but not 16
+        if picture.mode.startswith("I;16") and getattr(picture, "tag_v2", {}).get(262) == 0:
+            values = 1 - values
     elif picture.mode == "F":
         values = np.asarray(picture)
     else:

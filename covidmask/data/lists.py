@@ -22,7 +22,7 @@ def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
             twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise DataError(

@@ -65,13 +65,16 @@ def open_dicom(path: str | Path, tags: Sequence[str], *, pixels: bool) -> Datase
         ) from error
 
 
-def frame_value(dataset: Dataset, frame: int, sequence: str, keyword: str) -> Any:
+def frame_value(
+    dataset: Dataset, frame: int, sequence: str, keyword: str, *, plain: bool = True
+) -> Any:
     """A value that enhanced CT may state for each frame, for all frames, or, as others, plainly.
 
     Args:
         frame: from 0.
         sequence: the functional group that holds it, such as "PixelMeasuresSequence".
         keyword: the tag, such as "PixelSpacing".
+        plain: take the plain tag where no functional group holds one.
 
     Returns:
         The value, or None.
@@ -82,7 +85,7 @@ def frame_value(dataset: Dataset, frame: int, sequence: str, keyword: str) -> An
         for item in group.get(sequence) or []:
             if keyword in item:
                 return item[keyword].value
-    return dataset.get(keyword)
+    return dataset.get(keyword) if plain else None
 
 
 def read_dicom(
@@ -90,10 +93,10 @@ def read_dicom(
 ) -> np.ndarray:
     """Read one grey DICOM slice through a window.
 
-    Stored values become HU by rescale slope and intercept, 1 and 0 where the tags are absent.
-    Padding outside the reconstruction circle (often -2048) falls below any lung window and becomes
-    0. MONOCHROME1 (low values bright) is inverted only if neither rescale tag is there: with them
-    the values are HU, and the tag speaks of display alone.
+    Stored values become HU by rescale slope and intercept, 1 and 0 where a tag is absent or
+    empty. Padding outside the reconstruction circle (often -2048) falls below any lung window and
+    becomes 0. MONOCHROME1 (low values bright) is inverted only if neither rescale tag holds a
+    value: with one the values are HU, and MONOCHROME1 speaks of display alone.
 
     Args:
         path: the file.
@@ -105,8 +108,8 @@ def read_dicom(
 
     Raises:
         DataError: pydicom is absent, the file is no DICOM, has no grey pixels, holds several
-            frames and none is named, is truncated, or is compressed in a way that needs a plug-in
-            which is not installed.
+            frames (stated or not) and none is named, is truncated, or is compressed in a way that
+            needs a plug-in which is not installed.
     """
     # of a file with many frames, pydicom reads the one alone
     dataset = open_dicom(path, PIXEL_TAGS, pixels=frame is None)
@@ -122,8 +125,14 @@ def read_dicom(
         stored = dataset.pixel_array if frame is None else pixel_array(path, index=frame)
         for keyword in ("RescaleSlope", "RescaleIntercept"):
             value = frame_value(dataset, frame or 0, "PixelValueTransformationSequence", keyword)
-            if value is not None:
+            if value not in (None, ""):
                 setattr(dataset, keyword, value)
+            elif keyword in dataset:
+                delattr(dataset, keyword)
+        is_hu = "RescaleSlope" in dataset or "RescaleIntercept" in dataset
+        if is_hu:  # pydicom rescales only with both
+            dataset.RescaleSlope = dataset.get("RescaleSlope", 1)
+            dataset.RescaleIntercept = dataset.get("RescaleIntercept", 0)
         values = apply_modality_lut(stored, dataset)
     except Exception as error:
         remedy = "export or copy the slice again"
@@ -136,8 +145,12 @@ def read_dicom(
         raise DataError(
             f"{path}: the pixels of the DICOM file cannot be decoded ({one_line(error)}); {remedy}"
         ) from error
+    if values.ndim != 2:  # pydicom returns what is there, whatever the number of frames
+        raise DataError(
+            f"{path}: the pixels have shape {values.shape}, not rows and columns; "
+            "export one grey slice per file"
+        )
     image = hounsfield_to_unit(_finite(values, path), window)
-    is_hu = "RescaleSlope" in dataset or "RescaleIntercept" in dataset
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" and not is_hu:
         image = 1 - image
     return image

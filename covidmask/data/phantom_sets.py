@@ -10,8 +10,9 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,8 @@ def write_phantoms(
             calls this with more than one needs the usual `if __name__ == "__main__":` guard.
 
     Raises:
-        DataError: `root` holds something else, or `config` is out of range.
+        DataError: `root` holds something else or is the current folder, or `config` is out of
+            range.
         OutputError: `root` cannot be written, or the disk is full.
     """
     root = Path(root)
@@ -151,19 +153,35 @@ def write_phantoms(
     if min(numbers) < 0 or seed < 0:
         raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
     note = {"generator": GENERATOR, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
+    workers = os.cpu_count() if workers is None else workers
+    _write_set(root, note, lambda folder: _fill(folder, config, seed, workers, progress))
+    return root
+
+
+def _write_set(root: Path, note: dict, fill: Callable[[Path], None]) -> None:
+    """Find the set of `note` in `root`, or have `fill` write it: complete or not at all."""
     try:
         if _found(root, note):
-            return root
-        folder = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+            return
+        home = Path(os.path.realpath(root))  # "." has no name
+        if home == Path.cwd():
+            raise DataError(
+                f"{root}: is the current folder, which cannot be replaced; name a folder in it"
+            )
+        folder = home.with_name(f".{home.name}.{os.getpid()}.tmp")
         try:
             shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
             folder.mkdir(parents=True)
-            _fill(folder, config, seed, os.cpu_count() if workers is None else workers, progress)
+            fill(folder)
             text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
             (folder / "phantoms.json").write_text(text + "\n")
-            if root.exists():
-                root.rmdir()  # it is empty
-            os.replace(folder, root)
+            try:
+                with suppress(FileNotFoundError):
+                    home.rmdir()  # it is empty
+                os.replace(folder, home)
+            except OSError:
+                if not _found(root, note):  # else another process was faster
+                    raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
@@ -171,7 +189,6 @@ def write_phantoms(
             f"{root}: phantoms cannot be written ({error.strerror or error}); "
             "choose a folder that you may write to and that has space left"
         ) from error
-    return root
 
 
 def _found(root: Path, note: dict) -> bool:
@@ -210,7 +227,8 @@ def write_semiseg_phantoms(
         slices: how many for training and for testing. seed: another one gives other patients.
 
     Raises:
-        DataError: `root` holds something else, or an argument is out of range.
+        DataError: `root` holds something else or is the current folder, or an argument is out of
+            range.
         OutputError: `root` cannot be written, or the disk is full.
     """
     root = Path(root)
@@ -226,35 +244,19 @@ def write_semiseg_phantoms(
         "size": size,
         "slices": list(slices),
     }
-    try:
-        if _found(root, note):
-            return root
-        folder = root.with_name(f".{root.name}.{os.getpid()}.tmp")
-        try:
-            shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
-            number = 0
-            for split, part, count in zip(
-                ("Training", "Testing"), ("Train", "Test"), slices, strict=True
-            ):
-                home = folder / f"{split}Set" / f"MultiClassInfection-{part}"
-                for kind in ("Imgs", "GT"):
-                    (home / kind).mkdir(parents=True)
-                for _ in range(count):
-                    _write_semiseg_slice(home, number, size, seed)
-                    number += 1
-            text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
-            (folder / "phantoms.json").write_text(text + "\n")
-            if root.exists():
-                root.rmdir()  # it is empty
-            os.replace(folder, root)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"{root}: phantoms cannot be written ({error.strerror or error}); "
-            "choose a folder that you may write to and that has space left"
-        ) from error
+    _write_set(root, note, lambda folder: _fill_semiseg(folder, size, slices, seed))
     return root
+
+
+def _fill_semiseg(folder: Path, size: int, slices: tuple[int, int], seed: int) -> None:
+    number = 0
+    for split, part, count in zip(("Training", "Testing"), ("Train", "Test"), slices, strict=True):
+        home = folder / f"{split}Set" / f"MultiClassInfection-{part}"
+        for kind in ("Imgs", "GT"):
+            (home / kind).mkdir(parents=True)
+        for _ in range(count):
+            _write_semiseg_slice(home, number, size, seed)
+            number += 1
 
 
 def _write_semiseg_slice(home: Path, number: int, size: int, seed: int) -> None:

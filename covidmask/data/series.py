@@ -24,12 +24,17 @@ if TYPE_CHECKING:
 SAME_PLACE = 0.01  # mm: slices that are nearer to each other have the same position
 UNEVEN = 1.5  # times the usual distance of neighbours: more is a gap
 AXIAL = 0.8  # least cosine between the normal and the patient's long axis (37 degrees)
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # pictures of screens; also the classes below it
 HEADER_TAGS = (
+    "SOPClassUID",
     *("SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "ImageType"),
     *("Modality", "BurnedInAnnotation", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
+# the functional groups in which enhanced CT states them, and the tags
+POSITION = "PlanePositionSequence", "ImagePositionPatient"
+ORIENTATION = "PlaneOrientationSequence", "ImageOrientationPatient"
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ class Slice:
         index: frame (DICOM) or axial slice (NIfTI) in that file, from 0; None if it holds one.
         instance: DICOM's instance number, or the number of the frame.
         position: mm along the normal of the slices, rising to the head; None where unknown.
-        spacing: mm between rows and between columns; None where unknown.
+        spacing: mm between rows and between columns, as read; None where unknown.
         reverse: rows run to the front, columns to the patient's right: reading reverses them.
+        transpose: in the file, rows run to a side: reading swaps the axes, and then reverses.
     """
 
     path: Path
@@ -51,6 +57,7 @@ class Slice:
     position: float | None = None
     spacing: tuple[float, float] | None = None
     reverse: tuple[bool, bool] = (False, False)
+    transpose: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,18 +142,24 @@ def ordered(frames: Sequence[Frame], source: str) -> tuple[list[Slice], list[str
                 f"{source}: positions are missing; slices are in the order of their instance "
                 "numbers, which may run from head to feet."
             )
-    order = sorted(range(len(single)), key=lambda i: (places[i], single[i].slice.instance or 0))
-    kept: list[int] = []
-    for i in order:
-        if not (placed and kept and places[i] - places[kept[-1]] < SAME_PLACE):
-            kept.append(i)
-    if len(kept) < len(order):
+    groups: list[list[int]] = []  # of slices in one place
+    for i in sorted(range(len(single)), key=places.__getitem__):
+        if placed and groups and places[i] - places[groups[-1][0]] < SAME_PLACE:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    kept = [min(group, key=lambda i: _instance(single[i])) for group in groups]
+    if len(kept) < len(single):
         notes.append(
-            f"{source}: {len(order) - len(kept)} slices left out that lie where another one does "
+            f"{source}: {len(single) - len(kept)} slices left out that lie where another one does "
             "(a second acquisition?); the one with the lowest instance number stays."
         )
     notes += _gaps([places[i] for i in kept], "mm" if placed else "instance numbers", source)
     return [replace(single[i].slice, position=places[i] if placed else None) for i in kept], notes
+
+
+def _instance(frame: Frame) -> float:
+    return float("inf") if frame.slice.instance is None else frame.slice.instance
 
 
 def _gaps(places: Sequence[float], unit: str, source: str) -> list[str]:
@@ -179,19 +192,31 @@ def _reason_to_leave_out(header: Dataset) -> str:
         return "colour"
     if header.get("BurnedInAnnotation") == "YES":
         return "burned-in text, which may name the patient"
+    # few of these say that there is text in the pixels
+    meta = getattr(header, "file_meta", {})
+    kind = str(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
+    captured = kind == SECONDARY_CAPTURE or kind.startswith(f"{SECONDARY_CAPTURE}.")
+    oriented = _numbers(frame_value(header, 0, *ORIENTATION), 6) is not None
+    if "SCREEN SAVE" in image_type.upper() or (captured and not oriented):
+        return "screen capture, which may name the patient"
     return ""
 
 
 def _frame(path: Path, header: Dataset, k: int, count: int, without_series: Path) -> Frame:
-    corner = _numbers(frame_value(header, k, "PlanePositionSequence", "ImagePositionPatient"), 3)
+    # one position for all frames would make them acquisitions of one slice
+    position = frame_value(header, k, *POSITION, plain=count == 1)
     spacing = _numbers(frame_value(header, k, "PixelMeasuresSequence", "PixelSpacing"), 2)
-    orientation = "PlaneOrientationSequence", "ImageOrientationPatient"
-    plane = _numbers(frame_value(header, k, *orientation), 6)
-    normal, reverse = None, (False, False)
+    plane = _numbers(frame_value(header, k, *ORIENTATION), 6)
+    normal, reverse, transpose = None, (False, False), False
     if plane is not None:
         normal = np.cross(plane[:3], plane[3:])
         normal = normal * (-1 if normal[2] < 0 else 1)
-        reverse = bool(plane[4] < 0), bool(plane[0] < 0)
+        across, down = plane[:3], plane[3:]  # the ways along a row and along a column
+        transpose = bool(abs(across[1]) > abs(across[0]))
+        if transpose:
+            across, down = down, across
+            spacing = None if spacing is None else spacing[::-1]
+        reverse = bool(down[1] < 0), bool(across[0] < 0)
     size = int(header.Rows), int(header.Columns)
     index = k if count > 1 else None
     instance = k + 1 if count > 1 else header.get("InstanceNumber")
@@ -203,6 +228,7 @@ def _frame(path: Path, header: Dataset, k: int, count: int, without_series: Path
             None if instance is None else int(instance),
             spacing=None if spacing is None else tuple(spacing.tolist()),
             reverse=reverse,
+            transpose=transpose,
         ),
         series=(
             str(header.get("SeriesInstanceUID") or without_series),
@@ -214,7 +240,7 @@ def _frame(path: Path, header: Dataset, k: int, count: int, without_series: Path
         identity=(str(header.get("SOPInstanceUID") or path), k),
         size=size,
         normal=normal,
-        corner=corner,
+        corner=_numbers(position, 3),
     )
 
 

@@ -50,11 +50,12 @@ def find_scans(
     folder, searched with the folders in it, may hold one series, or `series` says which of them.
     A series is the files of one series identifier, size and orientation; a file of many frames is
     one, too. Left out are localizers, planes other than axial, other modalities, colour, burned-in
-    text, and whatever is no image. See `series.ordered` for the order.
+    text, screen captures, and whatever is no image. See `series.ordered` for the order.
 
     Args:
         paths: pictures, DICOM files, NIfTI files, and folders of them.
-        series: number of the series in a folder that holds several, from 1.
+        series: number of the series in a folder that holds several, from 1. Of files that are
+            named one by one, every series is taken all the same, and a note says so.
 
     Returns:
         The scans, pictures first, and sentences about what was left out, copies and gaps.
@@ -95,6 +96,8 @@ def find_scans(
             else:
                 frames += found
         parts = split_series(frames)
+        if parts and series is not None and not is_folder:
+            notes.append(f"{source}: --series is for folders; each series of these files is taken.")
         for part in _chosen(parts, series, source) if is_folder else parts:
             slices, remarks = ordered(part, source)
             volumes.append((source, slices))
@@ -183,6 +186,7 @@ def read_slices(
         else:
             image = read_dicom(each.path, window, each.index)
         check_size(image.shape[1], image.shape[0], each.path)
+        image = image.T if each.transpose else image
         rows, columns = (-1 if reverse else 1 for reverse in each.reverse)
         yield np.ascontiguousarray(image[::rows, ::columns])
 

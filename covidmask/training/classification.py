@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, TensorDataset
 from covidmask.config import IMAGE_CLASSES, TrainingConfig
 from covidmask.metrics.classification import confusion, report
 from covidmask.models.classifier import ClassificationModule, CovidCTMaskNet, set_regime
-from covidmask.training.loop import fit, make_fabric, plain
-from covidmask.training.ranked_cache import cache_ranked_boxes, digest
+from covidmask.training.loop import digest, fit, make_fabric, plain
+from covidmask.training.ranked_cache import cache_ranked_boxes
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ def fit(
         losses: (model, items) -> named losses; their sum is minimised.
         names: the name of each item, for the message when a loss is not finite.
         checkpoint: file to write after every epoch, and to go on from when it is there.
-        run: settings that a resumed run must share, besides `training`, seed and data.
+        run: settings that a resumed run must share, besides `training`, seed, names of the data
+            and the weights of `model` before the first step.
         after_epoch: values to add to the last step of an epoch, such as a validation metric.
         best: name of a value of `after_epoch`; the weights with the highest one are kept. Not
             together with `training.average`, whose weights `after_epoch` does not see.
@@ -140,6 +141,8 @@ def fit(
     model.to(memory_format=torch.channels_last)  # same numbers but for rounding; faster
     optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
     wrapped, optimizer = fabric.setup(model, optimizer)
+    run["weights at the start"] = digest(model)  # now the same in all processes
+    precision = fabric.strategy.precision  # with 16-mixed it adapts the scale of the loss
     history: list[dict[str, float]] = []
     best_value, best_weights = -math.inf, None
     average = None
@@ -149,6 +152,7 @@ def fit(
         state = load_checkpoint(checkpoint, run)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        precision.load_state_dict(state["precision"])
         history = state["history"]
         best_value, best_weights = state["best_value"], state["best_weights"]
         if average is not None:
@@ -219,6 +223,7 @@ def fit(
                             "run": run,
                             "model": model.state_dict(),
                             "optimizer": optimizer.state_dict(),
+                            "precision": precision.state_dict(),
                             "history": history,
                             "best_value": best_value,
                             "best_weights": best_weights,
@@ -226,13 +231,21 @@ def fit(
                         },
                     )
             fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
-    if best_weights is not None:
+    if best is not None and best_weights is not None:  # those of a checkpoint may be unwanted
         model.load_state_dict(best_weights)
     if average is not None:
         model.load_state_dict(average)
         _share_buffers(model, world)
     model.eval()
     return history
+
+
+def digest(module: nn.Module) -> str:
+    """A short hash of all weights and buffers."""
+    total = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:12]
 
 
 def epoch_batches(n: int, size: int, epoch: int, seed: int) -> list[list[int]]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import covidmask
+from covidmask.errors import OutputError, TrainingError
 from covidmask.files import atomic_path, check_writable
 from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.inference import for_inference
-from covidmask.training.loop import gather, make_fabric, share
+from covidmask.training.loop import digest, gather, make_fabric, share
 
 
 @torch.no_grad()
@@ -44,12 +46,13 @@ def cache_ranked_boxes(
 
     Raises:
         OutputError: `folder` cannot be written.
+        TrainingError: a box holds NaN.
     """
     fabric = fabric or make_fabric()
     shape = (len(dataset), model.config.n_boxes, 5)
     path = None if folder is None else Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
-    if path is not None and (found := _read(path, shape)) is not None:
-        return found
+    if path is not None and fabric.broadcast(_read(path, shape) is not None):  # the first decides
+        return _kept(path, shape)
     indices = share(len(dataset), fabric)
     started = None
     if path is None:
@@ -60,7 +63,7 @@ def cache_ranked_boxes(
         started = path.with_name(part)
         rows = _open_part(started, (len(indices), *shape[1:]))
     fast = for_inference(model.to(fabric.device).eval())
-    todo = torch.where(rows[:, 0, 0].isnan())[0].tolist()
+    todo = _incomplete(rows)
     hidden = not (progress and fabric.global_rank == 0)
     done = len(indices) - len(todo)
     with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
@@ -71,20 +74,22 @@ def cache_ranked_boxes(
                 rows[places] = fast.ranked_boxes(images).cpu()
             bar.update(len(images))
     whole = gather(rows, len(dataset), fabric)
-    if path is not None:
-        if fabric.global_rank == 0:
-            with atomic_path(path) as temporary:
-                np.save(temporary, whole.numpy())
-        started.unlink(missing_ok=True)
-    return whole
-
-
-def digest(module: nn.Module) -> str:
-    """A short hash of all weights and buffers."""
-    total = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:12]
+    if bad := _incomplete(whole):
+        names = getattr(dataset, "names", range(len(dataset)))
+        raise TrainingError(
+            f"slice {names[bad[0]]}: the detector gives boxes that are not numbers, here and on "
+            f"{len(bad) - 1} other slices; look at these slices and at the detector's weights"
+        )
+    if path is None:
+        return whole
+    if fabric.global_rank == 0:
+        with atomic_path(path) as temporary:
+            np.save(temporary, whole.numpy())
+    del rows, whole  # Windows removes no file that is mapped
+    with suppress(OSError):
+        started.unlink()
+    fabric.barrier()  # now the file is there for all
+    return _kept(path, shape)
 
 
 def _key(model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric) -> str:
@@ -102,13 +107,29 @@ def _key(model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric) -> str:
     return total.hexdigest()[:16]
 
 
+def _incomplete(rows: Tensor) -> list[int]:
+    """The slices of which a number is missing."""
+    return torch.where(rows.flatten(1).isnan().any(1))[0].tolist()
+
+
+def _kept(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The rows in a file that the first process has found or written."""
+    if (rows := _read(path, shape)) is None:
+        raise OutputError(
+            f"{path}: cannot be read back; name a folder that all processes share, with space left"
+        )
+    return rows
+
+
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The rows in `path`; None where there is no such file or it is damaged."""
+    """The rows in `path`; None where there is no such file, it is damaged or not complete."""
     try:
         rows = np.load(path, mmap_mode="c")  # mapped; torch wants memory that may be written to
     except (OSError, ValueError, EOFError):
         return None
-    return torch.from_numpy(rows) if rows.shape == shape and rows.dtype == np.float32 else None
+    if rows.shape != shape or rows.dtype != np.float32 or np.isnan(rows.min(initial=0)):
+        return None
+    return torch.from_numpy(rows)
 
 
 def _open_part(path: Path, shape: tuple[int, ...]) -> Tensor:

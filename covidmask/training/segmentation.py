@@ -74,12 +74,24 @@ def train_segmenter(
         names=dataset.names,
         seed=seed,
         checkpoint=checkpoint,
-        run={"segmenter": plain(asdict(model.config))},
+        run={"segmenter": plain(asdict(model.config)), **_item_settings(dataset)},
         workers=workers,
         memory=memory,
         progress=progress,
         title=title,
     )
+
+
+def _item_settings(dataset: Dataset) -> dict[str, Any]:
+    """What decides the items besides their names; None where a data set does not say."""
+    augment, lesions = None, dataset
+    if isinstance(dataset, Augmented):
+        augment, lesions = asdict(dataset.config) | {"seed": dataset.seed}, dataset.dataset
+    return {
+        "augment": augment,
+        "lesions": getattr(lesions, "lesions", None),
+        "min_area": getattr(lesions, "min_area", None) if augment is None else augment["min_area"],
+    }
 
 
 def pretrain_segmenter(

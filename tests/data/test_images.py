@@ -57,6 +57,16 @@ def test_integers_are_scaled_by_their_depth(tmp_path, array, divisor):
     np.testing.assert_allclose(image, array / divisor, atol=1e-7)
 
 
+def test_a_tiff_in_which_0_is_white(tmp_path):
+    path = tmp_path / "slice.tif"
+    Image.fromarray(GREY * 100).save(path, tiffinfo={262: 0})
+    np.testing.assert_allclose(read_image(path), 1 - GREY * 100 / 65535, atol=1e-7)
+    Image.fromarray(GREY.astype(np.uint8)).save(path, tiffinfo={262: 0})
+    with Image.open(path) as picture:  # of 8 bits, Pillow inverts what it writes and reads
+        assert picture.tag_v2[262] == 0
+    np.testing.assert_allclose(read_image(path), GREY.astype(np.uint8) / 255, atol=1e-7)
+
+
 def test_16_bit_png(tmp_path):
     path = tmp_path / "slice.png"
     Image.fromarray(GREY * 100).save(path)

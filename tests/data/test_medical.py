@@ -56,12 +56,32 @@ def test_rescale_defaults_to_stored_values(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "tags, slope, intercept",
+    [
+        ({"RescaleSlope": 2}, 2, 0),
+        ({"RescaleIntercept": -1000}, 1, -1000),
+        ({"RescaleSlope": 2, "RescaleIntercept": None}, 2, 0),
+        ({"RescaleSlope": None, "RescaleIntercept": -1000}, 1, -1000),
+        ({"RescaleSlope": None, "RescaleIntercept": None}, 1, 0),
+    ],
+)
+def test_a_rescale_tag_that_is_absent_or_empty_has_its_default(tmp_path, tags, slope, intercept):
+    path = write_dicom(tmp_path / "a.dcm", HU, **tags)
+    expected = hounsfield_to_unit(slope * HU.astype(float) + intercept, WINDOW)
+    np.testing.assert_allclose(read_dicom(path, WINDOW), expected, atol=1e-6)
+
+
 def test_monochrome1_is_inverted_only_without_hounsfield_units(tmp_path):
     tag = {"PhotometricInterpretation": "MONOCHROME1"}
     raw = read_dicom(write_dicom(tmp_path / "raw.dcm", HU, **tag), WINDOW)
     np.testing.assert_allclose(raw, 1 - hounsfield_to_unit(HU, WINDOW), atol=1e-6)
-    hu = write_dicom(tmp_path / "hu.dcm", HU, RescaleSlope=1, RescaleIntercept=0, **tag)
-    np.testing.assert_allclose(read_dicom(hu, WINDOW), hounsfield_to_unit(HU, WINDOW), atol=1e-6)
+    for rescale in ({"RescaleSlope": 1, "RescaleIntercept": 0}, {"RescaleIntercept": 0}):
+        hu = read_dicom(write_dicom(tmp_path / "hu.dcm", HU, **rescale, **tag), WINDOW)
+        np.testing.assert_allclose(hu, hounsfield_to_unit(HU, WINDOW), atol=1e-6)
+    empty = {"RescaleSlope": None, "RescaleIntercept": None}
+    plain = read_dicom(write_dicom(tmp_path / "empty.dcm", HU, **empty, **tag), WINDOW)
+    np.testing.assert_array_equal(plain, raw)
 
 
 def test_run_length_encoding_needs_no_plug_in(tmp_path):
@@ -93,6 +113,13 @@ def test_bad_dicom(tmp_path, tags, problem):
     with pytest.raises(DataError, match=problem) as caught:
         read_dicom(path, WINDOW)
     assert "bad.dcm" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The number of bytes of pixel data")
+def test_frames_that_no_tag_states(tmp_path):
+    path = write_dicom(tmp_path / "two.dcm", HU, PixelData=HU.tobytes() * 2)
+    with pytest.raises(DataError, match=r"two.dcm: the pixels have shape \(2, 16, 20\)"):
+        read_dicom(path, WINDOW)
 
 
 def test_dicom_cut_short(tmp_path):

@@ -86,3 +86,21 @@ def test_workers_and_pickle():
     assert torch.equal(copied[5][0], memory[5][0]) and copied.names == memory.names
     with pytest.raises(AttributeError):
         memory.nothing_of_this_name  # noqa: B018
+
+
+def test_spawned_workers_share_the_memory():
+    memory = InMemory(TinyLesions(3), progress=False)
+    tensors = [value for value in vars(memory).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.nbytes for tensor in tensors) == memory.nbytes  # one holds all of it
+    loader = DataLoader(memory, 3, num_workers=1, collate_fn=list, multiprocessing_context="spawn")
+    ((*found,),) = loader
+    assert all(tensor.is_shared() for tensor in tensors)
+    for (image, target), (wanted_image, wanted) in zip(found, memory.dataset, strict=False):
+        assert torch.equal(image, wanted_image)
+        assert torch.equal(target["masks"], wanted["masks"])
+
+
+def test_a_budget_for_nothing():
+    memory = InMemory(Counting(2), budget=0, progress=False)
+    assert memory.kept == memory.nbytes == 0
+    assert torch.equal(memory[1][0], memory.images[1])

@@ -323,6 +323,53 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch, number):
     assert list(tmp_path.iterdir()) == []
 
 
+def semiseg(root):
+    return phantom_sets.write_semiseg_phantoms(root, 64, (1, 1))
+
+
+@pytest.mark.parametrize("name", ["_fill", "_fill_semiseg"])
+def test_another_process_may_be_faster(tmp_path, monkeypatch, name):
+    """It finishes the same set while this one draws: nothing is wrong, and nothing is left."""
+    root, fill = tmp_path / "set", getattr(phantom_sets, name)
+
+    def write():
+        return semiseg(root) if name == "_fill_semiseg" else write_phantoms(root, SMALL, 0, 1)
+
+    def slower(*arguments):
+        fill(*arguments)
+        monkeypatch.undo()
+        monkeypatch.setattr(phantom_sets.os, "getpid", lambda: 0)
+        assert write() == root
+        monkeypatch.undo()
+
+    monkeypatch.setattr(phantom_sets, name, slower)
+    assert write() == root
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_another_process_may_write_another_set(tmp_path, monkeypatch):
+    def other(folder, *_):
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "phantoms.json").write_text("{}")
+
+    monkeypatch.setattr(phantom_sets, "_fill", other)
+    with pytest.raises(DataError, match="other settings"):
+        write_phantoms(tmp_path / "set", SMALL, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("write", [lambda root: write_phantoms(root, SMALL, 0, 1), semiseg])
+def test_the_current_folder_is_refused_unless_it_is_the_set(tmp_path, monkeypatch, write):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(DataError, match=r"\.: is the current folder.*name a folder in it"):
+        write(".")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+    write("set/../set")
+    monkeypatch.chdir("set")
+    assert write(".") == Path(".")
+
+
 @pytest.mark.parametrize(
     ("config", "seed"),
     [

@@ -57,6 +57,12 @@ def test_both_kinds_of_lines(tmp_path):
     assert read_split(path) == entries
 
 
+def test_a_list_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "list.txt").write_text("NCP_1_2_0003.png 2 9 94 512 405\n", encoding="utf-8-sig")
+    entry = SliceEntry("NCP_1_2_0003.png", 2, (9, 94, 512, 405))
+    assert read_split(tmp_path / "list.txt") == [entry]
+
+
 @pytest.mark.parametrize(
     "content, problem",
     [

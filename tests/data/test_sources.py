@@ -294,8 +294,15 @@ def test_archives_of_every_kind(suffix, tmp_path, out):
     assert tree(out) == ["flat/1.png", "flat/2.png"] and (out / "flat/2.png").read_bytes() == b"two"
 
 
+def test_a_zip_whose_paths_have_backslashes(tmp_path, out):
+    path = write_zip(tmp_path / "x.zip", {"a\\": b"", "a\\b\\1.png": b"one"})
+    assert extract(path, out, everything) == ["a/b/1.png"]
+    assert (out / "a" / "b" / "1.png").read_bytes() == b"one"
+
+
 LINK, FIFO = stat.S_IFLNK | 0o777, stat.S_IFIFO | 0o644
 EVIL = ["../evil", "a/../../evil", "{top}/evil", "..\\evil", "C:\\evil", "C:evil", "\\evil"]
+EVIL += ["a\\..\\..\\evil", "\\\\host\\evil"]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

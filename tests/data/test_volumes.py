@@ -93,6 +93,15 @@ def test_a_second_acquisition_and_copies_are_left_out(tmp_path):
     assert "1 copies of other slices" in notes and "2 slices left out that lie where" in notes
 
 
+def test_of_slices_nearly_in_one_place_the_lowest_instance_number_stays(tmp_path):
+    for k, (place, instance) in enumerate([(0, 9), (0.005, 1), (5, None), (5.005, 2), (10, 3)]):
+        tags = {"ImagePositionPatient": [0, 0, place], "InstanceNumber": instance}
+        write_slice(tmp_path / f"{k}.dcm", chest(k), **tags)
+    scan, notes = only(tmp_path)
+    assert marks(scan) == [1, 3, 4] and [each.instance for each in scan.slices] == [1, 2, 3]
+    assert "2 slices left out that lie where" in notes
+
+
 def test_gaps_are_reported(tmp_path):
     write_series(tmp_path, 7)
     for path in tmp_path.iterdir():
@@ -129,8 +138,11 @@ def test_two_series_in_a_folder_need_a_choice(tmp_path):
     with pytest.raises(DataError, match="no series 2"):
         find_scans([tmp_path / "a"], series=2)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    scans, _ = find_scans(files)  # files named one by one: all of them
+    scans, notes = find_scans(files)  # files named one by one: all of them
     assert [(scan.name, len(scan.slices)) for scan in scans] == [("volume 1", 5), ("volume 2", 3)]
+    assert not notes
+    again, notes = find_scans(files, series=2)
+    assert again == scans and "the files named: --series is for folders" in " ".join(notes)
 
 
 def test_sizes_of_one_series_are_parted(tmp_path):
@@ -184,6 +196,32 @@ def test_what_is_no_axial_ct_is_left_out(tmp_path):
     for name in ("scout", "coronal", "mr"):
         with pytest.raises(DataError, match=f"{name}: holds no axial CT slice; left out: "):
             find_scans([tmp_path / name])
+
+
+CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]},
+        {"SOPClassUID": CAPTURE, "drop": ["ImageOrientationPatient"]},
+        {"SOPClassUID": f"{CAPTURE}.3", "ImageOrientationPatient": None, "NumberOfFrames": 1},
+    ],
+)
+def test_screen_captures_are_left_out(tags, tmp_path):
+    write_series(tmp_path, 3)
+    write_slice(tmp_path / "capture", chest(9), **tags)
+    scan, notes = only(tmp_path)
+    assert len(scan.slices) == 3
+    assert "left out: screen capture, which may name the patient (1)." in notes
+
+
+@pytest.mark.parametrize("kind", [CAPTURE, f"{CAPTURE}7.1"])
+def test_what_is_like_a_screen_capture_is_read(kind, tmp_path):
+    drop = ["ImageOrientationPatient"] * (kind != CAPTURE)
+    scan, notes = only(write_series(tmp_path, 3, SOPClassUID=kind, drop=drop))
+    assert len(scan.slices) == 3 and "left out" not in notes
 
 
 def test_folder_without_an_image(tmp_path):
@@ -246,6 +284,32 @@ def test_a_prone_patient_is_turned(tmp_path):
     np.testing.assert_allclose(image, expected(3), atol=1e-6)
 
 
+@pytest.mark.parametrize("angle", [0, 30])  # degrees in the plane; both keep the nearest axes
+@pytest.mark.parametrize("down", [1, -1])
+@pytest.mark.parametrize("across", [1, -1])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_slice_turned_in_its_plane(transposed, across, down, angle, tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
+    sine, cosine = np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))
+    stored = chest(3)[:48][::down, ::across]
+    ways = [across * np.array([cosine, sine, 0]), down * np.array([-sine, cosine, 0])]
+    if transposed:
+        stored, ways = stored.T, ways[::-1]
+    stored = np.ascontiguousarray(stored)
+    plane = np.round(np.concatenate(ways), 8).tolist()
+    path = write_slice(tmp_path / "a.dcm", stored, ImageOrientationPatient=plane)
+    scan, _ = only(path)
+    (image,) = read_slices(scan.slices)
+    np.testing.assert_allclose(image, expected(3)[:48], atol=1e-6)
+    assert scan.slices[0].spacing == ((0.5, 0.75) if transposed else (0.75, 0.5))
+    affine = np.eye(4)  # in which x and y run the other way
+    affine[:2, :2] = -np.stack([0.5 * ways[0], 0.75 * ways[1]], axis=1)[:2]
+    nibabel.save(nibabel.Nifti1Image(stored.T[..., None], affine), tmp_path / "a.nii")
+    nifti, _ = only(tmp_path / "a.nii")
+    np.testing.assert_allclose(next(read_slices(nifti.slices)), image, atol=1e-6)
+    assert nifti.slices[0].spacing == pytest.approx(scan.slices[0].spacing, abs=1e-6)
+
+
 def test_dicom_and_nifti_of_one_scan_give_the_same_slices(tmp_path):
     nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
     dicom, _ = only(write_series(tmp_path / "dicom", 4))
@@ -305,6 +369,15 @@ def test_frames_without_positions_keep_their_order(tmp_path):
     write_slice(tmp_path / "scan.dcm", pixels, NumberOfFrames=3)
     scan, notes = only(tmp_path)
     assert marks(scan) == [1, 0, 2] and "positions are missing" in notes
+
+
+def test_one_position_for_all_frames_is_none(tmp_path):
+    pixels = np.stack([chest(k)[::-1] for k in (1, 0, 2)])
+    tags = {"ImagePositionPatient": [0, 0, 7], "ImageOrientationPatient": [1, 0, 0, 0, -1, 0]}
+    write_slice(tmp_path / "scan.dcm", pixels, NumberOfFrames=3, **tags)
+    scan, notes = only(tmp_path)
+    assert marks(scan) == [1, 0, 2]  # turned: one orientation does hold for all
+    assert "positions are missing" in notes and "left out" not in notes
 
 
 # ---- damage ---------------------------------------------------------------------------------

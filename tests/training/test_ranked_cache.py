@@ -1,6 +1,7 @@
 """Ranked boxes are kept in a file: the right one, whole, and found again."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
 from torch.utils.data import Dataset
 
-from covidmask.errors import OutputError
+from covidmask.errors import OutputError, TrainingError
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.training.loop import make_fabric
@@ -130,9 +131,68 @@ def test_a_killed_run_goes_on(model, dataset, folder):
     assert len(list(folder.iterdir())) == 1
 
 
+def test_a_half_written_slice_is_ranked_again(model, dataset, folder):
+    expected = rank(model, dataset)
+    dataset.fails_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        rank(model, dataset, folder)
+    (part,) = folder.iterdir()
+    np.lib.format.open_memmap(part, mode="r+")[1, 7:] = np.nan  # its first boxes are there
+    dataset.fails_at = None
+    dataset.reads.clear()
+    rows = rank(model, dataset, folder)
+    assert dataset.reads == [1, 4, 5]
+    torch.testing.assert_close(rows, expected)
+
+
+def test_a_finished_file_with_a_gap_is_computed_again(model, dataset, folder):
+    rows = rank(model, dataset, folder).clone()
+    (path,) = folder.iterdir()
+    np.lib.format.open_memmap(path, mode="r+")[3, -1] = np.nan
+    assert torch.equal(rank(model, dataset, folder), rows)
+
+
+def test_boxes_that_are_no_numbers_name_the_slice(model, dataset, folder, monkeypatch):
+    ranked = CovidCTMaskNet.ranked_boxes
+    monkeypatch.setattr(
+        CovidCTMaskNet, "ranked_boxes", lambda *arguments: ranked(*arguments) * torch.nan
+    )
+    for place in (None, folder):
+        with pytest.raises(TrainingError, match="phantom_0.png.*5 other slices; look at"):
+            rank(model, dataset, place)
+    assert not list(folder.glob("ranked-*"))
+
+
+def test_the_part_is_removed_when_it_is_no_longer_mapped(model, dataset, folder, monkeypatch):
+    """As Windows wants it; where the part cannot be removed, the boxes are there all the same."""
+    mapped = []
+
+    def unlink(path, **_):
+        mapped.append(path.name in Path("/proc/self/maps").read_text())
+        raise PermissionError(path)
+
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs Linux to see what is mapped")
+    with monkeypatch.context() as patched:
+        patched.setattr("covidmask.training.ranked_cache.check_writable", lambda path: path.mkdir())
+        patched.setattr(Path, "unlink", unlink)
+        rows = rank(model, dataset, folder)
+    assert mapped == [False]
+    assert torch.equal(rows, rank(model, dataset, folder))
+
+
+def test_the_first_process_decides_whether_boxes_are_there(model, dataset, folder, monkeypatch):
+    rank(model, dataset, folder)
+    fabric = make_fabric(device="cpu")
+    monkeypatch.setattr(fabric, "broadcast", lambda found: False)  # it looked a moment earlier
+    dataset.reads.clear()
+    rank(model, dataset, folder, fabric=fabric)
+    assert len(dataset.reads) == 6
+
+
 @pytest.mark.parametrize("damage", [b"", b"no array", None], ids=["empty", "text", "cut"])
 def test_a_damaged_file_is_computed_again(model, dataset, folder, damage):
-    rows = rank(model, dataset, folder)
+    rows = rank(model, dataset, folder).clone()  # not mapped
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)

@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
+from covidmask.config import AugmentConfig
+from covidmask.data.augmentation import Augmented
+from covidmask.data.lesions import LesionDataset
+from covidmask.data.phantoms import make_slice
 from covidmask.errors import CheckpointError, DataError, OutputError, TrainingError
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
@@ -130,15 +135,11 @@ def test_average_of_the_weights(tiny_lesions, tmp_path, monkeypatch):
     assert not equal(averaged, states[2])
 
     checkpoint = tmp_path / "run.ckpt"
-    save = loop.save_checkpoint
 
-    def interrupted(path, state):
-        save(path, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "save_checkpoint", interrupted)
+    def train():
         train_segmenter(segmenter(), tiny_lesions, training, checkpoint=checkpoint, progress=False)
+
+    stop_after_an_epoch(monkeypatch, train)
     model = segmenter()
     train_segmenter(model, tiny_lesions, training, checkpoint=checkpoint, progress=False)
     assert equal(model.state_dict(), averaged)
@@ -241,11 +242,106 @@ def test_classifier_does_not_go_on_with_another_segmenter(tiny_slices, tmp_path)
 
 
 def test_finished_checkpoint_gives_the_finished_model(tiny_lesions, tmp_path):
-    path, first, second = tmp_path / "run.ckpt", segmenter(), segmenter(3)
+    path, first, second = tmp_path / "run.ckpt", segmenter(), segmenter()
     training = tiny_training(epochs=1)
     one = train_segmenter(first, tiny_lesions, training, checkpoint=path, progress=False)
     two = train_segmenter(second, tiny_lesions, training, checkpoint=path, progress=False)
     assert one == two and equal(first.state_dict(), second.state_dict())
+    assert not equal(first.state_dict(), segmenter().state_dict())
+
+
+def test_a_run_from_other_weights_is_another_run(tiny_lesions, tmp_path):
+    """Such as one without the pre-training that the killed one had."""
+    path, training = tmp_path / "run.ckpt", tiny_training(epochs=1)
+    train_segmenter(segmenter(), tiny_lesions, training, checkpoint=path, progress=False)
+    with pytest.raises(CheckpointError, match="another run.*weights at the start was"):
+        train_segmenter(segmenter(3), tiny_lesions, training, checkpoint=path, progress=False)
+
+
+class Readable(LesionDataset):
+    """Four phantoms of 64 pixels."""
+
+    names = patients = list("abcd")
+
+    def read(self, index):
+        return make_slice(index, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (Readable(min_area=9), "min_area was 1, is 9"),
+        (Readable("merged"), "lesions was 'both', is 'merged'"),
+        (Augmented(Readable(), AugmentConfig(64, 1, 1)), "augment was None, is"),
+    ],
+    ids=["min_area", "lesions", "augment"],
+)
+def test_a_run_on_other_items_is_another_run(other, problem, tmp_path):
+    path, training = tmp_path / "run.ckpt", tiny_training(epochs=1)
+    train_segmenter(segmenter(), Readable(), training, checkpoint=path, progress=False)
+    with pytest.raises(CheckpointError, match=problem):
+        train_segmenter(segmenter(), other, training, checkpoint=path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "seed"), [(AugmentConfig(64, 1, 2), 0), (AugmentConfig(64, 1, 1), 1)]
+)
+def test_a_run_on_other_copies_is_another_run(config, seed, tmp_path):
+    path, training = tmp_path / "run.ckpt", tiny_training(epochs=1)
+    first = Augmented(Readable(), AugmentConfig(64, 1, 1))
+    one, two = (
+        train_segmenter(segmenter(), first, training, checkpoint=path, progress=False)
+        for _ in range(2)
+    )
+    assert one == two
+    other = Augmented(Readable(), config, seed)
+    with pytest.raises(CheckpointError, match="another run.*augment was"):
+        train_segmenter(segmenter(), other, training, checkpoint=path, progress=False)
+
+
+def stop_after_an_epoch(monkeypatch, train):
+    save = loop.save_checkpoint
+
+    def interrupted(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "save_checkpoint", interrupted)
+        train()
+
+
+def test_without_validation_the_best_epoch_of_before_is_not_restored(
+    tiny_slices, tmp_path, monkeypatch
+):
+    def train(**options):
+        model = classifier()
+        options |= {"progress": False}
+        train_classifier(model, tiny_slices, "heads", tiny_training(epochs=3), **options)
+        return model.s.state_dict()
+
+    path = tmp_path / "run.ckpt"
+    validated = {"checkpoint": path, "validation": tiny_slices}
+    stop_after_an_epoch(monkeypatch, lambda: train(**validated))
+    assert equal(train(checkpoint=path), train())
+
+
+def test_the_scale_of_the_loss_is_resumed(tiny_lesions, tmp_path, monkeypatch):
+    """As in 16-mixed, which a CPU does not offer: its scaler is put beside bf16."""
+
+    def train(checkpoint=None):
+        fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        fabric.strategy.precision.scaler = scaler
+        training = tiny_training(epochs=2)  # two steps an epoch
+        options = {"fabric": fabric, "checkpoint": checkpoint, "progress": False}
+        train_segmenter(segmenter(), tiny_lesions, training, **options)
+        return scaler.state_dict()
+
+    path = tmp_path / "run.ckpt"
+    stop_after_an_epoch(monkeypatch, lambda: train(path))
+    state = train(path)
+    assert state == train() and state["scale"] == 128  # it grew after the third step
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "other"])
