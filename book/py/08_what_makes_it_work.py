@@ -911,6 +911,10 @@ all_rule = results["rule: best score and count"][0] / len(truth)
 print(f"rule: {all_rule:.1%} and {rule.score(features['test'], truth):.1%}")
 
 # %% [markdown]
+# With as many steps, $S$ suffers more. It has to find in the slices what the rule was given, the
+# two numbers that matter, and the rule has only a handful of weights to fit.
+
+# %% [markdown]
 # ````{solution-end}
 # ````
 
