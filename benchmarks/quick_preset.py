@@ -173,7 +173,8 @@ def markdown(result: dict) -> str:
         "slices as independent, which slices of one patient are not. For comparison, an intensity "
         f"threshold with connected components reaches a mask AP50 of "
         f"{result['threshold_detector']['mask_ap50']:.2f} (lesions of one class, its thresholds "
-        "chosen on the test slices), and logistic regression on the true GGO and C areas of a "
+        "chosen on the test slices; much of the consolidation, as bright as soft tissue, is out of "
+        "its reach), and logistic regression on the true GGO and C areas of a "
         f"slice an accuracy of {result['area_classifier_accuracy']:.2f}.",
         "",
         f"Command: `{result['command']}`; {result['hardware']}, {result['threads']} threads; "
