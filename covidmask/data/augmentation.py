@@ -25,11 +25,11 @@ class Augmented(Dataset):
 
     A copy is the slice squeezed to a square, turned by at most 20 degrees, scaled by 0.75 to 1.3,
     stretched by at most 16 % along one side, moved by at most 12 %, mirrored every other time, and
-    in half of the cases gently bent; its grey values are changed by gamma (0.7 to 1.4), contrast, brightness and, in
-    three cases of ten, noise. The mask moves along, and its instances are sought anew, because a
-    lesion that is cut by the border may become two. A share of the copies, `config.paste`, also
-    gets the lesions of another slice, moved and bent in their own way, as in Copy-Paste (Ghiasi
-    et al. 2021): the same lesion in other lungs.
+    in half of the cases gently bent; its grey values are changed by gamma (0.7 to 1.4), contrast,
+    brightness and, in three cases of ten, noise. The mask moves along, and its instances are sought
+    anew, because a lesion that is cut by the border may become two. A share of the copies,
+    `config.paste`, also gets the lesions of another slice, moved and bent in their own way, as in
+    Copy-Paste (Ghiasi et al. 2021): the same lesion in other lungs.
 
     Where the mask marks the lung (code 1, as phantoms do), the slice is first cropped to it with a
     random margin of at most 6 %, as the slices of COVID-SemiSeg are.
