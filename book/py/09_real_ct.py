@@ -593,10 +593,10 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   instances where lesions merge: a gap of a few pixels decides whether one or three are true. Even
 #   connected regions of the fused mask, which are made as the true ones are, do little better.
 # - **Small sets need many steps, too.** Twice the epochs find the infection a little better, by more
-#   than the error, and the instances as well. They do nothing for the names that the error does not
-#   cover. Forty slices are learned by random copies, and no copy is seen twice, so a model can go on
-#   for long before it knows its training slices by heart.
-# - **Phantoms do not help here.** None of the three intervals of the difference leaves zero out. A
+#   than the error, and the instances as well. What they add to GGO and consolidation is within the
+#   error. Forty slices are learned by random copies, and no copy is seen twice, so a model can go on
+#   for long before it knows its training slices by heart (the table has its Dice on them).
+# - **Phantoms do not help here.** None of the three intervals of the last column leaves zero out. A
 #   phantom is no substitute for a real slice: steps on random copies of the real ones are worth as
 #   much. `--no-pretraining --epochs 25` skips the phantoms and takes about as many steps as the preset.
 #
