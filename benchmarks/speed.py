@@ -127,7 +127,7 @@ def measure(bench: Bench, root: Path, results: Results) -> None:
                 lambda name=name, step=step: heads_only(name, slices, bench, step["baseline"]),
             )
         if exact:
-            repeats = scale.repeats if cuda else scale.slowest if large else scale.slow
+            repeats = scale.slowest if large else scale.slow  # the baseline takes a minute or more
             part("ap", lambda name=name, repeats=repeats: ap(name, lesions, bench, repeats))
             for regime in ("heads_bn", "full"):
                 for who, option in (("baseline", ["--baseline"]), ("ours", [])):

@@ -1,4 +1,4 @@
-"""Peak memory of one case, in a process of its own: `peak` starts this file."""
+"""Peak memory of one case; on a CPU in a process of its own, for which `peak` starts this file."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from covidmask.training.ranked_cache import cache_ranked_boxes
 
 def peak(options: list[str], bench: Bench) -> float:
     """Peak memory in MB of one case above what the imports and the model take."""
+    if bench.device.type == "cuda":  # torch counts what is in use, so no other process is needed
+        return measure_peak(parser().parse_args(options), bench)
     command = [sys.executable, __file__, "--device", bench.device.type, *options]
     if bench.scale is SMOKE:
         command.append("--smoke")
@@ -100,17 +102,22 @@ def resident(work: Callable[[], object]) -> float:
     return (highest - before) / 1e6
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options that say which case it is."""
+    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    result.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    result.add_argument("--smoke", action="store_true", help="toy sizes")
+    result.add_argument("--baseline", action="store_true", help="the released code's loop")
+    result.add_argument("--model", choices=list(MODELS), default=SMALL)
+    result.add_argument("--regime", default="heads_bn")
+    for name in ("--side", "--n-boxes", "--slices"):
+        result.add_argument(name, type=int)
+    return result
+
+
 def main() -> None:
     """Read the case from the command line and print its peak memory in MB."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes")
-    parser.add_argument("--baseline", action="store_true", help="the released code's loop")
-    parser.add_argument("--model", choices=list(MODELS), default=SMALL)
-    parser.add_argument("--regime", default="heads_bn")
-    for name in ("--side", "--n-boxes", "--slices"):
-        parser.add_argument(name, type=int)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     scale = SMOKE if arguments.smoke else FULL
     print(measure_peak(arguments, Bench(arguments.device, scale=scale)))
 

@@ -75,7 +75,8 @@ def batches(name: str, images: list[Tensor], labels: Tensor, bench: Bench) -> li
             torch.cuda.reset_peak_memory_stats()
             more = labels.repeat(times)
             step = bench.alternate(
-                {"ours": lambda: our_step(model, images * times, more, optimizer, bench)}  # noqa: B023
+                {"ours": lambda: our_step(model, images * times, more, optimizer, bench)},  # noqa: B023
+                bench.scale.slow,
             )["ours"]
         except torch.cuda.OutOfMemoryError:
             break

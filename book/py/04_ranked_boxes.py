@@ -83,6 +83,7 @@ from covidmask.models.weights import trained_classifier, trained_segmenter
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, all digits of float32 count
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 

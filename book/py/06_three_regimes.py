@@ -89,6 +89,7 @@ from covidmask.training.segmentation import evaluate_segmenter
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, all digits of float32 count
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"numpy {np.__version__}, Python {platform.python_version()}")
 
@@ -111,7 +112,7 @@ segmenter = trained_segmenter(PRESET, device)
 def fresh():
     """The classifier before its first step (Algorithm 1, line 2)."""
     torch.manual_seed(SEED)
-    return covid_ct_mask_net(segmenter, preset.classifier).to(device)
+    return covid_ct_mask_net(segmenter, preset.classifier)
 
 
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)

@@ -67,11 +67,14 @@ class CovidCTMaskNet(nn.Module):
 
 
 def covid_ct_mask_net(segmenter: GeneralizedRCNN, config: ClassifierConfig) -> CovidCTMaskNet:
-    """Put a fresh S on a copy of a trained segmenter, less its masks (Algorithm 1, line 2)."""
+    """Put a fresh S on a copy of a trained segmenter, less its masks (Algorithm 1, line 2).
+
+    The classifier lies on the segmenter's device.
+    """
     detector = copy.deepcopy(segmenter)
     heads = detector.roi_heads
     heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.semantic = None
-    return CovidCTMaskNet(detector, config)
+    return CovidCTMaskNet(detector, config).to(next(detector.parameters()).device)
 
 
 def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:

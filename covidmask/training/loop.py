@@ -305,7 +305,8 @@ def _share_buffers(model: nn.Module, world: int) -> None:
 
 def to_device(item: Any, device: torch.device) -> Any:
     if isinstance(item, Tensor):
-        return item.to(device, non_blocking=True)
+        # never so from a GPU: the CPU would read the copy before it is there
+        return item.to(device, non_blocking=device.type == "cuda")
     if isinstance(item, dict):
         return {key: to_device(value, device) for key, value in item.items()}
     if isinstance(item, (tuple, list)):
