@@ -56,11 +56,12 @@ unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/book -n 2 --dist loadscope \
 	  --cov --cov-report=term --cov-report=html
 
-# Executes each notebook once. Without a chapter, pytest's "no tests" is a failure, as it should be.
+# Executes each notebook once, on the CPU like all tests. Without a chapter, pytest's "no tests" is
+# a failure, as it should be.
 chapters: $(INSTALLED)
 	$(BIN)/covidmask phantoms --preset quick
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 \
-	  --durations=5 $(CHAPTERS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=1200 --durations=5 $(CHAPTERS)
 
 # The book from a clean folder with the committed outputs, warnings as errors; then a browser.
 pages: $(INSTALLED)

@@ -109,6 +109,8 @@ def test_right_names_are_the_most_that_names_can_win(benchmark):
             best, grey = (np.array(row["named"][name]) for name in ("by_truth", "by_grey"))
             assert (best >= np.array(network) - 1e-9).all()
             assert (best.mean(0) >= grey.mean(0)).all()
+            one, own = (np.array(row["named"][name]) for name in ("outlines", "outlines_own"))
+            assert (own.sum(1) >= one.sum(1) - 1e-9).all()  # the best limit is the best for both
 
 
 def test_with_and_without_phantoms_as_many_steps_and_twice_the_epochs(benchmark):
@@ -116,6 +118,12 @@ def test_with_and_without_phantoms_as_many_steps_and_twice_the_epochs(benchmark)
         assert whole["steps"] == 2 * short["steps"]
         total = RESULT["pretraining"]["steps"] + short["steps"]
         assert random["steps"] == pytest.approx(total, rel=0.05)
+
+
+def test_mean_of_the_models_is_on_the_same_slices(benchmark):
+    means, whole = (np.array(RESULT["averaged"]), benchmark.tables(RESULT["whole"]["folds"]))
+    assert means.shape == whole.shape
+    assert np.array_equal(means[:, :, 2:4], whole[:, :, 2:4])  # pixels of the truth, of the slice
 
 
 def test_results_name_their_origin_and_belong_to_the_preset():

@@ -100,12 +100,13 @@ def test_page_and_figures_show_the_file(speed_page):
 
 
 def test_chapter_and_readme_show_the_file(speed_page, result):
+    wanted = speed_page.readme_text(result, speed_page.load(ROOT, "cuda"))
     twin = (ROOT / "book" / "py" / "06_three_regimes.py").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for text, marks, content in (
         (twin, speed_page.TABLE_MARKS, speed_page.commented(speed_page.chapter_table(result))),
         (twin, speed_page.CODE_MARKS, speed_page.chapter_code(result)),
-        (readme, speed_page.README_MARKS, speed_page.readme_text(result)),
+        (readme, speed_page.README_MARKS, wanted),
     ):
         assert f"{marks[0]}\n{content}\n{marks[1]}\n" in text, (
             "run `python benchmarks/speed.py --page`, then `make notebooks`"
@@ -160,8 +161,20 @@ def test_page_without_a_gpu_and_with_one(speed_page):
     text = speed_page.page(made_up(), None)
     assert "Not measured" in text and f"    {speed_page.COMMANDS['cuda']}\n" in text
     text = speed_page.page(made_up(), made_up("cuda"))
-    assert "Not measured" not in text and "results/benchmarks-cuda.json" in text
+    assert "no GPU was at hand" not in text and "results/benchmarks-cuda.json" in text
     assert "heads + BN, step of 8, bfloat16" in text and "waits for slices" in text
+    assert "bfloat16, ResNet-50, is 4x and not 8x" in text and "Not measured:" not in text
+    stopped = made_up("cuda")
+    stopped["not_measured"] = "batches of ResNet-18"
+    for part in ("batches", "waiting", "heads_only"):
+        del stopped["bf16-mixed"][MODELS[0]][part]
+    text = speed_page.page(made_up(), stopped)
+    assert text.endswith("Not measured: batches of ResNet-18.\n")
+    assert text.count("| ResNet-18 cut 1 | float32 | 8 | 10 ms |") == 1
+    assert "| ResNet-18 cut 1 | bfloat16 | 8 |" not in text
+    readme = speed_page.readme_text(made_up(), made_up("cuda"))
+    assert "on a GPU (made up) it is less: heads 4x (ResNet-18) and 4x (ResNet-50)" in readme
+    assert "GPU" not in speed_page.readme_text(made_up(), None)
 
 
 def test_figures_are_pictures_that_say_what_they_show(speed_page):

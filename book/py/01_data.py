@@ -15,10 +15,10 @@
 # - check that no patient crosses from training to test, and show what happens when one does;
 # - say what a model can read off a slice label that has nothing to do with a disease.
 #
-# **You need** Python and some PyTorch. [Chapter 0](00_whole_path.ipynb) shows where the data go, but
-# this chapter runs alone. **Run time:** about 40 seconds on two CPU cores in the preset `quick` (the
-# first chapter that you run draws the phantoms once, which takes about a minute more); on a GPU
-# not measured.
+# **You need** Python and some PyTorch. [Chapter 0](00_whole_path.ipynb) shows where the data go,
+# but this chapter runs alone. **Run time:** about 40 seconds on two CPU cores in the preset `quick`
+# (the first chapter that you run draws the phantoms once, which takes about a minute more); 76
+# seconds on a GPU (H200) that other chapters used, too.
 #
 # ```{admonition} Synthetic data
 # :class: important

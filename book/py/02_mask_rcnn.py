@@ -15,9 +15,9 @@
 # - follow one lesion from an anchor to a box, a class and a mask;
 # - compute the five losses of Mask R-CNN, and say which part of the network each one teaches.
 #
-# **You need** basic PyTorch (convolutions, gradients) and, for the data, [chapter 1](01_data.ipynb).
-# The chapter runs alone. **Run time:** about 15 seconds on two CPU cores in the preset `quick`;
-# on a GPU not measured.
+# **You need** basic PyTorch (convolutions, gradients) and, for the data, [chapter
+# 1](01_data.ipynb). The chapter runs alone. **Run time:** about 15 seconds on two CPU cores in the
+# preset `quick`; 43 seconds on a GPU (H200) that other chapters used, too.
 #
 # ```{admonition} Synthetic data
 # :class: important

@@ -16,9 +16,10 @@
 # - put an interval and a baseline beside a result, and say which lesions are missed.
 #
 # **You need** the parts of Mask R-CNN from [chapter 2](02_mask_rcnn.ipynb), and the data of
-# [chapter 1](01_data.ipynb). The chapter runs without them. **Run time:** about 4 minutes on two CPU
-# cores in the preset `quick`, of which the training takes 3 (the first chapter that you run draws
-# the phantoms once, which takes about a minute more); on a GPU not measured.
+# [chapter 1](01_data.ipynb). The chapter runs without them. **Run time:** about 4 minutes on two
+# CPU cores in the preset `quick`, of which the training takes 3 (the first chapter that you run
+# draws the phantoms once, which takes about a minute more); 122 seconds on a GPU (H200) that other
+# chapters used, too.
 #
 # ```{admonition} Synthetic data
 # :class: important

@@ -16,9 +16,10 @@
 # - say what the vector leaves out;
 # - tell which weights of the detector a loss on the vector can reach.
 #
-# **You need** [chapter 2](02_mask_rcnn.ipynb) (proposals, RoIs, box head) and a look at
-# [chapter 3](03_segmenter.ipynb) (non-maximum suppression). The notebook runs alone. **Run time:**
-# about 20 seconds on two CPU cores in the preset `quick`; on a GPU not measured.
+# **You need** [chapter 2](02_mask_rcnn.ipynb) (proposals, RoIs, box head) and a look at [chapter
+# 3](03_segmenter.ipynb) (non-maximum suppression). The notebook runs alone. **Run time:** about 20
+# seconds on two CPU cores in the preset `quick`; 41 seconds on a GPU (H200) that other chapters
+# used, too.
 #
 # ```{admonition} Synthetic data
 # :class: important

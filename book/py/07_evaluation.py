@@ -18,7 +18,8 @@
 # **You need** [chapter 5](05_covid_ct_mask_net.ipynb) for what the model is, or [the whole
 # path](00_whole_path.ipynb). The chapter runs alone, with the weights that come with the package.
 # **Run time:** about 25 seconds on two CPU cores in the preset `quick` (the first chapter that you
-# run draws the phantoms once, which takes about a minute more); on a GPU not measured.
+# run draws the phantoms once, which takes about a minute more); 58 seconds on a GPU (H200) that
+# other chapters used, too.
 #
 # ```{admonition} Synthetic data
 # :class: important

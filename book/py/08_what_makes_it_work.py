@@ -16,10 +16,10 @@
 # - compare a network with rules of one or two numbers;
 # - say why a finding on phantoms may fail on patients.
 #
-# **You need** [chapter 4](04_ranked_boxes.ipynb) (ranked boxes) and
-# [chapter 5](05_covid_ct_mask_net.ipynb) (the module $S$). **Run time:** about one minute on two CPU
-# cores in the preset `quick` (the first chapter that you run draws the phantoms once, which takes
-# about a minute more); on a GPU not measured.
+# **You need** [chapter 4](04_ranked_boxes.ipynb) (ranked boxes) and [chapter
+# 5](05_covid_ct_mask_net.ipynb) (the module $S$). **Run time:** about one minute on two CPU cores
+# in the preset `quick` (the first chapter that you run draws the phantoms once, which takes about a
+# minute more); 136 seconds on a GPU (H200) that other chapters used, too.
 #
 # ```{admonition} Synthetic data
 # :class: important

@@ -16,7 +16,8 @@
 #
 # **You need** [chapter 4](04_ranked_boxes.ipynb) and [chapter 5](05_covid_ct_mask_net.ipynb) for
 # the terms; the [glossary](glossary.md) has them as well. The page runs alone. **Run time:** about
-# 20 seconds on two CPU cores in the preset `quick`; on a GPU not measured.
+# 20 seconds on two CPU cores in the preset `quick`; 46 seconds on a GPU (H200) that other chapters
+# used, too.
 #
 # ```{admonition} Synthetic data
 # :class: important

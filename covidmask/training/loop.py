@@ -1,12 +1,14 @@
 """The one training loop. A step depends on the seed, its number and the weights before it alone.
 
 Order of the slices, learning rate and all random draws of a step are computed from its number, so
-a run that was killed goes on bit for bit where its last checkpoint stands.
+a run that was killed goes on bit for bit where its last checkpoint stands. That holds on a CPU; a
+GPU adds up in any order, so there the rounding differs from run to run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -41,6 +43,9 @@ def make_fabric(
         find_unused_parameters: for models of which some parameter gets no gradient ("full").
         log_dir: folder for TensorBoard, or None.
     """
+    # Lightning advises on each new GPU to give up digits for speed; that choice is the reader's
+    for name in ("fabric", "pytorch"):  # the one that was imported last speaks for both
+        logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
     accelerator = device
     if device == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,12 +169,13 @@ def fit(
         for epoch in range(start // steps_per_epoch, training.epochs)
         for batch in epoch_batches(len(dataset), size, epoch, seed)
     ]
+    cuda = fabric.device.type == "cuda"
     loader = DataLoader(
         dataset,
         batch_sampler=[batch[rank::world] for batch in order],
-        collate_fn=list,
+        collate_fn=pinnable if cuda else list,
         num_workers=workers,
-        pin_memory=fabric.device.type == "cuda",
+        pin_memory=cuda,
         persistent_workers=False,
     )
     hidden = not (progress and rank == 0)
@@ -304,13 +310,23 @@ def _share_buffers(model: nn.Module, world: int) -> None:
 
 
 def to_device(item: Any, device: torch.device) -> Any:
+    """The tensors of `item`, which may hold them in dicts, tuples and lists, on `device`."""
+    # never without blocking from a GPU: the CPU would read the copy before it is there
+    return _each(item, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+
+def pinnable(items: list) -> list:
+    """A batch whose memory can be pinned; that of an `expand`ed image, used thrice, cannot."""
+    return [_each(item, Tensor.contiguous) for item in items]
+
+
+def _each(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(item, Tensor):
-        # never so from a GPU: the CPU would read the copy before it is there
-        return item.to(device, non_blocking=device.type == "cuda")
+        return change(item)
     if isinstance(item, dict):
-        return {key: to_device(value, device) for key, value in item.items()}
+        return {key: _each(value, change) for key, value in item.items()}
     if isinstance(item, (tuple, list)):
-        return type(item)(to_device(value, device) for value in item)
+        return type(item)(_each(value, change) for value in item)
     return item
 
 

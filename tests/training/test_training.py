@@ -182,6 +182,22 @@ def test_batches_of_an_epoch_use_each_slice_at_most_once():
     assert one == loop.epoch_batches(10, 4, 0, 0) != loop.epoch_batches(10, 4, 0, 1)
 
 
+def test_copies_to_the_cpu_have_arrived(monkeypatch):
+    """Only a copy to a GPU may still be under way when it is used."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **options: asked.append(options))
+    for device in ("cpu", "cuda"):
+        loop.to_device({"boxes": (torch.zeros(1),)}, torch.device(device))
+    assert [options["non_blocking"] for options in asked] == [False, True]
+
+
+def test_pinnable_batches_share_no_memory():
+    image, target = torch.rand(2, 2).expand(3, -1, -1), {"boxes": torch.rand(1, 4), "name": "a"}
+    ((written, same),) = loop.pinnable([(image, target)])
+    assert written.is_contiguous() and torch.equal(written, image)
+    assert same["boxes"] is target["boxes"] and same["name"] == "a"
+
+
 def test_learning_rate():
     training = tiny_training(lr=1.0, warmup=4)
     rates = [loop.learning_rate(training, step, 20) for step in range(20)]
