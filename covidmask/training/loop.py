@@ -316,7 +316,7 @@ def to_device(item: Any, device: torch.device) -> Any:
 
 
 def pinnable(items: list) -> list:
-    """A batch whose memory can be pinned; that of an `expand`ed image, used thrice, cannot."""
+    """A batch whose memory can be pinned; that of an image repeated by `expand` cannot."""
     return [_each(item, Tensor.contiguous) for item in items]
 
 
