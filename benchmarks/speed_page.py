@@ -462,8 +462,8 @@ def on_gpu(result: dict | None) -> list[str]:
         "",
         origin(result, "benchmarks-cuda.json"),
         "",
-        "A GPU gains less than a CPU: it multiplies so fast that the steps between the "
-        "multiplications decide, and those are the same in both loops. The RPN takes "
+        "A GPU multiplies so fast that the steps between the multiplications decide, and those are "
+        "much the same in both loops. The RPN takes "
         f"{100 * share:.0f} % of our inference with ResNet-50, at "
         f"{100 * rpn['share_of_roofline']:.0f} % of its roofline. The likely reason is NMS, which "
         "goes through the boxes of a slice one after the other; it was not profiled.",
@@ -529,9 +529,9 @@ def readme_text(result: dict, cuda: dict | None) -> str:
     if cuda is not None:
         found = rows(cuda, "cuda")
         gpu = (
-            f"That is on a CPU; on a GPU ({cuda['hardware'].split(',')[0]}) it is less: heads "
-            f"{both('heads', found)}, a step of heads + BN {both('heads + BN', found)}, inference "
-            f"{both('inference', found)}. "
+            f"That is on a CPU. On a GPU ({cuda['hardware'].split(',')[0]}) *heads* is "
+            f"{both('heads', found)} as fast, a step of *heads + BN* {both('heads + BN', found)}, "
+            f"and inference {both('inference', found)}. "
         )
     heads = result[EXACT][LIGHT]["heads_only"]
     lines = [

@@ -15,8 +15,8 @@ from covidmask.models.weights import (
     trained_classifier,
     trained_segmenter,
 )
+from covidmask.training import loop
 from covidmask.training.classification import evaluate_classifier, train_classifier
-from covidmask.training.loop import make_fabric
 from covidmask.training.ranked_cache import cache_ranked_boxes
 from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter
 
@@ -51,7 +51,7 @@ def all_digits(monkeypatch):
 
 def on_both(work):
     """What `work(fabric)` gives on the CPU and on the GPU."""
-    return [work(make_fabric(device=device)) for device in ("cpu", "cuda")]
+    return [work(loop.make_fabric(device=device)) for device in ("cpu", "cuda")]
 
 
 def test_predictions_come_back_whole():
@@ -109,8 +109,6 @@ def test_segmenter_learns_and_goes_on_after_a_stop(precision, tiny_lesions, tmp_
         model = lesion_mask_rcnn(TINY_DETECTOR)
         options = {"checkpoint": checkpoint, "progress": False}
         return model, train_segmenter(model, tiny_lesions, training, **options)
-
-    from covidmask.training import loop
 
     save = loop.save_checkpoint
 

@@ -173,7 +173,7 @@ def test_page_without_a_gpu_and_with_one(speed_page):
     assert text.count("| ResNet-18 cut 1 | float32 | 8 | 10 ms |") == 1
     assert "| ResNet-18 cut 1 | bfloat16 | 8 |" not in text
     readme = speed_page.readme_text(made_up(), made_up("cuda"))
-    assert "on a GPU (made up) it is less: heads 4x (ResNet-18) and 4x (ResNet-50)" in readme
+    assert "On a GPU (made up) *heads* is 4x (ResNet-18) and 4x (ResNet-50) as fast" in readme
     assert "GPU" not in speed_page.readme_text(made_up(), None)
 
 
