@@ -458,7 +458,7 @@ def on_gpu(result: dict | None) -> list[str]:
         "those of PyTorch's default (TF32) in both. "
         + (f"What was asked for is missed: {missed}." if missed else "What was asked for is met."),
         "",
-        *ratio_table(found),
+        *ratio_table([row._replace(least=None) for row in found]),
         "",
         origin(result, "benchmarks-cuda.json"),
         "",
