@@ -20,7 +20,7 @@ LESION_CLASSES = {  # what the detector tells apart; label 0 is background
 class DetectorConfig:
     """Mask R-CNN of the paper (section 3.1). Lengths are pixels of the resized image."""
 
-    backbone: str = "resnet50"  # resnet50 (4 FPN levels) | resnet34 | resnet18 (1 FPN level)
+    backbone: str = "resnet50"  # resnet50 | resnet34 | resnet18
     cut: int = 0  # resnet18/34 only: last residual layers removed, 0 | 1 | 2 -> stride 32 | 16 | 8
     lesions: str = "both"  # both | ggo | merged
     image_size: int = 512  # shorter side after resizing
@@ -48,7 +48,7 @@ class DetectorConfig:
     box_detections: int = 100  # detections per image of the segmenter
     light_mask_head: bool = False  # one 3x3 convolution, as in the author's light models
     # not in the paper
-    levels: int = 1  # resnet18/34 only: FPN levels, of the last residual layers that are left
+    levels: int | None = None  # FPN levels, of the last residual layers that are left; see `layers`
     semantic: bool = False  # a branch that labels every pixel, beside the boxes
 
     def __post_init__(self) -> None:
@@ -56,10 +56,21 @@ class DetectorConfig:
             raise ValueError(f"backbone {self.backbone!r}: choose resnet50, resnet34 or resnet18")
         if self.cut not in (0, 1, 2) or (self.backbone == "resnet50" and self.cut):
             raise ValueError(f"cut {self.cut}: choose 0, 1 or 2, and 0 for resnet50")
-        if not 1 <= self.levels <= 4 - self.cut:
+        if self.levels is not None and not 1 <= self.levels <= 4 - self.cut:
             raise ValueError(f"levels {self.levels}: choose 1 to {4 - self.cut}")
         if self.lesions not in LESION_CLASSES:
             raise ValueError(f"lesions {self.lesions!r}: choose one of {', '.join(LESION_CLASSES)}")
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the residual layers that feed the FPN, a level each.
+
+        `levels` says how many. None is the paper's choice: all four of ResNet-50, one of the light
+        models.
+        """
+        last = 4 - self.cut
+        levels = self.levels or (4 if self.backbone == "resnet50" else 1)
+        return range(last - levels + 1, last + 1)
 
     @property
     def num_classes(self) -> int:
@@ -75,6 +86,11 @@ class ClassifierConfig:
     hidden: int = 1024  # width of both hidden layers of S
     score: float = -0.01  # keeps every box: a softmax is never below 0
     nms: float = 0.75
+    classes: tuple[str, ...] = IMAGE_CLASSES  # names of labels 0, 1, ...
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes {self.classes}: give two or more different names")
 
 
 @dataclass(frozen=True)

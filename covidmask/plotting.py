@@ -301,12 +301,14 @@ def overlay(
     classes: Sequence[str] = ("GGO", "C"),
     score_threshold: float = 0.0,
     mask_threshold: float = 0.5,
+    codes: ArrayLike | None = None,
     enlarge: int = 1,
 ) -> np.ndarray:
     """Tint the lesions of a slice and frame them with their class and score.
 
     Args:
         image, lesions, classes, score_threshold, mask_threshold: as in `show_lesions`.
+        codes: uint8 [H, W] of `metrics.detection.fuse`, tinted instead of the masks of `lesions`.
         enlarge: draw each pixel as a square of so many, so that words fit on a small slice.
 
     Returns:
@@ -319,17 +321,19 @@ def overlay(
     grey = torch.tensor(_grey(image).repeat(enlarge, 0).repeat(enlarge, 1)).clamp(0, 1)
     picture = (255 * grey).round().byte().repeat(3, 1, 1)  # [3, H, W]
     boxes, labels, masks, scores = _lesion_arrays(lesions, score_threshold, mask_threshold)
+    colours = [LESION_COLOURS[label - 1] for label in labels]
+    tints = colours
+    if codes is not None:
+        tints = LESION_COLOURS[: len(classes)]
+        masks = np.stack([np.asarray(codes) == label + 1 for label in range(1, len(classes) + 1)])
+    if masks is not None and len(masks):
+        large = torch.from_numpy(masks.repeat(enlarge, 1).repeat(enlarge, 2))
+        picture = draw_segmentation_masks(picture, large, alpha=0.45, colors=list(tints))
     if len(boxes):
         boxes = boxes * enlarge
-        masks = None if masks is None else masks.repeat(enlarge, 1).repeat(enlarge, 2)
-        colours = [LESION_COLOURS[label - 1] for label in labels]
         text = [classes[label - 1] for label in labels]
         if scores is not None:
             text = [f"{name} {score:.2f}" for name, score in zip(text, scores, strict=True)]
-        if masks is not None:
-            picture = draw_segmentation_masks(
-                picture, torch.from_numpy(masks), alpha=0.45, colors=colours
-            )
         corners = torch.from_numpy(boxes)
         corners[:, 2:] = torch.maximum(corners[:, 2:] - 1, corners[:, :2])  # last pixel inside
         picture = draw_bounding_boxes(picture, corners, colors=colours)

@@ -12,17 +12,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from covidmask.config import IMAGE_CLASSES, LESION_CLASSES
+from covidmask.config import LESION_CLASSES
 from covidmask.data.images import LUNG_WINDOW, write_image
+from covidmask.data.lists import some
 from covidmask.data.medical import hounsfield_to_unit
 from covidmask.data.series import Slice
 from covidmask.data.volumes import Scan, choose_slices, find_scans, read_slices
+from covidmask.errors import CheckpointError, DataError, OutputError
 from covidmask.files import atomic_path
-from covidmask.metrics.detection import binary_masks
+from covidmask.metrics.detection import detect, fuse
+from covidmask.models.inference import for_inference
+from covidmask.models.inputs import to_model
 from covidmask.models.weights import load_classifier, load_segmenter
 
 PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
 BATCH = 4  # slices of one size that go through the networks together
+FLAT = 1 / 8  # of the way from black to white: a picture that spans less shows the networks little
 AIR = -500.0  # HU: every slice of a chest has darker pixels, in the lung and around the patient
 CAUTION = (
     "A slice label is not a patient diagnosis, and the slice classifier was not validated on "
@@ -43,6 +48,7 @@ def predict(
     slices: str | None = None,
     every: int | None = None,
     window: tuple[float, float] = LUNG_WINDOW,
+    threshold: float = 0.5,
 ) -> list[dict[str, Any]]:
     """Write a picture of each slice, predictions.csv and summary.csv; print one line a slice.
 
@@ -53,40 +59,60 @@ def predict(
 
     predictions.csv has a row for each slice: image (a picture's name, or "volume 1"), slice (from
     1, nearest the feet where positions are known), instance (DICOM's number), position_mm,
-    picture (<name>_lesions.png or slice_0001_lesions.png), lesions above `score`, the same by
-    lesion class, lesion_mm2 (area of their union), a probability for each image class (a sigmoid
-    each, so they need not sum to 1), and the likeliest class. What is unknown is empty.
+    picture (<name>_lesions.png or slice_0001_lesions.png), lesions (boxes that score above
+    `score`), the same by lesion class, lesion_pixels and lesion_mm2 (of the mask), a probability
+    for each image class (a sigmoid each, so they need not sum to 1), and the likeliest class. What
+    is unknown is empty.
+
+    The mask that is drawn and measured is the one that `covidmask evaluate` scores: `fuse` of the
+    maps of `metrics.detection.detect`. Weak boxes that support each other count in it, so a pixel
+    may be lesion where no box is drawn, and the other way round.
 
     summary.csv has a row for each volume, and one for all pictures: slices, looked_at,
-    lesion_slices (with a lesion above `score`), and for each class the share of slices in which it
-    is likeliest, and its mean and highest probability.
+    lesion_slices (with a lesion pixel), and for each class the share of slices in which it is
+    likeliest, and its mean and highest probability.
 
     Args:
         images: files and folders for `find_scans`.
         segmenter, classifier: weights files.
         out: folder, made if needed.
-        score: lesions that score above it are drawn and counted, 0..1.
+        score: boxes that score above it are drawn and counted, 0..1.
         device: a name of torch's.
         series: number of the series in a folder that holds several.
         slices, every: which slices of each volume; see `choose_slices`.
         window: level and width in HU, for DICOM and NIfTI.
+        threshold: pixels whose probability in the fused maps is above it are lesion, 0..1.
 
     Returns:
         The rows of predictions.csv.
 
     Raises:
-        DataError: an image cannot be used, or a volume has no such slices.
+        DataError: an image cannot be used, a volume has no such slices, or `score` or `threshold`
+            is not in 0..1.
         CheckpointError: a weights file cannot be used.
-        OutputError: `out` cannot be written. Pictures that are there already are complete.
+        OutputError: `out` cannot be written, or a picture there is one of `images`. Pictures that
+            are there already are complete.
     """
+    for name, value in (("score", score), ("threshold", threshold)):
+        if not 0 <= value <= 1:
+            raise DataError(f"{name} {value}: must be a number from 0 to 1")
     scans, notes = find_scans(images, series)
     jobs = _jobs(scans, slices, every)
+    _check_pictures(jobs, Path(out))
     each = [job.slice for job in jobs]
     darkest = dict.fromkeys((scan.name for scan in scans), 1.0)
+    flat = []
     for job, grey in zip(
         jobs, read_slices(tqdm(each, desc="checking images"), window), strict=True
     ):
         darkest[job.scan.name] = min(darkest[job.scan.name], float(grey.min()))
+        if not job.scan.volume and np.ptp(grey) < FLAT:
+            flat.append(job.slice.path.name)
+    if flat:
+        notes.append(
+            f"pictures: {some(flat)} use less than an eighth of the grey values from black to "
+            "white, so the networks see next to nothing; rescale them if they should not be flat."
+        )
     for scan in scans:
         if scan.volume:
             looked_at = sum(job.scan is scan for job in jobs)
@@ -99,28 +125,29 @@ def predict(
             )
     for note in notes:
         tqdm.write(f"Note: {note}")
-    detector = load_segmenter(segmenter, device)
-    model = load_classifier(classifier, device)
+    detector = for_inference(load_segmenter(segmenter, device))
+    model = for_inference(load_classifier(classifier, device))
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(jobs), desc="looking at slices") as progress:
         for batch, greys in _batches(jobs, read_slices(each, window)):
-            found_rows = _look(batch, greys, detector, model, Path(out), score, device)
+            found_rows = _look(batch, greys, detector, model, Path(out), score, threshold, device)
             for row in found_rows:
-                tqdm.write(_line(row, score))
+                tqdm.write(_line(row, score, model.config.classes))
             rows += found_rows
             progress.update(len(batch))
-    summary = [_summary(scan, rows, jobs) for scan in scans]
+    classes = model.config.classes
+    summary = [_summary(scan, rows, jobs, classes) for scan in scans]
     _write_table(Path(out) / "predictions.csv", rows)
     _write_table(Path(out) / "summary.csv", summary)
     for values in summary:
         if values["looked_at"] > 1:
-            shares = ", ".join(f"{c} {values[f'share {c}']:.0%}" for c in IMAGE_CLASSES)
+            shares = ", ".join(f"{c} {values[f'share {c}']:.0%}" for c in classes)
             tqdm.write(
                 f"{values['image']}: likeliest by slice: {shares}; lesions in "
                 f"{values['lesion_slices']} of {values['looked_at']} slices"
             )
     tqdm.write(CAUTION)
-    tqdm.write("Each probability is a sigmoid of its own: the three need not sum to 1.")
+    tqdm.write("Each probability is a sigmoid of its own: together they need not sum to 1.")
     return rows
 
 
@@ -152,6 +179,25 @@ def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None) -> list[
     return jobs
 
 
+def _check_pictures(jobs: Sequence[_Job], out: Path) -> None:
+    """Refuse to write a picture over something that the reader gave us to look at."""
+    try:
+        inputs = {(s.st_dev, s.st_ino) for s in (job.slice.path.stat() for job in jobs)}
+        for job in jobs:
+            path = out / job.picture
+            if path.exists() and (path.stat().st_dev, path.stat().st_ino) in inputs:
+                raise OutputError(
+                    f"{path}: is one of the images to look at and would be overwritten; "
+                    "choose another folder with --out"
+                )
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"{error.filename}: cannot be looked at ({error.strerror}); choose another folder"
+        ) from error
+
+
 def _batches(
     jobs: Sequence[_Job], greys: Iterable[np.ndarray]
 ) -> Iterator[tuple[list[_Job], list[np.ndarray]]]:
@@ -174,21 +220,32 @@ def _look(
     model: nn.Module,
     out: Path,
     score: float,
+    threshold: float,
     device: str,
 ) -> list[dict[str, Any]]:
     """Run both networks on slices of one size, write their pictures and give their rows."""
     from covidmask.plotting import overlay  # loads matplotlib
 
-    classes = LESION_CLASSES[detector.config.lesions]
-    images = [torch.from_numpy(grey).repeat(3, 1, 1).to(device) for grey in greys]  # [3, H, W]
-    every_found = detector(images)
-    every_probability = model(images).sigmoid().tolist()  # [B, 3]
+    classes, image_classes = LESION_CLASSES[detector.config.lesions], model.config.classes
+    images = [torch.from_numpy(grey).repeat(3, 1, 1) for grey in greys]  # [3, H, W]
+    images = to_model(images, torch.device(device))
+    every_found = detect(detector, images, len(classes))
+    every_probability = model(images).sigmoid()  # [B, classes]
+    if not all(v.isfinite().all() for v in [every_probability, *(f["maps"] for f in every_found)]):
+        names = ", ".join(job.picture for job in batch)
+        raise CheckpointError(
+            f"the networks give values that are not numbers ({names}); train their weights again"
+        )
+    every_probability = every_probability.tolist()
     rows = []
     for job, grey, found, probabilities in zip(
         batch, greys, every_found, every_probability, strict=True
     ):
         enlarge = max(1, PICTURE_SIDE // min(grey.shape))
-        picture = overlay(grey, found, classes=classes, score_threshold=score, enlarge=enlarge)
+        codes = fuse(found["maps"].cpu(), threshold)  # uint8 [H, W]
+        picture = overlay(
+            grey, found, classes=classes, score_threshold=score, codes=codes, enlarge=enlarge
+        )
         write_image(out / job.picture, picture)
         above = found["scores"] > score
         labels = found["labels"][above]
@@ -198,37 +255,42 @@ def _look(
             row |= {"image": job.scan.name, "slice": job.number, "instance": job.slice.instance}
             row["position_mm"] = job.slice.position
         row |= {name: int((labels == label).sum()) for label, name in enumerate(classes, 1)}
-        row["lesion_mm2"] = None
+        row["lesion_pixels"], row["lesion_mm2"] = int((codes > 0).sum()), None
         if job.slice.spacing is not None:
-            pixels = int(binary_masks(found)[above].any(0).sum())
-            row["lesion_mm2"] = pixels * job.slice.spacing[0] * job.slice.spacing[1]
-        row |= dict(zip(IMAGE_CLASSES, probabilities, strict=True))
-        row["likeliest"] = IMAGE_CLASSES[probabilities.index(max(probabilities))]
+            height, width = job.slice.spacing
+            row["lesion_mm2"] = row["lesion_pixels"] * height * width
+        row |= dict(zip(image_classes, probabilities, strict=True))
+        row["likeliest"] = image_classes[probabilities.index(max(probabilities))]
         rows.append(row)
     return rows
 
 
-def _line(row: dict[str, Any], score: float) -> str:
+def _line(row: dict[str, Any], score: float, classes: Sequence[str]) -> str:
     name = row["image"] if row["slice"] is None else f"{row['image']}, slice {row['slice']}"
     if row["position_mm"] is not None:
         name += f" ({row['position_mm']:.1f} mm)"
-    each = ", ".join(f"{c} {row[c]:.3f}" for c in IMAGE_CLASSES)
-    return f"{name}: {each}; lesions above {score:g}: {row['lesions']}"
+    each = ", ".join(f"{c} {row[c]:.3f}" for c in classes)
+    return (
+        f"{name}: {each}; lesions above {score:g}: {row['lesions']}, "
+        f"lesion pixels: {row['lesion_pixels']:,}"
+    )
 
 
-def _summary(scan: Scan, rows: Sequence[dict[str, Any]], jobs: Sequence[_Job]) -> dict[str, Any]:
+def _summary(
+    scan: Scan, rows: Sequence[dict[str, Any]], jobs: Sequence[_Job], classes: Sequence[str]
+) -> dict[str, Any]:
     own = [row for row, job in zip(rows, jobs, strict=True) if job.scan is scan]
     values: dict[str, Any] = {
         "image": scan.name,
         "slices": len(scan.slices),
         "looked_at": len(own),
-        "lesion_slices": sum(row["lesions"] > 0 for row in own),
+        "lesion_slices": sum(row["lesion_pixels"] > 0 for row in own),
     }
-    for name in IMAGE_CLASSES:
+    for name in classes:
         values[f"share {name}"] = sum(row["likeliest"] == name for row in own) / len(own)
-    for name in IMAGE_CLASSES:
+    for name in classes:
         values[f"mean {name}"] = sum(row[name] for row in own) / len(own)
-    for name in IMAGE_CLASSES:
+    for name in classes:
         values[f"max {name}"] = max(row[name] for row in own)
     return values | {"note": CAUTION}
 

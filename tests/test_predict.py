@@ -29,11 +29,13 @@ class Networks(torch.nn.Module):
     and one of a low score; the first probability is 0.1 times the number of the slice.
     """
 
-    config = TINY_DETECTOR
-
     def __init__(self, masks):
         super().__init__()
+        self.config = TINY_DETECTOR if masks else TINY_CLASSIFIER
         self.masks, self.batches = masks, []
+
+    def __deepcopy__(self, memo):
+        return self  # `for_inference` copies; the tests look at what was done
 
     def forward(self, images):
         self.batches.append([tuple(image.shape) for image in images])

@@ -105,6 +105,7 @@ class SliceImages(Dataset):
 
     Attributes:
         names: file names on disk, one per item.
+        classes: names of the labels.
         labels: 0 control, 1 common pneumonia, 2 COVID-19.
         patients: the patient of each item.
 
@@ -112,6 +113,8 @@ class SliceImages(Dataset):
         DataError: at once for a missing folder, list or file, a line that does not parse, or a
             class that does not occur; on reading an item for damaged files.
     """
+
+    classes = IMAGE_CLASSES
 
     def __init__(self, root: str | Path, split: str | Path, require_classes: bool = False) -> None:
         self.root = Path(root)

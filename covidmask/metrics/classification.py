@@ -84,7 +84,11 @@ def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, floa
     """
     from scipy.stats import binomtest
 
-    if total == 0 and successes == 0:
+    if not 0 <= successes <= total or not 0 < level < 1:  # scipy does not always say so
+        raise ValueError(
+            f"{successes} of {total} at level {level}: give 0 <= successes <= total, 0 < level < 1"
+        )
+    if total == 0:
         return float("nan"), float("nan")
     interval = binomtest(int(successes), int(total)).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
 
 Instances = dict[str, Tensor]
 
@@ -71,8 +71,14 @@ class CocoAP:
         Returns:
             mask_ap, mask_ap50, mask_ap75, box_ap, box_ap50, box_ap75: 0..1. With `classes` also
             mask_ap50_<class> and box_ap50_<class>. NaN (COCO's -1) where there is no target.
+
+        Raises:
+            ValueError: no image was added.
         """
-        values = _joined(self._metric).compute()
+        metric = _joined(self._metric)
+        if not metric.groundtruth_labels:
+            raise ValueError("average precision of no image: add at least one by `update`")
+        values = metric.compute()
         labels = values["classes"].reshape(-1).tolist()
         result = {}
         for name, prefix in (("mask", "segm"), ("box", "bbox")):
@@ -223,6 +229,29 @@ def _window(start: float, end: float) -> slice:
     """Where torchvision pastes the mask of a box: 28 pixels, and one more on either side."""
     margin = (end - start) / 28 + 2
     return slice(max(0, int(start - margin)), int(end + margin))
+
+
+def detect(
+    model: nn.Module, images: list[Tensor], classes: int, mirror: bool = False
+) -> list[Instances]:
+    """Run a detector on images of one size; add `maps`, the `lesion_maps`, to each prediction.
+
+    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`.
+
+    Args:
+        model: a detector in eval mode.
+        images: B tensors, float32 [3,H,W] in 0..1.
+        classes: number of lesion classes.
+        mirror: detect on the mirrored images, too; `maps` are the mean of both.
+    """
+    predictions = model(images)
+    for prediction in predictions:
+        prediction["maps"] = lesion_maps(prediction, classes)
+    if mirror:
+        others = model([image.flip(-1) for image in images])
+        for prediction, other in zip(predictions, others, strict=True):
+            prediction["maps"] = (prediction["maps"] + lesion_maps(other, classes).flip(-1)) / 2
+    return predictions
 
 
 def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:

@@ -20,9 +20,9 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> Backbone
     """Build the feature extractor of the detector (section 3.1).
 
     ResNet-50 gives four maps (layer1..4, strides 4, 8, 16, 32). ResNet-18 and -34 give one map,
-    of the last layer that `config.cut` leaves (stride 32, 16 or 8), or those of the last
-    `config.levels` layers. No pooled level is added and
-    batch norm is trainable, not frozen, both unlike torchvision's ready-made detectors.
+    of the last layer that `config.cut` leaves (stride 32, 16 or 8). `config.levels` asks for the
+    last so many instead. No pooled level is added and batch norm is trainable, not frozen, both
+    unlike torchvision's ready-made detectors.
 
     Args:
         config: `backbone`, `cut`, `levels` and `fpn_channels` are read.
@@ -34,10 +34,8 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> Backbone
         with `config.semantic` also the image, see `WithImage`.
     """
     body = getattr(resnet, config.backbone)(weights=weights)
-    last = 4 - config.cut
-    layers = range(1 if config.backbone == "resnet50" else last - config.levels + 1, last + 1)
-    channels = [body.inplanes // 2 ** (4 - layer) for layer in layers]
-    return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(layers)}
+    channels = [body.inplanes // 2 ** (4 - layer) for layer in config.layers]
+    return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(config.layers)}
     kind = WithImage if config.semantic else BackboneWithFPN
     backbone = kind(body, return_layers, channels, config.fpn_channels)
     backbone.fpn.extra_blocks = None  # torchvision would add a max-pooled level

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from covidmask.config import IMAGE_CLASSES, ClassifierConfig
+from covidmask.config import ClassifierConfig
 from covidmask.models.ranked_boxes import ranked_boxes
 
 REGIMES = ("heads", "heads_bn", "full")
@@ -20,25 +20,25 @@ class ClassificationModule(nn.Module):
     Each logit is read through a sigmoid of its own (Algorithm 1), so the three are no softmax.
     """
 
-    def __init__(self, n_boxes: int, hidden: int, columns: int = 5) -> None:
+    def __init__(self, n_boxes: int, hidden: int, columns: int = 5, classes: int = 3) -> None:
         super().__init__()
         self.fc_scores = nn.Linear(n_boxes * columns, hidden)
         self.fc_scores_2 = nn.Linear(hidden, hidden)
-        self.fc_scores_img = nn.Linear(hidden, len(IMAGE_CLASSES))
+        self.fc_scores_img = nn.Linear(hidden, classes)
         for layer in (self.fc_scores, self.fc_scores_2, self.fc_scores_img):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """float32 [B,N,5] -> logits [B,3]: control, common pneumonia, COVID-19."""
+        """float32 [B,N,5] -> logits [B,classes]: control, common pneumonia, COVID-19."""
         x = rows.flatten(1)  # [B, 5N]
         x = self.fc_scores(x).relu()  # [B, hidden]
         x = self.fc_scores_2(x).relu()  # [B, hidden]
-        return self.fc_scores_img(x)  # [B, 3]
+        return self.fc_scores_img(x)  # [B, classes]
 
 
 class CovidCTMaskNet(nn.Module):
-    """Detector + S. `model(images)` gives logits [B,3], `model.ranked_boxes(images)` [B,N,5].
+    """Detector + S: `model(images)` gives logits [B,classes], `ranked_boxes(images)` [B,N,5].
 
     The detector stays in eval mode, also while the classifier trains: batch norm uses and never
     updates its running statistics, no sampler runs, and an image's result does not depend on
@@ -47,9 +47,14 @@ class CovidCTMaskNet(nn.Module):
 
     def __init__(self, detector: GeneralizedRCNN, config: ClassifierConfig) -> None:
         super().__init__()
+        if not isinstance(detector, GeneralizedRCNN):
+            raise ValueError(
+                f"{type(detector).__name__}: has no proposals with scores and deltas to rank; "
+                "give a Faster, Mask or Keypoint R-CNN of torchvision, or `lesion_mask_rcnn`"
+            )
         self.detector = detector
         self.config = config
-        self.s = ClassificationModule(config.n_boxes, config.hidden)
+        self.s = ClassificationModule(config.n_boxes, config.hidden, classes=len(config.classes))
         self.eval()
 
     def train(self, mode: bool = True) -> CovidCTMaskNet:
@@ -62,18 +67,24 @@ class CovidCTMaskNet(nn.Module):
         return ranked_boxes(self.detector, images, self.config, generator)
 
     def forward(self, images: list[Tensor]) -> Tensor:
-        """B images, float32 [3,H,W] in 0..1 -> logits [B,3]."""
+        """B images, float32 [3,H,W] in 0..1 -> logits [B,classes]."""
         return self.s(self.ranked_boxes(images))
 
 
 def covid_ct_mask_net(segmenter: GeneralizedRCNN, config: ClassifierConfig) -> CovidCTMaskNet:
     """Put a fresh S on a copy of a trained segmenter, less its masks (Algorithm 1, line 2).
 
-    The classifier lies on the segmenter's device.
+    The segmenter may be yours: any two-stage detector of torchvision (Faster, Mask or Keypoint
+    R-CNN), with any number of classes. The classifier lies on its device.
+
+    Raises:
+        ValueError: a detector without proposals, such as RetinaNet.
     """
     detector = copy.deepcopy(segmenter)
-    heads = detector.roi_heads
-    heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.semantic = None
+    if isinstance(detector, GeneralizedRCNN):
+        heads = detector.roi_heads
+        heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.semantic = None
+        heads.keypoint_roi_pool = heads.keypoint_head = heads.keypoint_predictor = None
     return CovidCTMaskNet(detector, config).to(next(detector.parameters()).device)
 
 
@@ -101,7 +112,13 @@ def set_regime(model: CovidCTMaskNet, regime: str) -> list[nn.Parameter]:
         raise ValueError(f"regime {regime!r}: choose one of {', '.join(REGIMES)}")
     trained = list(model.s.parameters())
     if regime == "heads_bn":
-        trained += batch_norm_parameters(model.detector)
+        affine = batch_norm_parameters(model.detector)
+        if not affine:
+            raise ValueError(
+                "regime 'heads_bn': the detector has no batch norm that could train (torchvision "
+                "freezes it in pretrained backbones); choose heads or full"
+            )
+        trained += affine
     if regime == "full":
         trained = list(model.parameters())
     model.requires_grad_(False)

@@ -9,8 +9,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 Model = TypeVar("Model", bound=nn.Module)
+# Where a batch norm is known to read the convolution that stands before it, and nothing else does.
+# Elsewhere the order of attributes says nothing about the order of calls.
+IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck, ResNet)
 
 
 def for_inference(model: Model) -> Model:
@@ -18,9 +23,11 @@ def for_inference(model: Model) -> Model:
 
     In eval mode batch norm is a fixed scale and shift of each channel, so it is folded into the
     convolution before it: one pass over the feature map less. The results differ by rounding.
+    That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
+    that carry an activation, stay as they are.
 
     Args:
-        model: any model of this package; it is left as it is, and later changes to it do not
+        model: any detector or classifier; it is left as it is, and later changes to it do not
             reach the copy.
 
     Returns:
@@ -28,8 +35,12 @@ def for_inference(model: Model) -> Model:
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(fast.modules()):
+        if not any(type(module).forward is kind.forward for kind in IN_ORDER):
+            continue
         for (name, layer), (next_name, follower) in pairwise(list(module.named_children())):
-            if isinstance(layer, nn.Conv2d) and isinstance(follower, nn.BatchNorm2d):
+            plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
+            hooked = layer._forward_pre_hooks or layer._forward_hooks  # they may change weights
+            if plain and not hooked and follower.running_mean is not None:
                 setattr(module, name, fuse_conv_bn_eval(layer, follower))
                 setattr(module, next_name, nn.Identity())
     return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)

@@ -16,6 +16,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from covidmask.config import ClassifierConfig
+from covidmask.models.inputs import check_images, same_size_groups
+from covidmask.models.roi_align import LesionRoIAlign
 
 
 class Ranking(NamedTuple):
@@ -45,7 +47,8 @@ def ranked_boxes(
     because the padding that a mixed batch needs would change features and proposals.
 
     Args:
-        detector: in eval mode; see `lesion_mask_rcnn`.
+        detector: in eval mode; see `lesion_mask_rcnn`. Any two-stage detector of torchvision will
+            do (Faster, Mask or Keypoint R-CNN); RoIAlign is slower there on a CPU.
         images: B tensors, float32 [3,H,W] in 0..1.
         config: N, score threshold and NMS threshold.
         generator: fills missing rows by the author's random rule (`author_padding`); by default
@@ -53,7 +56,11 @@ def ranked_boxes(
 
     Returns:
         float32 [B,N,5]. An image with no box at all gives zeros: score 0 and no shift.
+
+    Raises:
+        DataError: see `check_images`.
     """
+    check_images(images, detector)
     with_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in detector.parameters())
     rows: list[Tensor | None] = [None] * len(images)
     for group in same_size_groups(images):
@@ -100,8 +107,13 @@ def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], s
         Per image: class logits [P,C] and box regression [P,4C], class-major.
     """
     heads = detector.roi_heads
-    rows, parts = [], []
-    for index, pooled in heads.box_roi_pool.parts(features, proposals, shapes):
+    pool, rows, parts = heads.box_roi_pool, [], []
+    if isinstance(pool, LesionRoIAlign):
+        pieces = pool.parts(features, proposals, shapes)
+    else:
+        every = torch.arange(sum(map(len, proposals)), device=proposals[0].device)
+        pieces = [(every, pool(features, proposals, shapes))]
+    for index, pooled in pieces:
         rows.append(index)
         hidden = heads.box_head(pooled)  # [r, box_features]
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 scores would tie
@@ -175,11 +187,3 @@ def author_padding(k: int, n: int, generator: torch.Generator) -> Tensor:
     starts = torch.zeros(n, dtype=torch.int64)
     starts[torch.randperm(n - 2, generator=generator)[: k - 1] + 1] = 1
     return starts.cumsum(0)
-
-
-def same_size_groups(images: list[Tensor]) -> list[list[int]]:
-    """Positions of the images, grouped by shape, in order of first appearance."""
-    groups: dict[torch.Size, list[int]] = {}
-    for position, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(position)
-    return list(groups.values())

@@ -56,8 +56,8 @@ class LesionRoIAlign(MultiScaleRoIAlign):
             yield torch.arange(len(rois), device=rois.device), pooled
             return
         image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
-        width = max(shape[1] for shape in image_shapes)
-        scales = [2.0 ** round(math.log2(map.shape[-1] / width)) for map in maps]
+        height = max(shape[0] for shape in image_shapes)  # as torchvision, which looks at no width
+        scales = [2.0 ** round(math.log2(map.shape[-2] / height)) for map in maps]
         level = self._levels(rois, scales)
         for i, (map, scale) in enumerate(zip(maps, scales, strict=True)):
             rows = torch.where(level == i)[0]

@@ -25,6 +25,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from covidmask.config import DetectorConfig
 from covidmask.models.backbones import fpn_backbone
+from covidmask.models.inputs import check_images
 from covidmask.models.roi_align import LesionRoIAlign
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -199,6 +200,14 @@ class LesionRoIHeads(RoIHeads):
         return [], losses
 
 
+class LesionMaskRCNN(GeneralizedRCNN):
+    """torchvision's detector, which looks at its images first; see `check_images`."""
+
+    def forward(self, images, targets=None):
+        check_images(images, self)
+        return super().forward(images, targets)
+
+
 def lesion_mask_rcnn(
     config: DetectorConfig, weights: str | None = None, masks: bool = True
 ) -> GeneralizedRCNN:
@@ -218,7 +227,7 @@ def lesion_mask_rcnn(
         `config.semantic` see `LesionRoIHeads`.
     """
     backbone = fpn_backbone(config, weights)
-    levels = 4 if config.backbone == "resnet50" else config.levels
+    levels = len(config.layers)
     names = [str(level) for level in range(levels)]
     channels = config.fpn_channels
     anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
@@ -257,6 +266,6 @@ def lesion_mask_rcnn(
     transform = GeneralizedRCNNTransform(
         config.image_size, config.max_size, IMAGENET_MEAN, IMAGENET_STD
     )
-    model = GeneralizedRCNN(backbone, rpn, heads, transform)
+    model = LesionMaskRCNN(backbone, rpn, heads, transform)
     model.config = config
     return model

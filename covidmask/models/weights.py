@@ -22,6 +22,8 @@ from covidmask.files import atomic_path
 from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.segmentation import lesion_mask_rcnn
 
+FORMAT = 2  # of the header; 1, which had no such entry, always read four levels of ResNet-50
+
 
 def save_model(
     model: GeneralizedRCNN | CovidCTMaskNet,
@@ -39,12 +41,20 @@ def save_model(
         card: plain values kept in the file, such as the command and the metrics.
 
     Raises:
+        ValueError: the detector is none of `lesion_mask_rcnn`.
         OutputError: the file cannot be written; nothing half-written stays.
     """
     classifier = isinstance(model, CovidCTMaskNet)
+    detector = model.detector if classifier else model
+    if not isinstance(getattr(detector, "config", None), DetectorConfig):
+        raise ValueError(
+            f"{path}: only detectors of `lesion_mask_rcnn` can be built again from their file; "
+            "save the state_dict of yours with torch, and that of `model.s` beside it"
+        )
     header = {
+        "format": FORMAT,
         "kind": "classifier" if classifier else "segmenter",
-        "detector": asdict(model.detector.config if classifier else model.config),
+        "detector": asdict(detector.config),
         "classifier": asdict(model.config) if classifier else None,
         "card": card,
     }
@@ -88,9 +98,15 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     """Load weights, or say which names and sizes do not fit.
 
     Raises:
-        CheckpointError: names `path` and the first names and sizes that differ.
+        CheckpointError: names `path` and the first names and sizes that differ, or the first
+            weights that hold NaN or infinity.
     """
     state = dict(state)
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise CheckpointError(
+            f"{path}: {_first('holds NaN or infinity in', bad)[0].removeprefix('the file ')}; "
+            "train these weights again"
+        )
     own = model.state_dict()
     probe = dict(state)
     # torchvision's layers rename the names of older versions while loading, so let them
@@ -138,6 +154,10 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
         raise CheckpointError(
             f"{path}: a .safetensors file of another program; use one that covidmask wrote"
         ) from error
+    if header.get("format", 1) > FORMAT:
+        raise CheckpointError(f"{path}: written by a newer covidmask; install that version")
+    if "format" not in header and header["detector"]["backbone"] == "resnet50":
+        header["detector"]["levels"] = None
     if kind and header.get("kind") != kind:
         raise CheckpointError(f"{path}: holds a {header.get('kind')}; give a {kind} file here")
     return header, state

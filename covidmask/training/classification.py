@@ -12,11 +12,13 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from covidmask.config import IMAGE_CLASSES, TrainingConfig
+from covidmask.config import TrainingConfig
+from covidmask.errors import DataError, TrainingError
 from covidmask.metrics.classification import confusion, report
 from covidmask.models.classifier import ClassificationModule, CovidCTMaskNet, set_regime
+from covidmask.models.inputs import check_images
 from covidmask.training.loop import digest, fit, make_fabric, plain
-from covidmask.training.ranked_cache import cache_ranked_boxes
+from covidmask.training.ranked_cache import cache_ranked_boxes, settings_digest
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,9 +27,19 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     The paper prints the positive term alone; the released code, and this, has both.
 
     Args:
-        logits: float [B,3]. labels: int64 [B].
+        logits: float [B,C]. labels: int64 [B].
     """
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
+
+
+def check_classes(model: CovidCTMaskNet, dataset: Dataset | None) -> None:
+    """Raise `DataError` where a data set that names its classes has others than the model."""
+    classes = getattr(dataset, "classes", None)
+    if classes is not None and tuple(classes) != model.config.classes:
+        raise DataError(
+            f"the data set's classes are {', '.join(classes)}, the model's "
+            f"{', '.join(model.config.classes)}; use slices of the classes that it was made for"
+        )
 
 
 def train_s(
@@ -113,10 +125,12 @@ def train_classifier(
         One dict a step; see `fit`. The model ends in eval mode.
     """
     fabric = fabric or make_fabric(training.precision, find_unused_parameters=regime == "full")
+    for part in (dataset, validation):
+        check_classes(model, part)
     parameters = set_regime(model, regime)
     run = {
         "regime": regime,
-        "detector": plain(asdict(model.detector.config)),
+        "detector": settings_digest(model.detector),
         "classifier": plain(asdict(model.config)),
         "segmenter": digest(model.detector),  # S of one detector must not go on with another
     }
@@ -171,6 +185,7 @@ def train_classifier(
         run=run,
         after_epoch=validate if validation is not None else None,
         best="accuracy" if validation is not None else None,
+        check=lambda items: check_images([image for image, _ in items]),
         part=1 if fabric.device.type == "cpu" else None,  # slices do not touch each other
         workers=workers,
         memory=memory,
@@ -190,17 +205,25 @@ def evaluate_classifier(
     """Classify each slice once and compare with its label. No graph is built.
 
     Returns:
-        `probabilities` float32 [M,3] (a sigmoid each, so rows need not sum to 1), `predictions`
-        and `labels` int64 [M], `confusion` int64 [3,3] and everything in `report(confusion)`.
+        `probabilities` float32 [M,C] (a sigmoid each, so rows need not sum to 1), `predictions`
+        and `labels` int64 [M], `confusion` int64 [C,C] and everything in `report(confusion)`, for
+        the C classes of `model.config`.
+
+    Raises:
+        DataError: the data set has other classes.
+        TrainingError: a logit is no number.
     """
+    check_classes(model, dataset)
     fabric = fabric or make_fabric()
     rows = cache_ranked_boxes(
         model, dataset, fabric=fabric, batch_size=batch_size, progress=progress
     )
     with torch.no_grad():
-        logits = model.s(rows.to(fabric.device)).cpu()  # [M, 3]
+        logits = model.s(rows.to(fabric.device)).cpu()  # [M, C]
+    if not logits.isfinite().all():
+        raise TrainingError("S gives logits that are not numbers; train its weights again")
     labels = torch.tensor(dataset.labels)
-    counts = confusion(labels, logits.argmax(1), classes=len(IMAGE_CLASSES))
+    counts = confusion(labels, logits.argmax(1), classes=len(model.config.classes))
     return {
         "probabilities": logits.sigmoid(),
         "predictions": logits.argmax(1),

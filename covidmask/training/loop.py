@@ -85,6 +85,7 @@ def fit(
     after_epoch: Callable[[int], dict[str, float]] | None = None,
     best: str | None = None,
     part: int | None = None,
+    check: Callable[[list], None] | None = None,
     workers: int = 0,
     memory: float = 0,
     progress: bool = True,
@@ -107,6 +108,7 @@ def fit(
         part: differentiate so many items of a batch at a time and add up their gradients, which
             is the same step for less memory where a loss is a mean over items that do not touch
             each other (no batch statistics). None is the whole batch at once.
+        check: looks at the items of a step before they go to a GPU, where a look makes it wait.
         workers: processes that read slices; 0 reads in this one.
         memory: MiB for slices that are decoded once, before the first step; see `InMemory`.
 
@@ -117,7 +119,7 @@ def fit(
     Raises:
         ValueError: both `best` and `training.average`.
         DataError: fewer slices than one batch, or a batch that the processes cannot share.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss, or a weight after an epoch, is not finite.
         CheckpointError, OutputError: see `checkpoints`.
     """
     if best is not None and training.average:
@@ -186,6 +188,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
+            if check is not None and fabric.device.type != "cpu":
+                check(items)
             items = [to_device(item, fabric.device) for item in items]
             report: Any = 0
             for first in range(0, len(items), part or len(items)):
@@ -215,6 +219,11 @@ def fit(
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             if (step + 1) % steps_per_epoch == 0:
                 _share_buffers(model, world)
+                if bad := not_finite(model.state_dict()):  # of the last step no loss would tell
+                    raise TrainingError(
+                        f"step {step}: the weights {bad[0]} and {len(bad) - 1} others are not "
+                        "finite; lower the learning rate, or look for extreme slices"
+                    )
                 if after_epoch is not None:
                     history[-1].update(after_epoch(epoch))
                 if best is not None and history[-1].get(best, -math.inf) > best_value:
@@ -244,6 +253,11 @@ def fit(
         _share_buffers(model, world)
     model.eval()
     return history
+
+
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity."""
+    return [name for name, value in state.items() if not value.isfinite().all()]
 
 
 def digest(module: nn.Module) -> str:

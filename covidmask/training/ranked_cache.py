@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -20,6 +24,7 @@ from covidmask.errors import OutputError, TrainingError
 from covidmask.files import atomic_path, check_writable
 from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.inference import for_inference
+from covidmask.models.inputs import to_model
 from covidmask.training.loop import digest, gather, make_fabric, share
 
 
@@ -38,8 +43,9 @@ def cache_ranked_boxes(
 
     Args:
         folder: keep the boxes in a file there and find them again. Its name is a hash of the
-            detector's weights, the configuration, the precision and the bytes of the slices, so
-            that a change in one of them is another file. A run that was killed goes on.
+            detector's weights and settings, the precision, the bytes of the slices, and the code
+            that reads and ranks them, so that a change in one of them is another file. A run that
+            was killed goes on.
 
     Returns:
         float32 [M,N,5] on the CPU, in the order of the data set; with `folder` memory-mapped.
@@ -54,27 +60,28 @@ def cache_ranked_boxes(
     if path is not None and fabric.broadcast(_read(path, shape) is not None):  # the first decides
         return _kept(path, shape)
     indices = share(len(dataset), fabric)
-    started = None
-    if path is None:
-        rows = torch.full((len(indices), *shape[1:]), torch.nan)
-    else:
+    rows = torch.full((len(indices), *shape[1:]), torch.nan)
+    started, done = None, 0
+    if path is not None:
         check_writable(path.parent)
-        part = f".{path.stem}.{fabric.global_rank}of{fabric.world_size}.npy"
-        started = path.with_name(part)
-        rows = _open_part(started, (len(indices), *shape[1:]))
+        process = f"{fabric.global_rank}of{fabric.world_size}"
+        started = path.with_name(f".{path.stem}.{process}.part")
+        done = _read_part(started, rows)
     fast = for_inference(model.to(fabric.device).eval())
-    todo = _incomplete(rows)
     hidden = not (progress and fabric.global_rank == 0)
-    done = len(indices) - len(todo)
     with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
-        for start in range(0, len(todo), batch_size):
-            places = todo[start : start + batch_size]
-            images = [dataset[indices[i]][0].to(fabric.device) for i in places]
+        for start in range(done, len(indices), batch_size):
+            part = slice(start, start + batch_size)
+            images = to_model([dataset[i][0] for i in indices[part]], fabric.device)
             with fabric.autocast():
-                rows[places] = fast.ranked_boxes(images).cpu()
+                rows[part] = fast.ranked_boxes(images).cpu()
+            if started is not None:
+                _append(started, rows[part])
             bar.update(len(images))
     whole = gather(rows, len(dataset), fabric)
-    if bad := _incomplete(whole):
+    if bad := torch.where(whole.flatten(1).isnan().any(1))[0].tolist():
+        if started is not None:
+            started.unlink(missing_ok=True)
         names = getattr(dataset, "names", range(len(dataset)))
         raise TrainingError(
             f"slice {names[bad[0]]}: the detector gives boxes that are not numbers, here and on "
@@ -85,31 +92,54 @@ def cache_ranked_boxes(
     if fabric.global_rank == 0:
         with atomic_path(path) as temporary:
             np.save(temporary, whole.numpy())
-    del rows, whole  # Windows removes no file that is mapped
+    fabric.barrier()  # now the file is there for all
     with suppress(OSError):
         started.unlink()
-    fabric.barrier()  # now the file is there for all
     return _kept(path, shape)
+
+
+def settings_digest(detector: nn.Module) -> str:
+    """A short hash of all but weights that decides what a detector gives, whoever built it.
+
+    That is the plain attributes of its modules, such as thresholds and numbers of proposals.
+    """
+    ours = [
+        (name, type(part).__qualname__, key, value)
+        for name, part in detector.named_modules()
+        for key, value in sorted(vars(part).items())
+        if key not in ("training", "scales") and _is_plain(value)  # a forward pass writes `scales`
+    ]
+    return hashlib.sha256(repr(ours).encode()).hexdigest()[:12]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
 
 
 def _key(model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric) -> str:
     facts = {
-        "covidmask": covidmask.__version__,
+        "versions": [covidmask.__version__, torch.__version__, torchvision.__version__],
         "weights": digest(model.detector),
-        "detector": asdict(model.detector.config),
+        "detector": settings_digest(model.detector),
         "classifier": asdict(model.config),
         "precision": fabric.strategy.precision.precision,
     }
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in dataset.names:
-        total.update(name.encode())
-        total.update((dataset.root / name).read_bytes())
+    package = Path(covidmask.__file__).parent
+    for file in sorted([*package.glob("models/*.py"), *package.glob("data/*.py")]):
+        total.update(file.read_bytes())
+    root = getattr(dataset, "root", None)
+    for index, name in enumerate(dataset.names):
+        total.update(str(name).encode())
+        if root is None:  # slices that are no files
+            total.update(dataset[index][0].contiguous().numpy())
+        else:
+            total.update((root / name).read_bytes())
     return total.hexdigest()[:16]
-
-
-def _incomplete(rows: Tensor) -> list[int]:
-    """The slices of which a number is missing."""
-    return torch.where(rows.flatten(1).isnan().any(1))[0].tolist()
 
 
 def _kept(path: Path, shape: tuple[int, ...]) -> Tensor:
@@ -132,14 +162,37 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     return torch.from_numpy(rows)
 
 
-def _open_part(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Rows that are written to disk as they come; those that are still missing are NaN."""
+def _record(rows: Tensor) -> np.dtype:
+    """How a slice stands in the file of a run that is not finished: its rows, and their sum."""
+    return np.dtype([("rows", "<f4", tuple(rows.shape[1:])), ("sum", "<u4")])
+
+
+def _read_part(path: Path, rows: Tensor) -> int:
+    """Put the slices that a killed run has finished into `rows`; cut off what is damaged.
+
+    Returns:
+        how many they are. The sum tells rows from the zeros that a crash can leave in a file.
+    """
+    record = _record(rows)
+    if not path.exists():
+        return 0
+    found = np.fromfile(path, record)[: len(rows)]
+    good = [zlib.crc32(one["rows"].tobytes()) == one["sum"] for one in found]
+    done = [*good, False].index(False)
+    rows[:done] = torch.from_numpy(found["rows"][:done])
+    os.truncate(path, done * record.itemsize)
+    return done
+
+
+def _append(path: Path, rows: Tensor) -> None:
+    records = np.empty(len(rows), _record(rows))
+    records["rows"] = rows.numpy()
+    records["sum"] = [zlib.crc32(one.tobytes()) for one in records["rows"]]
     try:
-        rows = np.lib.format.open_memmap(path, mode="r+")
-        if rows.shape == shape and rows.dtype == np.float32:
-            return torch.from_numpy(rows)
-    except (OSError, ValueError, EOFError):
-        pass  # there is none, or it is damaged: start anew
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    rows[:] = np.nan
-    return torch.from_numpy(rows)
+        with open(path, "ab") as file:
+            file.write(records.tobytes())
+    except OSError as error:
+        raise OutputError(
+            f"{path}: ranked boxes cannot be kept ({error.strerror or error}); free some space, "
+            "then the same command goes on, or set COVIDMASK_DATA to another folder"
+        ) from error

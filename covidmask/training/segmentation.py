@@ -23,14 +23,14 @@ from covidmask.metrics.detection import (
     IOU_THRESHOLDS,
     CocoAP,
     author_image_ap,
+    detect,
     dice,
-    lesion_maps,
     overlap,
     overlap_means,
     semantic_mask,
 )
 from covidmask.models.inference import for_inference
-from covidmask.models.ranked_boxes import same_size_groups
+from covidmask.models.inputs import check_images, same_size_groups, to_model
 from covidmask.training.loop import fit, gather, make_fabric, plain, share, to_device
 
 
@@ -75,6 +75,7 @@ def train_segmenter(
         seed=seed,
         checkpoint=checkpoint,
         run={"segmenter": plain(asdict(model.config)), **_item_settings(dataset)},
+        check=lambda items: check_images([image for image, _ in items]),
         workers=workers,
         memory=memory,
         progress=progress,
@@ -146,11 +147,12 @@ def predict_lesions(
     """Run the detector once on each slice; yield (index, prediction, target), both on the CPU.
 
     With several processes each yields the slices of its share. Slices of different sizes never
-    share a batch, because padding changes the result.
+    share a batch, because padding changes the result; so where sizes mix, indices come out of
+    order.
 
     Args:
-        fused: add `maps`, the `lesion_maps` of the slice, to its prediction.
-        mirror: with `fused`, detect on the mirrored slice, too; `maps` are the mean of both.
+        fused: add `maps`, as `metrics.detection.detect` does.
+        mirror: as there; needs `fused`.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
@@ -161,17 +163,12 @@ def predict_lesions(
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
             items = [dataset[i] for i in part]
-            images = [image.to(fabric.device) for image, _ in items]
+            images = to_model([image for image, _ in items], fabric.device)
             for group in same_size_groups(images):
+                same = [images[i] for i in group]
                 with fabric.autocast():
-                    predictions = fast([images[i] for i in group])
-                    mirrored = fast([images[i].flip(-1) for i in group]) if mirror else predictions
-                for i, prediction, other in zip(group, predictions, mirrored, strict=True):
-                    if fused:
-                        prediction["maps"] = lesion_maps(prediction, classes)
-                    if fused and mirror:
-                        maps = prediction["maps"] + lesion_maps(other, classes).flip(-1)
-                        prediction["maps"] = maps / 2
+                    predictions = detect(fast, same, classes, mirror) if fused else fast(same)
+                for i, prediction in zip(group, predictions, strict=True):
                     yield part[i], to_device(prediction, torch.device("cpu")), items[i][1]
             bar.update(len(part))
 
@@ -201,12 +198,12 @@ def evaluate_segmenter(
         `dice_<class>`, the mean over slices with that class in the truth or the detections (NaN
         where there is none). `overlap` holds `overlap_means` of "infection" and of each class in
         the fused maps; `slices`, how many were judged; and `table`, float64 [M, regions, 5], the
-        `Overlap` of each slice.
+        `Overlap` of each slice, in the order of the data set.
     """
     fabric = fabric or make_fabric()
     classes = LESION_CLASSES[model.config.lesions]
-    coco, rows = CocoAP(classes), []
-    for _, prediction, target in predict_lesions(
+    coco, rows = CocoAP(classes), {}  # index -> what is measured of the slice
+    for index, prediction, target in predict_lesions(
         model,
         dataset,
         fabric=fabric,
@@ -222,11 +219,13 @@ def evaluate_segmenter(
         author = author_image_ap({key: v[kept] for key, v in prediction.items()}, target)
         found = semantic_mask(prediction, score)
         truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
-        rows.append([*author, *(dice(found == c + 2, truth == c + 2) for c in range(len(classes)))])
-        rows[-1] += chain.from_iterable(overlap(maps, truth, threshold))
+        painted = (dice(found == c + 2, truth == c + 2) for c in range(len(classes)))
+        counts = chain.from_iterable(overlap(maps, truth, threshold))
+        rows[index] = [*author, *painted, *counts]
     regions = ("infection", *classes)
     width = len(IOU_THRESHOLDS) + len(classes) + 5 * len(regions)
-    part = torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
+    ordered = [rows[index] for index in sorted(rows)]  # as `gather` expects them
+    part = torch.tensor(ordered, dtype=torch.float64).reshape(-1, width)
     columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
     author, painted, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
     author, painted = author.mean(0), painted.nanmean(0)

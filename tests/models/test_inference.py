@@ -65,3 +65,62 @@ def test_the_model_is_left_as_it_is_and_shares_nothing(classifier):
     for key, value in classifier.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert [parameter.requires_grad for parameter in classifier.parameters()] == learning
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that carries an activation, as timm's do."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class OtherOrder(nn.Module):
+    """Attributes in one order, calls in another."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.conv(self.norm(x))
+
+
+class Scaled(nn.Sequential):
+    """A sequence with a way of its own."""
+
+    def forward(self, x):
+        return 2 * self[0](x.relu())
+
+
+def hooked():
+    """A convolution that sets its weights at each call, as weight normalisation does."""
+    conv = nn.Conv2d(3, 4, 3)
+    conv.register_forward_pre_hook(set_weights)
+    return nn.Sequential(conv, nn.BatchNorm2d(4))
+
+
+def set_weights(conv, inputs):
+    conv.weight.data.fill_(0.1)
+
+
+UNKNOWN = {
+    "activation": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4)),
+    "order": OtherOrder,
+    "own forward": lambda: Scaled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+    "batch statistics": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+    ),
+    "hook": hooked,
+    "plain": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_is_not_known_is_left(kind):
+    torch.manual_seed(0)
+    model = used(UNKNOWN[kind]().eval()) if kind != "batch statistics" else UNKNOWN[kind]()
+    image = torch.randn(2, 3, 9, 12)
+    expected = model.eval()(image)
+    fast = for_inference(model)
+    torch.testing.assert_close(fast(image), expected, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in fast.modules()) == (kind != "plain")

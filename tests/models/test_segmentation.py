@@ -63,6 +63,18 @@ def test_levels_of_a_light_backbone():
         replace(SMALL, cut=1, levels=4)
 
 
+def test_levels_of_resnet50():
+    """All four unless a number is asked for, which is then obeyed and not ignored."""
+    for levels, strides in ((None, (4, 8, 16, 32)), (2, (16, 32)), (1, (32,))):
+        config = replace(SMALL, backbone="resnet50", cut=0, levels=levels)
+        maps = fpn_backbone(config)(torch.rand(1, 3, 64, 96))
+        assert [tuple(m.shape[-2:]) for m in maps.values()] == [(64 // s, 96 // s) for s in strides]
+        model = lesion_mask_rcnn(config).eval()
+        assert model([torch.rand(3, 64, 96)])[0]["boxes"].shape[1] == 4
+    with pytest.raises(ValueError, match="levels 5: choose 1 to 4"):
+        replace(SMALL, backbone="resnet50", cut=0, levels=5)
+
+
 def test_semantic_branch_adds_a_loss_and_maps():
     model = lesion_mask_rcnn(SEMANTIC).train()
     losses = model([torch.rand(3, 64, 64), torch.rand(3, 64, 64)], [target(), target(())])

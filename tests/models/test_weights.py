@@ -1,5 +1,7 @@
 """Files of weights: our own, and the author's, which must be read without running anything."""
 
+import copy
+import json
 import time
 import zipfile
 from dataclasses import asdict
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from author_files import ANCHORS, Payload, author_file, author_names
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import has_settings
 
 from covidmask.config import QUICK, ClassifierConfig, DetectorConfig
@@ -59,6 +63,47 @@ def test_classifier_round_trip(classifier, tmp_path):
     assert loaded.config == classifier.config and same_weights(classifier, loaded)
     with torch.no_grad():
         assert torch.equal(loaded(IMAGES), classifier(IMAGES))
+
+
+def test_class_names_are_in_the_file(segmenter, tmp_path):
+    names = ("healthy", "ill")
+    config = ClassifierConfig(n_boxes=16, hidden=24, classes=names)
+    model = covid_ct_mask_net(segmenter, config)
+    assert model(IMAGES).shape == (2, 2)
+    loaded = weights.load_classifier(weights.save_model(model, tmp_path / "c.safetensors"))
+    assert loaded.config.classes == names
+    with pytest.raises(ValueError, match="two or more different names"):
+        ClassifierConfig(classes=("one", "one"))
+
+
+def test_files_without_class_names_or_levels_are_read(tmp_path):
+    """As they were written before format 2."""
+    config = DetectorConfig(image_size=64, fpn_channels=8, light_mask_head=True)
+    model = covid_ct_mask_net(lesion_mask_rcnn(config), ClassifierConfig(n_boxes=8, hidden=8))
+    path = weights.save_model(model, tmp_path / "c.safetensors")
+    header = json.loads(safe_open(path, "pt").metadata()["covidmask"])
+    del header["format"], header["classifier"]["classes"]
+    header["detector"]["levels"] = 1  # what it said, while four were built
+    save_file(model.state_dict(), path, metadata={"covidmask": json.dumps(header)})
+    loaded = weights.load_classifier(path)
+    assert loaded.config == model.config and same_weights(model, loaded)
+    header["format"] = 99
+    save_file(model.state_dict(), path, metadata={"covidmask": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="newer covidmask"):
+        weights.load_classifier(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(segmenter, tmp_path, value):
+    model = copy.deepcopy(segmenter)
+    with torch.no_grad():
+        model.rpn.head.conv[0][0].bias[3] = value
+    path = weights.save_model(model, tmp_path / "s.safetensors")
+    message = r"s.safetensors: holds NaN or infinity in rpn.head.conv.0.0.bias; train these"
+    with pytest.raises(CheckpointError, match=message):
+        weights.load_segmenter(path)
+    with pytest.raises(CheckpointError, match="a.pth: holds NaN or infinity in rpn.head.conv"):
+        author_checkpoints.load_author_checkpoint(author_file(tmp_path / "a.pth", model))
 
 
 def test_author_segmenter(segmenter, tmp_path):

@@ -1,6 +1,7 @@
 """Ranked boxes are kept in a file: the right one, whole, and found again."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
 from torch.utils.data import Dataset
 
+import covidmask
 from covidmask.errors import OutputError, TrainingError
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
@@ -131,18 +133,95 @@ def test_a_killed_run_goes_on(model, dataset, folder):
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_half_written_slice_is_ranked_again(model, dataset, folder):
-    expected = rank(model, dataset)
+RECORD = TINY_CLASSIFIER.n_boxes * 5 * 4 + 4  # bytes of a slice: its boxes and their sum
+
+
+def killed(model, dataset, folder):
+    """The file that a run leaves behind when it is killed after four slices."""
     dataset.fails_at = 4
     with pytest.raises(KeyboardInterrupt):
         rank(model, dataset, folder)
-    (part,) = folder.iterdir()
-    np.lib.format.open_memmap(part, mode="r+")[1, 7:] = np.nan  # its first boxes are there
     dataset.fails_at = None
     dataset.reads.clear()
+    (part,) = folder.iterdir()
+    assert part.stat().st_size == 4 * RECORD
+    return part
+
+
+def zeros_at_the_end(content):
+    return content[: 2 * RECORD] + bytes(4 * RECORD)  # what a crash of the machine can leave
+
+
+@pytest.mark.parametrize(
+    "damage, again",
+    [
+        (lambda content: content[: 3 * RECORD + 7], [3, 4, 5]),  # killed while it wrote
+        (zeros_at_the_end, [2, 3, 4, 5]),
+        (lambda content: content[:RECORD] + b"?" + content[RECORD + 1 :], [1, 2, 3, 4, 5]),
+        (lambda content: bytes(len(content)), [0, 1, 2, 3, 4, 5]),
+        (lambda content: b"", [0, 1, 2, 3, 4, 5]),
+    ],
+    ids=["cut", "zeros at the end", "another byte", "only zeros", "empty"],
+)
+def test_what_a_killed_run_left_is_trusted_as_far_as_it_is_whole(
+    model, dataset, folder, damage, again
+):
+    expected = rank(model, dataset)
+    part = killed(model, dataset, folder)
+    part.write_bytes(damage(part.read_bytes()))
     rows = rank(model, dataset, folder)
-    assert dataset.reads == [1, 4, 5]
+    assert dataset.reads == again
     torch.testing.assert_close(rows, expected)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(model, dataset, folder):
+    resource = pytest.importorskip("resource", reason="needs limits of Unix")
+    expected = rank(model, dataset)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * RECORD + 9, before[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be kept.*free some space"):
+            rank(model, dataset, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    dataset.reads.clear()
+    torch.testing.assert_close(rank(model, dataset, folder), expected)
+    assert dataset.reads == [2, 3, 4, 5]
+
+
+def test_other_code_is_another_file(model, dataset, folder, tmp_path, monkeypatch):
+    """After an edit of `encoded_rows`, say, the old rows may not come back."""
+    rank(model, dataset, folder)
+    package = tmp_path / "covidmask"
+    shutil.copytree(Path(covidmask.__file__).parent / "models", package / "models")
+    with open(package / "models" / "ranked_boxes.py", "a") as file:
+        file.write("# edited\n")
+    monkeypatch.setattr(covidmask, "__file__", str(package / "__init__.py"))
+    dataset.reads.clear()
+    rank(model, dataset, folder)
+    assert len(dataset.reads) == 6 and len(list(folder.iterdir())) == 2
+
+
+def test_a_setting_changed_by_hand_is_another_file(dataset, folder):
+    """Also one that no configuration knows of."""
+    torch.manual_seed(0)
+    other = covid_ct_mask_net(lesion_mask_rcnn(TINY_DETECTOR), TINY_CLASSIFIER)
+    rank(other, dataset, folder)
+    other.detector.rpn.nms_thresh = 0.3
+    dataset.reads.clear()
+    rank(other, dataset, folder)
+    assert len(dataset.reads) == 6 and len(list(folder.iterdir())) == 2
+
+
+def test_slices_that_are_no_files(model, dataset, folder):
+    del dataset.root
+    rows = rank(model, dataset, folder)
+    dataset.reads.clear()
+    assert torch.equal(rank(model, dataset, folder), rows)
+    dataset.slices._images[2] = dataset.slices._images[2] * 0.5
+    rank(model, dataset, folder)
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_finished_file_with_a_gap_is_computed_again(model, dataset, folder):
@@ -163,21 +242,14 @@ def test_boxes_that_are_no_numbers_name_the_slice(model, dataset, folder, monkey
     assert not list(folder.glob("ranked-*"))
 
 
-def test_the_part_is_removed_when_it_is_no_longer_mapped(model, dataset, folder, monkeypatch):
-    """As Windows wants it; where the part cannot be removed, the boxes are there all the same."""
-    mapped = []
-
+def test_a_part_that_cannot_be_removed_is_no_harm(model, dataset, folder, monkeypatch):
     def unlink(path, **_):
-        mapped.append(path.name in Path("/proc/self/maps").read_text())
         raise PermissionError(path)
 
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("needs Linux to see what is mapped")
     with monkeypatch.context() as patched:
         patched.setattr("covidmask.training.ranked_cache.check_writable", lambda path: path.mkdir())
         patched.setattr(Path, "unlink", unlink)
         rows = rank(model, dataset, folder)
-    assert mapped == [False]
     assert torch.equal(rows, rank(model, dataset, folder))
 
 
