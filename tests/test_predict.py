@@ -3,6 +3,7 @@
 import csv
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from covidmask.cli import main
 from covidmask.config import IMAGE_CLASSES
 from covidmask.data.images import LUNG_WINDOW
 from covidmask.data.medical import hounsfield_to_unit
+from covidmask.errors import DataError
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import save_model
@@ -278,6 +280,57 @@ def test_bad_options(options, words, tmp_path, stub, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert status == 2 and rows is None and not (tmp_path / "out").exists()
     assert len(errors) == 1 and words in errors[0]
+
+
+@pytest.mark.parametrize("name", ["score", "threshold"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1])
+def test_shares_outside_0_to_1(name, value, tmp_path):
+    with pytest.raises(DataError, match=f"{name} .*: must be a number from 0 to 1"):
+        module.predict(["a.png"], "s", "c", tmp_path / "out", **{name: value})
+
+
+def write_picture(path, low=0, high=255):
+    Image.fromarray(np.linspace(low, high, 64 * 80).reshape(64, 80).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("way", ["itself", "symbolic link", "hard link"])
+def test_no_picture_is_written_over_an_input(way, tmp_path, stub, capsys):
+    one, two = write_picture(tmp_path / "a.png"), write_picture(tmp_path / "a_lesions.png")
+    before, out = two.read_bytes(), tmp_path
+    if way != "itself":
+        out = tmp_path / "out"
+        out.mkdir()
+        (os.symlink if way == "symbolic link" else os.link)(two, out / "a_lesions.png")
+    status, rows, _ = predict([one, two], out)
+    assert status == 2 and rows is None and not stub.batches
+    assert two.read_bytes() == before
+    assert "is one of the images to look at" in capsys.readouterr().err
+
+
+def test_flat_pictures_are_noted(tmp_path, stub, capsys):
+    flat = write_picture(tmp_path / "flat.png", 100, 120)
+    assert predict([flat, write_picture(tmp_path / "a.png")], tmp_path / "out")[0] == 0
+    assert "pictures: 1 (flat.png) use less than an eighth" in capsys.readouterr().out
+
+
+def test_networks_that_give_no_numbers(tmp_path, stub, monkeypatch, capsys):
+    nothing = {**LESION_FREE, "semantic": torch.full((2, 32, 40), torch.nan)}
+    monkeypatch.setattr(stub, "lesions", lambda image, _: nothing)
+    nothing["masks"] = torch.zeros(0, 1, 64, 80)
+    status, rows, _ = predict([write_picture(tmp_path / "a.png")], tmp_path / "out")
+    assert status == 2 and rows is None and not (tmp_path / "out").exists()
+    assert "values that are not numbers" in capsys.readouterr().err
+
+
+def test_class_names_come_from_the_weights(tmp_path, stub, monkeypatch):
+    names = ("healthy", "ill", "other")
+    other = Networks(False)
+    other.config = replace(TINY_CLASSIFIER, classes=names)
+    monkeypatch.setattr(module, "load_classifier", lambda path, device: other)
+    _, rows, summary = predict([write_picture(tmp_path / "a.png")], tmp_path / "out")
+    assert set(names) < set(rows[0]) and rows[0]["likeliest"] in names
+    assert "Control" not in rows[0] and "share ill" in summary[0]
 
 
 def test_a_cut_file_stops_before_anything_is_written(tmp_path, stub, capsys):

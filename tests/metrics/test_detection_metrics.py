@@ -306,3 +306,8 @@ def test_maps_read_all_that_torchvision_pastes():
     everywhere = 1 - scores[:, None, None] * masks[:, 0]
     expected = [1 - everywhere[labels == label].prod(0) for label in (1, 2)]
     torch.testing.assert_close(lesion_maps(found, 2), torch.stack(expected))
+
+
+def test_average_precision_of_no_image():
+    with pytest.raises(ValueError, match="of no image: add at least one"):
+        CocoAP().compute()
