@@ -11,6 +11,7 @@ import pytest
 
 from covidmask.data import medical
 from covidmask.data.images import read_image
+from covidmask.data.lists import one_line
 from covidmask.data.medical import hounsfield_to_unit, read_dicom, read_nifti
 from covidmask.errors import DataError
 
@@ -386,6 +387,11 @@ def test_nifti_voxels_without_a_size(tmp_path, fields):
     path = claiming(tmp_path / "a.nii", (12, 10, 5), **fields)
     with pytest.raises(DataError, match="a.nii: .*voxels have no size, or two of its axes"):
         medical.NiftiVolume(path)
+
+
+def test_an_error_without_words_has_the_name_of_its_type():
+    assert one_line(MemoryError()) == "MemoryError"
+    assert one_line(ValueError("two\n lines")) == "two lines"
 
 
 def test_cifti_is_no_volume():
