@@ -5,24 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from covidmask.data import medical
-from covidmask.data.lists import one_line
+from covidmask.data.lists import one_line, readable
+from covidmask.data.medical import MAX_PIXELS, check_size
 from covidmask.errors import DataError
 from covidmask.files import atomic_path
 
 LUNG_WINDOW = (-600.0, 1500.0)  # level, width in HU
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # what the public data sets hold, in order of preference
-MIN_SIDE = 8  # a slice with a shorter side is a broken file
-MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a decompression bomb
+FEW_LEVELS = 4096  # of 65536: 12 bits, or Hounsfield units, which would all look alike
 
 
 def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> np.ndarray:
     """Read one CT slice as grey values.
 
     Pictures (PNG, JPEG, TIFF) of 8 or 16 bits are divided by 255 or 65535, and inverted where a
-    TIFF says that 0 is white; float pictures must lie in 0..1 already. Colour becomes grey
+    TIFF says that 0 is white; float pictures must lie in 0..1 already. They are turned as their
+    orientation tag says, and 16 bits must not lie within 4096 levels. Colour becomes grey
     (luminance) and an alpha channel is dropped. DICOM (.dcm, .dicom, or the letters DICM at byte
     128) and NIfTI (.nii, .nii.gz; the middle axial slice) hold Hounsfield units, which the window
     maps to 0..1.
@@ -35,25 +36,23 @@ def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> n
         float32 [H, W] in 0..1.
 
     Raises:
-        DataError: the file is missing, truncated, no image, smaller than 8x8, larger than 67
-            megapixels, or holds NaN or infinite values.
+        DataError: the file is missing, locked, truncated, no image, smaller than 8x8, larger than
+            67 megapixels, or holds NaN or infinite values, or no grey values as above.
     """
-    path = _existing(path)
+    path = readable(path)
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        image = medical.read_nifti(path, None, window)
-    elif path.suffix.lower() in (".dcm", ".dicom") or has_dicom_preamble(path):
-        image = medical.read_dicom(path, window)
-    else:
-        image = _to_unit(_open(path), path)
-    check_size(image.shape[1], image.shape[0], path)
-    return image
+        return medical.read_nifti(path, None, window)
+    if path.suffix.lower() in (".dcm", ".dicom") or has_dicom_preamble(path):
+        return medical.read_dicom(path, window)
+    return _to_unit(_open(path), path)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
     """Read one mask as its stored codes.
 
     The codes of a palette picture (mode P) are its indices. `convert("L")` would replace them by
-    the brightness of their colours, e.g. 0, 1, 2 by 0, 38, 75, so it is never called here.
+    the brightness of their colours, e.g. 0, 1, 2 by 0, 38, 75, so it is never called here. An
+    orientation tag turns a mask as it turns an image.
 
     Returns:
         uint8 [H, W]; what the codes mean is up to the data set.
@@ -61,7 +60,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     Raises:
         DataError: as `read_image`, and for colour pictures, which hold no codes.
     """
-    path = _existing(path)
+    path = readable(path)
     picture = _open(path)
     if picture.mode not in ("P", "L", "1") and not picture.mode.startswith("I"):
         raise DataError(
@@ -103,59 +102,58 @@ def write_image(path: str | Path, array: np.ndarray) -> None:
         Image.fromarray(array).save(temporary, format="PNG")
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: this is a folder, not an image; name a file inside it")
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file; check the path")
-    return path
-
-
 def has_dicom_preamble(path: Path) -> bool:
     """Whether the letters DICM stand at byte 128."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(128)
-            return file.read(4) == b"DICM"
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with open(path, "rb") as file:
+        file.seek(128)
+        return file.read(4) == b"DICM"
 
 
 def _open(path: Path) -> Image.Image:
-    """Decode a picture completely; Pillow alone would leave the pixels for later."""
+    """Decode and turn a picture completely; Pillow alone would leave the pixels for later."""
     try:
         with Image.open(path) as picture:
             check_size(*picture.size, path)  # before any pixel is decoded
             picture.verify()  # PNG: the checksums, and that the end of the file is there
-        with Image.open(path) as picture:  # again, because `verify` uses the file up
+        # again, because `verify` uses the file up; open, because by its name Pillow would map a
+        # plain TIFF into memory with the sides that it has after turning
+        with open(path, "rb") as file, Image.open(file) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise DataError(
                     f"{path}: the file holds {picture.n_frames} pictures; save the slice you want "
                     "as a file of its own"
                 )
-            picture.load()
+            picture.load()  # turns a TIFF as its tag says
+            if picture.format != "TIFF":
+                ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(path) from error
+        raise DataError(
+            f"{path}: the image has more than {MAX_PIXELS:,} pixels; reduce it or check that this "
+            "is a CT slice"
+        ) from error
     except Image.UnidentifiedImageError as error:
         raise DataError(
             f"{path}: this is no image that can be read; expected PNG, JPEG, TIFF, DICOM or NIfTI"
         ) from error
     except Exception as error:  # each Pillow decoder has its own ways to fail on broken bytes
-        raise _unreadable(path, error) from error
+        raise DataError(
+            f"{path}: the image cannot be decoded ({one_line(error)}); the file is damaged or "
+            "truncated, copy or download it again"
+        ) from error
 
 
 def _to_unit(picture: Image.Image, path: Path) -> np.ndarray:
+    stored = np.asarray(picture)
     if picture.mode.startswith("I"):  # I;16 and its kin, or I: 16 bits held in 32
-        values = np.asarray(picture).astype(np.float32) / 65535
+        values = stored.astype(np.float32) / 65535
         # a TIFF in which 0 is white: Pillow inverts 8 bits, but not 16
         if picture.mode.startswith("I;16") and getattr(picture, "tag_v2", {}).get(262) == 0:
             values = 1 - values
     elif picture.mode == "F":
-        values = np.asarray(picture)
+        values = stored
     else:
         if picture.mode not in ("1", "L", "LA"):
             picture = picture.convert("RGB")  # resolves palettes, drops alpha
@@ -166,37 +164,19 @@ def _to_unit(picture: Image.Image, path: Path) -> np.ndarray:
         )
     if not _within_unit(values):
         raise DataError(
-            f"{path}: the values run from {values.min():g} to {values.max():g}, expected 0..1 "
+            f"{path}: the values run from {stored.min():g} to {stored.max():g}, expected 0..1 "
             "(float) or 0..65535 (integer); rescale the image, or pass Hounsfield units as DICOM "
             "or NIfTI"
+        )
+    low, high = int(stored.min()), int(stored.max())
+    if picture.mode.startswith("I") and 0 < high - low <= FEW_LEVELS:
+        raise DataError(
+            f"{path}: the values run from {low} to {high}, only {high - low + 1} of the 65536 "
+            "levels of 16 bits, so the image would look flat (12 bits, or shifted Hounsfield "
+            "units?); rescale it to 0..65535, or pass Hounsfield units as DICOM or NIfTI"
         )
     return values.astype(np.float32)
 
 
 def _within_unit(values: np.ndarray) -> bool:
     return bool(((values >= 0) & (values <= 1)).all())  # False for NaN, too
-
-
-def check_size(width: int, height: int, path: Path) -> None:
-    """Raise `DataError` where an image is too small, or too large, to be a slice."""
-    if min(width, height) < MIN_SIDE:
-        raise DataError(
-            f"{path}: the image has {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} "
-            "are needed; check that this is a CT slice"
-        )
-    if width * height > MAX_PIXELS:
-        raise _too_large(path)
-
-
-def _too_large(path: Path) -> DataError:
-    return DataError(
-        f"{path}: the image has more than {MAX_PIXELS:,} pixels; reduce it or check that this is "
-        "a CT slice"
-    )
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path}: the image cannot be decoded ({one_line(error)}); the file is damaged or "
-        "truncated, copy or download it again"
-    )

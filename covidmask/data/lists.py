@@ -1,7 +1,8 @@
-"""Split files, which name one slice per line, and the wording of messages about them."""
+"""Files that a reader names: whether they can be read, split files, the wording of messages."""
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from covidmask.errors import DataError
@@ -49,5 +50,39 @@ def some(names: list[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The message of another library's error, without its line breaks."""
-    return " ".join(str(error).split())
+    """The message of another library's error without its line breaks, or the name of its type."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def readable(path: str | Path, empty: bool = False) -> Path:
+    """`path`, if it is a file that can be opened.
+
+    Raises:
+        DataError: it is absent, a folder, a pipe or device (which could block for ever), locked,
+            or, unless that is allowed, empty.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise DataError(f"{path}: this is a folder, not an image; name a file inside it")
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: this is a pipe, socket or device; name a file")
+        with open(path, "rb") as file:
+            empty = empty or bool(file.read(1))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        link = "this is a link to a file that is not there" if path.is_symlink() else ""
+        raise DataError(f"{path}: {link or 'there is no such file'}; check the path") from error
+    except OSError as error:
+        raise no_access(path, error) from error
+    if not empty:
+        raise DataError(f"{path}: the file is empty; copy or download it again")
+    return path
+
+
+def no_access(path: str | Path, error: OSError) -> DataError:
+    """The error for a file or folder that the system does not open."""
+    return DataError(
+        f"{path}: cannot be opened ({error.strerror or one_line(error)}); check its permissions "
+        "and those of its folder"
+    )

@@ -1,7 +1,8 @@
-"""DICOM and NIfTI to windowed axial slices. Needs the extra `medical` (pydicom, nibabel)."""
+"""DICOM and NIfTI to windowed axial slices. Needs the extra `medical` (see `PACKAGES`)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,17 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from covidmask.data.lists import one_line
+from covidmask.data.lists import one_line, readable
 from covidmask.errors import DataError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+PACKAGES = "pydicom nibabel python-gdcm"  # the extra `medical`, by the names that pip knows
+MIN_SIDE = 8  # a slice with a shorter side is a broken file
+MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a decompression bomb
+MAX_GZ_BYTES = 2**31  # of a .nii.gz once unpacked: 1,000 slices of 512 x 512 in 64 bits
+DEFLATE = 1032  # times a file's size is the most that it can unpack to
+MM = {1: 1000.0, 3: 0.001}  # by NIfTI's code for a unit of length: metre, micron; others are mm
+
 # All that is read of a DICOM file besides its meta header: what decoding the pixels needs.
 PIXEL_TAGS = (
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
     *("PlanarConfiguration", "PixelRepresentation", "BitsAllocated", "BitsStored", "HighBit"),
-    *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
+    *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "Modality"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *("PixelData", "FloatPixelData", "DoubleFloatPixelData"),
@@ -31,16 +39,36 @@ def hounsfield_to_unit(hu: np.ndarray, window: tuple[float, float]) -> np.ndarra
 
     Args:
         hu: any shape.
-        window: level and width in HU; width > 0.
+        window: level and width in HU, finite; width > 0.
 
     Returns:
         float32, the shape of `hu`.
+
+    Raises:
+        ValueError: the window is another.
     """
-    level, width = window
-    if not width > 0:
-        raise ValueError(f"window width {width}: it must be above 0")
-    unit = (np.asarray(hu, dtype=np.float32) - (level - width / 2)) / width
-    return np.clip(unit, 0, 1)
+    level, width = map(float, window)
+    if not (math.isfinite(level) and math.isfinite(width) and width > 0):
+        raise ValueError(f"window {level:g} {width:g}: give finite numbers and a width above 0")
+    # no double is outside 64 bits, but 1e308 is infinite in 32, and 1e-50 is 0
+    wide = np.float32 if 1e-30 < width < 1e30 and abs(level) < 1e30 else np.float64
+    with np.errstate(over="ignore"):  # far outside the window: clipped
+        unit = (np.asarray(hu, dtype=wide) - (level - width / 2)) / width
+    return np.clip(unit, 0, 1).astype(np.float32)
+
+
+def check_size(width: int, height: int, path: str | Path) -> None:
+    """Raise `DataError` where an image is too small, or too large, to be a slice."""
+    if min(width, height) < MIN_SIDE:
+        raise DataError(
+            f"{path}: the image has {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} "
+            "are needed; check that this is a CT slice"
+        )
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{path}: the image has {width} x {height} pixels, more than {MAX_PIXELS:,}; reduce "
+            "it or check that this is a CT slice"
+        )
 
 
 def open_dicom(path: str | Path, tags: Sequence[str], *, pixels: bool) -> Dataset:
@@ -51,8 +79,9 @@ def open_dicom(path: str | Path, tags: Sequence[str], *, pixels: bool) -> Datase
         pixels: read the pixel data, too.
 
     Raises:
-        DataError: pydicom is absent, or the file is no DICOM.
+        DataError: pydicom is absent, or the file cannot be opened or is no DICOM.
     """
+    readable(path)
     try:
         import pydicom
     except ImportError as error:
@@ -60,9 +89,20 @@ def open_dicom(path: str | Path, tags: Sequence[str], *, pixels: bool) -> Datase
     try:
         return pydicom.dcmread(path, specific_tags=list(tags), stop_before_pixels=not pixels)
     except Exception as error:  # broken bytes fail in many ways
+        reason = one_line(error).partition(" Use force=True")[0]  # advice to programmers
         raise DataError(
-            f"{path}: this is no DICOM file ({one_line(error)}); export the slice again"
+            f"{path}: this is no DICOM file ({reason}); export the slice again"
         ) from error
+
+
+def whole(dataset: Dataset, keyword: str, least: float = -math.inf) -> int | None:
+    """The whole number in a tag, None where it is absent or empty, else ValueError."""
+    value = dataset.get(keyword)
+    if value in (None, ""):
+        return None
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{keyword} is not one whole number from {least}")
+    return int(value)
 
 
 def frame_value(
@@ -107,43 +147,42 @@ def read_dicom(
         float32 [H, W] in 0..1.
 
     Raises:
-        DataError: pydicom is absent, the file is no DICOM, has no grey pixels, holds several
-            frames (stated or not) and none is named, is truncated, or is compressed in a way that
-            needs a plug-in which is not installed.
+        DataError: pydicom is absent, the file is no DICOM, has no grey pixels, states that they
+            are no HU (modality, rescale type or slope), holds several frames (stated or not) and
+            none is named, is smaller than 8x8 or larger than 67 megapixels, is truncated, or is
+            compressed in a way that needs a package which is not installed.
     """
     # of a file with many frames, pydicom reads the one alone
     dataset = open_dicom(path, PIXEL_TAGS, pixels=frame is None)
-    frames, samples = dataset.get("NumberOfFrames"), dataset.get("SamplesPerPixel")
-    if (frame is None and int(frames or 1) > 1) or int(samples or 1) > 1:
-        raise DataError(
-            f"{path}: the file holds {frames or 1} frames of {samples or 1} samples per pixel; "
-            "export one grey slice per file"
-        )
     try:
-        from pydicom.pixels import apply_modality_lut, pixel_array
+        from pydicom.pixels import apply_modality_lut
 
-        stored = dataset.pixel_array if frame is None else pixel_array(path, index=frame)
-        for keyword in ("RescaleSlope", "RescaleIntercept"):
-            value = frame_value(dataset, frame or 0, "PixelValueTransformationSequence", keyword)
-            if value not in (None, ""):
-                setattr(dataset, keyword, value)
-            elif keyword in dataset:
-                delattr(dataset, keyword)
-        is_hu = "RescaleSlope" in dataset or "RescaleIntercept" in dataset
-        if is_hu:  # pydicom rescales only with both
-            dataset.RescaleSlope = dataset.get("RescaleSlope", 1)
-            dataset.RescaleIntercept = dataset.get("RescaleIntercept", 0)
-        values = apply_modality_lut(stored, dataset)
-    except Exception as error:
-        remedy = "export or copy the slice again"
-        syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
-        if syntax is not None and syntax.is_compressed:
-            remedy = (
-                f"the pixels are compressed ({syntax.name}): if the file is whole, install the "
-                "plug-ins with `pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`"
+        frames = whole(dataset, "NumberOfFrames", 0) or 1
+        samples = whole(dataset, "SamplesPerPixel", 0) or 1
+        if (frame is None and frames > 1) or samples > 1:
+            raise DataError(
+                f"{path}: the file holds {frames} frames of {samples} samples per pixel; "
+                "export one grey slice per file"
             )
+        check_size(whole(dataset, "Columns") or 0, whole(dataset, "Rows") or 0, path)
+        slope, intercept, unit = (
+            frame_value(dataset, frame or 0, "PixelValueTransformationSequence", keyword)
+            for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType")
+        )
+        slope, intercept = (None if value == "" else value for value in (slope, intercept))
+        _check_hounsfield(path, dataset, slope, unit)
+        stored = _stored(path, dataset, frame)
+        is_hu = slope is not None or intercept is not None
+        # both, because pydicom rescales with both only
+        dataset.RescaleSlope = 1 if slope is None else slope
+        dataset.RescaleIntercept = 0 if intercept is None else intercept
+        values = apply_modality_lut(stored, dataset)
+    except DataError:
+        raise
+    except Exception as error:
         raise DataError(
-            f"{path}: the pixels of the DICOM file cannot be decoded ({one_line(error)}); {remedy}"
+            f"{path}: the pixels of the DICOM file cannot be decoded ({one_line(error)}); export "
+            "or copy the slice again"
         ) from error
     if values.ndim != 2:  # pydicom returns what is there, whatever the number of frames
         raise DataError(
@@ -154,6 +193,43 @@ def read_dicom(
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1" and not is_hu:
         image = 1 - image
     return image
+
+
+def _check_hounsfield(path: str | Path, dataset: Dataset, slope: Any, unit: Any) -> None:
+    """Raise `DataError` where the values of a slice are no HU."""
+    if dataset.get("Modality") not in (None, "", "CT"):
+        reason = "its modality is not CT"
+    elif not str(unit or "HU").strip().upper().startswith(("HU", "HOUNSFIELD", "US")):
+        reason = "its rescale type is not HU"  # US: unspecified, which old scanners wrote
+    elif slope is not None and not 0 < slope < math.inf:
+        reason = f"its rescale slope is {slope:g}"
+    else:
+        return
+    raise DataError(
+        f"{path}: the slice does not hold Hounsfield units ({reason}); export the CT slice itself"
+    )
+
+
+def _stored(path: str | Path, dataset: Dataset, frame: int | None) -> np.ndarray:
+    from pydicom.pixels import get_decoder, pixel_array
+
+    source = dataset if frame is None else path
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None or not syntax.is_compressed:
+        return pixel_array(source, index=frame)
+    plugins = get_decoder(syntax).available_plugins
+    if not plugins:
+        raise DataError(
+            f"{path}: the pixels are compressed ({syntax.name}), which needs a package that is not "
+            f"installed; run `pip install {PACKAGES}`, or export the slice uncompressed"
+        )
+    try:  # where others may return what there is of a truncated slice, GDCM refuses it
+        return pixel_array(source, index=frame, decoding_plugin="gdcm" if "gdcm" in plugins else "")
+    except Exception as error:  # of GDCM, with no cause in words
+        raise DataError(
+            f"{path}: the compressed pixels ({syntax.name}) cannot be decoded; copy the slice "
+            "again if it is damaged or truncated, else export it uncompressed"
+        ) from error
 
 
 class NiftiVolume:
@@ -183,18 +259,20 @@ class NiftiVolume:
             import nibabel
         except ImportError as error:
             raise _missing_package(path, "nibabel") from error
-        self.path = path
+        self.path = readable(path)
         try:
             self._image = nibabel.load(path)
+            if not isinstance(self._image, nibabel.Nifti1Image):  # Nifti2Image is one, too
+                raise DataError(f"{path}: the file is CIFTI, no volume; save one 3-D NIfTI volume")
             shape, affine = self._image.shape, self._image.affine
             while len(shape) > 3 and shape[-1] == 1:
                 shape = shape[:-1]
-            if len(shape) not in (2, 3) or 0 in shape:
+            if len(shape) not in (2, 3) or min(shape) < 1:
                 raise DataError(f"{path}: the image has shape {shape}; save one 3-D volume")
             self._shape = (*shape, 1)[:3]
+            self._check_bytes()
+            self._check_affine()
             self._turn = nibabel.io_orientation(affine)
-            if np.isnan(self._turn).any():
-                raise ValueError("its affine has an axis of no length")
             affine = affine @ nibabel.orientations.inv_ornt_aff(self._turn, self._shape)
             x, y, self.count = (self._shape[int(i)] for i in np.argsort(self._turn[:, 0]))
         except DataError:
@@ -202,11 +280,41 @@ class NiftiVolume:
         except Exception as error:  # broken bytes fail in many ways
             raise self._unreadable(error) from error
         self.size = (y, x)
+        header = self._image.header
+        affine = affine * MM.get(int(header["xyzt_units"]) % 8, 1.0)
         across, along, up = np.linalg.norm(affine[:3, :3], axis=0)
         self.spacing = (float(along), float(across))
         self.positions = None
-        if self._image.header["sform_code"] or self._image.header["qform_code"]:
+        if header["sform_code"] or header["qform_code"]:
             self.positions = affine[:3, 2] @ affine[:3, 3] / up + up * np.arange(self.count)
+
+    def _check_bytes(self) -> None:
+        """What the header claims, before memory is taken for it."""
+        proxy, held = self._image.dataobj, self.path.stat().st_size
+        claimed = math.prod(map(int, self._shape)) * proxy.dtype.itemsize
+        packed = self.path.suffix.lower() == ".gz"
+        if proxy.offset + claimed > held * (DEFLATE if packed else 1):
+            raise ValueError(
+                f"its header claims {self._shape} voxels, {claimed:,} bytes, more than {held:,} "
+                "bytes of the file can hold"
+            )
+        if packed and claimed > MAX_GZ_BYTES:
+            raise DataError(
+                f"{self.path}: the volume of {self._shape} voxels has {claimed:,} bytes, and of a "
+                f"compressed file at most {MAX_GZ_BYTES:,} are read; unpack it to .nii"
+            )
+
+    def _check_affine(self) -> None:
+        from nibabel.openers import ImageOpener
+
+        image = self._image
+        with ImageOpener(self.path) as file:  # as stated: of a length of 0, nibabel makes 1
+            header = type(image.header).from_fileobj(file, check=False)
+        stated = header["sform_code"] or 0 not in header["pixdim"][1:4][: header["dim"][0]]
+        axes = image.affine[:3, :3]
+        volume = 0.01 * np.prod(np.linalg.norm(axes, axis=0))  # of a box, if axes are at angles
+        if not (stated and np.isfinite(image.affine).all() and abs(np.linalg.det(axes)) > volume):
+            raise ValueError("its voxels have no size, or two of its axes run the same way")
 
     def read(self, index: int, window: tuple[float, float]) -> np.ndarray:
         """float32 [H, W] in 0..1: slice `index`, from 0, through a window in HU.
@@ -220,6 +328,7 @@ class NiftiVolume:
                 f"{self.path}: there is no slice {index}; "
                 f"choose one of 0..{self.count - 1}, the axial slices"
             )
+        check_size(*self.size[::-1], self.path)
         try:
             proxy = self._image.dataobj
             values = self._stored[..., index].astype(np.float32) * proxy.slope + proxy.inter
@@ -272,6 +381,5 @@ def _finite(values: np.ndarray, path: str | Path) -> np.ndarray:
 
 def _missing_package(path: str | Path, package: str) -> DataError:
     return DataError(
-        f"{path}: reading it needs {package}, which is not installed; "
-        'run `pip install "covidmask[medical]"`'
+        f"{path}: reading it needs {package}, which is not installed; run `pip install {PACKAGES}`"
     )

@@ -6,6 +6,7 @@ kept of a file is in `Slice`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,21 +16,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from covidmask.data.lists import one_line
-from covidmask.data.medical import frame_value, open_dicom
+from covidmask.data.medical import frame_value, open_dicom, whole
 from covidmask.errors import DataError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 SAME_PLACE = 0.01  # mm: slices that are nearer to each other have the same position
+SAME_WAY = 0.02  # between unit vectors: 1 degree, so that no rounding parts a series
 UNEVEN = 1.5  # times the usual distance of neighbours: more is a gap
 AXIAL = 0.8  # least cosine between the normal and the patient's long axis (37 degrees)
+MAX_FRAMES = 2**16  # in one file
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # pictures of screens; also the classes below it
 HEADER_TAGS = (
     "SOPClassUID",
     *("SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "ImageType"),
     *("Modality", "BurnedInAnnotation", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "BitsAllocated"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 # the functional groups in which enhanced CT states them, and the tags
@@ -65,12 +68,17 @@ class Frame:
     """A slice while its series is sorted."""
 
     slice: Slice
-    series: tuple  # equal within a series
+    series: tuple  # equal within a series, in which orientations are the same, too
     series_number: float
     identity: tuple  # equal for copies of one slice
     size: tuple[int, int]  # rows, columns
-    normal: np.ndarray | None  # [3], to the head
+    plane: np.ndarray | None  # [2, 3], unit vectors along a row and along a column
     corner: np.ndarray | None  # [3], mm, image position
+
+    @property
+    def axial(self) -> bool:
+        """Whether the slice is axial, or does not say."""
+        return self.plane is None or abs(np.cross(*self.plane)[2]) >= AXIAL
 
 
 def dicom_frames(path: Path, without_series: Path) -> list[Frame] | str:
@@ -90,24 +98,39 @@ def dicom_frames(path: Path, without_series: Path) -> list[Frame] | str:
             reason = _reason_to_leave_out(header)
             if reason:
                 return reason
-            count = int(header.get("NumberOfFrames") or 1)
-            frames = [_frame(path, header, k, count, without_series) for k in range(count)]
+            count = whole(header, "NumberOfFrames", 0) or 1
+            _check_count(path, header, count)
+            return [_frame(path, header, k, count, without_series) for k in range(count)]
     except Exception as error:  # values that do not parse
         raise DataError(
             f"{path}: the header of the DICOM file is damaged ({one_line(error)}); export or copy "
             "the slice again, or take the file away"
         ) from error
-    if all(frame.normal is not None and frame.normal[2] < AXIAL for frame in frames):
-        return "plane other than axial"
-    return frames
 
 
 def split_series(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Frames of one series identifier, size and orientation together, by series number."""
-    groups: dict[tuple, list[Frame]] = {}
+    """Frames of one series identifier, size and orientation together, by series number.
+
+    The first frame of a series states its orientation: whatever hangs on a threshold, such as
+    whether a slice is turned, is the same for all of its slices.
+    """
+    groups: dict[tuple, list[list[Frame]]] = {}
     for frame in frames:
-        groups.setdefault(frame.series, []).append(frame)
-    return sorted(groups.values(), key=lambda group: group[0].series_number)
+        alike = groups.setdefault(frame.series, [])
+        group = next((group for group in alike if _same_way(group[0], frame)), None)
+        if group is None:
+            alike.append([frame])
+        else:
+            group.append(replace(frame, plane=group[0].plane))
+    return sorted(
+        (group for alike in groups.values() for group in alike), key=lambda g: g[0].series_number
+    )
+
+
+def _same_way(one: Frame, other: Frame) -> bool:
+    if one.plane is None or other.plane is None:
+        return one.plane is other.plane
+    return bool((np.linalg.norm(one.plane - other.plane, axis=1) < SAME_WAY).all())
 
 
 def ordered(frames: Sequence[Frame], source: str) -> tuple[list[Slice], list[str]]:
@@ -127,9 +150,12 @@ def ordered(frames: Sequence[Frame], source: str) -> tuple[list[Slice], list[str
     single = list({frame.identity: frame for frame in reversed(frames)}.values())[::-1]
     if len(single) < len(frames):
         notes.append(f"{source}: {len(frames) - len(single)} copies of other slices left out.")
-    placed = all(frame.normal is not None and frame.corner is not None for frame in single)
+    plane = single[0].plane
+    placed = plane is not None and all(frame.corner is not None for frame in single)
     if placed:
-        places = [float(single[0].normal @ frame.corner) for frame in single]
+        normal = np.cross(*plane)
+        normal = normal * (-1 if normal[2] < 0 else 1)  # to the head
+        places = [float(normal @ frame.corner) for frame in single]
     else:
         places = [frame.slice.instance for frame in single]
         if len(single) > 1 and (None in places or len(set(places)) < len(places)):
@@ -155,7 +181,21 @@ def ordered(frames: Sequence[Frame], source: str) -> tuple[list[Slice], list[str
             "(a second acquisition?); the one with the lowest instance number stays."
         )
     notes += _gaps([places[i] for i in kept], "mm" if placed else "instance numbers", source)
-    return [replace(single[i].slice, position=places[i] if placed else None) for i in kept], notes
+    return [_turned(single[i], places[i] if placed else None) for i in kept], notes
+
+
+def _turned(frame: Frame, position: float | None) -> Slice:
+    """The slice at its position, with the way to turn it that its plane asks for."""
+    across, down = np.eye(3)[:2] if frame.plane is None else frame.plane
+    spacing = frame.slice.spacing
+    transpose = bool(abs(across[1]) > abs(across[0]))
+    if transpose:
+        across, down = down, across
+        spacing = None if spacing is None else spacing[::-1]
+    reverse = bool(down[1] < 0), bool(across[0] < 0)
+    return replace(
+        frame.slice, position=position, spacing=spacing, reverse=reverse, transpose=transpose
+    )
 
 
 def _instance(frame: Frame) -> float:
@@ -179,16 +219,16 @@ def _gaps(places: Sequence[float], unit: str, source: str) -> list[str]:
 def _reason_to_leave_out(header: Dataset) -> str:
     if "Rows" not in header:
         kind = getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
-        if kind is None or kind.name.endswith("Image Storage"):
-            raise ValueError("the file ends before it states a size")
+        if not kind or kind.name.endswith("Image Storage"):
+            raise ValueError("it ends before it states rows, or does not say what it holds")
         return "no image"  # DICOMDIR, reports, presentation states
     image_type = header.get("ImageType") or []
-    image_type = image_type if isinstance(image_type, str) else " ".join(image_type)
+    image_type = image_type if isinstance(image_type, str) else " ".join(map(str, image_type))
     if "LOCALIZER" in image_type.upper() or "SCOUT" in image_type.upper():
         return "localizer"
     if header.get("Modality", "CT") not in ("CT", "", None):
         return "no CT"
-    if int(header.get("SamplesPerPixel") or 1) != 1:
+    if (whole(header, "SamplesPerPixel") or 1) != 1:
         return "colour"
     if header.get("BurnedInAnnotation") == "YES":
         return "burned-in text, which may name the patient"
@@ -202,51 +242,56 @@ def _reason_to_leave_out(header: Dataset) -> str:
     return ""
 
 
+def _check_count(path: Path, header: Dataset, count: int) -> None:
+    """Whether the file has room for its frames, before one `Frame` is made for each of them."""
+    sides = [whole(header, keyword, 1) or 0 for keyword in ("Rows", "Columns", "BitsAllocated")]
+    if 0 in sides[:2]:
+        raise ValueError("it states no number of rows or of columns")
+    syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
+    packed = syntax is not None and (syntax.is_compressed or syntax.is_deflated)
+    room = path.stat().st_size // (8 if packed else math.prod(sides) // 8 or 1)  # 8 bytes: a mark
+    if count > 1 and count > min(room, MAX_FRAMES):
+        raise ValueError(f"it states {count:,} frames, and has room for {min(room, MAX_FRAMES):,}")
+
+
 def _frame(path: Path, header: Dataset, k: int, count: int, without_series: Path) -> Frame:
     # one position for all frames would make them acquisitions of one slice
     position = frame_value(header, k, *POSITION, plain=count == 1)
     spacing = _numbers(frame_value(header, k, "PixelMeasuresSequence", "PixelSpacing"), 2)
+    if spacing is not None and not (spacing > 0).all():
+        spacing = None
     plane = _numbers(frame_value(header, k, *ORIENTATION), 6)
-    normal, reverse, transpose = None, (False, False), False
     if plane is not None:
-        normal = np.cross(plane[:3], plane[3:])
-        normal = normal * (-1 if normal[2] < 0 else 1)
-        across, down = plane[:3], plane[3:]  # the ways along a row and along a column
-        transpose = bool(abs(across[1]) > abs(across[0]))
-        if transpose:
-            across, down = down, across
-            spacing = None if spacing is None else spacing[::-1]
-        reverse = bool(down[1] < 0), bool(across[0] < 0)
-    size = int(header.Rows), int(header.Columns)
+        plane = plane.reshape(2, 3)
+        lengths = np.linalg.norm(plane, axis=1, keepdims=True)
+        if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
+            raise ValueError("its orientation is not that of two directions at right angles")
+    size = whole(header, "Rows"), whole(header, "Columns")
     index = k if count > 1 else None
-    instance = k + 1 if count > 1 else header.get("InstanceNumber")
-    number = header.get("SeriesNumber")
+    number = whole(header, "SeriesNumber")
     return Frame(
         slice=Slice(
             path,
             index,
-            None if instance is None else int(instance),
+            k + 1 if count > 1 else whole(header, "InstanceNumber"),
             spacing=None if spacing is None else tuple(spacing.tolist()),
-            reverse=reverse,
-            transpose=transpose,
         ),
         series=(
             str(header.get("SeriesInstanceUID") or without_series),
             path if count > 1 else None,  # a file of many frames is a series of its own
             size,
-            None if plane is None else tuple(np.round(plane, 1) + 0.0),  # + 0.0: no -0.0
         ),
-        series_number=float("inf") if number is None else int(number),
+        series_number=float("inf") if number is None else number,
         identity=(str(header.get("SOPInstanceUID") or path), k),
         size=size,
-        normal=normal,
+        plane=plane,
         corner=_numbers(position, 3),
     )
 
 
 def _numbers(values: Any, count: int) -> np.ndarray | None:
     """float [count], or None where a tag is absent or holds something else."""
-    if values is None or isinstance(values, (str, float)) or len(values) != count:
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
         return None
     numbers = np.array([float(value) for value in values])
     return numbers if np.isfinite(numbers).all() else None

@@ -5,6 +5,7 @@ DICOM and NIfTI need the extra `medical`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from covidmask.data.images import LUNG_WINDOW, check_size, has_dicom_preamble, read_image
+from covidmask.data.images import LUNG_WINDOW, has_dicom_preamble, read_image
+from covidmask.data.lists import no_access, readable
 from covidmask.data.medical import NiftiVolume, read_dicom
 from covidmask.data.series import UNEVEN, Frame, Slice, dicom_frames, ordered, split_series
 from covidmask.errors import DataError
@@ -61,18 +63,15 @@ def find_scans(
         The scans, pictures first, and sentences about what was left out, copies and gaps.
 
     Raises:
-        DataError: a folder holds nothing to look at or several series, a file is damaged, or
-            nothing tells the order of a series.
+        DataError: a folder holds nothing to look at or several series, a file is damaged, a file
+            or a folder below cannot be opened, or nothing tells the order of a series.
     """
     pictures: list[Path] = []
     volumes: list[tuple[str, Sequence[Slice]]] = []
     notes: list[str] = []
     paths = [Path(path) for path in paths]
-    named = [path for path in paths if not path.is_dir()]
-    folders = [path for path in paths if path.is_dir()]
-    for path in named:
-        if not path.exists():
-            raise DataError(f"{path}: there is no such file; check the path")
+    folders = [path for path in paths if os.path.isdir(path)]
+    named = [readable(path) for path in paths if path not in folders]
     groups = [("the files named", named, False)] if named else []
     for source, files, is_folder in groups + [(str(f), _files(f), True) for f in folders]:
         before = len(pictures) + len(volumes)
@@ -95,7 +94,10 @@ def find_scans(
                 left_out[found] += 1
             else:
                 frames += found
-        parts = split_series(frames)
+        every = split_series(frames)
+        parts = [part for part in every if part[0].axial]
+        other = {frame.slice.path for part in every if not part[0].axial for frame in part}
+        left_out.update({"plane other than axial": len(other)} if other else {})
         if parts and series is not None and not is_folder:
             notes.append(f"{source}: --series is for folders; each series of these files is taken.")
         for part in _chosen(parts, series, source) if is_folder else parts:
@@ -185,7 +187,6 @@ def read_slices(
             image = nifti.read(each.index, window)
         else:
             image = read_dicom(each.path, window, each.index)
-        check_size(image.shape[1], image.shape[0], each.path)
         image = image.T if each.transpose else image
         rows, columns = (-1 if reverse else 1 for reverse in each.reverse)
         yield np.ascontiguousarray(image[::rows, ::columns])
@@ -193,14 +194,22 @@ def read_slices(
 
 def _files(folder: Path) -> list[Path]:
     """Every file in a folder and below, but hidden ones (macOS writes ._IM0001)."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+
+    def stop(error: OSError) -> None:
+        raise no_access(error.filename, error)
+
+    files: list[Path] = []
+    seen: set[str] = set()  # links may lead around in a circle
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+        files += [] if real in seen else [Path(place, n) for n in names if not n.startswith(".")]
+        seen.add(real)
+    return sorted(files)
 
 
 def _kind(path: Path) -> str:
+    readable(path, empty=True)  # a link to nothing, too, is a slice that would be missing
     if _is_nifti(path):
         return "NIfTI"
     if path.suffix.lower() in (".dcm", ".dicom") or has_dicom_preamble(path):

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 
@@ -88,6 +89,63 @@ def test_colour_becomes_grey_and_alpha_is_dropped(tmp_path, mode):
     np.testing.assert_allclose(read_image(tmp_path / "slice.png"), grey / 255, atol=1e-7)
 
 
+@pytest.mark.parametrize("offset", [0, 1024, 32768])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_16_bits_that_hold_12_or_hounsfield_units_are_refused(tmp_path, offset, dtype):
+    path = tmp_path / "slice.tif"
+    values = (offset + np.linspace(0, 4096, 200)).astype(dtype).reshape(10, 20)
+    Image.fromarray(values).save(path)
+    with pytest.raises(DataError, match=f"from {offset} to {offset + 4096}, only 4097 of the 655"):
+        read_image(path)
+    values[5, 5] = offset + 4097
+    Image.fromarray(values).save(path)
+    assert read_image(path)[5, 5] == pytest.approx((offset + 4097) / 65535)
+    Image.fromarray(np.full_like(values, offset)).save(path)  # constant, such as black
+    assert read_image(path)[0, 0] == pytest.approx(offset / 65535)
+
+
+TURNED = {  # how a viewer shows the array for each orientation tag
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].T,
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("tag", TURNED)
+@pytest.mark.parametrize(
+    "name, options", [("a.png", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"})]
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_pictures_and_masks_are_turned_by_their_orientation_tag(
+    tmp_path, tag, name, options, dtype
+):
+    exif = Image.Exif()
+    exif[274] = tag
+    codes = np.random.default_rng(0).integers(0, 4, (12, 20))
+    Image.fromarray(codes.astype(dtype)).save(tmp_path / name, exif=exif, **options)
+    np.testing.assert_array_equal(read_mask(tmp_path / name), TURNED[tag](codes))
+    stored = (codes * (np.iinfo(dtype).max // 3)).astype(dtype)
+    Image.fromarray(stored).save(tmp_path / name, exif=exif, **options)
+    np.testing.assert_allclose(read_image(tmp_path / name), TURNED[tag](codes) / 3, atol=1e-6)
+
+
+def test_a_photo_is_turned_and_so_is_a_tiff_in_which_0_is_white(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    grey = np.zeros((24, 40), np.uint8)
+    grey[:8, :16] = 255
+    Image.fromarray(grey).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    np.testing.assert_allclose(read_image(tmp_path / "a.jpg"), TURNED[6](grey) / 255, atol=0.1)
+    Image.fromarray(GREY * 100).save(tmp_path / "a.tif", tiffinfo={262: 0, 274: 6})
+    expected = 1 - TURNED[6](GREY) * 100 / 65535
+    np.testing.assert_allclose(read_image(tmp_path / "a.tif"), expected, atol=1e-7)
+
+
 def test_an_image_through_its_palette(tmp_path):
     picture = Image.fromarray(np.repeat(np.uint8([[0], [1]]), 8, axis=0).repeat(8, axis=1))
     picture.putpalette([0, 0, 0, 255, 255, 255])
@@ -119,7 +177,9 @@ NOISE = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
 NAN = np.full((10, 10), np.nan, dtype=np.float32)
 BAD = {
     "text.png": (b"not an image\n", "no image"),
-    "empty.png": (b"", "no image"),
+    "empty.png": (b"", "the file is empty"),
+    "empty.dcm": (b"", "the file is empty"),
+    "empty.nii.gz": (b"", "the file is empty"),
     "half.png": (GOOD[: len(GOOD) // 2], "truncated"),
     "tail.png": (GOOD[:-5], "truncated"),
     "flipped.png": (GOOD[:60] + bytes([GOOD[60] ^ 4]) + GOOD[61:], "damaged"),
@@ -131,7 +191,8 @@ BAD = {
     "nan.tif": (encoded(NAN, "TIFF"), "NaN"),
     "inf.tif": (encoded(np.full_like(NAN, np.inf), "TIFF"), "NaN"),
     "hounsfield.tif": (encoded(np.full((10, 10), -600, np.float32), "TIFF"), "0..1"),
-    "negative.tif": (encoded(np.full((10, 10), -600, np.int32), "TIFF"), "65535"),
+    "negative.tif": (encoded(np.full((10, 10), -600, np.int32), "TIFF"), "from -600 to -600"),
+    "far.tif": (encoded(np.full((10, 10), 70_000, np.int32), "TIFF"), "from 70000 to 70000"),
     "pages.tif": (two_pages(), "2 pictures"),
     "broken.dcm": (b"not DICOM", "DICOM"),
     "broken.nii": (b"not NIfTI", "NIfTI"),
@@ -152,9 +213,31 @@ def test_bad_images_name_the_file_and_the_problem(tmp_path, name):
 def test_missing_files_and_folders(tmp_path, read):
     with pytest.raises(DataError, match="absent.png: there is no such file"):
         read(tmp_path / "absent.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "absent.png")
+    with pytest.raises(DataError, match="link.png: this is a link to a file that is not there"):
+        read(tmp_path / "link.png")
+    with pytest.raises(DataError, match="folder.png/a.png: there is no such file|Not a directory"):
+        (tmp_path / "file").write_text("text")
+        read(tmp_path / "file" / "folder.png" / "a.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(DataError, match="folder.png: this is a folder"):
         read(tmp_path / "folder.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.dcm", "a.nii", "a"])
+def test_pipes_and_locked_files_are_named(tmp_path, name, monkeypatch):
+    os.mkfifo(tmp_path / name)  # opening it would wait for ever
+    with pytest.raises(DataError, match=f"{name}: this is a pipe, socket or device"):
+        read_image(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(GOOD)
+
+    def refuse(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)  # as root, no file is locked
+    with pytest.raises(DataError, match=f"{name}: cannot be opened .Permission denied.; check"):
+        read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 import builtins
+import gzip
 import os
+import re
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from covidmask.data import medical
 from covidmask.data.images import read_image
+from covidmask.data.lists import one_line
 from covidmask.data.medical import hounsfield_to_unit, read_dicom, read_nifti
 from covidmask.errors import DataError
 
+ROOT = Path(__file__).resolve().parents[2]
 WINDOW = (-600.0, 1500.0)  # -1350..150
 HU = np.linspace(-2048, 1500, 16 * 20).reshape(16, 20).astype(np.int16)
 
@@ -18,8 +24,24 @@ def test_window():
     unit = hounsfield_to_unit(np.array([-2048, -1350, -600, 150, 3000]), WINDOW)
     assert unit.dtype == np.float32
     assert unit.tolist() == [0, 0, 0.5, 1, 1]
-    with pytest.raises(ValueError, match="width"):
-        hounsfield_to_unit(HU, (0, 0))
+    for bad in ((0, 0), (0, -1), (0, np.nan), (np.nan, 1), (0, np.inf), (-np.inf, 1)):
+        with pytest.raises(ValueError, match="width"):
+            hounsfield_to_unit(HU, bad)
+
+
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        ((1e308, 1e308), [0, 0]),
+        ((0, 1e308), [0.5, 0.5]),
+        ((-1e308, 1.5e308), [1, 1]),
+        ((0, 1e-300), [0.5, 1]),
+        ((1, 5e-324), [0, 0]),
+    ],
+)
+def test_windows_at_the_ends_of_what_a_number_can_be(window, expected):
+    unit = hounsfield_to_unit(np.array([0, 0.5]), window)
+    assert unit.dtype == np.float32 and unit.tolist() == expected
 
 
 def write_dicom(path, stored, syntax=None, **tags):
@@ -132,29 +154,115 @@ def test_dicom_cut_short(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, package",
-    [("MR_small_jp2klossless.dcm", "PIL"), ("MR_small_jpeg_ls_lossless.dcm", "libjpeg")],
+    "name", ["MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_RLE.dcm"]
 )
-def test_plug_ins_decompress(name, package):
+def test_compressed_slices_of_others(tmp_path, name):
     """One picture of pydicom's own, plain and compressed without loss."""
-    data = pytest.importorskip("pydicom.data", reason="needs the extra `medical`")
-    pytest.importorskip(package, reason="needs a plug-in: pip install pylibjpeg pylibjpeg-libjpeg")
-    plain, compressed = (data.get_testdata_file(n, download=False) for n in ("MR_small.dcm", name))
-    if not (plain and compressed):
-        pytest.skip("this release of pydicom comes without its pictures")
-    window = (500, 2000)  # its values run from 0 to about 2,000
-    np.testing.assert_array_equal(read_dicom(compressed, window), read_dicom(plain, window))
-    assert read_dicom(plain, window).std() > 0.1
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
+    pytest.importorskip("gdcm", reason="needs the extra `medical`")
+    images = []
+    for file in (name, "MR_small.dcm"):
+        found = pydicom.data.get_testdata_file(file, download=False)
+        if not found:
+            pytest.skip("this release of pydicom comes without its pictures")
+        dataset = pydicom.dcmread(found)
+        dataset.Modality = "CT"
+        dataset.save_as(tmp_path / file)
+        images.append(read_dicom(tmp_path / file, (500, 2000)))  # it runs from 0 to about 2,000
+    np.testing.assert_array_equal(*images)
+    assert images[0].std() > 0.1
 
 
-def test_compressed_dicom_names_the_plug_ins(tmp_path):
+def jpeg(path, kind, **tags):
+    """HU as 12 bits from -1024, compressed by GDCM: JPEG Lossless, JPEG-LS or JPEG 2000."""
+    gdcm = pytest.importorskip("gdcm", reason="needs the extra `medical`")
+    stored = np.clip(HU + 1024, 0, 4095).astype(np.uint16)
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024, "BitsStored": 12, "HighBit": 11}
+    write_dicom(path, stored, **rescale, **tags)
+    reader, change, writer = (
+        gdcm.ImageReader(),
+        gdcm.ImageChangeTransferSyntax(),
+        gdcm.ImageWriter(),
+    )
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(path))
+    assert writer.Write()
+    return path, stored.astype(int) - 1024
+
+
+KINDS = ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_slices(tmp_path, kind):
+    path, hu = jpeg(tmp_path / "a.dcm", kind)
+    np.testing.assert_allclose(read_dicom(path, WINDOW), hounsfield_to_unit(hu, WINDOW), atol=1e-6)
+    whole = path.read_bytes()
+    for keep in (0.6, 0.9, 0.98):  # what is there of a slice is no slice
+        path.write_bytes(whole[: int(keep * len(whole))])
+        with pytest.raises(DataError, match="a.dcm"):
+            read_dicom(path, WINDOW)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compressed_slice_that_ends_early(tmp_path, kind):
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
+    path, _hu = jpeg(tmp_path / "a.dcm", kind)
+    dataset = pydicom.dcmread(path)
+    (frame,) = pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)
+    dataset.PixelData = pydicom.encaps.encapsulate([frame[: len(frame) // 4 * 2]])
+    dataset.save_as(path)
+    with pytest.raises(DataError, match="a.dcm: the compressed pixels .JPEG.* cannot be decoded"):
+        read_dicom(path, WINDOW)
+
+
+def test_compressed_dicom_names_the_package(tmp_path, monkeypatch):
     pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
     encapsulated = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
     path = write_dicom(
         tmp_path / "jpeg.dcm", HU, syntax=pydicom.uid.JPEGLosslessSV1, PixelData=encapsulated
     )
-    with pytest.raises(DataError, match="jpeg.dcm.*pylibjpeg-libjpeg"):
+    decoder = type(pydicom.pixels.get_decoder(pydicom.uid.JPEGLosslessSV1))
+    monkeypatch.setattr(decoder, "available_plugins", ())
+    with pytest.raises(DataError, match="jpeg.dcm.*JPEG Lossless.*pip install .*python-gdcm"):
         read_dicom(path, WINDOW)
+
+
+@pytest.mark.parametrize(
+    "tags, problem",
+    [
+        ({"Modality": "PT", "RescaleSlope": 2, "RescaleIntercept": 0}, "modality is not CT"),
+        ({"RescaleSlope": 1, "RescaleIntercept": 0, "RescaleType": "MGML"}, "type is not HU"),
+        ({"RescaleSlope": 0, "RescaleIntercept": 0}, "slope is 0"),
+        ({"RescaleSlope": -1}, "slope is -1"),
+    ],
+)
+def test_what_is_no_hounsfield_units_is_refused(tmp_path, tags, problem):
+    with pytest.raises(DataError, match=f"a.dcm: the slice does not hold Hounsf.*{problem}"):
+        read_dicom(write_dicom(tmp_path / "a.dcm", HU, **tags), WINDOW)
+    for kind in ("HU", "US", "", None):
+        read_dicom(write_dicom(tmp_path / "b.dcm", HU, RescaleType=kind, Modality="CT"), WINDOW)
+
+
+@pytest.mark.parametrize(
+    "tags, problem",
+    [
+        ({"NumberOfFrames": -1}, "NumberOfFrames is not one whole number"),
+        ({"Rows": 0}, "20 x 0 pixels"),
+        ({"Rows": 65535, "Columns": 65535}, "65535 x 65535 pixels, more than"),
+        ({"Rows": [16, 16]}, "Rows is not one whole number"),
+        ({"RescaleSlope": [1, 1]}, "cannot be decoded"),
+    ],
+)
+def test_tags_that_hold_something_else(tmp_path, tags, problem):
+    with pytest.raises(DataError, match=f"a.dcm: .*{problem}"):
+        read_dicom(write_dicom(tmp_path / "a.dcm", HU, **tags), WINDOW)
 
 
 def write_nifti(path, data, affine):
@@ -219,6 +327,82 @@ def test_bad_nifti(tmp_path):
         read_nifti(nan, None, WINDOW)
 
 
+def claiming(path, shape, **fields):
+    """A small NIfTI file whose header says something else; .gz by its name."""
+    write_nifti(path, marked_volume(), RAS)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as file:
+        content = bytearray(file.read())
+    content[40:56] = struct.pack("<8h", 3, *shape, 1, 1, 1, 1)
+    for place, value in fields.items():
+        content[int(place[1:]) : int(place[1:]) + len(value)] = value
+    with opened(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("shape", [(32767, 32767, 32767), (2000, 2000, 500)])
+def test_a_nifti_file_that_claims_more_than_it_holds(tmp_path, suffix, shape):
+    path = claiming(tmp_path / f"a{suffix}", shape)
+    with pytest.raises(DataError, match=rf"claims \({shape[0]}, .*more than .* bytes"):
+        read_nifti(path, 0, WINDOW)
+
+
+def test_a_large_nifti_file_is_refused_only_when_packed(tmp_path, monkeypatch):
+    path = write_nifti(tmp_path / "a.nii.gz", marked_volume(), RAS)
+    monkeypatch.setattr(medical, "MAX_GZ_BYTES", 2 * 12 * 10 * 5)
+    read_nifti(path, 0, WINDOW)
+    monkeypatch.setattr(medical, "MAX_GZ_BYTES", 2 * 12 * 10 * 5 - 1)
+    with pytest.raises(DataError, match="a.nii.gz: the volume .* unpack it to .nii"):
+        read_nifti(path, 0, WINDOW)
+    read_nifti(write_nifti(tmp_path / "a.nii", marked_volume(), RAS), 0, WINDOW)
+
+
+@pytest.mark.parametrize("unit, factor", [(0, 1), (1, 1000), (2, 1), (3, 0.001), (5, 1)])
+def test_nifti_lengths_are_in_millimetres(tmp_path, unit, factor):
+    affine = np.diag([0.5 / factor, 0.75 / factor, 2.5 / factor, 1])
+    affine[2, 3] = 10 / factor
+    path = write_nifti(tmp_path / "a.nii", marked_volume(), affine)
+    content = bytearray(path.read_bytes())
+    content[123] = unit + 8  # seconds, which are a matter of other axes
+    path.write_bytes(content)
+    volume = medical.NiftiVolume(path)
+    assert volume.spacing == pytest.approx((0.75, 0.5))
+    np.testing.assert_allclose(volume.positions, 10 + 2.5 * np.arange(5), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # where sform_code, and one of pixdim, or a row of the sform, stand in the file
+        {"_254": bytes(2), "_80": struct.pack("<f", 0)},
+        {"_254": bytes(2), "_80": struct.pack("<f", np.nan)},
+        {"_280": struct.pack("<4f", 0, 0, 0, 0)},
+        {"_280": struct.pack("<4f", np.nan, 0, 0, 0)},
+        {"_280": struct.pack("<4f", 0, 1, 0, 0)},
+    ],
+)
+def test_nifti_voxels_without_a_size(tmp_path, fields):
+    path = claiming(tmp_path / "a.nii", (12, 10, 5), **fields)
+    with pytest.raises(DataError, match="a.nii: .*voxels have no size, or two of its axes"):
+        medical.NiftiVolume(path)
+
+
+def test_an_error_without_words_has_the_name_of_its_type():
+    assert one_line(MemoryError()) == "MemoryError"
+    assert one_line(ValueError("two\n lines")) == "two lines"
+
+
+def test_cifti_is_no_volume():
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
+    path = Path(nibabel.__file__).parent / "tests" / "data" / "row_major.dconn.nii"
+    if not path.exists():
+        pytest.skip("this release of nibabel comes without its test data")
+    with pytest.raises(DataError, match="row_major.dconn.nii: the file is CIFTI"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("package, name", [("pydicom", "a.dcm"), ("nibabel", "a.nii")])
 def test_an_absent_package_is_named_with_the_remedy(tmp_path, monkeypatch, package, name):
     original = builtins.__import__
@@ -231,8 +415,22 @@ def test_an_absent_package_is_named_with_the_remedy(tmp_path, monkeypatch, packa
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, package, raising=False)
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(DataError, match=rf"{package}.*covidmask\[medical\]"):
+    with pytest.raises(DataError, match=f"needs {package}.*pip install pydicom nibabel"):
         read_image(tmp_path / name)
+
+
+def test_the_packages_named_are_those_of_the_extra():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^medical = (\[.*\])", text, re.MULTILINE)
+    assert re.findall(r'"([\w-]+)', line) == medical.PACKAGES.split()
+
+
+def test_no_text_names_a_package_that_anyone_could_register():
+    """The project is not on PyPI: whoever takes the name there would be installed."""
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "covidmask").rglob("*.py")]
+    texts += [*(ROOT / "book").glob("*.md"), *(ROOT / "book" / "py").rglob("*.py")]
+    named = re.compile(r"pip install [\"']?covidmask|covidmask\[\w+\]")
+    assert not [str(text) for text in texts if named.search(text.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.skipif(

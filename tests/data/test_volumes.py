@@ -152,6 +152,65 @@ def test_sizes_of_one_series_are_parted(tmp_path):
         find_scans([tmp_path])
 
 
+def turned(angle, axis):
+    """ImageOrientationPatient of an axial plane, turned by degrees around x, y or z."""
+    sine, cosine = np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))
+    matrix = np.eye(3)
+    i, k = [(1, 2), (0, 2), (0, 1)][axis]
+    matrix[i, i], matrix[i, k], matrix[k, i], matrix[k, k] = cosine, -sine, sine, cosine
+    return np.round(matrix[:, :2].T.ravel(), 8).tolist()
+
+
+def write_turned(folder, angles, axis):
+    for k, angle in enumerate(angles):
+        tags = {"ImageOrientationPatient": turned(angle, axis), "InstanceNumber": k + 1}
+        write_slice(folder / f"{k}.dcm", chest(k), ImagePositionPatient=[0, 0, 3 * k], **tags)
+    return folder
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("angle", [0, 2.866, 14.4775, 36.8699, 45])  # at limits, of old and new
+def test_no_rounding_parts_a_series(tmp_path, angle, axis):
+    angles = [angle + (0.0001 if k % 2 else -0.0001) for k in range(6)]
+    write_turned(tmp_path, angles, axis)
+    if angle == 45 and axis != 2:  # no longer axial
+        with pytest.raises(DataError, match=r"left out: plane other than axial \(6\)"):
+            find_scans([tmp_path])
+        return
+    try:
+        scan, notes = only(tmp_path)
+    except DataError as error:  # at the limit of what is axial: all or none
+        assert angle == 36.8699 and "plane other than axial (6)" in str(error)
+        return
+    assert len(scan.slices) == 6 and not notes
+    assert len({(each.transpose, each.reverse) for each in scan.slices}) == 1
+
+
+def test_orientations_that_differ_are_parted(tmp_path):
+    write_turned(tmp_path / "a", [10, 10.9, 10, 12, 12.5], 0)
+    scans, _ = find_scans(sorted((tmp_path / "a").iterdir()))
+    assert [len(scan.slices) for scan in scans] == [3, 2]
+    # a chain of small steps is no plane
+    write_turned(tmp_path / "b", np.arange(0, 5, 0.5), 1)
+    assert len(find_scans(sorted((tmp_path / "b").iterdir()))[0]) > 2
+
+
+def test_orientations_of_another_length(tmp_path):
+    tags = {"ImageOrientationPatient": [2, 0, 0, 0, 2, 0], "ImagePositionPatient": [0, 0, -20]}
+    scan, _ = only(write_slice(tmp_path / "a.dcm", chest(0), **tags))
+    assert scan.slices[0].position == -20
+    for plane in ([0] * 6, [1, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0], [1, 0, 0, 0.5, 0.5, 0]):
+        write_slice(tmp_path / "a.dcm", chest(0), ImageOrientationPatient=plane)
+        with pytest.raises(DataError, match="a.dcm: .*two directions at right angles"):
+            find_scans([tmp_path])
+
+
+@pytest.mark.parametrize("spacing", [[0, 0], [-1, 1], [0.7, 0], [1, 1, 1], 0.7, None])
+def test_a_spacing_that_is_none(tmp_path, spacing):
+    scan, _ = only(write_slice(tmp_path / "a.dcm", chest(0), PixelSpacing=spacing))
+    assert scan.slices[0].spacing is None
+
+
 def test_files_without_a_series_belong_together_by_folder(tmp_path):
     write_series(tmp_path, 3, drop=["SeriesInstanceUID"])
     assert len(only(tmp_path)[0].slices) == 3
@@ -411,6 +470,76 @@ def test_a_position_that_is_none(tmp_path, values):
     write_series(tmp_path, 2)
     write_slice(tmp_path / "third", chest(9), ImagePositionPatient=values, InstanceNumber=9)
     assert "positions are missing" in only(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    "tags, problem",
+    [
+        ({"NumberOfFrames": -1}, "NumberOfFrames is not one whole number"),
+        ({"NumberOfFrames": 2_000_000_000}, "it states 2,000,000,000 frames, and has room for 1"),
+        ({"NumberOfFrames": 2}, "it states 2 frames, and has room for 1"),
+        ({"Rows": [64, 64]}, "Rows is not one whole number"),
+        ({"Rows": None}, "no number of rows or of columns"),
+        ({"SeriesNumber": [1, 2]}, "SeriesNumber is not one whole number"),
+    ],
+)
+def test_headers_that_hold_something_else(tmp_path, tags, problem):
+    write_slice(tmp_path / "a.dcm", chest(0), **tags)
+    with pytest.raises(DataError, match=f"a.dcm: the header .* is damaged .*{problem}"):
+        find_scans([tmp_path])
+
+
+def test_frames_of_a_compressed_file_that_has_no_room_for_them(tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
+    path = write_slice(tmp_path / "a.dcm", chest(0), syntax=pydicom.uid.RLELossless)
+    dataset = pydicom.dcmread(path)
+    dataset.NumberOfFrames = 100_000
+    dataset.save_as(path)
+    with pytest.raises(DataError, match="it states 100,000 frames, and has room for [0-9]{3}"):
+        find_scans([path])
+
+
+def test_a_file_that_does_not_say_what_it_is(tmp_path):
+    path = write_slice(tmp_path / "a.dcm", chest(0), drop=["Rows", "SOPClassUID"])
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\x02\x00\x02\x00UI", b"\x02\x00\x04\x00UI"))
+    with pytest.raises(DataError, match="a.dcm: .*does not say what it holds"):
+        find_scans([path])
+
+
+def test_nothing_is_left_out_without_a_word(tmp_path, monkeypatch):
+    write_series(tmp_path / "study" / "one", 2)
+    write_slice(tmp_path / "two" / "a.dcm", chest(5), ImagePositionPatient=[0, 0, -80])
+    (tmp_path / "study" / "two").symlink_to(tmp_path / "two")
+    (tmp_path / "two" / "back").symlink_to(tmp_path / "study")  # round and round
+    (tmp_path / "study" / "empty.txt").touch()
+    scan, notes = only(tmp_path / "study")
+    assert len(scan.slices) == 3 and "no image (1)" in notes
+    scandir = os.scandir
+
+    def locked(path):
+        if os.path.basename(path) == "two":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    with monkeypatch.context() as patch:  # as root, no folder is locked
+        patch.setattr(os, "scandir", locked)
+        for name in ("study", "two"):
+            with pytest.raises(DataError, match="two: cannot be opened .Permission denied"):
+                find_scans([tmp_path / name])
+    (tmp_path / "study" / "gone.dcm").symlink_to(tmp_path / "gone.dcm")
+    with pytest.raises(DataError, match="gone.dcm: this is a link to a file that is not there"):
+        find_scans([tmp_path / "study"])
+    (tmp_path / "study" / "gone.dcm").unlink()
+    os.mkfifo(tmp_path / "study" / "pipe")
+    for path in (tmp_path / "study", tmp_path / "study" / "pipe"):
+        with pytest.raises(DataError, match="pipe: this is a pipe"):
+            find_scans([path])
+
+
+def test_a_folder_with_the_name_of_a_file(tmp_path):
+    write_series(tmp_path / "scan.dcm", 2)
+    assert len(only(tmp_path)[0].slices) == len(only(tmp_path / "scan.dcm")[0].slices) == 2
 
 
 def test_nifti_notes(tmp_path):
