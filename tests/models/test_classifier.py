@@ -40,6 +40,22 @@ def test_s_is_two_relu_layers_and_a_linear_one():
     torch.testing.assert_close(s(rows), expected)
 
 
+def test_s_starts_as_in_the_paper():
+    """Kaiming-normal weights of fan-out and ReLU's gain, and no bias."""
+    torch.manual_seed(0)
+    s = ClassificationModule(64, 512)
+    for layer in (s.fc_scores, s.fc_scores_2, s.fc_scores_img):
+        weights = layer.weight.detach()
+        expected = (2 / layer.out_features) ** 0.5  # the inputs are 320, 512 and 512
+        assert weights.std().item() == pytest.approx(expected, rel=0.05)
+        assert abs(weights.mean().item()) < 0.1 * expected
+        assert weights.abs().max() > 2.5 * expected  # a uniform draw ends at 1.73
+        assert not layer.bias.any()
+    assert [layer.out_features for layer in (s.fc_scores, s.fc_scores_2, s.fc_scores_img)] == [
+        512, 512, 3
+    ]  # fmt: skip
+
+
 def test_logits_are_s_of_the_ranked_boxes(model):
     with torch.no_grad():
         rows = model.ranked_boxes(images())
