@@ -64,6 +64,20 @@ def test_merged_joins_the_classes_before_components_are_sought(mask):
     assert all(torch.equal(merged[key], reference[key]) for key in reference)
 
 
+def test_order_is_by_label_then_by_first_pixel_row_by_row():
+    mask = np.ones((5, 9), dtype=np.uint8)
+    mask[0, 8] = mask[1, 4:6] = mask[4, 0:3] = 2  # the higher it begins, the further to the right
+    mask[0, 2] = mask[0, 0] = mask[3, 8] = 3
+    target = mask_to_targets(mask)
+    assert target["labels"].tolist() == [1, 1, 1, 2, 2, 2]
+    assert target["boxes"].tolist() == [
+        [8, 0, 9, 1], [4, 1, 6, 2], [0, 4, 3, 5], [0, 0, 1, 1], [2, 0, 3, 1], [8, 3, 9, 4]
+    ]  # fmt: skip
+    assert target["area"].tolist() == [1, 2, 3, 1, 1, 1]
+    assert target["masks"].shape == (6, 5, 9)
+    assert target["masks"][2, 4].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+
+
 def test_a_consolidation_inside_ggo():
     mask = np.zeros((12, 12), dtype=np.uint8)
     mask[2:10, 2:10] = 2
@@ -182,6 +196,7 @@ def test_items(folder):
     dataset = LesionSlices(folder)
     assert dataset.names == ["2_9.jpg", "2_10.png", "10_2.png", "a_b_1.png"]
     assert dataset.patients == ["2", "2", "10", "a_b"]
+    assert (dataset.lesions, dataset.min_area) == ("both", 1)
     image, target = dataset[1]
     assert (image.shape, image.dtype) == ((3, 12, 16), torch.float32)
     assert torch.allclose(image, torch.tensor(0.2))

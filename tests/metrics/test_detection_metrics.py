@@ -278,6 +278,19 @@ def test_overlapping_detections_support_each_other():
     assert nothing.tolist() == [[[0.0, 0.0]], [[0.0, 0.0]]] and not fuse(nothing).any()
 
 
+def test_the_semantic_branch_counts_as_much_as_the_detections():
+    """Maps of 2 x 6 pixels; the branch's have half their height and width."""
+    found = soft([1, 2], [0.5, 1.0], [[[0.0] * 6, [0.8] * 6], [[0.0] * 6, [0.0] * 5 + [0.6]]])
+    semantic = torch.tensor([[[0.2, 0.2, 0.2]], [[0.0, 0.0, 1.0]]])  # [2, 1, 3]
+    maps = lesion_maps({**found, "semantic": semantic}, 2)
+    assert maps.shape == (2, 2, 6) and maps.dtype == torch.float32
+    torch.testing.assert_close(maps[0], torch.tensor([[0.1] * 6, [0.3] * 6]))
+    interpolated = torch.tensor([0.0, 0, 0, 0.25, 0.75, 1])
+    torch.testing.assert_close(maps[1, 0], interpolated / 2)
+    torch.testing.assert_close(maps[1, 1], (interpolated + torch.tensor([0.0] * 5 + [0.6])) / 2)
+    assert lesion_maps(found, 2).tolist()[1][1][5] == pytest.approx(0.6)  # found is as it was
+
+
 def test_overlap_counts_pixels_of_infection_and_classes():
     maps = torch.tensor([[[0.9, 0.9, 0.0, 0.0]], [[0.0, 0.0, 0.8, 0.0]]])
     infection, ggo, consolidation = overlap(maps, [[2, 3, 3, 0]])
@@ -294,6 +307,18 @@ def test_means_follow_the_published_convention():
     assert means["mae"] == pytest.approx(0.14 / 4)
     assert means["dice_present"] == pytest.approx(0.75) and means["present"] == 2
     assert math.isnan(overlap_means(table[1:2])["dice_present"])
+
+
+def test_specificity_is_the_share_of_healthy_pixels_left_alone():
+    """20 x 5 pixels, 30 of them lesion; 40 called lesion, 25 rightly: 55 of 70 are left alone."""
+    assert overlap_means([[25, 40, 30, 100, 0]])["specificity"] == pytest.approx(55 / 70)
+    assert overlap_means([[30, 30, 30, 100, 0]])["specificity"] == 1
+    # no shared pixel counts 0, also where nothing was found and nothing is there
+    for row in ([0, 0, 0, 100, 0], [0, 0, 30, 100, 0], [0, 40, 0, 100, 0], [0, 40, 30, 100, 0]):
+        means = overlap_means([row, [25, 40, 30, 100, 0]])
+        assert means["specificity"] == pytest.approx(55 / 70 / 2)
+        assert means["sensitivity"] == pytest.approx(25 / 30 / 2)
+        assert means["dice"] == pytest.approx(50 / 70 / 2)
 
 
 def test_maps_read_all_that_torchvision_pastes():

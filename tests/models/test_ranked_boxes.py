@@ -156,7 +156,7 @@ def test_boxes_are_clipped_to_the_height_and_the_width():
 
 def test_boxes_without_area_are_dropped():
     """Proposals may have none, and deltas push others out of the image."""
-    proposals = torch.tensor([[98.0, 5, 99, 15], [5, 58, 15, 59], [5, 5, 5, 9], [20, 20, 20.004, 21]])
+    proposals = torch.tensor([[98, 5, 99, 15], [5, 58, 15, 59], [5, 5, 5, 9], [20, 20, 20.004, 21]])
     deltas = torch.zeros(4, 8)
     deltas[0, 4], deltas[1, 5] = 50, 50
     logits = torch.tensor([[0.0, 4], [0, 3], [0, 2], [0, 1]])

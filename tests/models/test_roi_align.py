@@ -105,6 +105,15 @@ def test_images_of_several_sizes():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [-5.0, -5.1, 255.0, 255.1])
+def test_points_on_the_border_count_and_those_beyond_it_do_not(start):
+    """Boxes of 28 pixels on a map of stride 4 have a point at -1 or at 64 exactly, or beyond."""
+    boxes = [torch.tensor([[start, 100, start + 28, 128], [100, start, 128, start + 28]])]
+    ours, theirs = (align(maps_of((4,), 1), boxes, [(SIDE, SIDE)]) for align in pair((4,)))
+    assert theirs.any() == (start != 255.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_both_ways_of_pooling_were_tested(monkeypatch):
     """Large boxes go to torchvision's kernel, the others do not."""
     seen = []
