@@ -202,6 +202,8 @@ def test_items(folder):
     assert torch.allclose(image, torch.tensor(0.2))
     assert target["boxes"].tolist() == [[4, 3, 9, 6]]
     assert target["image_id"].tolist() == [1]
+    assert dataset[-1][1]["image_id"].tolist() == [3]
+    assert dataset.patients_known
     assert len(LesionSlices(folder, min_area=16)[1][1]["labels"]) == 0
     assert len([*torch.utils.data.DataLoader(dataset, collate_fn=list)]) == 4
 
@@ -212,6 +214,24 @@ def test_a_list_names_files_whatever_their_suffix(folder):
     own = folder / "mine.txt"
     own.write_text("a_b_1.png")
     assert LesionSlices(folder, own).patients == ["a_b"]
+
+
+def test_hidden_files_are_no_slices_and_capitals_are(folder):
+    image = Image.fromarray(np.zeros((12, 16), np.uint8))
+    image.save(folder / "image" / "10" / ".3.png")
+    image.save(folder / "image" / "10" / "4.PNG")
+    image.save(folder / "mask" / "10" / "4.png")
+    (folder / "image" / "10" / "notes.txt").write_text("none")
+    assert LesionSlices(folder).names[2:4] == ["10_2.png", "10_4.PNG"]
+    assert len(LesionSlices(folder)) == 5
+
+
+def test_every_code_up_to_consolidation_is_read(folder):
+    mask = np.arange(192, dtype=np.uint8).reshape(12, 16) // 48  # 0..3, three rows each
+    write_slice(folder, "10", "2", mask=mask)
+    _, target = LesionSlices(folder, "train")[1]
+    assert target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[0, 6, 16, 9], [0, 9, 16, 12]]
 
 
 def test_a_slice_with_two_suffixes(folder):
@@ -230,6 +250,9 @@ def test_a_slice_with_two_suffixes(folder):
         ("2_10.png\nnonsense\n", "line 2"),
         ("2_10.png\n2_9.png 1\n", "line 2"),
         ("../2_10.png\n", "line 1"),
+        ("_10.png\n", "line 1"),
+        ("2_.png\n", "line 1"),
+        ("2_10.txt\n", "line 1"),
         ("2_10.png\n\n2_10.png\n", "line 3"),
         ("2_10.png\n7_7.png\n7_8.png\n", r"7_7.png, 7_8.png"),
         (b"\xff\xfe\x00", "no text"),
@@ -262,6 +285,10 @@ def test_bad_folders(folder):
     "mask, problem",
     [
         (np.full((12, 16), 4, np.uint8), r"values \[4\], expected codes 0..3"),
+        (
+            np.arange(192, dtype=np.uint8).reshape(12, 16),
+            r"values \[0, 1, 2, 3, 4, 5, 6, 7\], expected codes",
+        ),
         (np.zeros((16, 12), np.uint8), "12 x 16 pixels, its image 16 x 12"),
     ],
 )

@@ -63,6 +63,22 @@ def test_logits_are_s_of_the_ranked_boxes(model):
         torch.testing.assert_close(model(images()), model.s(rows))
 
 
+def test_the_generator_decides_the_padding(model):
+    model.config = ClassifierConfig(n_boxes=300, hidden=32)
+    with torch.no_grad():
+        plain = model.ranked_boxes(images(1))
+        one, two, other = (
+            model.ranked_boxes(images(1), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        )
+    assert torch.equal(one, two) and not torch.equal(one, other) and not torch.equal(one, plain)
+
+
+def test_a_new_model_is_ready_to_predict(model):
+    assert not any(module.training for module in model.modules())
+    model.train().train(False)
+    assert not model.s.training
+
+
 def test_the_detector_stays_in_eval_mode(model):
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
     model.train()
@@ -77,6 +93,7 @@ def test_the_segmenter_is_left_as_it_was():
     segmenter = lesion_mask_rcnn(TINY)
     model = covid_ct_mask_net(segmenter, ClassifierConfig(n_boxes=16, hidden=32))
     assert segmenter.roi_heads.has_mask() and not model.detector.roi_heads.has_mask()
+    assert not any("mask" in name or "semantic" in name for name in model.state_dict())
     own = {p.data_ptr() for p in segmenter.parameters()}
     assert not own & {p.data_ptr() for p in model.parameters()}
 

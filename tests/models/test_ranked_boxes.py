@@ -17,6 +17,7 @@ from covidmask.models.ranked_boxes import (
     rank_boxes,
     ranked_boxes,
     run_box_head,
+    same_size_groups,
 )
 from covidmask.models.segmentation import lesion_mask_rcnn
 
@@ -112,6 +113,18 @@ def test_author_padding_uses_each_box_in_order_and_the_last_twice(n, data):
     assert (index[1:] >= index[:-1]).all() and (index == k - 1).sum() >= 2
     again = author_padding(k, n, torch.Generator().manual_seed(seed))
     assert torch.equal(index, again)
+
+
+@pytest.mark.parametrize("k", [8, 9])
+def test_as_many_boxes_as_rows_need_no_padding(k):
+    rows = torch.arange(5.0 * k).reshape(k, 5)
+    for generator in (None, torch.Generator().manual_seed(0)):
+        assert torch.equal(pad_rows(rows, 8, generator), rows[:8])
+
+
+def test_images_are_grouped_by_height_and_width():
+    images = [torch.zeros(3, *size) for size in ((4, 6), (6, 4), (4, 6), (4, 4), (6, 4))]
+    assert same_size_groups(images) == [[0, 2], [1, 4], [3]]
 
 
 def test_no_box_at_all_gives_zeros(detector):
