@@ -213,6 +213,22 @@ def test_mixed_precision_keeps_the_gradient(detector):
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
+def test_the_copies_made_without_gradient_are_forgotten(detector, monkeypatch):
+    """Older versions of torch would use them again, and the box head would not learn."""
+    model = covid_ct_mask_net(detector, ClassifierConfig(n_boxes=16))
+    set_regime(model, "full")
+    seen, clear = [], torch.clear_autocast_cache
+    hook = model.detector.roi_heads.box_head.register_forward_hook(
+        lambda *_: seen.append(torch.is_grad_enabled())
+    )
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: seen.append("clear") or clear())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.ranked_boxes(oblong(1))
+        hook.remove()
+        assert seen.index("clear") == seen.count(False) > 0  # after all without, before all with
+        assert set(seen[seen.index("clear") + 1 :]) <= {True, "clear"}
+
+
 def gradients(model, columns):
     """Parameters that a loss on these columns of the ranked boxes reaches."""
     model.zero_grad()
