@@ -64,6 +64,20 @@ def test_merged_joins_the_classes_before_components_are_sought(mask):
     assert all(torch.equal(merged[key], reference[key]) for key in reference)
 
 
+def test_order_is_by_label_then_by_first_pixel_row_by_row():
+    mask = np.ones((5, 9), dtype=np.uint8)
+    mask[0, 8] = mask[1, 4:6] = mask[4, 0:3] = 2  # the higher it begins, the further to the right
+    mask[0, 2] = mask[0, 0] = mask[3, 8] = 3
+    target = mask_to_targets(mask)
+    assert target["labels"].tolist() == [1, 1, 1, 2, 2, 2]
+    assert target["boxes"].tolist() == [
+        [8, 0, 9, 1], [4, 1, 6, 2], [0, 4, 3, 5], [0, 0, 1, 1], [2, 0, 3, 1], [8, 3, 9, 4]
+    ]  # fmt: skip
+    assert target["area"].tolist() == [1, 2, 3, 1, 1, 1]
+    assert target["masks"].shape == (6, 5, 9)
+    assert target["masks"][2, 4].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+
+
 def test_a_consolidation_inside_ggo():
     mask = np.zeros((12, 12), dtype=np.uint8)
     mask[2:10, 2:10] = 2
@@ -182,11 +196,14 @@ def test_items(folder):
     dataset = LesionSlices(folder)
     assert dataset.names == ["2_9.jpg", "2_10.png", "10_2.png", "a_b_1.png"]
     assert dataset.patients == ["2", "2", "10", "a_b"]
+    assert (dataset.lesions, dataset.min_area) == ("both", 1)
     image, target = dataset[1]
     assert (image.shape, image.dtype) == ((3, 12, 16), torch.float32)
     assert torch.allclose(image, torch.tensor(0.2))
     assert target["boxes"].tolist() == [[4, 3, 9, 6]]
     assert target["image_id"].tolist() == [1]
+    assert dataset[-1][1]["image_id"].tolist() == [3]
+    assert dataset.patients_known
     assert len(LesionSlices(folder, min_area=16)[1][1]["labels"]) == 0
     assert len([*torch.utils.data.DataLoader(dataset, collate_fn=list)]) == 4
 
@@ -197,6 +214,24 @@ def test_a_list_names_files_whatever_their_suffix(folder):
     own = folder / "mine.txt"
     own.write_text("a_b_1.png")
     assert LesionSlices(folder, own).patients == ["a_b"]
+
+
+def test_hidden_files_are_no_slices_and_capitals_are(folder):
+    image = Image.fromarray(np.zeros((12, 16), np.uint8))
+    image.save(folder / "image" / "10" / ".3.png")
+    image.save(folder / "image" / "10" / "4.PNG")
+    image.save(folder / "mask" / "10" / "4.png")
+    (folder / "image" / "10" / "notes.txt").write_text("none")
+    assert LesionSlices(folder).names[2:4] == ["10_2.png", "10_4.PNG"]
+    assert len(LesionSlices(folder)) == 5
+
+
+def test_every_code_up_to_consolidation_is_read(folder):
+    mask = np.arange(192, dtype=np.uint8).reshape(12, 16) // 48  # 0..3, three rows each
+    write_slice(folder, "10", "2", mask=mask)
+    _, target = LesionSlices(folder, "train")[1]
+    assert target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[0, 6, 16, 9], [0, 9, 16, 12]]
 
 
 def test_a_slice_with_two_suffixes(folder):
@@ -215,6 +250,9 @@ def test_a_slice_with_two_suffixes(folder):
         ("2_10.png\nnonsense\n", "line 2"),
         ("2_10.png\n2_9.png 1\n", "line 2"),
         ("../2_10.png\n", "line 1"),
+        ("_10.png\n", "line 1"),
+        ("2_.png\n", "line 1"),
+        ("2_10.txt\n", "line 1"),
         ("2_10.png\n\n2_10.png\n", "line 3"),
         ("2_10.png\n7_7.png\n7_8.png\n", r"7_7.png, 7_8.png"),
         (b"\xff\xfe\x00", "no text"),
@@ -247,6 +285,10 @@ def test_bad_folders(folder):
     "mask, problem",
     [
         (np.full((12, 16), 4, np.uint8), r"values \[4\], expected codes 0..3"),
+        (
+            np.arange(192, dtype=np.uint8).reshape(12, 16),
+            r"values \[0, 1, 2, 3, 4, 5, 6, 7\], expected codes",
+        ),
         (np.zeros((16, 12), np.uint8), "12 x 16 pixels, its image 16 x 12"),
     ],
 )

@@ -59,7 +59,7 @@ def test_absent_classes_are_nan():
 @pytest.mark.parametrize(
     "counts",
     [[], [[1, 2, 3]], [1, 2], [[1, -1], [0, 1]], [[0, 0], [0, 0]], [[0.5, 1], [1, 1]],
-     [[math.nan, 1], [1, 1]]],
+     [[math.nan, 1], [1, 1]], [[math.inf, 1], [1, 1]], np.zeros((0, 0)), [[[1]]]],
 )  # fmt: skip
 def test_report_refuses_what_is_no_confusion_matrix(counts):
     with pytest.raises(ValueError, match="confusion matrix"):
@@ -110,6 +110,27 @@ def test_bootstrap_by_patient_is_wider_than_by_slice():
     assert again == by_patient != other
 
 
+def test_bootstrap_of_single_slices_is_nearly_binomial():
+    labels, predictions = [0] * 400, [0] * 200 + [1] * 200
+    patients = [str(i) for i in range(400)]
+    for level, z in ((0.95, 1.96), (0.5, 0.674)):
+        low, high = patient_bootstrap(labels, predictions, patients, accuracy, level)
+        half = z * math.sqrt(0.5 * 0.5 / 400)
+        assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.007)
+
+
+def test_bootstrap_by_default():
+    labels, patients = [0, 1, 2, 0, 1], list("aabcd")
+    rest = ([0, 1, 1, 1, 1], patients, accuracy)
+    drawn = []
+    patient_bootstrap(labels, *rest[:2], lambda counts: drawn.append(counts) or 0.0)
+    assert len(drawn) == 1000 and {counts.shape for counts in drawn} == {(3, 3)}
+    assert max(counts.sum() for counts in drawn) > 5 > min(counts.sum() for counts in drawn)
+    explicit = patient_bootstrap(labels, *rest, level=0.95, repeats=1000, seed=0)
+    assert patient_bootstrap(labels, *rest) == explicit
+    assert patient_bootstrap(labels, *rest, repeats=1)[0] >= 0
+
+
 def test_bootstrap_of_one_patient_has_no_width():
     assert patient_bootstrap([0, 1], [0, 0], ["a", "a"], accuracy, repeats=5) == (0.5, 0.5)
 
@@ -125,5 +146,6 @@ def test_bootstrap_leaves_out_draws_without_the_class():
 def test_bootstrap_refuses():
     with pytest.raises(ValueError, match="1 patients for 2 slices"):
         patient_bootstrap([0, 1], [0, 1], ["a"], accuracy)
-    with pytest.raises(ValueError, match="level"):
-        patient_bootstrap([0, 1], [0, 1], ["a", "b"], accuracy, level=95)
+    for wrong in ({"level": 95}, {"level": 0}, {"level": 1}, {"repeats": 0}):
+        with pytest.raises(ValueError, match="level"):
+            patient_bootstrap([0, 1], [0, 1], ["a", "b"], accuracy, **wrong)

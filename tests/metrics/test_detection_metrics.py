@@ -10,6 +10,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from covidmask.metrics.detection import (
+    IOU_THRESHOLDS,
     CocoAP,
     author_ap,
     author_image_ap,
@@ -136,6 +137,18 @@ def test_coco_ap_without_targets_is_nan():
     assert all(math.isnan(value) for value in metric.compute().values())
 
 
+def test_coco_ap_of_a_miss_is_zero():
+    metric = CocoAP(classes=("GGO",))
+    metric.update([instances([[0, 0, 5, 9]], [1], [0.9])], [instances([[20, 20, 30, 30]], [1])])
+    values = metric.compute()
+    assert set(values) == {*KEYS, "mask_ap50_GGO", "box_ap50_GGO"}
+    assert set(values.values()) == {0.0}
+
+
+def test_thresholds_are_those_of_coco():
+    np.testing.assert_allclose(IOU_THRESHOLDS, np.linspace(0.5, 0.95, 10))
+
+
 def test_coco_ap_keeps_no_graph():
     target = instances([[0, 0, 10, 10]], [1])
     found = instances([[0, 0, 10, 10]], [1], [0.9])
@@ -233,15 +246,47 @@ def test_masks_decide_not_boxes():
     assert author_image_ap(found, target, [0.5], mask_threshold=0.622) == 0
 
 
-def test_binary_masks_refuses_other_shapes():
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 6), (2, 1, 1, 4, 6)])
+def test_binary_masks_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match="masks of shape"):
-        binary_masks({"masks": torch.zeros(4, 4)})
+        binary_masks({"masks": torch.zeros(shape)})
+
+
+def test_binary_masks_cuts_above_the_threshold():
+    probabilities = torch.tensor([[[0.0, 0.5, 0.51, 0.7]]])  # [1, 1, 4]: one row
+    assert binary_masks({"masks": probabilities}).tolist() == [[[False, False, True, True]]]
+    assert binary_masks({"masks": probabilities[:, None]}, 0.6).tolist() == [
+        [[False, False, False, True]]
+    ]
+    codes = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
+    assert binary_masks({"masks": codes}, 300).tolist() == [[[False, True, True]]]
+
+
+def test_lesions_of_one_pixel_and_of_none():
+    dot, nothing = [7, 3, 8, 4], [5, 5, 5, 5]
+    assert author_image_ap(instances([dot], [1], [0.9]), instances([dot], [1]), [0.9]) == 1
+    both = instances([dot, nothing], [1, 1], [0.9, 0.5])
+    assert author_image_ap(both, instances([nothing], [1]), [0.5]) == 0
+
+
+def test_of_equal_overlaps_the_one_that_scores_least_is_taken():
+    """As in the released code, which looks at its predictions in rising score."""
+    found = instances([[1, 0, 11, 10], A, A], [1, 1, 1], [0.9, 0.8, 0.3])
+    assert author_image_ap(found, instances([A], [1]), [0.5]) == pytest.approx(1 / 3)
 
 
 def test_semantic_mask_puts_the_best_score_on_top():
     found = instances([[0, 0, 4, 1], [1, 0, 3, 1], [2, 0, 4, 1]], [1, 2, 1], [0.8, 0.9, 0.75], 4)
     assert semantic_mask(found, 0.75)[0].tolist() == [2, 3, 3, 2]
     assert semantic_mask(found, 0.85)[0].tolist() == [0, 3, 3, 0]
+    exact = instances([[0, 0, 1, 1], [1, 0, 2, 1]], [1, 2], [0.75, 0.8], 4)
+    assert semantic_mask(exact)[0].tolist() == [0, 3, 0, 0]  # by default above 0.75
+    tie = instances([[0, 0, 3, 1], [1, 0, 3, 1]], [1, 2], [0.8, 0.8], 4)
+    assert semantic_mask(tie)[0].tolist() == [2, 3, 3, 0]  # of equals the last lies on top
+    none = {key: value[:0] for key, value in exact.items()}
+    assert semantic_mask(none, shape=(2, 7)).shape == (2, 7)
+    faint = {**exact, "masks": exact["masks"][:, None] * 0.6}
+    assert semantic_mask(faint, 0.5).any() and not semantic_mask(faint, 0.5, None, 0.6).any()
     empty = semantic_mask({**instances([], [], []), "masks": torch.zeros(0, 1, 5, 6)})
     assert empty.shape == (5, 6)
     assert empty.dtype == np.uint8
@@ -278,6 +323,27 @@ def test_overlapping_detections_support_each_other():
     assert nothing.tolist() == [[[0.0, 0.0]], [[0.0, 0.0]]] and not fuse(nothing).any()
 
 
+def test_the_semantic_branch_counts_as_much_as_the_detections():
+    """Maps of 2 x 6 pixels; the branch's have half their height and width."""
+    found = soft([1, 2], [0.5, 1.0], [[[0.0] * 6, [0.8] * 6], [[0.0] * 6, [0.0] * 5 + [0.6]]])
+    semantic = torch.tensor([[[0.2, 0.2, 0.2]], [[0.0, 0.0, 1.0]]])  # [2, 1, 3]
+    maps = lesion_maps({**found, "semantic": semantic}, 2)
+    assert maps.shape == (2, 2, 6) and maps.dtype == torch.float32
+    torch.testing.assert_close(maps[0], torch.tensor([[0.1] * 6, [0.3] * 6]))
+    interpolated = torch.tensor([0.0, 0, 0, 0.25, 0.75, 1])
+    torch.testing.assert_close(maps[1, 0], interpolated / 2)
+    torch.testing.assert_close(maps[1, 1], (interpolated + torch.tensor([0.0] * 5 + [0.6])) / 2)
+    assert lesion_maps(found, 2).tolist()[1][1][5] == pytest.approx(0.6)  # found is as it was
+
+
+def test_a_probability_of_the_threshold_is_no_lesion():
+    maps = torch.tensor([[[0.5, 0.625, 0.0]], [[0.0, 0.0, 0.75]]])
+    assert fuse(maps).tolist() == [[0, 2, 3]] and fuse(maps).dtype == np.uint8
+    assert fuse(maps, 0.625).tolist() == [[0, 0, 3]]
+    assert [row.predicted for row in overlap(maps, [[2, 2, 2]])] == [2, 1, 1]
+    assert [row.predicted for row in overlap(maps, [[2, 2, 2]], 0.7)] == [1, 0, 1]
+
+
 def test_overlap_counts_pixels_of_infection_and_classes():
     maps = torch.tensor([[[0.9, 0.9, 0.0, 0.0]], [[0.0, 0.0, 0.8, 0.0]]])
     infection, ggo, consolidation = overlap(maps, [[2, 3, 3, 0]])
@@ -294,6 +360,18 @@ def test_means_follow_the_published_convention():
     assert means["mae"] == pytest.approx(0.14 / 4)
     assert means["dice_present"] == pytest.approx(0.75) and means["present"] == 2
     assert math.isnan(overlap_means(table[1:2])["dice_present"])
+
+
+def test_specificity_is_the_share_of_healthy_pixels_left_alone():
+    """20 x 5 pixels, 30 of them lesion; 40 called lesion, 25 rightly: 55 of 70 are left alone."""
+    assert overlap_means([[25, 40, 30, 100, 0]])["specificity"] == pytest.approx(55 / 70)
+    assert overlap_means([[30, 30, 30, 100, 0]])["specificity"] == 1
+    # no shared pixel counts 0, also where nothing was found and nothing is there
+    for row in ([0, 0, 0, 100, 0], [0, 0, 30, 100, 0], [0, 40, 0, 100, 0], [0, 40, 30, 100, 0]):
+        means = overlap_means([row, [25, 40, 30, 100, 0]])
+        assert means["specificity"] == pytest.approx(55 / 70 / 2)
+        assert means["sensitivity"] == pytest.approx(25 / 30 / 2)
+        assert means["dice"] == pytest.approx(50 / 70 / 2)
 
 
 def test_maps_read_all_that_torchvision_pastes():

@@ -40,11 +40,43 @@ def test_s_is_two_relu_layers_and_a_linear_one():
     torch.testing.assert_close(s(rows), expected)
 
 
+def test_s_starts_as_in_the_paper():
+    """Kaiming-normal weights of fan-out and ReLU's gain, and no bias."""
+    torch.manual_seed(0)
+    s = ClassificationModule(64, 512)
+    for layer in (s.fc_scores, s.fc_scores_2, s.fc_scores_img):
+        weights = layer.weight.detach()
+        expected = (2 / layer.out_features) ** 0.5  # the inputs are 320, 512 and 512
+        assert weights.std().item() == pytest.approx(expected, rel=0.05)
+        assert abs(weights.mean().item()) < 0.1 * expected
+        assert weights.abs().max() > 2.5 * expected  # a uniform draw ends at 1.73
+        assert not layer.bias.any()
+    assert [layer.out_features for layer in (s.fc_scores, s.fc_scores_2, s.fc_scores_img)] == [
+        512, 512, 3
+    ]  # fmt: skip
+
+
 def test_logits_are_s_of_the_ranked_boxes(model):
     with torch.no_grad():
         rows = model.ranked_boxes(images())
         assert rows.shape == (2, 16, 5)
         torch.testing.assert_close(model(images()), model.s(rows))
+
+
+def test_the_generator_decides_the_padding(model):
+    model.config = ClassifierConfig(n_boxes=300, hidden=32)
+    with torch.no_grad():
+        plain = model.ranked_boxes(images(1))
+        one, two, other = (
+            model.ranked_boxes(images(1), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        )
+    assert torch.equal(one, two) and not torch.equal(one, other) and not torch.equal(one, plain)
+
+
+def test_a_new_model_is_ready_to_predict(model):
+    assert not any(module.training for module in model.modules())
+    model.train().train(False)
+    assert not model.s.training
 
 
 def test_the_detector_stays_in_eval_mode(model):
@@ -61,6 +93,7 @@ def test_the_segmenter_is_left_as_it_was():
     segmenter = lesion_mask_rcnn(TINY)
     model = covid_ct_mask_net(segmenter, ClassifierConfig(n_boxes=16, hidden=32))
     assert segmenter.roi_heads.has_mask() and not model.detector.roi_heads.has_mask()
+    assert not any("mask" in name or "semantic" in name for name in model.state_dict())
     own = {p.data_ptr() for p in segmenter.parameters()}
     assert not own & {p.data_ptr() for p in model.parameters()}
 

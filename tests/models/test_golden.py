@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import make_reference
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -193,6 +194,63 @@ def test_unit_postprocess():
             close(rows[index], z[f"{run}/ranked_boxes"], 1e-6)
             close(ranking.box[index], z[f"{run}/boxes"], 1e-3)
             assert ranking.label[index].tolist() == z[f"{run}/labels"].tolist(), run
+
+
+def test_plain_ranking_is_his():
+    """The loops of tests/reference, which stand in for these numbers where they are absent."""
+    z = out("unit_postprocess")
+    for case in {name.split("/")[0] for name in z.files}:
+        parts = [z[f"{case}/{k}"] for k in ("class_logits", "box_regression", "proposals")]
+        n, nms, shape = (z[f"{case}/{k}"].tolist() for k in ("N", "nms", "image_shape"))
+        kept = make_reference.ranked(*parts, shape, n, nms)
+        k = len(kept["roi"])
+        assert (k == 0) == case.startswith("G_")
+        runs = {name.rsplit("/", 1)[0] for name in z.files if name.endswith("/ranked_boxes")}
+        for run in (run for run in runs if k and run.split("/")[0] == case):
+            index = list(range(n))
+            if k < n:
+                seed = int(run.rsplit("seed", 1)[1])
+                order = torch.randperm(n - 2, generator=torch.Generator().manual_seed(seed))
+                index = make_reference.padding(k, n, order.tolist())
+            close(kept["row"][index], z[f"{run}/ranked_boxes"], 1e-6)
+            close(kept["box"][index], z[f"{run}/boxes"], 1e-3)
+            assert kept["label"][index].tolist() == z[f"{run}/labels"].tolist(), run
+
+
+def test_plain_padding_is_his():
+    z = out("unit_padding")
+    for name in z.files:
+        n, k, seed = (int(part.lstrip("NKsed")) for part in name.split("_"))
+        if k < n:
+            order = torch.randperm(n - 2, generator=torch.Generator().manual_seed(seed))
+            assert make_reference.padding(k, n, order.tolist()) == z[name].tolist(), name
+
+
+def test_plain_average_precision_is_his():
+    z = out("unit_ap")
+    for case in {name.split("/")[0] for name in z.files}:
+        masks, true = (
+            make_reference.masks_of(z[f"{case}/{key}"], 100, 100)
+            for key in ("pred_boxes", "gt_boxes")
+        )
+        labels = z[f"{case}/pred_labels"], z[f"{case}/pred_scores"], true, z[f"{case}/gt_labels"]
+        ap = [
+            make_reference.average_precision(masks, *labels, threshold)
+            for threshold in z[f"{case}/thresholds"]
+        ]
+        close(ap, z[f"{case}/ap"], 1e-6)
+
+
+def test_plain_anchors_are_his():
+    z = out("unit_anchors")
+    large = make_reference.cell_anchors((8, 16, 32, 64, 128))
+    close(large, z["large_512x704_1levels_64x88/cell"], 0)
+    all_anchors = make_reference.anchors(64, 88, 8)  # 512 x 704
+    case = "default_512x704_1levels_64x88"
+    assert len(all_anchors) == z[f"{case}/n"]
+    close(all_anchors[:90], z[f"{case}/first90"], 0)
+    close(all_anchors[-90:], z[f"{case}/last90"], 0)
+    close(all_anchors[::997], z[f"{case}/every_997th"], 0)
 
 
 def test_anchors():

@@ -13,9 +13,11 @@ from covidmask.models.ranked_boxes import (
     encoded_rows,
     even_padding,
     pad_rows,
+    propose,
     rank_boxes,
     ranked_boxes,
     run_box_head,
+    same_size_groups,
 )
 from covidmask.models.segmentation import lesion_mask_rcnn
 
@@ -113,6 +115,18 @@ def test_author_padding_uses_each_box_in_order_and_the_last_twice(n, data):
     assert torch.equal(index, again)
 
 
+@pytest.mark.parametrize("k", [8, 9])
+def test_as_many_boxes_as_rows_need_no_padding(k):
+    rows = torch.arange(5.0 * k).reshape(k, 5)
+    for generator in (None, torch.Generator().manual_seed(0)):
+        assert torch.equal(pad_rows(rows, 8, generator), rows[:8])
+
+
+def test_images_are_grouped_by_height_and_width():
+    images = [torch.zeros(3, *size) for size in ((4, 6), (6, 4), (4, 6), (4, 4), (6, 4))]
+    assert same_size_groups(images) == [[0, 2], [1, 4], [3]]
+
+
 def test_no_box_at_all_gives_zeros(detector):
     config = ClassifierConfig(n_boxes=8, score=2.0)  # no score is above 2
     rows = ranked_boxes(detector, [torch.rand(3, 64, 64)], config)
@@ -139,6 +153,82 @@ def test_order_of_images_does_not_matter(detector):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
+def oblong(count=2):
+    generator = torch.Generator().manual_seed(11)
+    return [torch.rand(3, 64, 112, generator=generator) for _ in range(count)]
+
+
+def test_boxes_are_clipped_to_the_height_and_the_width():
+    proposals = torch.tensor([[80.0, 5, 90, 15], [5, 50, 15, 59]])
+    deltas = torch.zeros(2, 8)
+    deltas[0, 4], deltas[1, 5] = 6, 5  # 6 to the right, 4.5 down
+    logits = torch.tensor([[0.0, 1], [0, 0]])
+    ranking = rank_boxes(logits, deltas, proposals, (60, 100), CODER, ClassifierConfig(n_boxes=9))
+    assert ranking.box.tolist() == [[86, 5, 96, 15], [5, 54.5, 15, 60]]
+
+
+def test_boxes_without_area_are_dropped():
+    """Proposals may have none, and deltas push others out of the image."""
+    proposals = torch.tensor([[98, 5, 99, 15], [5, 58, 15, 59], [5, 5, 5, 9], [20, 20, 20.004, 21]])
+    deltas = torch.zeros(4, 8)
+    deltas[0, 4], deltas[1, 5] = 50, 50
+    logits = torch.tensor([[0.0, 4], [0, 3], [0, 2], [0, 1]])
+    ranking = rank_boxes(logits, deltas, proposals, (60, 100), CODER, ClassifierConfig(n_boxes=9))
+    assert ranking.roi.tolist() == [3]  # thin, but not empty: torchvision would drop it
+
+
+def test_the_score_threshold_is_exclusive():
+    proposals = torch.tensor([[0.0, 0, 9, 9], [20, 20, 29, 29]])
+    logits, deltas = torch.tensor([[0.0, 0], [0, 1]]), torch.zeros(2, 8)
+    config = ClassifierConfig(n_boxes=9, score=0.5)  # the first has a score of exactly 0.5
+    ranking = rank_boxes(logits, deltas, proposals, (60, 100), CODER, config)
+    assert ranking.roi.tolist() == [1]
+
+
+def test_scores_do_not_tie_in_mixed_precision(detector):
+    """Eight bits of mantissa would give many boxes one score, and chance would order them."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        features, proposals, shapes = propose(detector, oblong())
+        logits, deltas = run_box_head(detector, features, proposals, shapes)
+        rows = ranked_boxes(detector, oblong(), ClassifierConfig(n_boxes=60))
+    for parts in (logits, deltas, [rows]):
+        assert all(part.dtype == torch.float32 for part in parts)
+    for scores in rows[..., 0]:
+        assert len(scores.unique()) >= 59
+    with torch.no_grad():
+        exact = ranked_boxes(detector, oblong(), ClassifierConfig(n_boxes=60))
+    assert (rows[..., 0] - exact[..., 0]).abs().max() < 0.02
+
+
+def test_mixed_precision_keeps_the_gradient(detector):
+    model = covid_ct_mask_net(detector, ClassifierConfig(n_boxes=16))
+    set_regime(model, "full")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = model.ranked_boxes(oblong())
+    rows.square().sum().backward()
+    for name in ("backbone.body.conv1", "backbone.fpn.inner_blocks.0.0", "roi_heads.box_head.fc6",
+                 "roi_heads.box_head.fc7", "roi_heads.box_predictor.cls_score",
+                 "roi_heads.box_predictor.bbox_pred"):  # fmt: skip
+        weight = model.detector.get_parameter(f"{name}.weight")
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+def test_the_copies_made_without_gradient_are_forgotten(detector, monkeypatch):
+    """Older versions of torch would use them again, and the box head would not learn."""
+    model = covid_ct_mask_net(detector, ClassifierConfig(n_boxes=16))
+    set_regime(model, "full")
+    seen, clear = [], torch.clear_autocast_cache
+    hook = model.detector.roi_heads.box_head.register_forward_hook(
+        lambda *_: seen.append(torch.is_grad_enabled())
+    )
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: seen.append("clear") or clear())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.ranked_boxes(oblong(1))
+        hook.remove()
+        assert seen.index("clear") == seen.count(False) > 0  # after all without, before all with
+        assert set(seen[seen.index("clear") + 1 :]) <= {True, "clear"}
+
+
 def gradients(model, columns):
     """Parameters that a loss on these columns of the ranked boxes reaches."""
     model.zero_grad()
@@ -162,8 +252,6 @@ def test_gradient_reaches_scores_and_deltas_and_nothing_it_should_not(detector):
 
 def test_differentiating_the_kept_boxes_only_gives_the_same_gradient(detector):
     """The shortcut, against all proposals differentiated at once."""
-    from covidmask.models.ranked_boxes import propose
-
     model = covid_ct_mask_net(detector, ClassifierConfig(n_boxes=16))
     set_regime(model, "full")
     images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]

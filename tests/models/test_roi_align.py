@@ -69,6 +69,51 @@ def test_forward_and_backward_are_torchvisions(strides, channels_last, name):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("image", "padded"),  # height and width; the network pads to multiples of 32
+    [((256, 20), (256, 32)), ((20, 256), (32, 256)), ((60, 100), (64, 128)), ((33, 250), (64, 256)),
+     ((250, 33), (256, 64)), ((91, 180), (96, 192))],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("strides", [(8,), (16,), (32,), (4, 8, 16), (4, 8, 16, 32)], ids=str)
+def test_oblong_images(strides, image, padded):
+    """Maps are longer than the image by the padding, so the scale is a matter of rounding."""
+    sides = torch.tensor([image[1], image[0]])
+    generator = torch.Generator().manual_seed(3)
+    start = torch.rand(60, 2, generator=generator) * 0.9 * sides
+    size = 1 + torch.rand(60, 2, generator=generator) ** 2 * sides
+    boxes = [torch.cat([start, torch.minimum(start + size, sides)], dim=1)]
+    boxes.append(torch.tensor([[0, 0, image[1], image[0]], [0, 0, 5, 3.0]]))
+    maps = {
+        str(i): torch.randn(2, CHANNELS, padded[0] // s, padded[1] // s, generator=generator)
+        for i, s in enumerate(strides)
+    }
+    ours, theirs = (align(maps, boxes, [image] * 2) for align in pair(strides))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_images_of_several_sizes():
+    """One batch, padded to the largest: the scale is that of the largest."""
+    shapes, strides = [(40, 96), (64, 50), (33, 97)], (4, 8)
+    generator = torch.Generator().manual_seed(4)
+    maps = {
+        str(i): torch.randn(3, CHANNELS, 64 // s, 128 // s, generator=generator)
+        for i, s in enumerate(strides)
+    }
+    boxes = [torch.tensor([[0, 0, width, height], [3, 5, 20, 30.0]]) for height, width in shapes]
+    ours, theirs = (align(maps, boxes, shapes) for align in pair(strides))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [-5.0, -5.1, 255.0, 255.1])
+def test_points_on_the_border_count_and_those_beyond_it_do_not(start):
+    """Boxes of 28 pixels on a map of stride 4 have a point at -1 or at 64 exactly, or beyond."""
+    boxes = [torch.tensor([[start, 100, start + 28, 128], [100, start, 128, start + 28]])]
+    ours, theirs = (align(maps_of((4,), 1), boxes, [(SIDE, SIDE)]) for align in pair((4,)))
+    assert theirs.any() == (start != 255.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_both_ways_of_pooling_were_tested(monkeypatch):
     """Large boxes go to torchvision's kernel, the others do not."""
     seen = []

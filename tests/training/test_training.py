@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
+from torch.utils.data import Dataset
 
 from covidmask.config import AugmentConfig
 from covidmask.data.augmentation import Augmented
@@ -164,6 +165,33 @@ def test_evaluation_builds_no_graph_and_reads_each_slice_once(tiny_lesions, tiny
     assert sorted(seen) == list(range(8))
     result = evaluate_segmenter(model, tiny_lesions, progress=False)
     assert result["slices"] == 8 and 0 <= result["mask_ap50"] <= 1
+
+
+class Oblong(Dataset):
+    """Phantoms of 48 x 64 pixels, as they are or mirrored."""
+
+    def __init__(self, mirrored=False):
+        self.mirrored = mirrored
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        image = torch.from_numpy(make_slice(index, 2, 64)[0][8:56]).repeat(3, 1, 1)
+        return (image.flip(-1) if self.mirrored else image), {}
+
+
+def test_mirrored_maps_are_the_mean_of_both_ways_round():
+    model = segmenter()
+
+    def maps(dataset, **options):
+        found = predict_lesions(model, dataset, fused=True, progress=False, **options)
+        return torch.stack([prediction["maps"] for _, prediction, _ in found])  # [2, 2, 48, 64]
+
+    plain, mirrored = maps(Oblong()), maps(Oblong(mirrored=True)).flip(-1)
+    assert plain.shape == (2, 2, 48, 64) and plain.max() > 0.1
+    assert (plain - mirrored).abs().max() > 0.01
+    torch.testing.assert_close(maps(Oblong(), mirror=True), (plain + mirrored) / 2)
 
 
 def test_not_finite_loss_names_the_slices(tiny_lesions):
