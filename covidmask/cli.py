@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -392,6 +392,9 @@ class TrainClassifier(_TrainOptions):
         held_out = None
         if self.validation and "val" in slice_splits(data):
             held_out = open_slices(data, "val")
+        settings = preset.classifier
+        if _classes(dataset) != _classes(settings):
+            settings = replace(settings, classes=_classes(dataset))
         weights, _ = _weights("segmenter", self.preset, self.segmenter)
         segmenter = load_segmenter(weights)
         out, checkpoint = self._outputs(
@@ -399,7 +402,7 @@ class TrainClassifier(_TrainOptions):
         )
         fabric = self._fabric(training, find_unused_parameters=self.regime == "full")
         torch.manual_seed(self.seed)
-        model = covid_ct_mask_net(segmenter, preset.classifier)
+        model = covid_ct_mask_net(segmenter, settings)
         history = train_classifier(
             model,
             dataset,
@@ -817,7 +820,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message:
             print(f"covidmask: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        if not _takes_more(stream):  # Python would try again at its end, and complain
+        try:
+            stream.flush()
+        except OSError:  # Python would try again when it ends, and complain
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
@@ -853,28 +858,18 @@ def _message(error: Exception) -> str | None:
     text = _one_line(error)
     if isinstance(error, CovidmaskError):
         return f"error: {text}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or text
-        if error.filename is not None:
-            return f"error: {error.filename}: {reason}; check the path and its permissions"
-        if not _takes_more(sys.stdout):
-            return f"error: the standard output takes no more ({reason}); send it elsewhere"
-        return f"error: reading or writing fails ({reason}); check disks, network and output"
+        return f"error: {error.filename}: {reason}; check the path and its permissions"
+    if isinstance(error, OSError):  # such as output sent to a full disk
+        reason = error.strerror or text
+        return f"error: the output or an open file fails ({reason}); check the disk"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return (
             f"error: there is not enough memory ({text}); lower --batch-size or --memory where the "
             "command has them, or take smaller images"
         )
     return None
-
-
-def _takes_more(stream: TextIO) -> bool:
-    """Whether a stream accepts what was printed; a full disk and a closed pipe do not."""
-    try:
-        stream.flush()
-    except OSError:
-        return False
-    return True
 
 
 # ---- small helpers --------------------------------------------------------------------------

@@ -41,12 +41,8 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
             f"{path}: holds more than plain data and is not read; "
             "delete it and start again, or name another checkpoint"
         ) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
-        ) from error
-    except MemoryError:
-        raise
+    except (PermissionError, MemoryError):
+        raise  # the file may be whole
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(
