@@ -46,12 +46,12 @@ def _packages() -> list[tuple[str, str]]:
         extra = next((e for e in OPTIONAL if f'extra == "{e}"' in str(requirement.marker)), None)
         if requirement.marker is not None and extra is None:
             continue  # for building and testing the book
-        bound = f"needs {requirement.specifier}"
+        name, bound = requirement.name, f"needs {requirement.specifier}"
         try:
-            version = metadata.version(requirement.name)
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
             lines.append(
-                ("--", f"{requirement.name}: absent, for {OPTIONAL[extra]} ({bound})")
+                ("--", f"{name}: absent, for {OPTIONAL[extra]} ({bound})")
                 if extra
                 else (
                     "FAIL",
@@ -61,8 +61,8 @@ def _packages() -> list[tuple[str, str]]:
             continue
         # a wheel built for one device calls itself 2.5.0+cpu; the part after + is no version
         fits = requirement.specifier.contains(version.split("+")[0], prereleases=True)
-        remedy = "" if fits else f"; pip install --upgrade {requirement.name}"
-        lines.append(("OK" if fits else "FAIL", f"{requirement.name} {version}, {bound}{remedy}"))
+        remedy = "" if fits else f"; pip install --upgrade {name}"
+        lines.append(("OK" if fits else "FAIL", f"{name} {version}, {bound}{remedy}"))
     return lines
 
 

@@ -69,7 +69,7 @@ def run(capsys):
 
 
 def weights(root, kind):
-    return root / "weights" / f"{kind}-quick.safetensors"
+    return root / "weights" / f"{kind}-quick{'-heads' * (kind == 'classifier')}.safetensors"
 
 
 # ---- help -----------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_segmenter_file_and_card(root):
     assert card["torch"] == torch.__version__ and re.match(r"\d{4}-\d\d-\d\dT", card["date"])
     assert str(root) not in json.dumps(card)  # no path of the machine
     assert sorted(p.name for p in path.parent.iterdir()) == [
-        "classifier-quick.safetensors",
+        "classifier-quick-heads.safetensors",
         "segmenter-quick.safetensors",
     ]
 
@@ -287,7 +287,7 @@ def test_interrupted_training_goes_on(kind, run, tmp_path, capsys):
     interrupt(*options, "--out", broken)
     assert capsys.readouterr().err.endswith("covidmask: interrupted\n")
     assert broken.with_suffix(".ckpt").exists() and not broken.exists()
-    assert run(*options, "--out", broken)[0] == f"Going on from {broken.with_suffix('.ckpt')}"
+    assert run(*options, "--out", broken)[-2] == f"Going on from {broken.with_suffix('.ckpt')}"
     load = load_segmenter if kind == "segmenter" else load_classifier
     one, two = (load(path).state_dict() for path in (whole, broken))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
@@ -329,8 +329,9 @@ def test_validation_keeps_the_best_epoch(run, root, tmp_path):
     [
         ("--epochs 0", "--epochs 0: must be at least 1"),
         ("--batch-size -1", "--batch-size -1: must be at least 1"),
-        ("--lr nan", "--lr nan: must be above 0"),
-        ("--seed -1", "--seed -1: must be at least 0 and below"),
+        ("--lr nan", "--lr nan: must be at least 1e-12"),
+        ("--lr 0", "--lr 0.0: must be at least 1e-12"),
+        ("--seed -1", "--seed -1: must be at least 0 and at most"),
         ("--batch-size 500", "8 slices: less than one batch of 500"),
         ("--weights-backbone NONE", "--weights-backbone NONE"),
         ("--device mps", "--device mps: there is none"),
@@ -439,11 +440,15 @@ def test_predict_reads_what_scanners_and_editors_write(run, root, tmp_path):
     assert b"Secret" not in written and "Secret" not in "\n".join(lines)
 
 
-def test_predict_takes_the_shipped_weights_and_says_so(run, tmp_path):
+def test_predict_takes_the_shipped_weights_and_says_so(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path / "nothing of mine"))
     image, _ = old_friend(128)
     write_image(tmp_path / "friend.png", image)
     lines = run("predict", tmp_path / "friend.png", "--out", tmp_path / "out")
-    assert any("They have seen phantoms only" in line for line in lines)
+    for kind in ("segmenter", "classifier"):
+        start = f"{kind.capitalize()}: shipped with the package, trained on phantoms, "
+        assert any(line.startswith(start) for line in lines)
+        assert f"The shipped {kind} has seen phantoms only: on real CT it is wrong." in lines
     with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert int(row["lesions"]) >= 3 and float(row["Control"]) < 0.5
@@ -516,6 +521,7 @@ def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
     assert len(failed) == 4 and lines[-1] == f"4 of {len(lines) - 1} checks failed"
     text = "\n".join(failed)
     for part in ("needs >=4", "needs >=99", "absent-one: absent", "torchvision do not fit"):
+        assert "install covidmask" not in text  # no such project on the package index is ours
         assert part in text
     assert not list(tmp_path.iterdir())  # looking changes nothing
 
