@@ -122,6 +122,7 @@ def _folder(name: str, folder: Path) -> tuple[str, str]:
             there = there.parent
         note = "" if is_there(folder) else " (not made yet)"
         check_writable(there)
-    except OSError as error:
-        return "FAIL", f"{name} folder {error}"
+    except OSError as error:  # an OutputError names the folder itself
+        problem = f"{folder}: {error.strerror}" if error.strerror else str(error)
+        return "FAIL", f"{name} folder {problem}"
     return "OK", f"{name} folder {folder} can be written{note}"

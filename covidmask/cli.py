@@ -833,8 +833,8 @@ def _run(argv: Sequence[str]) -> int:
         name, equals, value = word.partition("=")
         if not word or "\0" in word or (name.startswith("--") and equals and not value):
             raise CovidmaskError(
-                f"{name or before}: its value is empty or no text; leave the option out, or give "
-                'it a value ("." is the working folder)'
+                f"{name if equals else before}: its value is empty or no text; leave the option "
+                'out, or give it a value ("." is the working folder)'
             )
     try:
         command = tyro.cli(

@@ -21,11 +21,27 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 from covidmask import config
 from covidmask.cli import main
 from covidmask.config import PhantomConfig
-from covidmask.data.folders import lesion_splits, open_lesions, slice_splits
+from covidmask.data.folders import (
+    SHIPPED,
+    find_weights,
+    lesion_splits,
+    open_lesions,
+    open_slices,
+    slice_splits,
+    weights_file,
+)
 from covidmask.data.images import write_image
 from covidmask.data.phantoms import old_friend
-from covidmask.errors import DataError
-from covidmask.models.weights import load_classifier, load_segmenter, read_card
+from covidmask.errors import CheckpointError, DataError
+from covidmask.models.weights import (
+    ShippedWeights,
+    load_classifier,
+    load_segmenter,
+    read_card,
+    save_model,
+    trained_classifier,
+    trained_segmenter,
+)
 from covidmask.training import loop
 
 TESTS = Path(__file__).parent
@@ -375,6 +391,116 @@ def test_evaluate_classifier(run, root, tmp_path):
     assert lines[-1].endswith(f"accuracy {found['accuracy']:.3f}; numbers in {tmp_path / 'e.json'}")
 
 
+def test_min_area_of_zero_is_not_that_of_the_training(run, tmp_path):
+    run("evaluate", "segmenter", "--min-area", 0, "--json", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["min_area"] == 0
+
+
+def test_classes_of_a_model_and_of_other_data(root, monkeypatch, capsys):
+    def opened(*args, **kwargs):
+        dataset = open_slices(*args, **kwargs)
+        dataset.classes = ("Nodule", "None", "Both")
+        return dataset
+
+    monkeypatch.setattr("covidmask.cli.open_slices", opened)
+    assert main(["evaluate", "classifier"]) == 2
+    err = capsys.readouterr().err
+    assert "phantoms-quick: has the classes Nodule, None, Both" in err and "COVID-19" in err
+
+
+def test_probabilities_that_are_not_numbers(root, monkeypatch, capsys):
+    result = {"confusion": np.eye(3), "probabilities": torch.tensor([[0.5, torch.nan, 0.5]])}
+    monkeypatch.setattr(
+        "covidmask.training.classification.evaluate_classifier", lambda *_, **__: result
+    )
+    assert main(["evaluate", "classifier"]) == 2
+    assert "gives probabilities that are not numbers" in capsys.readouterr().err
+
+
+# ---- which weights --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mine(root, tmp_path, monkeypatch):
+    """An empty $COVIDMASK_DATA, and a way to put weights of ours there."""
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path / "mine"))
+
+    def put(kind, regime=None):
+        path = weights_file(kind, "quick", regime)
+        return save_model(LOAD[kind](weights(root, kind)), path)
+
+    return put
+
+
+LOAD = {"segmenter": load_segmenter, "classifier": load_classifier}
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "classifier"])
+def test_named_weights_come_before_yours_and_yours_before_the_shipped_ones(kind, mine, tmp_path):
+    shipped = find_weights(kind, "quick")
+    assert shipped == (ShippedWeights[f"{kind.upper()}_QUICK"].path, SHIPPED)
+    path = mine(kind, "heads" if kind == "classifier" else None)
+    assert find_weights(kind, "quick") == (path, "yours")
+    assert find_weights(kind, "quick", shipped=True) == shipped
+    assert find_weights(kind, "quick", tmp_path / "x") == (tmp_path / "x", "named")
+    trained = {"segmenter": trained_segmenter, "classifier": trained_classifier}[kind]
+    assert trained("quick").config != trained("quick", shipped=True).config
+    with pytest.raises(CheckpointError, match=f"`covidmask train {kind} --preset paper`"):
+        find_weights(kind, "paper")
+
+
+def test_regimes_of_yours(mine, tmp_path):
+    with pytest.raises(CheckpointError, match="train classifier --preset quick --regime full`"):
+        find_weights("classifier", "quick", regime="full")
+    old = weights_file("classifier", "quick")  # as they were called before
+    save_model(load_classifier(mine("classifier", "heads")), old, regime="full")
+    heads = weights_file("classifier", "quick", "heads")
+    with pytest.raises(CheckpointError) as caught:
+        find_weights("classifier", "quick")
+    for words in (f"{old} (full)", f"{heads} (heads)", "--regime"):
+        assert words in str(caught.value)
+    assert find_weights("classifier", "quick", regime="full") == (old, "yours")
+    assert find_weights("classifier", "quick", regime="heads") == (heads, "yours")
+    assert trained_classifier("quick", regime="heads").config == TINY_CLASSIFIER
+    new = mine("classifier", "full")
+    assert find_weights("classifier", "quick", regime="full") == (new, "yours")
+    with pytest.raises(CheckpointError, match="--regime full: chooses among your own weights"):
+        find_weights("classifier", "quick", tmp_path / "x", regime="full")
+    heads.unlink()
+    assert find_weights("classifier", "quick") == (new, "yours")
+
+
+def test_every_command_says_whose_weights_it_takes(run, root, mine, tmp_path, capsys):
+    data = ["--data", root / "phantoms-quick"]
+    segmenter = mine("segmenter")
+    out = tmp_path / "c.safetensors"
+    assert f"Segmenter: yours, {segmenter}" in run("train", "classifier", *data, "--out", out)
+    assert f"Segmenter: yours, {segmenter}" in run("evaluate", "segmenter", *data)
+    named = ["--weights", out]
+    assert f"Classifier: named, {out}" in run("evaluate", "classifier", *data, *named)
+    image = next((root / "phantoms-quick" / "slices").glob("NCP*.png"))
+    options = ["predict", image, "--out", tmp_path / "o"]
+    lines = run(*options)
+    assert f"Segmenter: yours, {segmenter}" in lines
+    assert any(line.startswith(f"Classifier: {SHIPPED}, ") for line in lines)
+    warned = [line for line in lines if "has seen phantoms only" in line]
+    assert warned == ["The shipped classifier has seen phantoms only: on real CT it is wrong."]
+    assert "phantoms only" not in "\n".join(run(*options, "--classifier", out))
+    mine("classifier", "heads"), mine("classifier", "full")
+    for command in (options, ["evaluate", "classifier", *data]):
+        assert main([*map(str, command)]) == 2
+        assert "there are several of yours" in capsys.readouterr().err
+        assert run(*command, "--regime", "full")
+
+
+def test_each_regime_has_a_file_of_its_own(run, root):
+    lines = run("train", "classifier", "--regime", "heads_bn", "--no-validation", "--epochs", 1)
+    path = root / "weights" / "classifier-quick-heads_bn.safetensors"
+    assert lines[-1].endswith(f"weights in {path}") and read_card(path)["regime"] == "heads_bn"
+    assert weights(root, "classifier").is_file()
+    path.unlink()  # the other tests have one classifier
+
+
 # ---- use ------------------------------------------------------------------------------------
 
 
@@ -477,6 +603,10 @@ def test_convert(what, run, root, tmp_path):
     assert "Anchor sizes 2, 4, 8, 16, 32 pixels, ratios 0.1, 0.25, 0.5, 1, 1.5, 2" in text
     assert ("N 16 ranked boxes, S 32 wide" in text) == (what == "classifier")
     assert lines[-1].endswith(f"converted; weights in {tmp_path / 'o.safetensors'}")
+    # as the released code: 100 pixels are no lesion
+    assert read_card(tmp_path / "o.safetensors").get("min_area") == (
+        101 if what[0] == "s" else None
+    )
     converted = load(tmp_path / "o.safetensors").state_dict()
     assert all(torch.equal(t, converted[name]) for name, t in model.state_dict().items())
 
@@ -524,6 +654,24 @@ def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
         assert "install covidmask" not in text  # no such project on the package index is ours
         assert part in text
     assert not list(tmp_path.iterdir())  # looking changes nothing
+
+
+@pytest.mark.parametrize(
+    "module, name, words",
+    [
+        ("torch", "from_numpy", "torch and numpy do not fit together (gone); pip install --upg"),
+        ("covidmask.check", "import_module", "setuptools do not fit together (gone); pip install"),
+    ],
+)
+def test_check_tells_what_does_not_fit(module, name, words, capsys, monkeypatch):
+    def gone(*_):
+        raise RuntimeError("gone\nand more")
+
+    monkeypatch.setattr("covidmask.check.metadata", FakeInstallation([]))
+    monkeypatch.setattr(f"{module}.{name}", gone)
+    assert main(["check"]) == 2
+    failed = [line for line in capsys.readouterr().out.splitlines() if line[:6] == "[FAIL]"]
+    assert len(failed) == 1 and words in failed[0]
 
 
 def test_check_without_installation(capsys, monkeypatch):
