@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timezone
@@ -23,7 +23,6 @@ from tyro.conf import Positional, arg, subcommand
 
 from covidmask.config import IMAGE_CLASSES, LESION_CLASSES, PRESETS, TrainingConfig
 from covidmask.data.folders import (
-    SHIPPED,
     data_root,
     existing_folder,
     find_weights,
@@ -35,13 +34,7 @@ from covidmask.data.folders import (
     slice_splits,
     weights_file,
 )
-from covidmask.errors import (
-    CheckpointError,
-    CovidmaskError,
-    DataError,
-    OutputError,
-    TrainingError,
-)
+from covidmask.errors import CheckpointError, CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
 from covidmask.files import atomic_path, check_writable, same_file
 
@@ -395,7 +388,7 @@ class TrainClassifier(_TrainOptions):
         settings = preset.classifier
         if _classes(dataset) != _classes(settings):
             settings = replace(settings, classes=_classes(dataset))
-        weights, _ = _weights("segmenter", self.preset, self.segmenter)
+        weights = _weights("segmenter", self.preset, self.segmenter)
         segmenter = load_segmenter(weights)
         out, checkpoint = self._outputs(
             weights_file("classifier", self.preset, self.regime), weights
@@ -494,11 +487,10 @@ class EvaluateSegmenter(_EvaluateOptions):
         from covidmask.training.segmentation import evaluate_segmenter
 
         data = existing_folder(self.data or phantoms_folder(self.preset))
-        weights, _ = _weights("segmenter", self.preset, self.weights)
+        weights = _weights("segmenter", self.preset, self.weights)
         model = load_segmenter(weights)
-        min_area = self.min_area
-        if min_area is None:
-            min_area = read_card(weights).get("min_area", 1)
+        given = self.min_area
+        min_area = read_card(weights).get("min_area", 1) if given is None else given
         dataset = open_lesions(data, self.split, model.config.lesions, min_area)
         _prepare_json(self.json, weights, self.split, data / "phantoms.json")
         fabric = make_fabric(self.precision, _device(self.device))
@@ -569,7 +561,7 @@ class EvaluateClassifier(_EvaluateOptions):
 
         data = existing_folder(self.data or phantoms_folder(self.preset))
         dataset = open_slices(data, self.split)
-        weights, _ = _weights("classifier", self.preset, self.weights, self.regime)
+        weights = _weights("classifier", self.preset, self.weights, self.regime)
         model = load_classifier(weights)
         classes = _classes(model.config)
         if _classes(dataset) != classes:
@@ -580,7 +572,6 @@ class EvaluateClassifier(_EvaluateOptions):
         _prepare_json(self.json, weights, self.split, data / "phantoms.json")
         fabric = make_fabric(self.precision, _device(self.device))
         result = evaluate_classifier(model, dataset, fabric=fabric, batch_size=self.batch_size)
-        _check_finite(result["probabilities"].flatten().tolist(), weights)
         counts = result["confusion"]
         right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         intervals = {
@@ -701,13 +692,8 @@ class Predict:
         if self.out.is_file():
             raise OutputError(f"{self.out}: is a file; name a folder with --out")
         _say(NOTICE)
-        segmenter, whose_segmenter = _weights("segmenter", self.preset, self.segmenter)
-        classifier, whose_classifier = _weights(
-            "classifier", self.preset, self.classifier, self.regime
-        )
-        for kind, whose in (("segmenter", whose_segmenter), ("classifier", whose_classifier)):
-            if whose == SHIPPED:
-                _say(f"The shipped {kind} has seen phantoms only: on real CT it is wrong.")
+        segmenter = _weights("segmenter", self.preset, self.segmenter)
+        classifier = _weights("classifier", self.preset, self.classifier, self.regime)
         rows = predict(
             self.images,
             segmenter,
@@ -720,8 +706,9 @@ class Predict:
             every=self.every,
             window=window,
         )
-        numbers = (value for row in rows for value in row.values() if isinstance(value, float))
-        _check_finite(numbers, classifier)
+        numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise CheckpointError(f"{classifier}: gives NaN for these slices; train it again")
         _say(
             f"{len(rows)} {'slice' if len(rows) == 1 else 'slices'} done: pictures and summary.csv "
             f"in {self.out}, probabilities in {self.out / 'predictions.csv'}"
@@ -762,10 +749,8 @@ class Convert:
         model = load_author_checkpoint(self.author)
         is_classifier = isinstance(model, CovidCTMaskNet)
         detector = model.detector.config if is_classifier else model.config
-        card: dict[str, Any] = {"command": "covidmask convert", "source": self.author.name}
-        if not is_classifier:  # the released code judges objects of more than 100 pixels
-            card["min_area"] = PRESETS["paper"].min_area
-        save_model(model, self.out, **card)
+        card = {"command": "covidmask convert", "source": self.author.name}
+        save_model(model, self.out, **card, min_area=PRESETS["paper"].min_area)
         _say(f"Backbone {detector.backbone}, cut {detector.cut}")
         _say(
             f"Lesion classes {len(LESION_CLASSES[detector.lesions])} "
@@ -858,16 +843,13 @@ def _message(error: Exception) -> str | None:
     text = _one_line(error)
     if isinstance(error, CovidmaskError):
         return f"error: {text}"
-    if isinstance(error, OSError) and error.filename is not None:
-        reason = error.strerror or text
-        return f"error: {error.filename}: {reason}; check the path and its permissions"
-    if isinstance(error, OSError):  # such as output sent to a full disk
-        reason = error.strerror or text
-        return f"error: the output or an open file fails ({reason}); check the disk"
+    if isinstance(error, OSError):  # without a name where output is sent to a full disk
+        where = error.filename or "the output or an open file"
+        return f"error: {where}: {error.strerror or text}; check path, permissions and disk"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return (
-            f"error: there is not enough memory ({text}); lower --batch-size or --memory where the "
-            "command has them, or take smaller images"
+            f"error: there is not enough memory ({text}); lower --batch-size or --memory, or take "
+            "smaller images"
         )
     return None
 
@@ -924,23 +906,16 @@ def _check_no_input(what: str, path: Path, *others: str | Path) -> None:
             raise OutputError(f"{path}: {what} and {other} are one file; name another one")
 
 
-def _check_finite(numbers: Iterable[float], weights: Path) -> None:
-    if not all(map(math.isfinite, numbers)):
-        raise TrainingError(f"{weights}: gives probabilities that are not numbers; train it again")
-
-
 def _classes(of: Any) -> tuple[str, ...]:
     """The image classes of a model's configuration or of a data set."""
     return tuple(getattr(of, "classes", IMAGE_CLASSES))
 
 
-def _weights(
-    kind: str, preset: str, named: Path | None, regime: str | None = None
-) -> tuple[Path, str]:
-    """See `find_weights`; says what it found."""
+def _weights(kind: str, preset: str, named: Path | None, regime: str | None = None) -> Path:
+    """The file of `find_weights`, after a line that says whose it is."""
     path, whose = find_weights(kind, preset, named, regime)
     _say(f"{kind.capitalize()}: {whose}, {path}")
-    return path, whose
+    return path
 
 
 def _device(name: str) -> str:

@@ -569,7 +569,8 @@ SAME = {  # the file that is read -> commands that would write there
     ),
     "out/new.safetensors": (SEGMENTER + " --checkpoint out/../out/new.safetensors",),
     "list.json": (
-        "evaluate segmenter --data data --weights seg.safetensors --split list.json --json list.json",
+        "evaluate segmenter --data data --weights seg.safetensors"
+        " --split list.json --json list.json",
     ),
     "phantoms.json": ("stats --data data --json data/phantoms.json",),
     "w.json": ("evaluate segmenter --data data --weights w.json --json w.json",),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _SPLITS = ("train", "val", "test")
 REGIMES = ("heads", "heads_bn", "full")
-SHIPPED = "shipped with the package, trained on phantoms"
+SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
 
 
 def data_root() -> Path:
@@ -49,11 +49,10 @@ def find_weights(
         kind: segmenter or classifier.
         named: a file that the reader has named.
         regime: which of your classifiers; None takes the only one.
-        shipped: take no account of yours where there are shipped ones. The book does, because
-            its text speaks of their numbers.
+        shipped: prefer the shipped ones, as the book does, whose text has their numbers.
 
     Returns:
-        the file, and in words whose it is: "named", "yours" or `SHIPPED`.
+        the file, and whose it is: "named", "yours" or `SHIPPED`.
 
     Raises:
         CheckpointError: there are none, several of yours, or `named` beside `regime`.
