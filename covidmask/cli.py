@@ -12,7 +12,8 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,6 +25,7 @@ from covidmask.config import IMAGE_CLASSES, LESION_CLASSES, PRESETS, TrainingCon
 from covidmask.data.folders import (
     data_root,
     existing_folder,
+    find_weights,
     lesion_splits,
     open_lesions,
     open_slices,
@@ -34,7 +36,7 @@ from covidmask.data.folders import (
 )
 from covidmask.errors import CheckpointError, CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
-from covidmask.files import atomic_path, check_writable
+from covidmask.files import atomic_path, check_writable, same_file
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -59,7 +61,29 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 DataFolder = Annotated[
     Path | None, _default("the preset's phantoms in $COVIDMASK_DATA or ./data", "DIR")
 ]
-JsonFile = Annotated[Path | None, _default("none", "FILE")]
+JsonFile = Annotated[Path | None, _default("none", "FILE.json")]
+RegimeName = Literal["heads", "heads_bn", "full"]
+Whose = Annotated[
+    Path | None, _default("yours in $COVIDMASK_DATA/weights, else the shipped quick ones", "FILE")
+]
+WhichRegime = Annotated[
+    RegimeName | None, _default("the only one there is", "{heads,heads_bn,full}")
+]
+
+RANGES = {  # option of any command -> its lowest and highest value
+    "seed": (0, 2**31 - 1),
+    "epochs": (1, 10_000),
+    "batch_size": (1, 2**20),
+    "lr": (1e-12, 1000),
+    "workers": (0, 256),
+    "memory": (0, 2**24),
+    "score": (0, 1),
+    "threshold": (0, 1),
+    "min_area": (0, 2**26),
+    "every": (1, 10**6),
+    "series": (1, 10**6),
+    "window": (-1e6, 1e6),
+}
 
 
 # ---- data -----------------------------------------------------------------------------------
@@ -88,7 +112,6 @@ class Phantoms:
     def run(self) -> None:
         from covidmask.data.phantom_sets import write_phantoms
 
-        _check_range("--seed", self.seed, 0, 2**31)
         out = self.out or phantoms_folder(self.preset)
         old = (out / "phantoms.json").exists()
         config = PRESETS[self.preset].phantoms
@@ -121,7 +144,7 @@ class Stats:
 
     def run(self) -> None:
         root = existing_folder(self.data or phantoms_folder(self.preset))
-        _prepare_json(self.json)
+        _prepare_json(self.json, root / "phantoms.json")
         found: dict[str, dict] = {
             "lesions": {
                 split: _lesion_numbers(open_lesions(root, split, min_area=self.min_area), split)
@@ -180,26 +203,20 @@ class _TrainOptions:
     ] = None
     """Numbers to compute with; bf16-mixed is faster on recent GPUs."""
     log_dir: Annotated[Path | None, _default("none", "DIR")] = None
-    """Folder for TensorBoard. Needs `pip install "covidmask[train]"`."""
+    """Folder for TensorBoard. Needs `pip install tensorboard`."""
 
     def _training(self, preset: TrainingConfig) -> TrainingConfig:
         """The preset's numbers with those of the command line put in."""
-        _check_range("--seed", self.seed, 0, 2**31)
-        _check_range("--epochs", self.epochs, 1)
-        _check_range("--batch-size", self.batch_size, 1)
-        _check_range("--workers", self.workers, 0)
-        _check_range("--memory", self.memory, 0)
-        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise CovidmaskError(f"--lr {self.lr}: must be above 0; try 1e-3 or 1e-5")
         names = ("epochs", "batch_size", "lr", "precision")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(preset, **given)
 
-    def _outputs(self, kind: str) -> tuple[Path, Path]:
+    def _outputs(self, default: Path, *inputs: str | Path) -> tuple[Path, Path]:
         """Weights and checkpoint file; both can be written, which is tried before training."""
-        out = self.out or weights_file(kind, self.preset)
+        out = self.out or default
         checkpoint = self.checkpoint or out.with_suffix(".ckpt")
-        _check_output(out)
+        _check_output(out, self.split, *inputs)
+        _check_no_input("--checkpoint", checkpoint, out, self.split, *inputs)
         if checkpoint.is_dir():
             raise OutputError(f"{checkpoint}: is a folder; name a file with --checkpoint")
         if _rank() == 0:
@@ -217,7 +234,7 @@ class _TrainOptions:
         if self.log_dir is not None:
             if not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
                 raise CovidmaskError(
-                    '--log-dir: TensorBoard is not installed; run `pip install "covidmask[train]"`'
+                    "--log-dir: TensorBoard is not installed; run `pip install tensorboard`"
                 )
             if _rank() == 0:
                 check_writable(self.log_dir)
@@ -247,7 +264,7 @@ class _TrainOptions:
             card |= {
                 "command": f"covidmask {command}",
                 "preset": self.preset,
-                "data": (self.data or phantoms_folder(self.preset)).resolve().name,
+                "data": Path(os.path.realpath(self.data or phantoms_folder(self.preset))).name,
                 "split": Path(self.split).name,
                 "seed": self.seed,
                 "steps": len(history),
@@ -289,7 +306,7 @@ class TrainSegmenter(_TrainOptions):
         dataset = open_lesions(data, self.split, preset.detector.lesions, preset.min_area)
         if preset.augment:
             dataset = Augmented(dataset, preset.augment, self.seed)
-        out, checkpoint = self._outputs("segmenter")
+        out, checkpoint = self._outputs(weights_file("segmenter", self.preset))
         fabric = self._fabric(training)
         torch.manual_seed(self.seed)
         try:
@@ -347,11 +364,9 @@ class TrainClassifier(_TrainOptions):
     `covidmask train classifier --preset quick --regime heads`
     """
 
-    segmenter: Annotated[
-        Path | None, _default("$COVIDMASK_DATA/weights/segmenter-PRESET.safetensors", "FILE")
-    ] = None
+    segmenter: Whose = None
     """Weights that `covidmask train segmenter` wrote."""
-    regime: Literal["heads", "heads_bn", "full"] = "heads"
+    regime: RegimeName = "heads"
     """What trains: heads (S alone, fast), heads_bn (S and batch norm), full (everything)."""
     validation: bool = True
     """Keep the epoch that is best on val.txt, if there is one; else the last."""
@@ -370,11 +385,17 @@ class TrainClassifier(_TrainOptions):
         held_out = None
         if self.validation and "val" in slice_splits(data):
             held_out = open_slices(data, "val")
-        segmenter = load_segmenter(self.segmenter or weights_file("segmenter", self.preset))
-        out, checkpoint = self._outputs("classifier")
+        settings = preset.classifier
+        if _classes(dataset) != _classes(settings):
+            settings = replace(settings, classes=_classes(dataset))
+        weights = _weights("segmenter", self.preset, self.segmenter)
+        segmenter = load_segmenter(weights)
+        out, checkpoint = self._outputs(
+            weights_file("classifier", self.preset, self.regime), weights
+        )
         fabric = self._fabric(training, find_unused_parameters=self.regime == "full")
         torch.manual_seed(self.seed)
-        model = covid_ct_mask_net(segmenter, preset.classifier)
+        model = covid_ct_mask_net(segmenter, settings)
         history = train_classifier(
             model,
             dataset,
@@ -427,9 +448,7 @@ class Train:
 class _EvaluateOptions:
     preset: PresetName = "quick"
     """Whose weights and phantoms to use when --weights or --data is not given."""
-    weights: Annotated[
-        Path | None, _default("$COVIDMASK_DATA/weights/MODEL-PRESET.safetensors", "FILE")
-    ] = None
+    weights: Whose = None
     """Weights that `covidmask train` wrote."""
     data: DataFolder = None
     """Folder of phantoms or real data in the same layout."""
@@ -467,15 +486,13 @@ class EvaluateSegmenter(_EvaluateOptions):
         from covidmask.training.loop import make_fabric
         from covidmask.training.segmentation import evaluate_segmenter
 
-        _check_range("--batch-size", self.batch_size, 1)
-        if not 0 <= self.threshold < 1:
-            raise CovidmaskError(f"--threshold {self.threshold}: must be at least 0 and below 1")
         data = existing_folder(self.data or phantoms_folder(self.preset))
-        weights = self.weights or weights_file("segmenter", self.preset)
+        weights = _weights("segmenter", self.preset, self.weights)
         model = load_segmenter(weights)
-        min_area = self.min_area or read_card(weights).get("min_area", 1)
+        given = self.min_area
+        min_area = read_card(weights).get("min_area", 1) if given is None else given
         dataset = open_lesions(data, self.split, model.config.lesions, min_area)
-        _prepare_json(self.json)
+        _prepare_json(self.json, weights, self.split, data / "phantoms.json")
         fabric = make_fabric(self.precision, _device(self.device))
         result = evaluate_segmenter(
             model,
@@ -533,17 +550,26 @@ class EvaluateClassifier(_EvaluateOptions):
     For example: `covidmask evaluate classifier --preset quick --split test`
     """
 
+    regime: WhichRegime = None
+    """Which of your classifiers of the preset."""
+
     def run(self) -> None:
         from covidmask.metrics.classification import patient_bootstrap, report, wilson
         from covidmask.models.weights import load_classifier
         from covidmask.training.classification import evaluate_classifier
         from covidmask.training.loop import make_fabric
 
-        _check_range("--batch-size", self.batch_size, 1)
-        dataset = open_slices(self.data or phantoms_folder(self.preset), self.split)
-        weights = self.weights or weights_file("classifier", self.preset)
+        data = existing_folder(self.data or phantoms_folder(self.preset))
+        dataset = open_slices(data, self.split)
+        weights = _weights("classifier", self.preset, self.weights, self.regime)
         model = load_classifier(weights)
-        _prepare_json(self.json)
+        classes = _classes(model.config)
+        if _classes(dataset) != classes:
+            raise DataError(
+                f"{data}: has the classes {', '.join(_classes(dataset))}, and {weights} those of "
+                f"other data, {', '.join(classes)}; judge it on slices of its own classes"
+            )
+        _prepare_json(self.json, weights, self.split, data / "phantoms.json")
         fabric = make_fabric(self.precision, _device(self.device))
         result = evaluate_classifier(model, dataset, fabric=fabric, batch_size=self.batch_size)
         counts = result["confusion"]
@@ -563,11 +589,11 @@ class EvaluateClassifier(_EvaluateOptions):
         )
         patients = len(set(patients_of))
         _say("Confusion matrix in slices (rows: true class, columns: predicted class)")
-        _say(f"{'':<18}" + "".join(f"{name:>18}" for name in IMAGE_CLASSES))
-        for name, row in zip(IMAGE_CLASSES, counts, strict=True):
+        _say(f"{'':<18}" + "".join(f"{name:>18}" for name in classes))
+        for name, row in zip(classes, counts, strict=True):
             _say(f"{name:<18}" + "".join(f"{count:>18,}" for count in row))
         _say(f"{'':<18}{'sensitivity (95 %)':>24}{'PPV (95 %)':>24}")
-        for i, name in enumerate(IMAGE_CLASSES):
+        for i, name in enumerate(classes):
             cells = (_interval(result[key][i], intervals[key][i]) for key in ("sensitivity", "ppv"))
             _say(f"{name:<18}" + "".join(f"{cell:>24}" for cell in cells))
         _say(f"Accuracy {_interval(result['accuracy'], intervals['accuracy'])}")
@@ -616,8 +642,8 @@ class Predict:
 
     Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM (files, or folders that hold a series) and
     NIfTI. No patient tag and no name of a DICOM or NIfTI file reaches an output. Without weights
-    of yours it takes the small ones that come with the package, which have seen synthetic slices
-    only. For example:
+    that you name or have trained, it takes the small ones that come with the package, which have
+    seen synthetic slices only. For example:
     `covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out`
     """
 
@@ -639,10 +665,14 @@ class Predict:
         tuple[float, float] | None, _default("-600 1500, for the lung", "LEVEL WIDTH")
     ] = None
     """Hounsfield units that become black to white, for DICOM and NIfTI."""
-    segmenter: Annotated[Path | None, _default("the shipped weights", "FILE")] = None
+    preset: PresetName = "quick"
+    """Whose weights to take where none are named."""
+    segmenter: Whose = None
     """Weights that `covidmask train segmenter` wrote."""
-    classifier: Annotated[Path | None, _default("the shipped weights", "FILE")] = None
+    classifier: Whose = None
     """Weights that `covidmask train classifier` wrote."""
+    regime: WhichRegime = None
+    """Which of your classifiers of the preset."""
     score: float = 0.5
     """Lesions that score above it are drawn, 0 to 1."""
     device: Device = "auto"
@@ -650,24 +680,20 @@ class Predict:
 
     def run(self) -> None:
         from covidmask.data.images import LUNG_WINDOW
-        from covidmask.models.weights import ShippedWeights
         from covidmask.predict import predict
 
         if not self.images:
             raise CovidmaskError("no image is named; run `covidmask predict IMAGE ... --help`")
-        _check_range("--every", self.every, 1)
-        _check_range("--series", self.series, 1)
         window = self.window or LUNG_WINDOW
-        if not (all(map(math.isfinite, window)) and window[1] > 0):
+        if window[1] <= 0:
             raise CovidmaskError(
-                f"--window {window[0]:g} {window[1]:g}: level and width must be numbers, the width "
-                "above 0; try -600 1500"
+                f"--window {window[0]:g} {window[1]:g}: the width must be above 0; try -600 1500"
             )
+        if self.out.is_file():
+            raise OutputError(f"{self.out}: is a file; name a folder with --out")
         _say(NOTICE)
-        segmenter = self.segmenter or ShippedWeights.SEGMENTER_QUICK.checked()
-        classifier = self.classifier or ShippedWeights.CLASSIFIER_QUICK.checked()
-        if not (self.segmenter and self.classifier):
-            _say("Shipped weights in use. They have seen phantoms only: on real CT they are wrong.")
+        segmenter = _weights("segmenter", self.preset, self.segmenter)
+        classifier = _weights("classifier", self.preset, self.classifier, self.regime)
         rows = predict(
             self.images,
             segmenter,
@@ -680,6 +706,9 @@ class Predict:
             every=self.every,
             window=window,
         )
+        numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise CheckpointError(f"{classifier}: gives NaN for these slices; train it again")
         _say(
             f"{len(rows)} {'slice' if len(rows) == 1 else 'slices'} done: pictures and summary.csv "
             f"in {self.out}, probabilities in {self.out / 'predictions.csv'}"
@@ -716,11 +745,12 @@ class Convert:
         from covidmask.models.classifier import CovidCTMaskNet
         from covidmask.models.weights import save_model
 
-        _check_output(self.out)
+        _check_output(self.out, self.author)
         model = load_author_checkpoint(self.author)
         is_classifier = isinstance(model, CovidCTMaskNet)
         detector = model.detector.config if is_classifier else model.config
-        save_model(model, self.out, command="covidmask convert", source=self.author.name)
+        card = {"command": "covidmask convert", "source": self.author.name}
+        save_model(model, self.out, **card, min_area=PRESETS["paper"].min_area)
         _say(f"Backbone {detector.backbone}, cut {detector.cut}")
         _say(
             f"Lesion classes {len(LESION_CLASSES[detector.lesions])} "
@@ -749,7 +779,48 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 for a usage error or bad input, 130 when interrupted."""
+    """Run one command.
+
+    Returns:
+        0; 2 for a usage error, bad input or output that cannot be written; 130 when interrupted;
+        141 when nobody reads the output any longer, as after `| head -1`.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with suppress(AttributeError):  # a notebook's stream
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # names in other scripts
+    status, message = 2, None
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError):
+            status = 141
+        elif (message := _message(error)) is None:
+            raise
+    with suppress(OSError):
+        if message:
+            print(f"covidmask: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again when it ends, and complain
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    for before, word in zip(("covidmask", *argv), argv, strict=False):
+        name, equals, value = word.partition("=")
+        if not word or "\0" in word or (name.startswith("--") and equals and not value):
+            raise CovidmaskError(
+                f"{name if equals else before}: its value is empty or no text; leave the option "
+                'out, or give it a value ("." is the working folder)'
+            )
     try:
         command = tyro.cli(
             Command,  # type: ignore[arg-type]
@@ -763,14 +834,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     if _rank() > 0 and not isinstance(command, (Train, Evaluate)):
         return 0  # one process is enough for the others
-    try:
-        return command.run() or 0
-    except CovidmaskError as error:
-        status, message = 2, f"error: {_one_line(error)}"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    print(f"covidmask: {message}", file=sys.stderr)
-    return status
+    _check_numbers(command)
+    return command.run() or 0
+
+
+def _message(error: Exception) -> str | None:
+    """One sentence for the reader; None where the fault is in covidmask itself."""
+    text = _one_line(error)
+    if isinstance(error, CovidmaskError):
+        return f"error: {text}"
+    if isinstance(error, OSError):  # without a name where output is sent to a full disk
+        where = error.filename or "the output or an open file"
+        return f"error: {where}: {error.strerror or text}; check path, permissions and disk"
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return (
+            f"error: there is not enough memory ({text}); lower --batch-size or --memory, or take "
+            "smaller images"
+        )
+    return None
 
 
 # ---- small helpers --------------------------------------------------------------------------
@@ -789,21 +870,52 @@ def _say(text: str) -> None:
 def _one_line(error: BaseException) -> str:
     """The message. A DataLoader's worker puts its traceback first, the message last."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if not lines[0].startswith("Caught "):
+        return " ".join(lines)
     start, _, rest = lines[-1].partition(": ")
     return rest if start.startswith("covidmask.errors.") else lines[-1]
 
 
-def _check_range(option: str, value: int | None, low: int, high: float = math.inf) -> None:
-    if value is not None and not low <= value < high:
-        most = "" if high == math.inf else f" and below {high:,}"
-        raise CovidmaskError(f"{option} {value}: must be at least {low}{most}")
+def _check_numbers(command: Any) -> None:
+    """Refuse numbers that no option can have, NaN and infinity among them."""
+    for field in fields(command):
+        value = getattr(command, field.name)
+        if is_dataclass(value):
+            _check_numbers(value)
+        low, high = RANGES.get(field.name, (-(2**63), 2**63))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not low <= number <= high:
+                raise CovidmaskError(
+                    f"--{field.name.replace('_', '-')} {number}: must be at least {low:,} and at "
+                    f"most {high:,}"
+                )
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, *inputs: str | Path) -> None:
     if path.suffix != ".safetensors" or path.is_dir():
         raise OutputError(
             f"{path}: weights are written to a file; let its name end in .safetensors"
         )
+    _check_no_input("the output", path, *inputs)
+
+
+def _check_no_input(what: str, path: Path, *others: str | Path) -> None:
+    """Nothing is written over a file that the same command reads, or writes for another use."""
+    for other in others:
+        if same_file(path, other):
+            raise OutputError(f"{path}: {what} and {other} are one file; name another one")
+
+
+def _classes(of: Any) -> tuple[str, ...]:
+    """The image classes of a model's configuration or of a data set."""
+    return tuple(getattr(of, "classes", IMAGE_CLASSES))
+
+
+def _weights(kind: str, preset: str, named: Path | None, regime: str | None = None) -> Path:
+    """The file of `find_weights`, after a line that says whose it is."""
+    path, whose = find_weights(kind, preset, named, regime)
+    _say(f"{kind.capitalize()}: {whose}, {path}")
+    return path
 
 
 def _device(name: str) -> str:
@@ -905,11 +1017,16 @@ def _also(path: Path | None) -> str:
     return "" if path is None else f"; numbers in {path}"
 
 
-def _prepare_json(path: Path | None) -> None:
+def _prepare_json(path: Path | None, *inputs: str | Path) -> None:
     """Find out before the work, not after it, whether the file can be written."""
-    if path is not None and path.is_dir():
+    if path is None:
+        return
+    if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file with --json")
-    if path is not None and _rank() == 0:
+    if path.suffix != ".json":  # so that no list, image or weights file is overwritten
+        raise OutputError(f"{path}: numbers are written to a file; let its name end in .json")
+    _check_no_input("--json", path, *inputs)
+    if _rank() == 0:
         check_writable(path.parent)
 
 

@@ -131,8 +131,6 @@ class FetchCncbLesions:
         from covidmask.data.layouts import lay_out_cncb_lesions
         from covidmask.data.sources import TERMS
 
-        if self.seed < 0:
-            raise CovidmaskError(f"--seed {self.seed}: must be at least 0")
         out = self.out or data_root() / "cncb-lesions"
         print(TERMS["cncb-lesions"], flush=True)
         counts = lay_out_cncb_lesions(out, self.source.expanduser(), self.lists, self.seed)

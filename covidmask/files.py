@@ -42,6 +42,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether there is such a file; a folder that may not be entered is an error, not a no."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths, there or not, lead to one file, be it by a symbolic or a hard link."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 def check_writable(folder: str | Path) -> Path:
     """Make `folder` if needed and prove that a file can be written there, before long work starts.
 

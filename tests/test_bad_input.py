@@ -558,5 +558,44 @@ def test_weights_file_that_is_a_folder(here, capsys):
     fails(CONVERT, here, capsys, "out/new.safetensors", "to a file")
 
 
+SAME = {  # the file that is read -> commands that would write there
+    "seg.safetensors": (
+        CLASSIFIER.replace("out/new", "seg"),
+        CLASSIFIER + " --checkpoint seg.safetensors",
+        CLASSIFIER.replace("out/new", "soft"),
+        CLASSIFIER.replace("out/new", "hard"),
+        "convert seg.safetensors seg.safetensors",
+        "convert seg.safetensors ./out/../hard.safetensors",
+    ),
+    "out/new.safetensors": (SEGMENTER + " --checkpoint out/../out/new.safetensors",),
+    "list.json": (
+        "evaluate segmenter --data data --weights seg.safetensors"
+        " --split list.json --json list.json",
+    ),
+    "phantoms.json": ("stats --data data --json data/phantoms.json",),
+    "w.json": ("evaluate segmenter --data data --weights w.json --json w.json",),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_output_over_an_input(name, here, capsys):
+    (here / "soft.safetensors").symlink_to(here / "seg.safetensors")
+    (here / "hard.safetensors").hardlink_to(here / "seg.safetensors")
+    shutil.copy(here / "seg.safetensors", here / "w.json")
+    shutil.copy(here / "data/lesions/test.txt", here / "list.json")
+    for command in SAME[name]:
+        fails(command, here, capsys, "one file; name another one")
+
+
+def test_numbers_over_something_else(here, capsys):
+    for path in ("data/lesions/train.txt", "scan.png", "seg.safetensors"):
+        fails(f"stats --data data --json {path}", here, capsys, path, "end in .json")
+
+
+def test_folder_for_pictures_that_is_a_file(here, capsys):
+    command = PREDICT.format("scan.png").replace("--out out", "--out seg.safetensors")
+    fails(command, here, capsys, "seg.safetensors: is a file; name a folder")
+
+
 def test_json_that_is_a_folder(here, capsys):
     fails("stats --data data --json out", here, capsys, "out: is a folder", "--json")

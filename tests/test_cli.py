@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,11 +22,27 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 from covidmask import config
 from covidmask.cli import main
 from covidmask.config import PhantomConfig
-from covidmask.data.folders import lesion_splits, open_lesions, slice_splits
+from covidmask.data.folders import (
+    SHIPPED,
+    find_weights,
+    lesion_splits,
+    open_lesions,
+    open_slices,
+    slice_splits,
+    weights_file,
+)
 from covidmask.data.images import write_image
 from covidmask.data.phantoms import old_friend
-from covidmask.errors import DataError
-from covidmask.models.weights import load_classifier, load_segmenter, read_card
+from covidmask.errors import CheckpointError, DataError
+from covidmask.models.weights import (
+    ShippedWeights,
+    load_classifier,
+    load_segmenter,
+    read_card,
+    save_model,
+    trained_classifier,
+    trained_segmenter,
+)
 from covidmask.training import loop
 
 TESTS = Path(__file__).parent
@@ -69,7 +86,7 @@ def run(capsys):
 
 
 def weights(root, kind):
-    return root / "weights" / f"{kind}-quick.safetensors"
+    return root / "weights" / f"{kind}-quick{'-heads' * (kind == 'classifier')}.safetensors"
 
 
 # ---- help -----------------------------------------------------------------------------------
@@ -207,7 +224,7 @@ def test_segmenter_file_and_card(root):
     assert card["torch"] == torch.__version__ and re.match(r"\d{4}-\d\d-\d\dT", card["date"])
     assert str(root) not in json.dumps(card)  # no path of the machine
     assert sorted(p.name for p in path.parent.iterdir()) == [
-        "classifier-quick.safetensors",
+        "classifier-quick-heads.safetensors",
         "segmenter-quick.safetensors",
     ]
 
@@ -287,7 +304,7 @@ def test_interrupted_training_goes_on(kind, run, tmp_path, capsys):
     interrupt(*options, "--out", broken)
     assert capsys.readouterr().err.endswith("covidmask: interrupted\n")
     assert broken.with_suffix(".ckpt").exists() and not broken.exists()
-    assert run(*options, "--out", broken)[0] == f"Going on from {broken.with_suffix('.ckpt')}"
+    assert run(*options, "--out", broken)[-2] == f"Going on from {broken.with_suffix('.ckpt')}"
     load = load_segmenter if kind == "segmenter" else load_classifier
     one, two = (load(path).state_dict() for path in (whole, broken))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
@@ -329,8 +346,9 @@ def test_validation_keeps_the_best_epoch(run, root, tmp_path):
     [
         ("--epochs 0", "--epochs 0: must be at least 1"),
         ("--batch-size -1", "--batch-size -1: must be at least 1"),
-        ("--lr nan", "--lr nan: must be above 0"),
-        ("--seed -1", "--seed -1: must be at least 0 and below"),
+        ("--lr nan", "--lr nan: must be at least 1e-12"),
+        ("--lr 0", "--lr 0.0: must be at least 1e-12"),
+        ("--seed -1", "--seed -1: must be at least 0 and at most"),
         ("--batch-size 500", "8 slices: less than one batch of 500"),
         ("--weights-backbone NONE", "--weights-backbone NONE"),
         ("--device mps", "--device mps: there is none"),
@@ -372,6 +390,112 @@ def test_evaluate_classifier(run, root, tmp_path):
     assert "A slice is not a patient: 12 slices come from 6 patients" in text
     assert "Confusion matrix" in text and "sensitivity (95 %)" in text
     assert lines[-1].endswith(f"accuracy {found['accuracy']:.3f}; numbers in {tmp_path / 'e.json'}")
+
+
+def test_min_area_of_zero_is_not_that_of_the_training(run, tmp_path):
+    run("evaluate", "segmenter", "--min-area", 0, "--json", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["min_area"] == 0
+
+
+def test_classes_of_a_model_and_of_other_data(root, monkeypatch, capsys):
+    def opened(*args, **kwargs):
+        dataset = open_slices(*args, **kwargs)
+        dataset.classes = ("Nodule", "None", "Both")
+        return dataset
+
+    monkeypatch.setattr("covidmask.cli.open_slices", opened)
+    assert main(["evaluate", "classifier"]) == 2
+    err = capsys.readouterr().err
+    assert "phantoms-quick: has the classes Nodule, None, Both" in err and "COVID-19" in err
+
+
+def test_probabilities_that_are_not_numbers(root, monkeypatch, capsys):
+    row = {"image": "a.png", "lesion_mm2": None, "Control": 0.5, "COVID-19": math.nan}
+    monkeypatch.setattr("covidmask.predict.predict", lambda *_, **__: [row])
+    assert main(["predict", "a.png", "--out", "o"]) == 2
+    assert "gives NaN for these slices" in capsys.readouterr().err
+
+
+# ---- which weights --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mine(root, tmp_path, monkeypatch):
+    """An empty $COVIDMASK_DATA, and a way to put weights of ours there."""
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path / "mine"))
+
+    def put(kind, regime=None):
+        path = weights_file(kind, "quick", regime)
+        return save_model(LOAD[kind](weights(root, kind)), path)
+
+    return put
+
+
+LOAD = {"segmenter": load_segmenter, "classifier": load_classifier}
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "classifier"])
+def test_named_weights_come_before_yours_and_yours_before_the_shipped_ones(kind, mine, tmp_path):
+    shipped = find_weights(kind, "quick")
+    assert shipped == (ShippedWeights[f"{kind.upper()}_QUICK"].path, SHIPPED)
+    path = mine(kind, "heads" if kind == "classifier" else None)
+    assert find_weights(kind, "quick") == (path, "yours")
+    assert find_weights(kind, "quick", shipped=True) == shipped
+    assert find_weights(kind, "quick", tmp_path / "x") == (tmp_path / "x", "named")
+    trained = {"segmenter": trained_segmenter, "classifier": trained_classifier}[kind]
+    assert trained("quick").config != trained("quick", shipped=True).config
+    with pytest.raises(CheckpointError, match=f"`covidmask train {kind} --preset paper`"):
+        find_weights(kind, "paper")
+
+
+def test_regimes_of_yours(mine, tmp_path):
+    with pytest.raises(CheckpointError, match="train classifier --preset quick --regime full`"):
+        find_weights("classifier", "quick", regime="full")
+    old = weights_file("classifier", "quick")  # as they were called before
+    save_model(load_classifier(mine("classifier", "heads")), old, regime="full")
+    heads = weights_file("classifier", "quick", "heads")
+    with pytest.raises(CheckpointError) as caught:
+        find_weights("classifier", "quick")
+    for words in (f"{old} (full)", f"{heads} (heads)", "--regime"):
+        assert words in str(caught.value)
+    assert find_weights("classifier", "quick", regime="full") == (old, "yours")
+    assert find_weights("classifier", "quick", regime="heads") == (heads, "yours")
+    assert trained_classifier("quick", regime="heads").config == TINY_CLASSIFIER
+    new = mine("classifier", "full")
+    assert find_weights("classifier", "quick", regime="full") == (new, "yours")
+    with pytest.raises(CheckpointError, match="--regime full: chooses among your own weights"):
+        find_weights("classifier", "quick", tmp_path / "x", regime="full")
+    heads.unlink()
+    assert find_weights("classifier", "quick") == (new, "yours")
+
+
+def test_every_command_says_whose_weights_it_takes(run, root, mine, tmp_path, capsys):
+    data = ["--data", root / "phantoms-quick"]
+    segmenter = mine("segmenter")
+    out = tmp_path / "c.safetensors"
+    assert f"Segmenter: yours, {segmenter}" in run("train", "classifier", *data, "--out", out)
+    assert f"Segmenter: yours, {segmenter}" in run("evaluate", "segmenter", *data)
+    named = ["--weights", out]
+    assert f"Classifier: named, {out}" in run("evaluate", "classifier", *data, *named)
+    image = next((root / "phantoms-quick" / "slices").glob("NCP*.png"))
+    options = ["predict", image, "--out", tmp_path / "o"]
+    lines = run(*options)
+    assert f"Segmenter: yours, {segmenter}" in lines
+    assert any(line.startswith(f"Classifier: {SHIPPED}, ") for line in lines)
+    assert "phantoms" not in "\n".join(run(*options, "--classifier", out)).replace(str(root), "")
+    mine("classifier", "heads"), mine("classifier", "full")
+    for command in (options, ["evaluate", "classifier", *data]):
+        assert main([*map(str, command)]) == 2
+        assert "there are several of yours" in capsys.readouterr().err
+        assert run(*command, "--regime", "full")
+
+
+def test_each_regime_has_a_file_of_its_own(run, root):
+    lines = run("train", "classifier", "--regime", "heads_bn", "--no-validation", "--epochs", 1)
+    path = root / "weights" / "classifier-quick-heads_bn.safetensors"
+    assert lines[-1].endswith(f"weights in {path}") and read_card(path)["regime"] == "heads_bn"
+    assert weights(root, "classifier").is_file()
+    path.unlink()  # the other tests have one classifier
 
 
 # ---- use ------------------------------------------------------------------------------------
@@ -439,11 +563,14 @@ def test_predict_reads_what_scanners_and_editors_write(run, root, tmp_path):
     assert b"Secret" not in written and "Secret" not in "\n".join(lines)
 
 
-def test_predict_takes_the_shipped_weights_and_says_so(run, tmp_path):
+def test_predict_takes_the_shipped_weights_and_says_so(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path / "nothing of mine"))
     image, _ = old_friend(128)
     write_image(tmp_path / "friend.png", image)
     lines = run("predict", tmp_path / "friend.png", "--out", tmp_path / "out")
-    assert any("They have seen phantoms only" in line for line in lines)
+    for kind in ("Segmenter", "Classifier"):
+        start = f"{kind}: shipped with the package, trained on phantoms and wrong on real CT, "
+        assert any(line.startswith(start) for line in lines)
     with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert int(row["lesions"]) >= 3 and float(row["Control"]) < 0.5
@@ -472,6 +599,8 @@ def test_convert(what, run, root, tmp_path):
     assert "Anchor sizes 2, 4, 8, 16, 32 pixels, ratios 0.1, 0.25, 0.5, 1, 1.5, 2" in text
     assert ("N 16 ranked boxes, S 32 wide" in text) == (what == "classifier")
     assert lines[-1].endswith(f"converted; weights in {tmp_path / 'o.safetensors'}")
+    # objects of up to 100 pixels are no lesion, as in the released code
+    assert read_card(tmp_path / "o.safetensors")["min_area"] == 101
     converted = load(tmp_path / "o.safetensors").state_dict()
     assert all(torch.equal(t, converted[name]) for name, t in model.state_dict().items())
 
@@ -516,8 +645,27 @@ def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
     assert len(failed) == 4 and lines[-1] == f"4 of {len(lines) - 1} checks failed"
     text = "\n".join(failed)
     for part in ("needs >=4", "needs >=99", "absent-one: absent", "torchvision do not fit"):
+        assert "install covidmask" not in text  # no such project on the package index is ours
         assert part in text
     assert not list(tmp_path.iterdir())  # looking changes nothing
+
+
+@pytest.mark.parametrize(
+    "module, name, words",
+    [
+        ("torch", "from_numpy", "torch and numpy do not fit together (gone); pip install --upg"),
+        ("covidmask.check", "import_module", "setuptools do not fit together (gone); pip install"),
+    ],
+)
+def test_check_tells_what_does_not_fit(module, name, words, capsys, monkeypatch):
+    def gone(*_):
+        raise RuntimeError("gone\nand more")
+
+    monkeypatch.setattr("covidmask.check.metadata", FakeInstallation([]))
+    monkeypatch.setattr(f"{module}.{name}", gone)
+    assert main(["check"]) == 2
+    failed = [line for line in capsys.readouterr().out.splitlines() if line[:6] == "[FAIL]"]
+    assert len(failed) == 1 and words in failed[0]
 
 
 def test_check_without_installation(capsys, monkeypatch):

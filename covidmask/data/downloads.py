@@ -124,14 +124,22 @@ def partial_folder(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
+        if isinstance(error, OutputError) or _elsewhere(error.filename, out):
+            raise  # what could not be read has a name that is not ours
         raise OutputError(
             f"{out}: cannot be written ({error.strerror or error}); choose a folder that you may "
             "write to and that has space left"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _elsewhere(name: str | None, out: Path) -> bool:
+    """Whether a path lies beside `out`: neither in it nor above it."""
+    if not isinstance(name, str):
+        return False
+    path, out = Path(os.path.abspath(name)), Path(os.path.abspath(out))
+    return not (path.is_relative_to(out) or out.is_relative_to(path))
 
 
 def move(source: Path, target: Path) -> None:

@@ -6,13 +6,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from covidmask.errors import DataError
+from covidmask.errors import CheckpointError, DataError
+from covidmask.files import is_there
 
 if TYPE_CHECKING:
     from covidmask.data.lesions import LesionDataset
     from covidmask.data.slices import SliceImages
 
 _SPLITS = ("train", "val", "test")
+REGIMES = ("heads", "heads_bn", "full")
+SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
 
 
 def data_root() -> Path:
@@ -25,9 +28,76 @@ def phantoms_folder(preset: str) -> Path:
     return data_root() / f"phantoms-{preset}"
 
 
-def weights_file(kind: str, preset: str) -> Path:
-    """Where training writes, and the other commands look, unless told otherwise."""
-    return data_root() / "weights" / f"{kind}-{preset}.safetensors"
+def weights_file(kind: str, preset: str, regime: str | None = None) -> Path:
+    """Where training writes, unless told otherwise; a classifier's name has its regime."""
+    name = "-".join(part for part in (kind, preset, regime) if part)
+    return data_root() / "weights" / f"{name}.safetensors"
+
+
+def find_weights(
+    kind: str,
+    preset: str,
+    named: str | Path | None = None,
+    regime: str | None = None,
+    shipped: bool = False,
+) -> tuple[Path, str]:
+    """The weights to use: the named ones, else yours, else (preset quick) the shipped ones.
+
+    Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights.
+
+    Args:
+        kind: segmenter or classifier.
+        named: a file that the reader has named.
+        regime: which of your classifiers; None takes the only one.
+        shipped: prefer the shipped ones, as the book does, whose text has their numbers.
+
+    Returns:
+        the file, and whose it is: "named", "yours" or `SHIPPED`.
+
+    Raises:
+        CheckpointError: there are none, several of yours, or `named` beside `regime`.
+    """
+    if named is not None:
+        if regime is not None:
+            raise CheckpointError(
+                f"--regime {regime}: chooses among your own weights, but {named} is named; leave "
+                "one of the two out"
+            )
+        return Path(named), "named"
+    yours = {} if shipped and preset == "quick" else _yours(kind, preset)
+    if regime is not None:
+        yours = {key: path for key, path in yours.items() if key == regime}
+    if len(yours) > 1:
+        found = ", ".join(f"{path} ({key})" for key, path in yours.items())
+        raise CheckpointError(
+            f"the {kind} of preset {preset}: there are several of yours, {found}; choose one with "
+            "--regime, or name its file"
+        )
+    if yours:
+        return next(iter(yours.values())), "yours"
+    if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
+        from covidmask.models.weights import ShippedWeights
+
+        return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), SHIPPED
+    raise CheckpointError(
+        f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
+        f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
+        f"{f' --regime {regime}' if regime else ''}`"
+    )
+
+
+def _yours(kind: str, preset: str) -> dict[str, Path]:
+    """Regime ("" for a segmenter) -> the file that training has written."""
+    plain = weights_file(kind, preset)
+    if kind == "segmenter":
+        return {"": plain} if is_there(plain) else {}
+    found = {}
+    if is_there(plain):  # older files have their regime in the card alone
+        from covidmask.models.weights import read_card
+
+        found[str(read_card(plain).get("regime"))] = plain
+    named = {regime: weights_file(kind, preset, regime) for regime in REGIMES}
+    return found | {regime: path for regime, path in named.items() if is_there(path)}
 
 
 def ranked_folder() -> Path:

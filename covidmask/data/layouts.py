@@ -298,7 +298,11 @@ def _unpack(archive: Path, out: Path, partial: Path, place: Place, bar: tqdm) ->
 
 def _walk(folder: Path, leave_out: Path) -> Iterator[Path]:
     """Every file below `folder`, in a fixed order, but none that we wrote."""
-    for where, folders, files in os.walk(folder):
+
+    def stop(error: OSError) -> None:
+        raise error  # a folder that may not be entered is not left out in silence
+
+    for where, folders, files in os.walk(folder, onerror=stop):
         here = Path(where)
         folders[:] = sorted(name for name in folders if here / name != leave_out)
         yield from (here / name for name in sorted(files))

@@ -177,7 +177,9 @@ class LesionSlices(LesionDataset):
         """Every image on disk, by patient and slice; numbers in numeric order."""
         files = [
             _SliceFile(path.parent.name, path.stem, path.suffix)
-            for path in (self.root / "image").glob("*/*")
+            for patient in (self.root / "image").iterdir()
+            if patient.is_dir()  # glob would leave out what may not be entered, without a word
+            for path in patient.iterdir()
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
         ]
         return sorted(files, key=lambda file: [natural(part) for part in file])

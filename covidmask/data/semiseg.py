@@ -47,7 +47,11 @@ class SemiSeg(LesionDataset):
             raise ValueError(f"split {split!r}: choose train or test")
         folders = [Path(root) / _FOLDERS[split], Path(root) / "Dataset" / _FOLDERS[split]]
         self.folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-        images = sorted((self.folder / "Imgs").glob("*.jpg"), key=lambda path: natural(path.stem))
+        slices = self.folder / "Imgs"
+        found = slices.iterdir() if slices.is_dir() else ()  # glob is silent about permissions
+        images = sorted(
+            (path for path in found if path.suffix == ".jpg"), key=lambda path: natural(path.stem)
+        )
         if not images:
             raise DataError(
                 f"{self.folder / 'Imgs'}: no .jpg slices found; name the folder of COVID-SemiSeg "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.data.folders import weights_file
+from covidmask.data.folders import find_weights
 from covidmask.errors import CheckpointError
 from covidmask.files import atomic_path
 from covidmask.models.classifier import CovidCTMaskNet
@@ -224,27 +224,27 @@ class ShippedWeights(Enum):
         return read_card(self.checked())
 
 
-def trained_segmenter(preset: str, device: str | torch.device = "cpu") -> GeneralizedRCNN:
-    """The segmenter of a preset: shipped for `quick`, else the one that you have trained.
+def trained_segmenter(
+    preset: str, device: str | torch.device = "cpu", *, shipped: bool = False
+) -> GeneralizedRCNN:
+    """The segmenter of a preset: yours, else (preset quick) the shipped one; eval mode.
+
+    Args:
+        shipped: take the shipped one even where there is yours; see `find_weights`.
 
     Raises:
         CheckpointError: there is none yet; says which command trains one.
     """
-    return _trained("segmenter", preset, device)
+    return load_segmenter(find_weights("segmenter", preset, shipped=shipped)[0], device)
 
 
-def trained_classifier(preset: str, device: str | torch.device = "cpu") -> CovidCTMaskNet:
-    """The classifier of a preset, regime "heads"; as `trained_segmenter`."""
-    return _trained("classifier", preset, device)
-
-
-def _trained(kind: str, preset: str, device: str | torch.device):
-    if preset == "quick":
-        return ShippedWeights[f"{kind.upper()}_QUICK"].load(device)
-    path = weights_file(kind, preset)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: weights come with the preset quick only; train these first, with "
-            f"`covidmask train {kind} --preset {preset}`, which writes this file"
-        )
-    return _LOAD[kind](path, device)
+def trained_classifier(
+    preset: str,
+    device: str | torch.device = "cpu",
+    *,
+    regime: str | None = None,
+    shipped: bool = False,
+) -> CovidCTMaskNet:
+    """The classifier of a preset, as `trained_segmenter`; `regime` chooses among yours."""
+    path, _ = find_weights("classifier", preset, regime=regime, shipped=shipped)
+    return load_classifier(path, device)

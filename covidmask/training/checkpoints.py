@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from covidmask.errors import CheckpointError, OutputError
+from covidmask.errors import CheckpointError
 from covidmask.files import atomic_path
 
 
@@ -18,14 +19,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     Raises:
         OutputError: no permission or a full disk.
     """
+    content = io.BytesIO()  # torch, writing to a file, turns Ctrl-C into a RuntimeError
+    torch.save(state, content)
     with atomic_path(path) as temporary:
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-        except RuntimeError as error:  # torch's own writer reports a full disk so
-            raise OutputError(
-                f"{path}: cannot be written ({error}); free some space or choose another folder"
-            ) from error
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +41,8 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
             f"{path}: holds more than plain data and is not read; "
             "delete it and start again, or name another checkpoint"
         ) from error
+    except (PermissionError, MemoryError):
+        raise  # the file may be whole
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(
