@@ -674,7 +674,9 @@ class Predict:
     regime: WhichRegime = None
     """Which of your classifiers of the preset."""
     score: float = 0.5
-    """Lesions that score above it are drawn, 0 to 1."""
+    """Boxes that score above it are drawn and counted, 0 to 1."""
+    threshold: float = 0.5
+    """Pixels whose probability in the fused detections is above it are lesion, as in evaluate."""
     device: Device = "auto"
     """auto is CUDA where there is one, else the CPU."""
 
@@ -705,10 +707,8 @@ class Predict:
             slices=self.slices,
             every=self.every,
             window=window,
+            threshold=self.threshold,
         )
-        numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
-        if not all(map(math.isfinite, numbers)):
-            raise CheckpointError(f"{classifier}: gives NaN for these slices; train it again")
         _say(
             f"{len(rows)} {'slice' if len(rows) == 1 else 'slices'} done: pictures and summary.csv "
             f"in {self.out}, probabilities in {self.out / 'predictions.csv'}"

@@ -56,7 +56,7 @@ def on_both(work):
 
 def test_predictions_come_back_whole():
     """A copy from the GPU that is read before it has arrived holds anything."""
-    lesions, model = Phantoms(32, True), trained_segmenter("quick")
+    lesions, model = Phantoms(32, True), trained_segmenter("quick", shipped=True)
 
     def predict(fabric):
         options = {"fabric": fabric, "fused": True, "progress": False}
@@ -70,7 +70,7 @@ def test_predictions_come_back_whole():
 
 
 def test_segmenter_is_judged_as_on_a_cpu():
-    lesions, model = Phantoms(24, True), trained_segmenter("quick")
+    lesions, model = Phantoms(24, True), trained_segmenter("quick", shipped=True)
     cpu, gpu = on_both(lambda f: evaluate_segmenter(model, lesions, fabric=f, progress=False))
     for name in ("mask_ap50", "box_ap50", "author_ap50", "dice_GGO", "dice_C"):
         assert gpu[name] == pytest.approx(cpu[name], abs=0.02)
@@ -78,13 +78,13 @@ def test_segmenter_is_judged_as_on_a_cpu():
 
 
 def test_classifier_gives_what_it_gives_on_a_cpu():
-    slices, model = Phantoms(24, False), trained_classifier("quick")
+    slices, model = Phantoms(24, False), trained_classifier("quick", shipped=True)
     cpu, gpu = on_both(lambda f: evaluate_classifier(model, slices, fabric=f, progress=False))
     torch.testing.assert_close(gpu["probabilities"], cpu["probabilities"], rtol=0, atol=1e-2)
 
 
 def test_ranked_boxes_are_found_again_on_the_other_device(tmp_path):
-    slices, model = Phantoms(6, False), trained_classifier("quick")
+    slices, model = Phantoms(6, False), trained_classifier("quick", shipped=True)
     slices.root = tmp_path
     for name in slices.names:
         (tmp_path / name).write_text(name)

@@ -122,7 +122,7 @@ print("lesions:", ["GGO" if label == 1 else "C" for label in truth["labels"].tol
 # Move the slider and see what that hides.
 
 # %%
-segmenter = trained_segmenter(PRESET, device)
+segmenter = trained_segmenter(PRESET, device, shipped=True)
 picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, H, W]
 with torch.no_grad():
     found = {key: value.cpu() for key, value in segmenter([picture])[0].items()}

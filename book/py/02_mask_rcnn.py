@@ -185,7 +185,7 @@ plt.show()
 # on nothing but that slice.
 
 # %%
-detector = trained_segmenter(PRESET, device)
+detector = trained_segmenter(PRESET, device, shipped=True)
 friend = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, H, W] in 0..1
 truth = {name: value.to(device) for name, value in target.items()}
 
@@ -1422,7 +1422,7 @@ for name in losses:
 # Our detector itself has not changed: only the copy saw the slice in `train` mode.
 
 # %%
-fresh = trained_segmenter(PRESET, device).state_dict()
+fresh = trained_segmenter(PRESET, device, shipped=True).state_dict()
 assert all(torch.equal(value, fresh[name]) for name, value in detector.state_dict().items())
 changed = [
     name for name, value in student.state_dict().items() if not torch.equal(value, fresh[name])

@@ -108,7 +108,7 @@ SEED = 0
 # NBVAL_CHECK_OUTPUT
 preset = PRESETS[PRESET]
 config = preset.classifier
-segmenter = trained_segmenter(PRESET, device)
+segmenter = trained_segmenter(PRESET, device, shipped=True)
 model = covid_ct_mask_net(segmenter, config)
 detector, n = model.detector, config.n_boxes
 print(f"N = {n}, score threshold {config.score}, NMS threshold {config.nms}")
@@ -856,7 +856,7 @@ plt.show()
 # boxes, same weights:
 
 # %%
-trained_s = trained_classifier(PRESET, device).s
+trained_s = trained_classifier(PRESET, device, shipped=True).s
 print("probability of     control  pneumonia  COVID-19   prediction (phantom, six proposals)")
 with torch.no_grad():
     for name, which in fills.items():

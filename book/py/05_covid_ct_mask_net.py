@@ -108,7 +108,7 @@ print(f"slices of {size} x {size} pixels, N = {n} ranked boxes, hidden layers {h
 # {cite:p}`TerSarkisov2020`.
 
 # %% mystnb={"image": {"alt": "Diagram from top to bottom. A slice enters ResNet and FPN, then RPN, RoIAlign and box head, which give logits and encoded deltas of P proposals. Softmax, decoding, NMS and ranking keep N boxes as an N by 5 matrix. Module S flattens it to 5N numbers and passes them through three linear layers to three logits, each with a sigmoid: control, common pneumonia, COVID-19. A dashed box beside RoIAlign holds the masks, which the segmenter alone has."}, "figure": {"caption": "COVID-CT-Mask-Net with the shapes of the loaded model. Blue: weights copied from the segmenter. Green: no weights. Orange: module S, new. Dashed: the mask branch, dropped."}}
-model = trained_classifier(PRESET, device)
+model = trained_classifier(PRESET, device, shipped=True)
 SVG(data=model_diagram(model))
 
 # %% [markdown]
@@ -463,7 +463,7 @@ assert torch.allclose(gradients["softmax"], z.softmax(0) - one_hot)
 # fresh $S$ behind it.
 
 # %%
-segmenter = trained_segmenter(PRESET, device)
+segmenter = trained_segmenter(PRESET, device, shipped=True)
 assembled = covid_ct_mask_net(segmenter, preset.classifier)
 
 heads = segmenter.roi_heads

@@ -106,7 +106,7 @@ DATA = os.environ.get("COVIDMASK_DATA", "data")
 # %%
 preset = PRESETS[PRESET]
 training = preset.classifier_training
-segmenter = trained_segmenter(PRESET, device)
+segmenter = trained_segmenter(PRESET, device, shipped=True)
 
 
 def fresh():
@@ -895,7 +895,7 @@ else:
     _ = train_classifier(
         model, slices["train"], "heads", training, validation=slices["val"], seed=SEED
     )
-    file = weights_file("classifier", PRESET)
+    file = weights_file("classifier", PRESET, "heads")
     _ = save_model(model, file, trained_by="book/06_three_regimes", regime="heads", seed=SEED)
     print(f"saved for the other chapters as {file.name}")
 

@@ -105,7 +105,7 @@ for name, slices, patients in zip(
 # largest one decides.
 
 # %%
-model = trained_classifier(PRESET, device)
+model = trained_classifier(PRESET, device, shipped=True)
 result = evaluate_classifier(model, test)
 
 # %%

@@ -106,7 +106,7 @@ PATIENTS = {"train": 45, "val": 10, "test": 20}  # of each class, at most
 preset = PRESETS[PRESET]
 config = preset.classifier
 N = config.n_boxes
-detector = trained_segmenter(PRESET, device).eval()
+detector = trained_segmenter(PRESET, device, shipped=True).eval()
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
 slices = {split: SliceImages(root / "slices", split) for split in PATIENTS}
 

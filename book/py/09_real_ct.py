@@ -73,10 +73,10 @@ from torch.utils.data import Subset
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.folders import weights_file
+from covidmask.data.folders import find_weights
 from covidmask.data.images import LUNG_WINDOW, read_image
 from covidmask.data.lesions import LesionSlices, split_by_patient
-from covidmask.data.medical import hounsfield_to_unit
+from covidmask.data.medical import PACKAGES, hounsfield_to_unit
 from covidmask.data.phantom_sets import write_phantoms, write_semiseg_phantoms
 from covidmask.data.phantoms import FRIEND, POSITIONS, make_patient, old_friend, render
 from covidmask.data.semiseg import SemiSeg
@@ -85,7 +85,7 @@ from covidmask.errors import DataError
 from covidmask.interactive import frame_slider
 from covidmask.metrics.detection import dice, semantic_mask
 from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import ShippedWeights, trained_classifier, trained_segmenter
+from covidmask.models.weights import trained_classifier, trained_segmenter
 from covidmask.predict import predict
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
@@ -295,7 +295,7 @@ plt.show()
 # score, so that the best lies on top where GGO and consolidation meet.
 
 # %%
-segmenter = trained_segmenter(PRESET, device).eval()
+segmenter = trained_segmenter(PRESET, device, shipped=True).eval()
 image, _ = test[0]
 truth = test_set.read(test_indices[0])[1]  # uint8 [H, W]
 with torch.no_grad():
@@ -385,7 +385,7 @@ show(scores)
 settings = replace(preset.segmenter, epochs=EPOCHS, warmup=10)
 torch.manual_seed(SEED)
 models = {
-    "fine-tuned from shipped weights": trained_segmenter(PRESET, device),
+    "fine-tuned from shipped weights": trained_segmenter(PRESET, device, shipped=True),
     "trained from random weights": lesion_mask_rcnn(preset.detector).to(device),
 }
 histories = {}
@@ -810,7 +810,7 @@ def write_dicom(path, hu, height, series_id):
 
 
 if not HAS_PYDICOM:
-    print('pydicom is not installed: `pip install "covidmask[medical]"` brings it. Skipped.')
+    print(f"pydicom is not installed; `pip install {PACKAGES}` brings it. Skipped.")
 else:
     from pydicom.uid import generate_uid
 
@@ -831,8 +831,7 @@ else:
 # %%
 if HAS_PYDICOM:
     kinds = ("segmenter", "classifier")
-    shipped = {kind: ShippedWeights[f"{kind.upper()}_QUICK"].path for kind in kinds}
-    files = shipped if PRESET == "quick" else {k: weights_file(k, PRESET) for k in kinds}
+    files = {kind: find_weights(kind, PRESET, shipped=True)[0] for kind in kinds}
     out = Path(temporary.name) / "out"
     with redirect_stdout(io.StringIO()):  # the same lines again, and where the scan lies
         rows = predict([series], **files, out=out, score=0.5, device=device)
@@ -854,7 +853,7 @@ if HAS_PYDICOM:
 
 # %%
 if importlib.util.find_spec("nibabel") is None:
-    print('nibabel is not installed: `pip install "covidmask[medical]"` brings it. Skipped.')
+    print(f"nibabel is not installed; `pip install {PACKAGES}` brings it. Skipped.")
 else:
     import nibabel
 
@@ -877,7 +876,7 @@ else:
 # is our old friend's chest, slice by slice.
 
 # %% mystnb={"image": {"alt": "Two panels over the position in the chest from apex to base. Above: area of lesions as a share of each slice. Below: the three probabilities of the classifier, which change from slice to slice."}, "figure": {"caption": "One patient, many answers: lesion area (above) and the classifier's three sigmoids (below) along our old friend's chest. Where no lesion is in the slice, the sick patient looks like a control. Synthetic."}}
-classifier = trained_classifier(PRESET, device).eval()
+classifier = trained_classifier(PRESET, device, shipped=True).eval()
 with torch.no_grad():
     images = [torch.from_numpy(image).expand(3, -1, -1).to(device) for image in stack]
     probabilities = classifier(images).sigmoid().cpu().numpy()  # [slices, 3]

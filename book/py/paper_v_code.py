@@ -105,8 +105,8 @@ SEED = 0
 
 # %%
 preset = PRESETS[PRESET]
-segmenter = trained_segmenter(PRESET, device)
-model = trained_classifier(PRESET, device)
+segmenter = trained_segmenter(PRESET, device, shipped=True)
+model = trained_classifier(PRESET, device, shipped=True)
 image, mask = old_friend(preset.phantoms.size)  # float32 [S, S], uint8 [S, S]
 picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, S, S]
 
