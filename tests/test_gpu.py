@@ -1,20 +1,27 @@
 """What only a GPU can show: COVIDMASK_GPU=1 pytest tests/test_gpu.py"""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 from torch.utils.data import Dataset
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 
+from covidmask.config import IMAGE_CLASSES
 from covidmask.data.lesions import mask_to_targets
 from covidmask.data.phantoms import make_slice
+from covidmask.errors import DataError
 from covidmask.models.classifier import REGIMES, covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import (
+    ShippedWeights,
     load_segmenter,
     save_model,
     trained_classifier,
     trained_segmenter,
 )
+from covidmask.predict import predict
 from covidmask.training import loop
 from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.ranked_cache import cache_ranked_boxes
@@ -139,3 +146,49 @@ def test_classifier_learns(regime, precision, tiny_slices):
     history = train_classifier(model, tiny_slices, regime, training, **options)
     bce = [step["bce"] for step in history]
     assert sum(bce[-3:]) < sum(bce[:3])
+
+
+def test_a_detector_of_torchvision_ranks_as_on_a_cpu():
+    torch.manual_seed(0)
+    theirs = maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=128, rpn_post_nms_top_n_test=50
+    )
+    model = covid_ct_mask_net(theirs, TINY_CLASSIFIER)
+    images = [torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    with torch.no_grad():
+        cpu = model.ranked_boxes(images)
+        gpu = model.cuda().ranked_boxes([image.cuda() for image in images]).cpu()
+    torch.testing.assert_close(gpu[..., 0], cpu[..., 0], rtol=1e-3, atol=1e-3)
+
+
+def test_images_are_looked_at_before_they_go_to_the_gpu(tmp_path):
+    """There a look would wait, and without one a network answers anything."""
+    lesions, slices = Phantoms(4, True), Phantoms(6, False)
+    for data in (lesions, slices):
+        data.images = [255 * image for image in data.images]
+    segmenter, classifier = (
+        trained("quick", shipped=True) for trained in (trained_segmenter, trained_classifier)
+    )
+    training = tiny_training()
+    for run in (
+        lambda: evaluate_segmenter(segmenter, lesions, progress=False),
+        lambda: evaluate_classifier(classifier, slices, progress=False),
+        lambda: train_segmenter(segmenter, lesions, training, progress=False),
+        lambda: train_classifier(classifier, slices, "heads_bn", training, progress=False),
+    ):
+        with pytest.raises(DataError, match="not within 0..1; divide 8-bit grey by 255"):
+            run()
+
+
+def test_predict_gives_what_it_gives_on_a_cpu(tmp_path):
+    image, _ = make_slice(5, 2, 128, position=0.6)
+    Image.fromarray(np.round(255 * image[:96]).astype(np.uint8)).save(tmp_path / "a.png")
+    files = [member.checked() for member in ShippedWeights]
+    (cpu,), (gpu,) = (
+        predict([tmp_path / "a.png"], *files, tmp_path / device, device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert cpu["lesion_pixels"] > 50
+    assert gpu["lesion_pixels"] == pytest.approx(cpu["lesion_pixels"], rel=0.05)
+    for name in IMAGE_CLASSES:
+        assert gpu[name] == pytest.approx(cpu[name], abs=0.02)
