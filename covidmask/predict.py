@@ -297,7 +297,8 @@ def _summary(
 
 def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """CSV: None is empty; probabilities have six digits, lengths and areas two."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # any file name
+    with atomic_path(path) as temporary, open(temporary, "w", **text) as f:
         writer = csv.writer(f)
         writer.writerow(rows[0])
         for row in rows:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -306,6 +307,15 @@ def test_no_picture_is_written_over_an_input(way, tmp_path, stub, capsys):
     assert status == 2 and rows is None and not stub.batches
     assert two.read_bytes() == before
     assert "is one of the images to look at" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are no text")
+def test_a_name_that_is_no_text(tmp_path, stub):
+    name = os.fsdecode(b"\xff.png")
+    write_picture(tmp_path / name)
+    status, rows, _ = predict([tmp_path / name], tmp_path / "out")
+    assert status == 0 and rows[0]["image"] == r"\udcff.png"
+    assert (tmp_path / "out" / name.replace(".png", "_lesions.png")).exists()
 
 
 def test_flat_pictures_are_noted(tmp_path, stub, capsys):
