@@ -61,7 +61,7 @@ unit: $(INSTALLED)
 chapters: $(INSTALLED)
 	$(BIN)/covidmask phantoms --preset quick
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout=1200 --durations=5 $(CHAPTERS)
+	  --nbval-cell-timeout=86400 --nbval-kernel-startup-timeout=86400 --durations=5 $(CHAPTERS)
 
 # The book from a clean folder with the committed outputs, warnings as errors; then a browser.
 pages: $(INSTALLED)
