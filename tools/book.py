@@ -30,6 +30,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import covidmask  # noqa: F401  sets what the kernels inherit: see its __init__.py
+
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing ends by the clock, since a busy machine may take ten times as long: a kernel may take a
 # day to start and to hand over a cell's output, and a cell as long as it likes.
