@@ -21,6 +21,7 @@ def tracked() -> list[str]:
 
 
 def test_it_holds_what_git_holds(tracked, tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
