@@ -372,7 +372,7 @@ def main() -> None:
         **run(arguments.seeds, arguments.data, arguments.test_data, arguments.test_seed),
     }
     with atomic_path(arguments.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
     print(markdown(result))
     if arguments.out == default and TWIN.is_file():
         fill_twin(TWIN, markdown(result))

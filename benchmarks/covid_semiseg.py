@@ -118,7 +118,7 @@ def phantoms_first(folder: Path, precision: str) -> dict:
         )
         cost = {"steps": len(history), "seconds": time.perf_counter() - start}
         save_model(model, folder / "phantoms.safetensors")
-        note.write_text(json.dumps(cost))
+        note.write_text(json.dumps(cost), encoding="utf-8")
     return json.loads(note.read_text())
 
 
@@ -153,7 +153,7 @@ def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> d
         cost = {"steps": len(history), "seconds": time.perf_counter() - start}
         save_model(model, weights)
         with atomic_path(note) as temporary:
-            temporary.write_text(json.dumps(cost))
+            temporary.write_text(json.dumps(cost), encoding="utf-8")
     model = load_segmenter(weights)
     return {
         "arm": arm,
@@ -504,7 +504,7 @@ def main() -> None:
             },
         }
         with atomic_path(arguments.out) as temporary:
-            temporary.write_text(json.dumps(result) + "\n")
+            temporary.write_text(json.dumps(result) + "\n", encoding="utf-8", newline="\n")
         print(markdown(result))
     if arguments.out == OUT:
         write(json.loads(OUT.read_text()))

@@ -17,6 +17,5 @@ def fill(path: Path, marks: tuple[str, str], content: str) -> None:
     start, end = (f"{mark}\n" for mark in marks)
     before, rest = path.read_text(encoding="utf-8").split(start)
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            f"{before}{start}{content}\n{end}{rest.split(end)[1]}", encoding="utf-8"
-        )
+        text = f"{before}{start}{content}\n{end}{rest.split(end)[1]}"
+        temporary.write_text(text, encoding="utf-8", newline="\n")

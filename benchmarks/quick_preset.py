@@ -134,10 +134,26 @@ def area_classifier(root: Path, seed: int) -> float:
 
 
 def environment() -> dict:
-    """Where and from what the figures came."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """Where and from what the figures came.
+
+    Raises:
+        SystemExit: the code that runs is in no commit. Results, chapters and README may differ:
+            an earlier benchmark fills them.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    commit = git("describe", "--always", "--exclude", "*")
+    if git("status", "--porcelain", "--", "benchmarks", "covidmask"):
+        if not os.environ.get("ALLOW_DIRTY"):
+            sys.exit(
+                "benchmarks/ or covidmask/ holds changes that are in no commit: commit them, so "
+                "that the results can name the code (or set ALLOW_DIRTY=1 for a trial)"
+            )
+        commit += "-dirty"
     return {
         "command": " ".join(["python", "benchmarks/quick_preset.py", *sys.argv[1:]]),
         "commit": commit,
@@ -203,7 +219,8 @@ def main() -> None:
         "area_classifier_accuracy": area_classifier(root, arguments.data_seed),
     }
     with atomic_path(arguments.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        text = json.dumps(result, indent=1) + "\n"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     print(markdown(result))
     if arguments.out == ROOT / "results" / "quick_preset.json":
         marks = "<!-- results -->", "<!-- /results -->"

@@ -247,7 +247,8 @@ def earlier(path: Path, result: dict) -> dict:
 
 def save(path: Path, result: dict) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(result, indent=1) + "\n"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def percent(value: float) -> str:

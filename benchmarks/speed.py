@@ -76,7 +76,7 @@ class Results:
             value = work()
             parts[name] = {"took": round(time.perf_counter() - start, 1), "value": value}
             with atomic_path(self.path) as temporary:
-                temporary.write_text(json.dumps(self.values, indent=1) + "\n")
+                temporary.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
             print(f"{name}, {parts[name]['took']} s: {json.dumps(value)}"[:600], flush=True)
         return parts[name]["value"]
 
@@ -190,7 +190,8 @@ def run(arguments: argparse.Namespace, scale: Scale) -> None:
         bench = Bench(arguments.device, scale=scale)
         results.part("trained", lambda: trained(bench, Path(folder) / "quick"))
     with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(results.nested(), indent=1) + "\n")
+        text = json.dumps(results.nested(), indent=1) + "\n"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     partial.unlink(missing_ok=True)
     print(f"written: {out}")
 

@@ -577,7 +577,7 @@ def write(root: Path) -> None:
     cpu, cuda = load(root), load(root, "cuda")
     for name, content in files(cpu, cuda).items():
         with atomic_path(root / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", newline="\n")
     if cpu is not None:
         twin = root / "book" / "py" / "06_three_regimes.py"
         fill(twin, TABLE_MARKS, commented(chapter_table(cpu)))

@@ -4,4 +4,11 @@ The package is read in the order in which data flows: `data` -> `models` -> `tra
 `metrics` -> `plotting`. Importing it loads nothing but this file.
 """
 
+import os
+
+# While one of torch's threads waits for the others it would spin, on a core which that other thread
+# may need: beside a second program on two cores, a training step then takes ten times as long.
+# OpenMP reads this once, with torch; so a program that has imported torch before keeps spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 __version__ = "0.1.0"

@@ -110,12 +110,13 @@ class Phantoms:
     """Processes that draw slices. The files do not depend on it."""
 
     def run(self) -> None:
-        from covidmask.data.phantom_sets import write_phantoms
+        from covidmask.data.phantom_sets import cores, write_phantoms
 
         out = self.out or phantoms_folder(self.preset)
         old = (out / "phantoms.json").exists()
         config = PRESETS[self.preset].phantoms
-        write_phantoms(out, config, self.seed, self.workers)
+        workers = cores() if self.workers is None else self.workers
+        write_phantoms(out, config, self.seed, workers)
         slices = config.slices_per_patient
         counts = (
             f"{slices * sum(config.lesion_patients):,} slices with masks, "
@@ -689,7 +690,8 @@ class Predict:
         window = self.window or LUNG_WINDOW
         if window[1] <= 0:
             raise CovidmaskError(
-                f"--window {window[0]:g} {window[1]:g}: the width must be above 0; try -600 1500"
+                f"--window {window[0]:g} {window[1]:g}: level and width must be numbers, the width "
+                "above 0; try -600 1500"
             )
         if self.out.is_file():
             raise OutputError(f"{self.out}: is a file; name a folder with --out")
@@ -1034,7 +1036,8 @@ def _write_json(path: Path | None, values: dict[str, Any]) -> None:
     if path is None or _rank() > 0:
         return
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(_json_values(values), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_json_values(values), indent=2) + "\n"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _json_values(value: Any) -> Any:

@@ -273,7 +273,7 @@ def test_values_that_are_no_hounsfield_units_are_noted(tmp_path, stub, capsys):
         (["--series", "0"], "--series 0: must be at least 1"),
         (["--series", "2"], "no series 2"),
         (["--window", "-600", "0"], "--window -600 0: level and width"),
-        (["--window", "nan", "10"], "level and width"),
+        (["--window", "nan", "10"], "--window nan: must be at least"),
     ],
 )
 def test_bad_options(options, words, tmp_path, stub, capsys):

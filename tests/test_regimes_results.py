@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-from dataclasses import asdict
+import warnings
 from pathlib import Path
 
 import pytest
-from tiny import has_settings
+from tiny import stored_config, warn_if_stale
 
-from covidmask.config import PRESETS
+from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.models.classifier import REGIMES, covid_ct_mask_net, set_regime
 from covidmask.models.parameters import count_trainable
 from covidmask.models.segmentation import lesion_mask_rcnn
@@ -49,16 +49,15 @@ def test_filling_the_chapter_twice_changes_nothing(benchmark, tmp_path):
         assert twin.read_text(encoding="utf-8") == expected
 
 
-def test_results_name_their_origin_and_belong_to_the_preset():
+def test_results_name_their_origin():
     for key in ("command", "commit", "hardware", "date", "torch", "torchvision", "threads"):
         assert RESULT[key], key
-    assert has_settings(asdict(PRESETS["quick"]), RESULT["preset"]), (
-        "the preset has changed since: run benchmarks/regimes.py again"
-    )
+    command = "python benchmarks/regimes.py"
+    used = ("phantoms", "detector", "classifier", "classifier_training", "min_area")
+    warn_if_stale(RESULT, used, command)
     shipped = ShippedWeights.SEGMENTER_QUICK.value
-    assert [RESULT["segmenter"][key] for key in ("file", "sha256")] == list(shipped), (
-        "the shipped segmenter has changed since: run benchmarks/regimes.py again"
-    )
+    if [RESULT["segmenter"][key] for key in ("file", "sha256")] != list(shipped):
+        warnings.warn(f"made with an earlier shipped segmenter; to renew: {command}", stacklevel=1)
 
 
 def test_rows_agree_with_themselves(benchmark):
@@ -66,8 +65,10 @@ def test_rows_agree_with_themselves(benchmark):
     assert [row["regime"] for row in rows] == [*REGIMES, *REGIMES[1:], "heads"]
     assert [row["detector_lr"] is not None for row in rows] == [False] * 3 + [True] * 2 + [False]
     assert {row["epochs"] for row in rows[:5]} == {RESULT["training"]["epochs"]}
+    preset = RESULT["preset"]
     model = covid_ct_mask_net(
-        lesion_mask_rcnn(PRESETS["quick"].detector), PRESETS["quick"].classifier
+        lesion_mask_rcnn(stored_config(DetectorConfig, preset["detector"])),
+        stored_config(ClassifierConfig, preset["classifier"]),
     )
     for row in rows:
         counts = row["confusion"]

@@ -1,11 +1,13 @@
 """Small phantoms, models and settings that many tests share."""
 
 import json
+import warnings
+from dataclasses import asdict
 
 import torch
 from torch.utils.data import Dataset
 
-from covidmask.config import ClassifierConfig, DetectorConfig, TrainingConfig
+from covidmask.config import PRESETS, ClassifierConfig, DetectorConfig, TrainingConfig
 from covidmask.data.lesions import mask_to_targets
 from covidmask.data.phantoms import make_slice
 
@@ -65,11 +67,36 @@ def tiny_training(**changes):
     return TrainingConfig(**{**values, "cosine": True, **changes})
 
 
-def has_settings(preset, stored):
-    """Whether a preset, from `asdict`, still has all stored values; later settings do not count."""
-    return all(
-        has_settings(preset[key], value)
-        if isinstance(value, dict)
-        else json.loads(json.dumps(preset[key])) == value
-        for key, value in stored.items()
+def warn_if_stale(result, used, command):
+    """Warn, naming them, where settings that a benchmark used are no longer those of its preset.
+
+    An edit of a preset thus costs no rerun of an hour before the tests pass again: the file states
+    the settings that it is about. What the benchmark does not use, and settings that came later,
+    do not count.
+    """
+    now = json.loads(json.dumps(asdict(PRESETS[result["preset"]["name"]])))
+    changed = sorted(
+        name
+        for part in used
+        for name in _differences({part: result["preset"][part]}, {part: now.get(part)})
     )
+    if changed:
+        warnings.warn(
+            f"made with other settings than preset {now['name']} has now ({', '.join(changed)}); "
+            f"to renew: {command}",
+            stacklevel=2,
+        )
+    return changed
+
+
+def _differences(stored, now, prefix=""):
+    for key, value in stored.items():
+        if isinstance(value, dict) and isinstance(now.get(key), dict):
+            yield from _differences(value, now[key], f"{prefix}{key}.")
+        elif now.get(key) != value:
+            yield f"{prefix}{key}"
+
+
+def stored_config(kind, values):
+    """A config of class `kind` from what a results file stored: lists become tuples again."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -19,8 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jupytext
@@ -28,8 +30,13 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import covidmask  # noqa: F401  sets what the kernels inherit: see its __init__.py
+
 ROOT = Path(__file__).resolve().parents[1]
-CELL_TIMEOUT = 1200  # seconds
+# Nothing ends by the clock, since a busy machine may take ten times as long: a kernel may take a
+# day to start and to hand over a cell's output, and a cell as long as it likes.
+DAY = 24 * 60 * 60  # seconds
+REPORT_EVERY = 20  # seconds
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -59,14 +66,42 @@ class Client(NotebookClient):
         pass
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+@contextmanager
+def reports(notebook: nbformat.NotebookNode, name: str) -> Iterator[Callable]:
+    """Say every REPORT_EVERY seconds how far `notebook` is; yields the hook for nbclient."""
+    cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    start, at, ended = time.monotonic(), "the kernel starts", threading.Event()
+
+    def hook(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        nonlocal at
+        at = f"cell {cells.index(cell_index) + 1} of {len(cells)}"
+
+    def report() -> None:
+        while not ended.wait(REPORT_EVERY):
+            minutes, seconds = divmod(int(time.monotonic() - start), 60)
+            print(f"  {name}: {at}, {minutes} min {seconds:02d} s", flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield hook
+    finally:
+        ended.set()
+        thread.join()
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
     """Run every cell in `folder`, in place, and drop what depends on the machine."""
-    Client(
-        notebook,
-        timeout=CELL_TIMEOUT,
-        resources={"metadata": {"path": str(folder)}},
-        extra_arguments=["--log-level=ERROR"],  # a kernel's start-up notes are no reader's concern
-    ).execute()
+    with reports(notebook, name) as hook:
+        Client(
+            notebook,
+            timeout=None,
+            startup_timeout=DAY,
+            iopub_timeout=DAY,  # by default what comes after 4 s is lost without a word
+            on_cell_execute=hook,
+            resources={"metadata": {"path": str(folder)}},
+            extra_arguments=["--log-level=ERROR"],  # start-up notes are no reader's concern
+        ).execute()
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})  # drops the Python version
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # wall-clock times
@@ -87,8 +122,13 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` so that an interrupted run leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     temporary.replace(path)
+
+
+def holds(path: Path, text: str) -> bool:
+    """Whether there is a file that says just this."""
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 def digest(files: Iterable[Path], root: Path = ROOT) -> str:
@@ -111,7 +151,7 @@ def run_chapter(twin: Path, target: Path) -> bool:
     notebook = read_twin(twin)
     start = time.monotonic()
     try:
-        execute(notebook, ROOT / "book")
+        execute(notebook, ROOT / "book", twin.stem)
     except (CellExecutionError, TimeoutError, RuntimeError) as error:
         print(f"  {twin.stem} FAILED after {time.monotonic() - start:.0f} s\n{error}", flush=True)
         return False
@@ -155,14 +195,24 @@ def run_chapters(
         if stored:
             if not keep_outputs(twin, notebook):
                 failed.append(twin.stem)
-        elif use_cache and notebook.exists() and stamp.exists() and stamp.read_text() == key:
+        elif use_cache and notebook.exists() and holds(stamp, key):
             print("  unchanged, not run again", flush=True)
         elif not run_chapter(twin, notebook):
             failed.append(twin.stem)
         elif use_cache:
             write_text(stamp, key)
     if failed:
-        sys.exit(f"Chapters that failed: {', '.join(failed)}. Their errors stand above.")
+        again = f"{sys.executable} tools/book.py "
+        if not use_cache:
+            again += f"notebooks --only {' '.join(failed)}"
+        elif "MAKELEVEL" in os.environ:
+            again = "make book"
+        else:
+            again += "execute"
+        sys.exit(
+            f"Chapters that failed: {', '.join(failed)}. Their errors stand above. "
+            f"To go on (no other chapter runs again):\n\n    {again}\n"
+        )
 
 
 def copy_source(source: Path, stored: bool) -> None:
@@ -191,7 +241,7 @@ def build_html(out: Path, stored: bool, strict: bool) -> None:
     copy_source(source, stored)
     inputs = [f for f in source.rglob("*") if f.is_file()]
     key = digest(inputs, source) + digest([Path(__file__), *package_files()])
-    if not strict and stamp.exists() and stamp.read_text() == key:
+    if not strict and holds(stamp, key):
         print(f"{html}: unchanged, not built again")
         return
     # A build after a failed one in the same folder forgets the warnings, so nothing is reused.

@@ -63,4 +63,4 @@ def chapter_graph() -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(chapter_graph(), encoding="utf-8")
+    TARGET.write_text(chapter_graph(), encoding="utf-8", newline="\n")

@@ -51,7 +51,7 @@ def set_repository(url: str, root: Path = ROOT) -> list[Path]:
         old = path.read_text(encoding="utf-8")
         new = pattern.sub(match[1], old)
         if new != old:
-            path.write_text(new, encoding="utf-8")
+            path.write_text(new, encoding="utf-8", newline="\n")
             changed.append(path)
     return changed
 

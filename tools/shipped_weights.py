@@ -154,7 +154,7 @@ def write_sums(out: Path, source: Path) -> None:
             rf'\("{re.escape(path.name)}",\s+"[0-9a-f]*"', f'("{path.name}", "{sha256(path)}"', text
         )
     with atomic_path(source) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def card_page(folder: Path) -> str:
@@ -240,7 +240,7 @@ def main() -> None:
         print(name, json.dumps(metrics, indent=1))
     write_sums(arguments.out, ROOT / "covidmask" / "models" / "weights.py")
     with atomic_path(ROOT / "book" / "weights.md") as temporary:
-        temporary.write_text(card_page(arguments.out), encoding="utf-8")
+        temporary.write_text(card_page(arguments.out), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,21 @@ readers serves phantoms and scans.
 
 from __future__ import annotations
 
+import glob
 import json
 import multiprocessing
 import os
+import platform
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +37,13 @@ from covidmask.data.phantoms import (
     render,
     visible_lesions,
 )
-from covidmask.data.slices import parse_name
 from covidmask.errors import DataError, OutputError
 
 GENERATOR = 1  # raised whenever the same arguments give other phantoms
 CLASS_NAMES = ("Normal", "CP", "NCP")  # file names of COVIDx-CT, labels 0, 1, 2
 MAX_SLICES = 12  # per patient in `write_phantoms`
 IN_PROCESS = 300 * 256**2  # pixels: for fewer, starting processes would take longer
+MAX_WORKERS = 61  # more processes than that Windows cannot wait for
 
 
 def _jobs(config: PhantomConfig, seed: int) -> Iterator[tuple[str, str, int, int, int]]:
@@ -65,6 +71,8 @@ def phantom_mask(name: str, size: int, seed: int = 0) -> np.ndarray:
     Returns:
         uint8 [size, size], codes as in `render`.
     """
+    from covidmask.data.slices import parse_name  # here, since it loads torch: see `_fill`
+
     slice_name = parse_name(name)
     patient = make_patient(_patient_seed(seed, int(slice_name.patient)), slice_name.label)
     return render(patient, int(slice_name.slice) / 1000, size)[1]
@@ -103,8 +111,32 @@ def _write_patient(folder: Path, config: PhantomConfig, job: tuple[str, str, int
     return kind, split, lines
 
 
+def cores() -> int:
+    """How many processes can draw at once here: the cores that this one may use, 61 at most."""
+    try:
+        found = len(os.sched_getaffinity(0))  # a scheduler or a container may grant fewer than all
+    except AttributeError:  # macOS, Windows
+        found = os.cpu_count() or 1
+    return min(found, MAX_WORKERS)
+
+
+def _end_with_parent() -> None:
+    """Let this worker end as soon as the process that started it is gone, killed or not."""
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, once
+
+
 def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress: bool) -> None:
-    """Write every patient and then the lists."""
+    """Write every patient and then the lists.
+
+    A worker imports this module, so it must not load torch, which takes 0.4 GB and a second each.
+    """
     for kind in ("lesions", "slices"):
         (folder / kind).mkdir(parents=True)
     jobs = list(_jobs(config, seed))
@@ -114,19 +146,24 @@ def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress
         done = list(bar(map(write, jobs)))
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        workers = min(workers, MAX_WORKERS)
+        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
             done = list(bar(pool.map(write, jobs, chunksize=4)))
     for kind in ("lesions", "slices"):
         for split in ("train", "val", "test"):
             lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
-            (folder / kind / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
+            _write_text(folder / kind / f"{split}.txt", "".join(f"{line}\n" for line in lines))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
 
 
 def write_phantoms(
     root: str | Path,
     config: PhantomConfig,
     seed: int = 0,
-    workers: int | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> Path:
     """Write a data set of phantoms in the layouts of the real ones, or find it already written.
@@ -138,13 +175,14 @@ def write_phantoms(
     named by 1000 times its position. The folder appears complete or not at all.
 
     Args:
-        workers: processes; None takes one per core. The files do not depend on it. A script that
-            calls this with more than one needs the usual `if __name__ == "__main__":` guard.
+        workers: processes that draw; with 1 this one draws, and no other is started. The files do
+            not depend on it. A script that asks for more, such as `cores()`, needs the usual
+            `if __name__ == "__main__":` guard.
 
     Raises:
         DataError: `root` holds something else or is the current folder, or `config` is out of
             range.
-        OutputError: `root` cannot be written, or the disk is full.
+        OutputError: `root` cannot be written, the disk is full, or a process has ended early.
     """
     root = Path(root)
     numbers = (*config.lesion_patients, *config.class_patients)
@@ -153,8 +191,7 @@ def write_phantoms(
     if min(numbers) < 0 or seed < 0:
         raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
     note = {"generator": GENERATOR, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
-    workers = os.cpu_count() if workers is None else workers
-    _write_set(root, note, lambda folder: _fill(folder, config, seed, workers, progress))
+    _write_set(root, note, lambda folder: _fill(folder, config, seed, workers or 1, progress))
     return root
 
 
@@ -168,13 +205,13 @@ def _write_set(root: Path, note: dict, fill: Callable[[Path], None]) -> None:
             raise DataError(
                 f"{root}: is the current folder, which cannot be replaced; name a folder in it"
             )
-        folder = home.with_name(f".{home.name}.{os.getpid()}.tmp")
+        _sweep(home)
+        folder = home.with_name(f"{_prefix(home)}{os.getpid()}.tmp")
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
             folder.mkdir(parents=True)
             fill(folder)
             text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
-            (folder / "phantoms.json").write_text(text + "\n")
+            _write_text(folder / "phantoms.json", text + "\n")
             try:
                 with suppress(FileNotFoundError):
                     home.rmdir()  # it is empty
@@ -184,11 +221,45 @@ def _write_set(root: Path, note: dict, fill: Callable[[Path], None]) -> None:
                     raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+    except BrokenProcessPool as error:
+        raise OutputError(
+            f"{root}: a process that draws phantoms has ended early; use workers=1, or put the "
+            'call under `if __name__ == "__main__":`, which several processes need'
+        ) from error
     except OSError as error:
         raise OutputError(
             f"{root}: phantoms cannot be written ({error.strerror or error}); "
             "choose a folder that you may write to and that has space left"
         ) from error
+
+
+def _prefix(home: Path) -> str:
+    """How the temporary folders of this host begin: on a shared disk others have theirs."""
+    return f".{home.name}.{platform.node()}."
+
+
+def _sweep(home: Path) -> None:
+    """Remove the temporary folders for `home` that runs left which were killed on this host."""
+    prefix = _prefix(home)
+    for folder in home.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        number = folder.name.removeprefix(prefix).removesuffix(".tmp")
+        if number.isdecimal() and not _runs(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(number: int) -> bool:
+    """Whether there is another process of this number; on Windows, where none can ask, True."""
+    if number == os.getpid():
+        return False
+    if os.name == "nt":  # there os.kill would end it
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number of a process
+        return True
+    return True
 
 
 def _found(root: Path, note: dict) -> bool:
@@ -200,7 +271,7 @@ def _found(root: Path, note: dict) -> bool:
     if not any(root.iterdir()):
         return False
     try:
-        there = json.loads((root / "phantoms.json").read_text())
+        there = json.loads((root / "phantoms.json").read_text(encoding="utf-8"))
         there.pop("package", None)
     except (FileNotFoundError, ValueError, AttributeError):
         there = None

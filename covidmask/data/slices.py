@@ -88,7 +88,7 @@ def write_split(path: str | Path, entries: Sequence[SliceEntry]) -> None:
         for entry in entries
     ]
     with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 class SliceImages(Dataset):

@@ -178,9 +178,10 @@ def write_terms(out: Path, name: str) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: is a file; choose a folder")
     with atomic_path(out / "TERMS.txt") as temporary:
-        temporary.write_text(TERMS[name], encoding="utf-8")
+        temporary.write_text(TERMS[name], encoding="utf-8", newline="\n")
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = "".join(f"{line}\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -1,7 +1,10 @@
 """What `make book` runs again, and what not."""
 
+import sys
+
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 
 from tools import book
 
@@ -56,6 +59,49 @@ def test_a_failed_chapter_runs_again_and_the_others_have_run(chapters, tmp_path)
         with pytest.raises(SystemExit, match="failed: c"):
             again(chapters, tmp_path)
         assert chapters == expected
+
+
+def test_a_failed_chapter_says_how_to_go_on(chapters, tmp_path, monkeypatch):
+    (tmp_path / "book" / "py" / "c.py").write_text("# %%\nfails\n", encoding="utf-8")
+    monkeypatch.delenv("MAKELEVEL", raising=False)  # make sets it for its children
+    with pytest.raises(SystemExit, match=r"\n    \S+ tools/book.py execute\n$"):
+        again(chapters, tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        book.run_chapters(tmp_path / "executed", use_cache=False)
+    assert f"    {sys.executable} tools/book.py notebooks --only c\n" in str(stopped.value)
+    monkeypatch.setenv("MAKELEVEL", "1")
+    with pytest.raises(SystemExit, match=r"\n    make book\n$"):
+        again(chapters, tmp_path)
+    assert chapters == ["c"]
+
+
+def test_a_long_chapter_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(book, "REPORT_EVERY", 0.2)
+    twin = tmp_path / "slow.py"
+    twin.write_text("# %% [markdown]\n# a\n\n# %%\n1\n\n# %%\nimport time; time.sleep(1)\n")
+    book.execute(book.read_twin(twin), tmp_path, "slow")
+    shown = capsys.readouterr().out
+    assert "  slow: cell 2 of 2, 0 min 0" in shown
+    twin.write_text("# %%\n1 / 0\n")
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        book.execute(book.read_twin(twin), tmp_path, "slow")
+
+
+def test_nothing_ends_by_the_clock(monkeypatch, tmp_path):
+    seen = {}
+
+    class Client:
+        def __init__(self, notebook, **options):
+            seen.update(options)
+
+        def execute(self):
+            pass
+
+    monkeypatch.setattr(book, "Client", Client)
+    book.execute(nbformat.v4.new_notebook(), tmp_path, "name")
+    assert seen["timeout"] is None and min(seen["startup_timeout"], seen["iopub_timeout"]) >= 86400
+    makefile = (book.ROOT / "Makefile").read_text(encoding="utf-8")
+    assert makefile.count("timeout") == makefile.count("timeout=86400") == 2
 
 
 def test_one_chapter_by_name(chapters, tmp_path):

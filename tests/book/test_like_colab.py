@@ -20,7 +20,7 @@ class Client(NotebookClient):
     def handle_comm_msg(self, *arguments):
         pass  # see tools/book.py
 notebook = nbformat.read("{name}.ipynb", as_version=4)
-Client(notebook, timeout=1200).execute()
+Client(notebook, timeout=None, startup_timeout=86400, iopub_timeout=86400).execute()
 nbformat.write(notebook, "done.ipynb")
 """
 

@@ -35,7 +35,7 @@ def test_the_chapter_runs_on_real_slices(tmp_path, monkeypatch):
     source = Path(REAL) / "covid-semiseg"
     monkeypatch.setenv("COVIDMASK_SEMISEG", str(source))
     notebook = read_twin(ROOT / "book" / "py" / "09_real_ct.py")
-    execute(notebook, tmp_path)  # an error in a cell is raised; the outputs stay in memory
+    execute(notebook, tmp_path, "09")  # an error in a cell is raised; the outputs stay in memory
     text = printed(notebook)
     assert f"This run uses {REAL_WORDS}" in text
     assert f"here: {PHANTOM_WORDS}" not in text

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -224,10 +227,10 @@ def test_look_alikes_do_not_tell_the_class():
 
 
 def test_layout(written):
-    note = json.loads((written / "phantoms.json").read_text())
+    note = json.loads((written / "phantoms.json").read_text(encoding="utf-8"))
     assert note["seed"] == 0 and note["config"]["lesion_patients"] == [3, 1, 2]
     for split, patients in (("train", 3), ("val", 1), ("test", 2)):
-        lines = (written / f"lesions/{split}.txt").read_text().split()
+        lines = (written / f"lesions/{split}.txt").read_text(encoding="utf-8").split()
         assert len(lines) == 2 * patients
         for line in lines:
             patient, piece = line.rsplit("_", 1)
@@ -237,7 +240,7 @@ def test_layout(written):
                 assert np.asarray(picture).max() <= 3
     names = set()
     for split, patients in (("train", 2), ("val", 1), ("test", 1)):
-        lines = (written / f"slices/{split}.txt").read_text().splitlines()
+        lines = (written / f"slices/{split}.txt").read_text(encoding="utf-8").splitlines()
         assert len(lines) == 3 * 2 * patients
         for line in lines:
             name, label, *box = line.split()
@@ -252,9 +255,9 @@ def test_layout(written):
 def test_no_patient_occurs_twice(written):
     groups = []
     for split in ("train", "val", "test"):
-        lesions = (written / f"lesions/{split}.txt").read_text().split()
+        lesions = (written / f"lesions/{split}.txt").read_text(encoding="utf-8").split()
         groups.append({line.rsplit("_", 1)[0] for line in lesions})
-        slices = (written / f"slices/{split}.txt").read_text().splitlines()
+        slices = (written / f"slices/{split}.txt").read_text(encoding="utf-8").splitlines()
         groups.append({line.split("_")[1] for line in slices})
     assert sum(map(len, groups)) == len(set.union(*groups)) == 6 + 12
     drawn = [job[3:] for job in phantom_sets._jobs(PhantomConfig(48, 2, (99, 9, 9), (99, 9, 9)), 0)]
@@ -345,6 +348,65 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch, name):
     monkeypatch.setattr(phantom_sets, name, slower)
     assert write() == root
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def script(folder, *lines):
+    """Arguments for `subprocess` that run these lines as a script in `folder`."""
+    text = ["import covidmask.data.phantom_sets as sets", *lines]
+    (folder / "script.py").write_text("\n".join(text), encoding="utf-8")
+    home = str(Path(phantom_sets.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": home}
+    return {"args": [sys.executable, "script.py"], "cwd": folder, "env": environment, "text": True}
+
+
+DRAW = "sets.write_phantoms('set', sets.PhantomConfig(64, 12, (%d, 0, 0), (9, 0, 0)), %s)"
+
+
+def test_a_plain_script_starts_no_process(tmp_path):
+    lines = ("print('once')", "sets.IN_PROCESS = 0", DRAW % (9, "progress=False"))
+    done = subprocess.run(**script(tmp_path, *lines), capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "once\n", "")
+    assert (tmp_path / "set" / "phantoms.json").exists()
+
+
+def test_a_plain_script_that_asks_for_processes_hears_what_they_need(tmp_path):
+    lines = ("sets.IN_PROCESS = 0", DRAW % (9, "workers=2, progress=False"))
+    done = subprocess.run(**script(tmp_path, *lines), capture_output=True)
+    assert done.returncode and "OutputError: set: a process that draws" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_processes_that_draw_do_not_load_torch():
+    code = "import sys, covidmask.data.phantom_sets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a killed run's folder stays on Windows")
+def test_a_killed_run_takes_its_processes_along_and_the_next_removes_its_folder(tmp_path):
+    lines = ("if __name__ == '__main__':", "    " + DRAW % (9999, "workers=2, progress=False"))
+    process = subprocess.Popen(**script(tmp_path, *lines), stdout=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob(".set.*.tmp/lesions/image/*")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=5)  # ends when every process that holds the pipe has ended
+    assert len(list(tmp_path.glob(".set.*.tmp"))) == 1
+    (tmp_path / f".set.{platform.node()}.{os.getppid()}.tmp").mkdir()  # of one that runs
+    (tmp_path / ".set.elsewhere.999999999.tmp").mkdir()  # of another host
+    write_phantoms(tmp_path / "set", SMALL, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "script.py",
+        "set",
+        f".set.{platform.node()}.{os.getppid()}.tmp",
+        ".set.elsewhere.999999999.tmp",
+    }
+
+
+def test_lists_have_the_same_bytes_on_every_system(written):
+    for path in written.rglob("*.txt"):
+        assert b"\r" not in path.read_bytes()
+    assert 1 <= phantom_sets.cores() <= 61
 
 
 def test_another_process_may_write_another_set(tmp_path, monkeypatch):
