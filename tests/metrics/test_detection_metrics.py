@@ -360,6 +360,8 @@ def test_means_follow_the_published_convention():
     assert means["mae"] == pytest.approx(0.14 / 4)
     assert means["dice_present"] == pytest.approx(0.75) and means["present"] == 2
     assert math.isnan(overlap_means(table[1:2])["dice_present"])
+    dot = overlap_means([[1, 3, 1, 100, 2], *table[1:2]])  # one pixel is a lesion, too
+    assert dot["dice_present"] == 0.5 and dot["present"] == 1
 
 
 def test_specificity_is_the_share_of_healthy_pixels_left_alone():

@@ -137,6 +137,13 @@ def test_masks_are_pooled_on_a_finer_grid():
     )
 
 
+def test_bins_need_not_be_square():
+    maps, boxes = maps_of((8,), 1), [torch.cat([boxes_of(20), LARGE])]
+    ours, theirs = (align(maps, boxes, [(SIDE, SIDE)]) for align in pair((8,), size=(3, 5)))
+    assert ours.shape == (23, CHANNELS, 3, 5)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_parts_are_the_rows_of_forward():
     ours, _ = pair((4, 8, 16, 32))
     maps, boxes, shapes = maps_of((4, 8, 16, 32), 2), BOXES["usual"], [(SIDE, SIDE)] * 2
