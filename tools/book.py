@@ -108,7 +108,18 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
         if "remove-output" in cell.metadata.get("tags", []):
             cell.outputs = []  # a live widget: dead in a file
         elif cell.cell_type == "code":  # progress bars are for the one who waits, not for the page
-            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
+            cell.outputs = joined(output for output in cell.outputs if not is_progress(output))
+
+
+def joined(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Neighbouring prints as one output; where the kernel cuts them is a matter of chance."""
+    result: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream" and result and result[-1].get("name") == output.name:
+            result[-1].text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def is_progress(output: nbformat.NotebookNode) -> bool:
