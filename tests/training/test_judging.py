@@ -18,6 +18,7 @@ from covidmask.data.phantoms import make_slice
 from covidmask.errors import CheckpointError, DataError, TrainingError
 from covidmask.metrics.detection import detect, fuse
 from covidmask.models.classifier import covid_ct_mask_net
+from covidmask.models.ranked_boxes import propose
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import ShippedWeights, save_model
 from covidmask.training import loop
@@ -131,6 +132,8 @@ def test_mixed_precision_gives_maps_and_boxes_in_full(segmenter):
         assert result["slices"] == 5
         with torch.no_grad(), fabric.autocast():
             (found,) = detect(model, [image], 2)
+            _, (proposals,), _ = propose(model, [image])
+        assert proposals.dtype == torch.float32
         assert {found[key].dtype for key in ("boxes", "scores", "maps")} == {torch.float32}
         ends = found["boxes"][found["boxes"] > 32]  # pixels; bfloat16 has quarters there
         assert (ends * 4 != (ends * 4).round()).any()
