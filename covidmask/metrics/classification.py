@@ -80,13 +80,16 @@ def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, floa
     is too narrow: see `patient_bootstrap`. (nan, nan) when `total` is 0.
 
     Raises:
-        ValueError: `successes` is not in 0..`total`, or `level` not in 0..1.
+        ValueError: `successes` is not in 0..`total`, one of them is not whole, or `level` is not
+            in 0..1.
     """
     from scipy.stats import binomtest
 
-    if not 0 <= successes <= total or not 0 < level < 1:  # scipy does not always say so
+    whole = float(successes).is_integer() and float(total).is_integer()
+    if not whole or not 0 <= successes <= total or not 0 < level < 1:  # scipy may not say so
         raise ValueError(
-            f"{successes} of {total} at level {level}: give 0 <= successes <= total, 0 < level < 1"
+            f"{successes} of {total} at level {level}: give 0 <= successes <= total, both whole, "
+            "and 0 < level < 1"
         )
     if total == 0:
         return float("nan"), float("nan")
@@ -102,16 +105,18 @@ def patient_bootstrap(
     level: float = 0.95,
     repeats: int = 1000,
     seed: int = 0,
+    classes: int = 3,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic when patients, not slices, are drawn with replacement.
 
     Args:
-        labels, predictions: int [M], 0..2.
+        labels, predictions: int [M], 0..classes-1.
         patients: M names; slices with the same name are drawn together.
-        statistic: reads a confusion matrix int64 [3, 3] and returns a float, for example
+        statistic: reads a confusion matrix int64 [classes, classes], returns a float; for example
             `lambda counts: report(counts)["sensitivity"][2]`.
         level: of the interval, between 0 and 1.
         repeats: how many times all patients are drawn.
+        classes: number of image classes.
 
     Returns:
         (low, high). Draws in which the statistic is NaN, because a class is absent from them, are
@@ -121,13 +126,13 @@ def patient_bootstrap(
         ValueError: as `confusion`, or not one patient per slice.
     """
     labels, predictions = _int_vector(labels), _int_vector(predictions)
-    total = confusion(labels, predictions)  # checks both
+    total = confusion(labels, predictions, classes)  # checks both
     if len(patients) != labels.size:
         raise ValueError(f"{len(patients)} patients for {labels.size} slices: give one per slice")
     if not 0 < level < 1 or repeats < 1:
         raise ValueError(f"level {level}, repeats {repeats}: level is in 0..1, repeats at least 1")
     names, owner = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    counts = np.zeros((len(names), *total.shape), dtype=np.int64)  # [P, 3, 3]
+    counts = np.zeros((len(names), *total.shape), dtype=np.int64)  # [P, C, C]
     np.add.at(counts, (owner, labels, predictions), 1)
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(names), size=len(names)) for _ in range(repeats))
@@ -140,7 +145,9 @@ def patient_bootstrap(
 
 
 def _int_vector(values: ArrayLike) -> np.ndarray:
-    vector = np.asarray(values).reshape(-1)
+    vector = np.asarray(values)
+    if vector.ndim != 1:
+        raise ValueError(f"classes of shape {vector.shape}: give one number for each slice")
     if vector.size and not np.issubdtype(vector.dtype, np.integer):
         raise ValueError(f"classes of type {vector.dtype}: they must be integers")
     return vector.astype(np.int64)

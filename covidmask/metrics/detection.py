@@ -58,8 +58,11 @@ class CocoAP:
         """Add images: one prediction and one target for each, of the same height and width.
 
         Raises:
-            ValueError: their numbers differ, or an image lacks a key.
+            ValueError: their numbers differ, an image lacks a key, the masks of its prediction and
+                target differ in size, or a score is NaN.
         """
+        for prediction, target in zip(predictions, targets, strict=True):
+            _check_pair(prediction, target)
         self._metric.update(
             [self._plain(prediction, "scores") for prediction in predictions],
             [self._plain(target) for target in targets],
@@ -144,7 +147,11 @@ def author_image_ap(
 
     Returns:
         float64 [T], 0..1: one value per IoU threshold.
+
+    Raises:
+        ValueError: the masks of prediction and target differ in size, or a score is NaN.
     """
+    _check_pair(prediction, target)
     n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
     if not n_predictions or not n_targets:
         return np.full(len(thresholds), float(n_predictions == n_targets))
@@ -207,7 +214,7 @@ def lesion_maps(prediction: Instances, classes: int) -> Tensor:
     """
     masks = prediction["masks"][:, 0]  # [K, H, W]
     shape = masks.shape[1:]
-    missed = masks.new_ones(classes, *shape)
+    missed = masks.new_ones(classes, *shape, dtype=torch.float32)  # masks may be bfloat16
     for mask, box, label, score in zip(
         masks,
         prediction["boxes"].tolist(),
@@ -216,10 +223,10 @@ def lesion_maps(prediction: Instances, classes: int) -> Tensor:
         strict=True,
     ):
         rows, columns = _window(box[1], box[3]), _window(box[0], box[2])
-        missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns]
+        missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns].float()
     maps = 1 - missed
     if "semantic" in prediction:
-        semantic = prediction["semantic"][None]  # [1, classes, h, w]
+        semantic = prediction["semantic"][None].float()  # [1, classes, h, w]
         maps += F.interpolate(semantic, size=shape, mode="bilinear")[0]
         maps /= 2
     return maps
@@ -345,6 +352,16 @@ def dice(predicted: ArrayLike, true: ArrayLike) -> float:
         raise ValueError(f"masks of shapes {predicted.shape} and {true.shape}: they must agree")
     total = int(predicted.sum()) + int(true.sum())
     return 2 * int((predicted & true).sum()) / total if total else float("nan")
+
+
+def _check_pair(prediction: Instances, target: Instances) -> None:
+    if prediction["scores"].isnan().any():
+        raise ValueError("scores of detections must not be NaN")
+    found, true = (one["masks"].shape for one in (prediction, target))
+    if found[0] and true[0] and found[-2:] != true[-2:]:
+        raise ValueError(
+            f"masks of shapes {tuple(found)} and {tuple(true)}: height and width must agree"
+        )
 
 
 def _mask_iou(first: Tensor, second: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ class CovidCTMaskNet(nn.Module):
         if not isinstance(detector, GeneralizedRCNN):
             raise ValueError(
                 f"{type(detector).__name__}: has no proposals with scores and deltas to rank; "
-                "give a Faster, Mask or Keypoint R-CNN of torchvision, or `lesion_mask_rcnn`"
+                "give a Faster, Mask or Keypoint R-CNN of torchvision, or `lesion_mask_rcnn`, "
+                "without a wrapper such as torch.compile or DataParallel"
             )
         self.detector = detector
         self.config = config

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 Model = TypeVar("Model", bound=nn.Module)
 # Where a batch norm is known to read the convolution that stands before it, and nothing else does.
 # Elsewhere the order of attributes says nothing about the order of calls.
-IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck, ResNet)
+IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
 
 
 def for_inference(model: Model) -> Model:
@@ -37,10 +37,14 @@ def for_inference(model: Model) -> Model:
     for module in list(fast.modules()):
         if not any(type(module).forward is kind.forward for kind in IN_ORDER):
             continue
-        for (name, layer), (next_name, follower) in pairwise(list(module.named_children())):
+        for (name, layer), (next_name, follower) in pairwise(list(module._modules.items())):
             plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
-            hooked = layer._forward_pre_hooks or layer._forward_hooks  # they may change weights
-            if plain and not hooked and follower.running_mean is not None:
+            if plain and follower.running_mean is not None and not _hooked(layer, follower):
                 setattr(module, name, fuse_conv_bn_eval(layer, follower))
                 setattr(module, next_name, nn.Identity())
     return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _hooked(*layers: nn.Module) -> bool:
+    """Whether there are hooks, which may change weights and results, or read them."""
+    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)

@@ -12,7 +12,11 @@ from covidmask.errors import DataError
 SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
 
 
-def check_images(images: Sequence[Tensor], model: nn.Module | None = None) -> None:
+def check_images(
+    images: Sequence[Tensor],
+    model: nn.Module | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
     """Refuse images that a network would take without a word, and answer with nonsense.
 
     Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
@@ -20,10 +24,11 @@ def check_images(images: Sequence[Tensor], model: nn.Module | None = None) -> No
     Args:
         images: B tensors.
         model: its weights must not be float64 either.
+        names: what messages call the images, such as their files; else "image 0" and so on.
 
     Raises:
-        DataError: no image; another shape than [3,H,W]; whole numbers, float64; values outside
-            0..1, or NaN.
+        DataError: no image; no tensor; another shape than [3,H,W], or no pixel; whole numbers,
+            float64; values outside 0..1, or NaN.
     """
     if len(images) == 0:
         raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
@@ -33,26 +38,31 @@ def check_images(images: Sequence[Tensor], model: nn.Module | None = None) -> No
             f"the model's weights are {weights.dtype}; use model.float(), and autocast for speed"
         )
     for number, image in enumerate(images):
+        name = names[number] if names else f"image {number}"
+        if not isinstance(image, Tensor):
+            raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
         kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
-        if image.ndim != 3 or image.shape[0] != 3 or image.dtype not in kinds:
+        shaped = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
+        if not shaped or image.dtype not in kinds:
             raise DataError(
-                f"image {number}: {image.dtype} {list(image.shape)}; give torch.float32 [3, H, W]"
+                f"{name}: {image.dtype} {list(image.shape)}; give torch.float32 [3, H, W]"
             )
-        if image.device.type != "cpu" or not image.numel():
+        if image.device.type != "cpu":
             continue
-        low, high = (float(end) for end in image.aminmax())  # NaN if one value is
+        low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
         if not (low >= -SLACK and high <= 1 + SLACK):
             raise DataError(
-                f"image {number}: its values run from {low:.4g} to {high:.4g}, not within 0..1; "
+                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; "
                 "divide 8-bit grey by 255, and map Hounsfield units by "
                 "covidmask.data.medical.hounsfield_to_unit"
             )
 
 
-def to_model(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The images on `device`. What a GPU will get is checked here, where it costs no wait."""
-    if device.type != "cpu":
-        check_images(images)
+def to_model(
+    images: Sequence[Tensor], device: torch.device, names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """The images on `device`, after `check_images`, which costs no wait before they are there."""
+    check_images(images, names=names)
     return [image.to(device) for image in images]
 
 

@@ -59,9 +59,14 @@ def ranked_boxes(
 
     Raises:
         DataError: see `check_images`.
+        ValueError: the detector is in train mode, or its box predictor does not give four deltas
+            for each of two or more classes.
     """
     check_images(images, detector)
-    with_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in detector.parameters())
+    if detector.training:  # batch norm would learn from these images
+        raise ValueError("the detector is in train mode; call its eval() first")
+    learned = (*detector.parameters(), *images)  # a saliency map asks for the image's gradient
+    with_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in learned)
     rows: list[Tensor | None] = [None] * len(images)
     for group in same_size_groups(images):
         features, proposals, shapes = propose(detector, [images[i] for i in group])
@@ -94,6 +99,8 @@ def propose(detector: GeneralizedRCNN, images: list[Tensor]):
     """
     batch, _ = detector.transform(images)
     features = detector.backbone(batch.tensors)
+    if isinstance(features, Tensor):  # of a backbone with one map, as torchvision takes it
+        features = {"0": features}
     with torch.no_grad():
         detached = {name: map.detach() for name, map in features.items()}
         proposals, _ = detector.rpn(batch, detached)
@@ -121,6 +128,11 @@ def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], s
     order = torch.cat(rows).argsort()
     counts = [len(boxes) for boxes in proposals]
     logits, deltas = (torch.cat(part)[order].float() for part in zip(*parts, strict=True))
+    if logits.shape[1] < 2 or deltas.shape[1] != 4 * logits.shape[1]:
+        raise ValueError(
+            f"the box predictor gives {logits.shape[1]} classes and {deltas.shape[1]} deltas; give "
+            "one with background, a lesion class or more, and four deltas for each of them"
+        )
     return logits.split(counts), deltas.split(counts)
 
 

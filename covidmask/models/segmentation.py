@@ -1,9 +1,9 @@
 """Mask R-CNN for ground-glass opacity and consolidation (section 3.1).
 
-Everything is torchvision's but three small subclasses: `LesionRPN` ranks proposals on raw logits,
-`LesionRPN` and `LesionRoIHeads` take the shape of their box loss from the configuration, and
-`LesionRoIAlign` is RoIAlign made faster on CPUs. For small sets of real CT there is a branch that
-the paper does not have, `SemanticBranch`.
+Everything is torchvision's but small subclasses: `LesionRPN` ranks proposals on raw logits, it and
+`LesionRoIHeads` take the shape of their box loss from the configuration, boxes and scores stay
+float32 in mixed precision, and `LesionRoIAlign` is RoIAlign made faster on CPUs. For small sets of
+real CT there is a branch that the paper does not have, `SemanticBranch`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,22 @@ class LesionRPN(RegionProposalNetwork):
             objectness.flatten()[sampled], torch.cat(labels)[sampled]
         )
         return objectness_loss, box_loss
+
+
+class LesionRPNHead(RPNHead):
+    """torchvision's, with results in float32: bfloat16 boxes end at every second pixel."""
+
+    def forward(self, x):
+        logits, deltas = super().forward(x)
+        return [map.float() for map in logits], [map.float() for map in deltas]
+
+
+class LesionPredictor(FastRCNNPredictor):
+    """torchvision's, in float32, also in mixed precision: bfloat16 scores would tie."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class SemanticBranch(nn.Module):
@@ -233,7 +249,7 @@ def lesion_mask_rcnn(
     anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
     rpn = LesionRPN(
         anchors,
-        RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        LesionRPNHead(channels, anchors.num_anchors_per_location()[0]),
         *config.rpn_iou,
         config.rpn_batch,
         config.rpn_positive,
@@ -246,7 +262,7 @@ def lesion_mask_rcnn(
     heads = LesionRoIHeads(
         LesionRoIAlign(names, output_size=7, sampling_ratio=2),
         TwoMLPHead(channels * 7 * 7, config.box_features),
-        FastRCNNPredictor(config.box_features, config.num_classes),
+        LesionPredictor(config.box_features, config.num_classes),
         *config.box_iou,
         config.box_batch,
         config.box_positive,

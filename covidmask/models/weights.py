@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -37,7 +39,8 @@ def save_model(
     Args:
         model: from `lesion_mask_rcnn` or `covid_ct_mask_net`.
         half: store what has two or more dimensions as float16, in half the space. Biases and
-            batch-norm values stay as they are. Loading gives float32 either way.
+            batch-norm values stay as they are, and so do weights that have a value beyond 65,504,
+            where float16 ends. Loading gives float32 either way.
         card: plain values kept in the file, such as the command and the metrics.
 
     Raises:
@@ -46,21 +49,26 @@ def save_model(
     """
     classifier = isinstance(model, CovidCTMaskNet)
     detector = model.detector if classifier else model
-    if not isinstance(getattr(detector, "config", None), DetectorConfig):
+    config = getattr(detector, "config", None)
+    if not (isinstance(detector, GeneralizedRCNN) and isinstance(config, DetectorConfig)):
         raise ValueError(
             f"{path}: only detectors of `lesion_mask_rcnn` can be built again from their file; "
-            "save the state_dict of yours with torch, and that of `model.s` beside it"
+            "take off wrappers such as torch.compile or DataParallel, or, if it is yours, save its "
+            "state_dict with torch, and that of `model.s` beside it"
         )
     header = {
         "format": FORMAT,
         "kind": "classifier" if classifier else "segmenter",
-        "detector": asdict(detector.config),
+        "detector": asdict(config),
         "classifier": asdict(model.config) if classifier else None,
         "card": card,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if half:
-        tensors = {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}
+        tensors = {
+            name: t.half() if t.ndim > 1 and t.abs().max() <= torch.finfo(torch.half).max else t
+            for name, t in tensors.items()
+        }
     content = save(tensors, metadata={"covidmask": json.dumps(header)})
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
@@ -75,7 +83,8 @@ def load_segmenter(path: str | Path, device: str | torch.device = "cpu") -> Gene
             than its configuration asks for.
     """
     header, state = _read(path, "segmenter")
-    model = lesion_mask_rcnn(_config(DetectorConfig, header["detector"], path))
+    with _building(path):
+        model = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]))
     load_state(model, state, path)
     return model.to(device).eval()
 
@@ -83,8 +92,9 @@ def load_segmenter(path: str | Path, device: str | torch.device = "cpu") -> Gene
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> CovidCTMaskNet:
     """Read a classifier that `save_model` wrote; eval mode. Raises as `load_segmenter`."""
     header, state = _read(path, "classifier")
-    detector = lesion_mask_rcnn(_config(DetectorConfig, header["detector"], path), masks=False)
-    model = CovidCTMaskNet(detector, _config(ClassifierConfig, header["classifier"], path))
+    with _building(path):
+        detector = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]), masks=False)
+        model = CovidCTMaskNet(detector, _config(ClassifierConfig, header["classifier"]))
     load_state(model, state, path)
     return model.to(device).eval()
 
@@ -102,7 +112,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
             weights that hold NaN or infinity.
     """
     state = dict(state)
-    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+    if bad := [name for name, value in state.items() if not value.float().isfinite().all()]:
         raise CheckpointError(
             f"{path}: {_first('holds NaN or infinity in', bad)[0].removeprefix('the file ')}; "
             "train these weights again"
@@ -140,6 +150,10 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
+            newer = header.get("format", 1) > FORMAT
+            if "format" not in header and header["detector"]["backbone"] == "resnet50":
+                header["detector"]["levels"] = None
+            found, _ = header["kind"], header["card"]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
@@ -150,24 +164,28 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: a .safetensors file of another program; use one that covidmask wrote"
         ) from error
-    if header.get("format", 1) > FORMAT:
+    if newer:
         raise CheckpointError(f"{path}: written by a newer covidmask; install that version")
-    if "format" not in header and header["detector"]["backbone"] == "resnet50":
-        header["detector"]["levels"] = None
-    if kind and header.get("kind") != kind:
-        raise CheckpointError(f"{path}: holds a {header.get('kind')}; give a {kind} file here")
+    if kind and found != kind:
+        raise CheckpointError(f"{path}: holds a {found}; give a {kind} file here")
     return header, state
 
 
-def _config(kind: type, values: dict[str, Any], path: str | Path) -> Any:
+def _config(kind: type, values: dict[str, Any]) -> Any:
     """A configuration from JSON, which has lists where the dataclass has tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@contextmanager
+def _building(path: str | Path) -> Iterator[None]:
+    """Blame the file for a configuration of which no model can be made."""
     try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (TypeError, ValueError, AttributeError) as error:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: its configuration is not one of this version ({error}); "
             "train it again, or install the version that wrote it"

@@ -17,7 +17,7 @@ from covidmask.errors import DataError, TrainingError
 from covidmask.metrics.classification import confusion, report
 from covidmask.models.classifier import ClassificationModule, CovidCTMaskNet, set_regime
 from covidmask.models.inputs import check_images
-from covidmask.training.loop import digest, fit, make_fabric, plain
+from covidmask.training.loop import digest, fit, item_names, make_fabric, plain
 from covidmask.training.ranked_cache import cache_ranked_boxes, settings_digest
 
 
@@ -32,14 +32,18 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
 
 
-def check_classes(model: CovidCTMaskNet, dataset: Dataset | None) -> None:
-    """Raise `DataError` where a data set that names its classes has others than the model."""
+def check_classes(model: CovidCTMaskNet, dataset: Dataset) -> None:
+    """Raise `DataError` where a data set has other classes, or labels, than the model."""
     classes = getattr(dataset, "classes", None)
     if classes is not None and tuple(classes) != model.config.classes:
         raise DataError(
             f"the data set's classes are {', '.join(classes)}, the model's "
             f"{', '.join(model.config.classes)}; use slices of the classes that it was made for"
         )
+    last = len(model.config.classes) - 1
+    for name, label in zip(item_names(dataset), getattr(dataset, "labels", ()), strict=False):
+        if not 0 <= label <= last:
+            raise DataError(f"{name}: label {label}; the model's classes are 0 to {last}")
 
 
 def train_s(
@@ -126,7 +130,8 @@ def train_classifier(
     """
     fabric = fabric or make_fabric(training.precision, find_unused_parameters=regime == "full")
     for part in (dataset, validation):
-        check_classes(model, part)
+        if part is not None:
+            check_classes(model, part)
     parameters = set_regime(model, regime)
     run = {
         "regime": regime,
@@ -185,7 +190,7 @@ def train_classifier(
         run=run,
         after_epoch=validate if validation is not None else None,
         best="accuracy" if validation is not None else None,
-        check=lambda items: check_images([image for image, _ in items]),
+        check=lambda items, names: check_images([image for image, _ in items], names=names),
         part=1 if fabric.device.type == "cpu" else None,  # slices do not touch each other
         workers=workers,
         memory=memory,

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from covidmask.config import TrainingConfig
+from covidmask.data.lists import some
 from covidmask.data.memory import InMemory
-from covidmask.errors import DataError, TrainingError
+from covidmask.errors import CheckpointError, DataError, TrainingError
 from covidmask.training.checkpoints import load_checkpoint, save_checkpoint
 
 
@@ -85,7 +86,7 @@ def fit(
     after_epoch: Callable[[int], dict[str, float]] | None = None,
     best: str | None = None,
     part: int | None = None,
-    check: Callable[[list], None] | None = None,
+    check: Callable[[list, list[str]], None] | None = None,
     workers: int = 0,
     memory: float = 0,
     progress: bool = True,
@@ -108,7 +109,8 @@ def fit(
         part: differentiate so many items of a batch at a time and add up their gradients, which
             is the same step for less memory where a loss is a mean over items that do not touch
             each other (no batch statistics). None is the whole batch at once.
-        check: looks at the items of a step before they go to a GPU, where a look makes it wait.
+        check: (items, names) -> None looks at the items of a step before they go to a GPU, where a
+            look makes it wait.
         workers: processes that read slices; 0 reads in this one.
         memory: MiB for slices that are decoded once, before the first step; see `InMemory`.
 
@@ -119,15 +121,16 @@ def fit(
     Raises:
         ValueError: both `best` and `training.average`.
         DataError: fewer slices than one batch, or a batch that the processes cannot share.
-        TrainingError: the loss, or a weight after an epoch, is not finite.
+        TrainingError: the loss, or a weight after an epoch, is not finite, or `best` is NaN after
+            the first epoch.
         CheckpointError, OutputError: see `checkpoints`.
     """
     if best is not None and training.average:
         raise ValueError("best weights and average weights: choose one of the two")
     world, rank = fabric.world_size, fabric.global_rank
     size = training.batch_size
-    if size % world:
-        raise DataError(f"batch size {size}: not a multiple of the {world} processes; change it")
+    if size < 1 or size % world:
+        raise DataError(f"batch size {size}: give a multiple of the number of processes, {world}")
     if len(dataset) < size:
         raise DataError(f"{len(dataset)} slices: less than one batch of {size}; give more slices")
     steps_per_epoch = len(dataset) // size  # the rest of an epoch's order waits for another epoch
@@ -157,6 +160,11 @@ def fit(
         average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_checkpoint(checkpoint, run)
+        if bad := not_finite(state["model"]):
+            raise CheckpointError(
+                f"{checkpoint}: holds NaN or infinity in {some(bad)}; delete it and start again, "
+                "with a lower learning rate"
+            )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         precision.load_state_dict(state["precision"])
@@ -188,8 +196,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            if check is not None and fabric.device.type != "cpu":
-                check(items)
+            batch = [names[i % len(names)] for i in order[step - start]]
+            if check is not None:
+                check(items, batch[rank::world])
             items = [to_device(item, fabric.device) for item in items]
             report: Any = 0
             for first in range(0, len(items), part or len(items)):
@@ -205,7 +214,6 @@ def fit(
                 report = fabric.all_reduce(report, reduce_op="mean")
             values = dict(zip(["loss", *named], report.tolist(), strict=True))
             if not math.isfinite(values["loss"]):
-                batch = [names[i % len(names)] for i in order[step - start]]
                 raise TrainingError(
                     f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}; "
                     "look at these slices, or lower the learning rate"
@@ -221,8 +229,8 @@ def fit(
                 _share_buffers(model, world)
                 if bad := not_finite(model.state_dict()):  # of the last step no loss would tell
                     raise TrainingError(
-                        f"step {step}: the weights {bad[0]} and {len(bad) - 1} others are not "
-                        "finite; lower the learning rate, or look for extreme slices"
+                        f"step {step}: weights that are not finite: {some(bad)}; lower the "
+                        "learning rate, or look for extreme slices"
                     )
                 if after_epoch is not None:
                     history[-1].update(after_epoch(epoch))
@@ -231,6 +239,11 @@ def fit(
                     best_weights = {
                         k: v.detach().cpu().clone() for k, v in model.state_dict().items()
                     }
+                if best is not None and best_weights is None:
+                    raise TrainingError(
+                        f"{best} is {history[-1].get(best)} after epoch {epoch}, so no epoch can "
+                        "be the best; look at the validation data"
+                    )
                 if checkpoint is not None and rank == 0:
                     save_checkpoint(
                         checkpoint,
@@ -264,8 +277,18 @@ def digest(module: nn.Module) -> str:
     """A short hash of all weights and buffers."""
     total = hashlib.sha256()
     for tensor in module.state_dict().values():
-        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        total.update(as_bytes(tensor))
     return total.hexdigest()[:12]
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """The elements in order, of any type, device and layout."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def item_names(dataset: Dataset) -> Sequence[str]:
+    """What messages call the items: the names of the data set, or numbers where it has none."""
+    return getattr(dataset, "names", None) or [f"item {i}" for i in range(len(dataset))]
 
 
 def epoch_batches(n: int, size: int, epoch: int, seed: int) -> list[list[int]]:

@@ -20,12 +20,20 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import covidmask
+from covidmask.data.slices import SliceImages
 from covidmask.errors import OutputError, TrainingError
 from covidmask.files import atomic_path, check_writable
 from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.inference import for_inference
 from covidmask.models.inputs import to_model
-from covidmask.training.loop import digest, gather, make_fabric, share
+from covidmask.training.loop import (
+    as_bytes,
+    digest,
+    gather,
+    item_names,
+    make_fabric,
+    share,
+)
 
 
 @torch.no_grad()
@@ -43,8 +51,9 @@ def cache_ranked_boxes(
 
     Args:
         folder: keep the boxes in a file there and find them again. Its name is a hash of the
-            detector's weights and settings, the precision, the bytes of the slices, and the code
-            that reads and ranks them, so that a change in one of them is another file. A run that
+            detector's weights and settings, the precision, the slices, and the code that reads and
+            ranks them, so that a change in one of them is another file. Of `SliceImages` the bytes
+            of the files are hashed; another data set is read once more for its pixels. A run that
             was killed goes on.
 
     Returns:
@@ -60,6 +69,7 @@ def cache_ranked_boxes(
     if path is not None and fabric.broadcast(_read(path, shape) is not None):  # the first decides
         return _kept(path, shape)
     indices = share(len(dataset), fabric)
+    names = item_names(dataset)
     rows = torch.full((len(indices), *shape[1:]), torch.nan)
     started, done = None, 0
     if path is not None:
@@ -72,19 +82,19 @@ def cache_ranked_boxes(
     with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
         for start in range(done, len(indices), batch_size):
             part = slice(start, start + batch_size)
-            images = to_model([dataset[i][0] for i in indices[part]], fabric.device)
+            images = [dataset[i][0] for i in indices[part]]
+            images = to_model(images, fabric.device, [names[i] for i in indices[part]])
             with fabric.autocast():
                 rows[part] = fast.ranked_boxes(images).cpu()
             if started is not None:
-                _append(started, rows[part])
+                _append(started, rows[part], start)
             bar.update(len(images))
     whole = gather(rows, len(dataset), fabric)
     if bad := torch.where(whole.flatten(1).isnan().any(1))[0].tolist():
         if started is not None:
             started.unlink(missing_ok=True)
-        names = getattr(dataset, "names", range(len(dataset)))
         raise TrainingError(
-            f"slice {names[bad[0]]}: the detector gives boxes that are not numbers, here and on "
+            f"{names[bad[0]]}: the detector gives boxes that are not numbers, here and on "
             f"{len(bad) - 1} other slices; look at these slices and at the detector's weights"
         )
     if path is None:
@@ -101,12 +111,14 @@ def cache_ranked_boxes(
 def settings_digest(detector: nn.Module) -> str:
     """A short hash of all but weights that decides what a detector gives, whoever built it.
 
-    That is the plain attributes of its modules, such as thresholds and numbers of proposals.
+    That is the plain attributes of its modules, such as thresholds and numbers of proposals, and
+    those of their helpers that are no modules, such as the weights of the box coder.
     """
     ours = [
-        (name, type(part).__qualname__, key, value)
+        (name, str(type(part)), place, key, value)
         for name, part in detector.named_modules()
-        for key, value in sorted(vars(part).items())
+        for place, owner in (("", part), *sorted(vars(part).items()))
+        for key, value in sorted(getattr(owner, "__dict__", {}).items())
         if key not in ("training", "scales") and _is_plain(value)  # a forward pass writes `scales`
     ]
     return hashlib.sha256(repr(ours).encode()).hexdigest()[:12]
@@ -132,13 +144,15 @@ def _key(model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric) -> str:
     package = Path(covidmask.__file__).parent
     for file in sorted([*package.glob("models/*.py"), *package.glob("data/*.py")]):
         total.update(file.read_bytes())
-    root = getattr(dataset, "root", None)
-    for index, name in enumerate(dataset.names):
+    # the files say it all only where nothing comes between, such as a crop in a subclass
+    files = type(dataset).__getitem__ is SliceImages.__getitem__
+    for index, name in enumerate(item_names(dataset)):
         total.update(str(name).encode())
-        if root is None:  # slices that are no files
-            total.update(dataset[index][0].contiguous().numpy())
+        if files:
+            total.update((dataset.root / name).read_bytes())
         else:
-            total.update((root / name).read_bytes())
+            image = dataset[index][0]
+            total.update(str((image.dtype, image.shape)).encode() + as_bytes(image))
     return total.hexdigest()[:16]
 
 
@@ -163,7 +177,10 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _record(rows: Tensor) -> np.dtype:
-    """How a slice stands in the file of a run that is not finished: its rows, and their sum."""
+    """How a slice stands in the file of a run that is not finished: its rows, and their sum.
+
+    The sum is of the place, too: two runs at once append to one file, each all that it computes.
+    """
     return np.dtype([("rows", "<f4", tuple(rows.shape[1:])), ("sum", "<u4")])
 
 
@@ -177,17 +194,17 @@ def _read_part(path: Path, rows: Tensor) -> int:
     if not path.exists():
         return 0
     found = np.fromfile(path, record)[: len(rows)]
-    good = [zlib.crc32(one["rows"].tobytes()) == one["sum"] for one in found]
+    good = [zlib.crc32(one["rows"].tobytes(), i) == one["sum"] for i, one in enumerate(found)]
     done = [*good, False].index(False)
     rows[:done] = torch.from_numpy(found["rows"][:done])
     os.truncate(path, done * record.itemsize)
     return done
 
 
-def _append(path: Path, rows: Tensor) -> None:
+def _append(path: Path, rows: Tensor, first: int) -> None:
     records = np.empty(len(rows), _record(rows))
     records["rows"] = rows.numpy()
-    records["sum"] = [zlib.crc32(one.tobytes()) for one in records["rows"]]
+    records["sum"] = [zlib.crc32(one.tobytes(), i) for i, one in enumerate(records["rows"], first)]
     try:
         with open(path, "ab") as file:
             file.write(records.tobytes())

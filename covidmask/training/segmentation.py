@@ -18,7 +18,9 @@ from tqdm import tqdm
 from covidmask.config import LESION_CLASSES, Preset, TrainingConfig
 from covidmask.data.augmentation import Augmented
 from covidmask.data.lesions import LesionSlices
+from covidmask.data.lists import some
 from covidmask.data.phantom_sets import write_phantoms
+from covidmask.errors import DataError, TrainingError
 from covidmask.metrics.detection import (
     IOU_THRESHOLDS,
     CocoAP,
@@ -31,7 +33,16 @@ from covidmask.metrics.detection import (
 )
 from covidmask.models.inference import for_inference
 from covidmask.models.inputs import check_images, same_size_groups, to_model
-from covidmask.training.loop import fit, gather, make_fabric, plain, share, to_device
+from covidmask.training.loop import (
+    fit,
+    gather,
+    item_names,
+    make_fabric,
+    not_finite,
+    plain,
+    share,
+    to_device,
+)
 
 
 def train_segmenter(
@@ -75,7 +86,7 @@ def train_segmenter(
         seed=seed,
         checkpoint=checkpoint,
         run={"segmenter": plain(asdict(model.config)), **_item_settings(dataset)},
-        check=lambda items: check_images([image for image, _ in items]),
+        check=lambda items, names: check_images([image for image, _ in items], names=names),
         workers=workers,
         memory=memory,
         progress=progress,
@@ -158,12 +169,14 @@ def predict_lesions(
     fast = for_inference(model.to(fabric.device).eval())
     classes = model.config.num_classes - 1
     indices = list(share(len(dataset), fabric))
+    names = item_names(dataset)
     hidden = not (progress and fabric.global_rank == 0)
     with tqdm(total=len(indices), desc="detecting", disable=hidden) as bar:
         for start in range(0, len(indices), batch_size):
             part = indices[start : start + batch_size]
             items = [dataset[i] for i in part]
-            images = to_model([image for image, _ in items], fabric.device)
+            images = [image for image, _ in items]
+            images = to_model(images, fabric.device, [names[i] for i in part])
             for group in same_size_groups(images):
                 same = [images[i] for i in group]
                 with fabric.autocast():
@@ -199,7 +212,17 @@ def evaluate_segmenter(
         where there is none). `overlap` holds `overlap_means` of "infection" and of each class in
         the fused maps; `slices`, how many were judged; and `table`, float64 [M, regions, 5], the
         `Overlap` of each slice, in the order of the data set.
+
+    Raises:
+        DataError: `score` or `threshold` is not in 0..1, or an image is refused by `check_images`.
+        TrainingError: a weight is NaN or infinite.
+        ValueError: the data set is empty.
     """
+    for name, value in (("score", score), ("threshold", threshold)):
+        if not 0 <= value <= 1:
+            raise DataError(f"{name} {value}: must be a number from 0 to 1")
+    if bad := not_finite(model.state_dict()):  # they would detect nothing, without a word
+        raise TrainingError(f"weights that are not finite: {some(bad)}; train the segmenter again")
     fabric = fabric or make_fabric()
     classes = LESION_CLASSES[model.config.lesions]
     coco, rows = CocoAP(classes), {}  # index -> what is measured of the slice

@@ -149,3 +149,25 @@ def test_bootstrap_refuses():
     for wrong in ({"level": 95}, {"level": 0}, {"level": 1}, {"repeats": 0}):
         with pytest.raises(ValueError, match="level"):
             patient_bootstrap([0, 1], [0, 1], ["a", "b"], accuracy, **wrong)
+
+
+def test_bootstrap_of_other_numbers_of_classes():
+    def accuracy(counts):
+        assert counts.shape == (4, 4)
+        return report(counts)["accuracy"]
+
+    labels = [0, 1, 2, 3]
+    assert patient_bootstrap(labels, labels, list("abcd"), accuracy, classes=4) == (1, 1)
+    with pytest.raises(ValueError, match="class 0..3: classes are 0..2"):
+        patient_bootstrap(labels, labels, list("abcd"), accuracy)
+
+
+def test_tables_of_labels_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\): give one number for each slice"):
+        confusion([[0, 1, 2], [0, 1, 2]], [[0, 0], [1, 1], [2, 2]])
+
+
+@pytest.mark.parametrize("values", [(1.5, 3), (math.nan, 3), (1, math.inf), (1, 2.5)])
+def test_wilson_counts(values):
+    with pytest.raises(ValueError, match="both whole"):
+        wilson(*values)

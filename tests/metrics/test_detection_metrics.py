@@ -391,3 +391,29 @@ def test_maps_read_all_that_torchvision_pastes():
 def test_average_precision_of_no_image():
     with pytest.raises(ValueError, match="of no image: add at least one"):
         CocoAP().compute()
+
+
+def test_pairs_that_do_not_fit():
+    box = [(1, 1, 5, 5)]
+    target = instances(box, [1])
+    for bad, words in (
+        (instances(box, [1], [math.nan]), "must not be NaN"),
+        (
+            {**instances(box, [1], [0.9]), "masks": torch.ones(1, 3, 4)},
+            "height and width must agree",
+        ),
+    ):
+        for judge in (
+            lambda bad: CocoAP().update([bad], [target]),
+            lambda bad: author_image_ap(bad, target),
+        ):
+            with pytest.raises(ValueError, match=words):
+                judge(bad)
+
+
+def test_maps_of_mixed_precision_are_float32():
+    prediction = soft([1], [0.5], [[[0.75] * 4] * 4])
+    whole = lesion_maps(prediction, 2)
+    short = {**prediction, "masks": prediction["masks"].bfloat16()}
+    maps = lesion_maps(short, 2)
+    assert maps.dtype == torch.float32 and torch.equal(maps, whole)

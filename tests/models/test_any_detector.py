@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices, tiny_training
-from torchvision.models import detection
+from torchvision.models import detection, mobilenet_v2
+from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from covidmask.config import ClassifierConfig
@@ -23,6 +24,20 @@ THEIRS = {
     "v2": lambda: detection.fasterrcnn_resnet50_fpn_v2(num_classes=2, **SMALL),
     "keypoints": lambda: detection.keypointrcnn_resnet50_fpn(num_classes=2, **SMALL),
 }
+
+
+def one_map():
+    """A backbone that gives a tensor, as in torchvision's tutorial."""
+    body = mobilenet_v2(weights=None).features
+    body.out_channels = 1280
+    anchors = AnchorGenerator(((16, 32),), ((0.5, 1.0),))
+    pool = MultiScaleRoIAlign(["0"], 7, 2)
+    return detection.FasterRCNN(
+        body, 3, min_size=64, rpn_anchor_generator=anchors, box_roi_pool=pool
+    )
+
+
+THEIRS["one map"] = one_map
 CONFIG = ClassifierConfig(n_boxes=12, hidden=16)
 IMAGES = [torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
@@ -38,7 +53,7 @@ def test_rows_and_gradients(kind):
     assert (rows[:, 1:, 0] <= rows[:, :-1, 0]).all() and rows[..., 0].max() <= 1
     set_regime(model, "full")
     model.train()(IMAGES).square().sum().backward()
-    for name in ("detector.backbone.body", "detector.roi_heads.box_head", "s.fc_scores"):
+    for name in ("detector.backbone", "detector.roi_heads.box_head", "s.fc_scores"):
         learned = [p for key, p in model.named_parameters() if key.startswith(name)]
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned), name
 
@@ -69,6 +84,37 @@ def test_a_detector_without_proposals_is_refused():
     retina = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
     with pytest.raises(ValueError, match="RetinaNet: has no proposals.*Mask or Keypoint R-CNN"):
         covid_ct_mask_net(retina, CONFIG)
+
+
+def test_wrappers_are_to_be_taken_off(tmp_path):
+    detector = lesion_mask_rcnn(TINY_DETECTOR)
+    classifier = covid_ct_mask_net(detector, CONFIG)
+    for wrap in (torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
+        with pytest.raises(ValueError, match="without a wrapper such as"):
+            covid_ct_mask_net(wrap(detector), CONFIG)
+        for model in (detector, classifier):
+            with pytest.raises(ValueError, match="take off wrappers"):
+                save_model(wrap(model), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_mode_is_refused_before_batch_norm_has_learned():
+    detector = lesion_mask_rcnn(TINY_DETECTOR).train()
+    before = copy.deepcopy(detector.state_dict())
+    with pytest.raises(ValueError, match="in train mode"):
+        ranked_boxes(detector, IMAGES, CONFIG)
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+
+
+@pytest.mark.parametrize(("classes", "deltas"), [(1, 4), (3, 4)])
+def test_predictors_of_another_form(classes, deltas):
+    """Background alone; deltas that all classes share."""
+    detector = lesion_mask_rcnn(TINY_DETECTOR).eval()
+    predictor = detector.roi_heads.box_predictor
+    predictor.cls_score = torch.nn.Linear(32, classes)
+    predictor.bbox_pred = torch.nn.Linear(32, deltas)
+    with pytest.raises(ValueError, match=f"gives {classes} classes and {deltas} deltas"):
+        ranked_boxes(detector, IMAGES, CONFIG)
 
 
 def test_frozen_batch_norm_is_told():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from covidmask.models.classifier import batch_norm_parameters, covid_ct_mask_net
 from covidmask.models.inference import for_inference
@@ -103,7 +104,26 @@ def set_weights(conv, inputs):
     conv.weight.data.fill_(0.1)
 
 
+def watched():
+    norm = nn.BatchNorm2d(4)
+    norm.register_forward_hook(lambda module, inputs, output: output.relu())
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+
+
+def one_activation():
+    relu = nn.ReLU()  # stands between the two a second time
+    return nn.Sequential(relu, nn.Conv2d(3, 4, 3), relu, nn.BatchNorm2d(4))
+
+
+class OtherStem(ResNet):
+    def _forward_impl(self, x):
+        return self.conv1(x)
+
+
 UNKNOWN = {
+    "watched": watched,
+    "one activation": one_activation,
+    "other stem": lambda: OtherStem(BasicBlock, [0, 0, 0, 0]),
     "activation": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4)),
     "order": OtherOrder,
     "own forward": lambda: Scaled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),

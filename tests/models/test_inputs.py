@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 
 from covidmask.errors import DataError
@@ -21,6 +22,9 @@ BAD = {
     "one channel": (GOOD[:1], r"\[1, 40, 64\]"),
     "a batch": (GOOD[None], r"\[1, 3, 40, 64\]"),
     "bytes": ((GOOD * 255).byte(), "torch.uint8"),
+    "no pixel": (GOOD[:, :0], r"torch.float32 \[3, 0, 64\]"),
+    "an array": (GOOD.numpy(), "ndarray; give a torch.float32"),
+    "a picture": (Image.new("RGB", (8, 8)), "Image; give a torch.float32"),
     "float64": (GOOD.double(), "torch.float64"),
 }
 
@@ -52,6 +56,20 @@ def test_no_image_and_a_model_in_float64(classifier, segmenter):
             model([])
         with pytest.raises(DataError, match="weights are torch.float64; use model.float"):
             copy.deepcopy(model).double()([GOOD])
+
+
+def test_names():
+    with pytest.raises(DataError, match="b.png: its values run from"):
+        check_images([GOOD, GOOD * 255], names=["a.png", "b.png"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_saliency_map(classifier):
+    """The gradient of a logit by the image, of a model that does not learn."""
+    model = copy.deepcopy(classifier).requires_grad_(False)
+    image = GOOD.clone().requires_grad_()
+    model([image])[0, 2].backward()
+    assert image.grad.abs().sum() > 0
 
 
 def test_the_ends_of_the_range_and_their_rounding_are_fine():

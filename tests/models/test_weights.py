@@ -93,6 +93,39 @@ def test_files_without_class_names_or_levels_are_read(tmp_path):
         weights.load_classifier(path)
 
 
+BROKEN = {
+    "a list": lambda header: [],
+    "nothing": lambda header: None,
+    "no kind": lambda header: header.pop("kind") and header,
+    "no card": lambda header: [header.pop("card"), header][1],
+    "format": lambda header: {**header, "format": "2"},
+    "no detector": lambda header: {"kind": "segmenter", "card": {}, "detector": None},
+    "no number": lambda header: {**header, "detector": {**header["detector"], "fpn_channels": -1}},
+    "short": lambda header: {**header, "detector": {**header["detector"], "rpn_iou": [0.5]}},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_headers_of_another_form(segmenter, tmp_path, kind):
+    path = weights.save_model(segmenter, tmp_path / "s.safetensors")
+    header = BROKEN[kind](json.loads(safe_open(path, "pt").metadata()["covidmask"]))
+    save_file(segmenter.state_dict(), path, metadata={"covidmask": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="s.safetensors: (a .safet|its config)"):
+        weights.load_segmenter(path)
+
+
+def test_half_keeps_what_float16_cannot_hold(segmenter, tmp_path):
+    model = copy.deepcopy(segmenter)
+    weight = model.rpn.head.conv[0][0].weight
+    with torch.no_grad():
+        weight[0, 0, 0, 0] = 1e5
+    loaded = weights.load_segmenter(
+        weights.save_model(model, tmp_path / "s.safetensors", half=True)
+    )
+    assert torch.equal(loaded.rpn.head.conv[0][0].weight, weight)
+    assert not torch.equal(loaded.backbone.body.conv1.weight, model.backbone.body.conv1.weight)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(segmenter, tmp_path, value):
     model = copy.deepcopy(segmenter)

@@ -1,6 +1,8 @@
 """Judging: slices in order, classes that fit, numbers that are numbers, and as in predict."""
 
+import copy
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -13,13 +15,15 @@ from covidmask.cli import main
 from covidmask.config import IMAGE_CLASSES, LESION_CLASSES
 from covidmask.data.lesions import mask_to_targets
 from covidmask.data.phantoms import make_slice
-from covidmask.errors import DataError, TrainingError
+from covidmask.errors import CheckpointError, DataError, TrainingError
 from covidmask.metrics.detection import detect, fuse
 from covidmask.models.classifier import covid_ct_mask_net
+from covidmask.models.ranked_boxes import propose
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import ShippedWeights, save_model
 from covidmask.training import loop
 from covidmask.training.classification import evaluate_classifier, train_classifier
+from covidmask.training.loop import make_fabric
 from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
 
 
@@ -86,6 +90,100 @@ def test_classes_of_the_data_and_of_the_model_must_be_the_same(classifier):
     assert evaluate_classifier(classifier, slices, progress=False)["n"] == 6
 
 
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_outside_the_classes_name_the_slice(classifier, label):
+    slices = TinySlices(6)
+    slices.labels[4] = label
+    for run in (
+        lambda: evaluate_classifier(classifier, slices, progress=False),
+        lambda: train_classifier(classifier, slices, "heads", tiny_training(), progress=False),
+    ):
+        with pytest.raises(DataError, match=f"phantom_4.png: label {label}; .* are 0 to 2"):
+            run()
+
+
+@pytest.mark.parametrize("regime", ["heads", "heads_bn", None])
+def test_a_bad_slice_is_named_to_the_classifier(classifier, regime):
+    slices = TinySlices(8)
+    slices._images[5] = slices._images[5] * 255
+    with pytest.raises(DataError, match="phantom_5.png: its values run from"):
+        if regime is None:
+            evaluate_classifier(classifier, slices, progress=False)
+        else:
+            train_classifier(classifier, slices, regime, tiny_training(), progress=False)
+
+
+def test_a_bad_slice_is_named_to_the_segmenter(segmenter):
+    data = Mixed()
+    data.items[3] = (data.items[3][0] * 255, data.items[3][1])
+    with pytest.raises(DataError, match="3.png: its values run from"):
+        evaluate_segmenter(segmenter, data, progress=False)
+    model = copy.deepcopy(segmenter)
+    with pytest.raises(DataError, match="3.png: its values run from"):
+        train_segmenter(model, data, tiny_training(batch_size=5), progress=False)
+
+
+def test_mixed_precision_gives_maps_and_boxes_in_full(segmenter):
+    config = dataclasses.replace(TINY_DETECTOR, semantic=True)
+    fabric = make_fabric("bf16-mixed", "cpu")
+    (image, _), *_ = Mixed(1).items
+    for model in (segmenter, lesion_mask_rcnn(config).eval()):
+        result = evaluate_segmenter(model, Mixed(), fabric=fabric, mirror=True, progress=False)
+        assert result["slices"] == 5
+        with torch.no_grad(), fabric.autocast():
+            (found,) = detect(model, [image], 2)
+            _, (proposals,), _ = propose(model, [image])
+        assert proposals.dtype == torch.float32
+        assert {found[key].dtype for key in ("boxes", "scores", "maps")} == {torch.float32}
+        ends = found["boxes"][found["boxes"] > 32]  # pixels; bfloat16 has quarters there
+        assert (ends * 4 != (ends * 4).round()).any()
+
+
+def test_a_segmenter_of_nan_is_not_judged(segmenter):
+    model = copy.deepcopy(segmenter)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[0] = torch.nan
+    with pytest.raises(TrainingError, match="not finite: 1 .*cls_score.bias.; train the seg"):
+        evaluate_segmenter(model, Mixed(), progress=False)
+
+
+@pytest.mark.parametrize("name", ["score", "threshold"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_thresholds_are_shares(segmenter, name, value):
+    with pytest.raises(DataError, match=f"{name} {value}: must be a number from 0 to 1"):
+        evaluate_segmenter(segmenter, Mixed(), progress=False, **{name: value})
+
+
+def test_a_validation_that_says_nothing(classifier):
+    empty = TinySlices(0)
+    with pytest.raises(TrainingError, match="accuracy is nan after epoch 0"):
+        train_classifier(
+            classifier, TinySlices(8), "heads", tiny_training(), validation=empty, progress=False
+        )
+
+
+def test_a_checkpoint_of_nan_is_not_resumed(tiny_lesions, tmp_path):
+    path, training = tmp_path / "run.ckpt", tiny_training(epochs=1)
+
+    def train():
+        torch.manual_seed(0)
+        model = lesion_mask_rcnn(TINY_DETECTOR)
+        train_segmenter(model, tiny_lesions, training, checkpoint=path, progress=False)
+
+    train()
+    state = torch.load(path, weights_only=True)
+    state["model"]["backbone.body.conv1.weight"][0] = torch.nan
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="run.ckpt: holds NaN or infinity in 1 .*conv1"):
+        train()
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batch_sizes(segmenter, tiny_lesions, size):
+    with pytest.raises(DataError, match=f"batch size {size}: give a multiple"):
+        train_segmenter(segmenter, tiny_lesions, tiny_training(batch_size=size), progress=False)
+
+
 def test_logits_that_are_no_numbers(classifier):
     with torch.no_grad():
         classifier.s.fc_scores_img.bias[1] = torch.nan
@@ -109,7 +207,9 @@ def test_the_last_step_may_not_leave_weights_that_are_no_numbers(
 
     monkeypatch.setattr(torch.optim, "Adam", Broken)
     path = tmp_path / "run.ckpt"
-    with pytest.raises(TrainingError, match="step 3: the weights .* are not finite; lower the"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: weights that are not finite: 1 \(.*conv1.weight\); lower"
+    ):
         train_segmenter(model, tiny_lesions, tiny_training(), checkpoint=path, progress=False)
     state = loop.load_checkpoint(path, {})  # of the first epoch
     assert len(state["history"]) == 2 and not loop.not_finite(state["model"])

@@ -9,41 +9,43 @@ import pytest
 import torch
 from PIL import Image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 import covidmask
+from covidmask.data.images import read_image
+from covidmask.data.slices import SliceImages
 from covidmask.errors import OutputError, TrainingError
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.training import ranked_cache
 from covidmask.training.loop import make_fabric
 from covidmask.training.ranked_cache import cache_ranked_boxes
 
 
-class Files(Dataset):
+class Files(SliceImages):
     """Tiny slices as files; counts what is read, and can fail at one of them."""
 
-    def __init__(self, root, count=6):
+    def __init__(self, root, count, monkeypatch):
         self.root, self.slices = root, TinySlices(count)
         self.names, self.labels = self.slices.names, self.slices.labels
         self.reads, self.fails_at = [], None
+        monkeypatch.setattr("covidmask.data.slices.read_image", self.read)
         for i, name in enumerate(self.names):
             levels = (self.slices[i][0][0] * 255).round().to(torch.uint8).numpy()
             Image.fromarray(levels).save(root / name)
 
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
+    def read(self, path):
+        index = self.slices.names.index(path.name)
         if index == self.fails_at:
             raise KeyboardInterrupt
         self.reads.append(index)
-        return self.slices[index]
+        return read_image(path)
 
 
 @pytest.fixture
-def dataset(tmp_path):
+def dataset(tmp_path, monkeypatch):
     (tmp_path / "slices").mkdir()
-    return Files(tmp_path / "slices")
+    return Files(tmp_path / "slices", 6, monkeypatch)
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def rank(model, dataset, folder=None, **options):
 def test_boxes_are_found_again_and_mapped(model, dataset, folder):
     rows = rank(model, dataset, folder)
     assert rows.shape == (6, 16, 5) and not rows.isnan().any()
-    images = [dataset.slices[i][0] for i in range(6)]
+    images = [dataset[i][0] for i in range(6)]
     with torch.no_grad():
         expected = model.ranked_boxes(images)
     torch.testing.assert_close(rows[..., 0], expected[..., 0], rtol=1e-4, atol=1e-5)
@@ -212,16 +214,56 @@ def test_a_setting_changed_by_hand_is_another_file(dataset, folder):
     dataset.reads.clear()
     rank(other, dataset, folder)
     assert len(dataset.reads) == 6 and len(list(folder.iterdir())) == 2
+    other.detector.roi_heads.box_coder.weights = (1.0, 1.0, 1.0, 1.0)  # of a helper, no module
+    rank(other, dataset, folder)
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_slices_that_are_no_files(model, dataset, folder):
-    del dataset.root
-    rows = rank(model, dataset, folder)
-    dataset.reads.clear()
-    assert torch.equal(rank(model, dataset, folder), rows)
-    dataset.slices._images[2] = dataset.slices._images[2] * 0.5
-    rank(model, dataset, folder)
+    slices = dataset.slices
+    rows = rank(model, slices, folder)
+    assert torch.equal(rank(model, slices, folder), rows) and len(list(folder.iterdir())) == 1
+    slices._images[2] = slices._images[2] * 0.5
+    rank(model, slices, folder)
+    slices._images[2] = slices._images[2].transpose(1, 2).reshape(3, 32, 128)
+    rank(model, slices, folder)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_crop_of_the_same_files_is_another_file(model, dataset, folder):
+    class Cropped(SliceImages):
+        def __init__(self):
+            vars(self).update(vars(dataset))
+
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image[:, 8:56, 8:56], label
+
+    assert not torch.equal(rank(model, dataset, folder), rank(model, Cropped(), folder))
     assert len(list(folder.iterdir())) == 2
+
+
+def test_names_are_not_needed(model, folder):
+    part = Subset(TinySlices(3), [0, 2])
+    assert torch.equal(rank(model, part, folder), rank(model, part, folder))
+
+
+def test_two_runs_at_once_that_both_are_killed(model, dataset, folder, monkeypatch):
+    """Both append what they have computed to one file."""
+    expected = rank(model, dataset)
+    append = ranked_cache._append
+
+    def twice(*arguments):
+        append(*arguments)
+        append(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ranked_cache, "_append", twice)
+        rank(model, dataset, folder)
+    (part,) = folder.iterdir()
+    assert part.stat().st_size == 4 * RECORD  # of the slices 0, 1, 0, 1
+    torch.testing.assert_close(rank(model, dataset, folder), expected)
 
 
 def test_a_finished_file_with_a_gap_is_computed_again(model, dataset, folder):
