@@ -587,6 +587,7 @@ class EvaluateClassifier(_EvaluateOptions):
             result["predictions"],
             [f"{c} {patient}" for c, patient in patients_of],
             lambda drawn: report(drawn)["accuracy"],
+            classes=len(classes),
         )
         patients = len(set(patients_of))
         _say("Confusion matrix in slices (rows: true class, columns: predicted class)")
