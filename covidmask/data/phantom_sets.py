@@ -273,7 +273,7 @@ def _found(root: Path, note: dict) -> bool:
     try:
         there = json.loads((root / "phantoms.json").read_text(encoding="utf-8"))
         there.pop("package", None)
-    except (FileNotFoundError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
         there = None
     if there == note:
         return True
