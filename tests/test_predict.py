@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -316,21 +317,20 @@ def test_no_picture_is_written_over_an_input(way, tmp_path, stub, capsys):
     assert "is one of the images to look at" in capsys.readouterr().err
 
 
-def test_no_table_is_written_over_an_input_or_a_folder(tmp_path, stub, capsys):
-    odd = tmp_path / "odd" / "summary.csv"
+def test_no_table_is_written_over_an_input_or_a_folder(tmp_path, stub):
+    picture, odd = write_picture(tmp_path / "a.png"), tmp_path / "odd" / "summary.csv"
     odd.parent.mkdir()
-    write_picture(tmp_path / "a.png").rename(odd)
-    with pytest.raises(OutputError, match="summary.csv: is one of the images"):
-        module.predict([odd], "s", "c", odd.parent)
-    picture = write_picture(tmp_path / "a.png")
+    shutil.copy(picture, odd)
     (tmp_path / "out" / "summary.csv").mkdir(parents=True)
-    assert predict([picture], tmp_path / "out")[0] == 2
-    weights = ["--segmenter", write_picture(tmp_path / "a_lesions.png")]
-    assert predict([picture], tmp_path, *weights)[0] == 2
+    weights = shutil.copy(picture, tmp_path / "a_lesions.png")
+    for out, images, segmenter, words in (
+        (odd.parent, [odd], "s", "summary.csv: is one of the images"),
+        (tmp_path / "out", [picture], "s", "summary.csv: is a folder"),
+        (tmp_path, [picture], weights, "a_lesions.png: is one of .* or a file of weights"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            module.predict(images, segmenter, "c", out)
     assert not stub.batches and list((tmp_path / "out").iterdir()) == [tmp_path / "out/summary.csv"]
-    text = capsys.readouterr().err
-    assert "a_lesions.png: is one of" in text
-    assert "summary.csv: is a folder" in text
 
 
 @pytest.mark.parametrize("name", ["x" * 251, "\u60a3" * 83])
