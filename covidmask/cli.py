@@ -215,11 +215,11 @@ class _TrainOptions:
     def _outputs(self, default: Path, *inputs: str | Path) -> tuple[Path, Path]:
         """Weights and checkpoint file; both can be written, which is tried before training."""
         out = self.out or default
-        checkpoint = self.checkpoint or out.with_suffix(".ckpt")
         _check_output(out, self.split, *inputs)
+        checkpoint = self.checkpoint or out.with_suffix(".ckpt")
         _check_no_input("--checkpoint", checkpoint, out, self.split, *inputs)
-        if checkpoint.is_dir():
-            raise OutputError(f"{checkpoint}: is a folder; name a file with --checkpoint")
+        if checkpoint.exists() and not checkpoint.is_file():
+            raise OutputError(f"{checkpoint}: is a folder or device; name a file with --checkpoint")
         if _rank() == 0:
             check_writable(out.parent)
             check_writable(checkpoint.parent)
@@ -862,7 +862,10 @@ def _message(error: Exception) -> str | None:
 
 def _rank() -> int:
     """Number of this process among those of `torchrun`."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK") or "0"
+    if not rank.isdecimal():
+        raise CovidmaskError(f"RANK={rank}: is no number of a process; unset it, or use torchrun")
+    return int(rank)
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OutputError: the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # not the whole stem: a name as long as the system allows must not grow too long
+    temporary = path.with_name(f".{path.stem[:32]}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,10 @@ from covidmask.models.inputs import to_model
 from covidmask.models.weights import load_classifier, load_segmenter
 
 PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
+TABLES = ("predictions.csv", "summary.csv")
+MAX_STEM = 200  # bytes of a picture's name: systems allow 255, with what is added to it
 BATCH = 4  # slices of one size that go through the networks together
+BATCH_PIXELS = 2**22  # in all of them, or one alone: large pictures would fill the memory
 FLAT = 1 / 8  # of the way from black to white: a picture that spans less shows the networks little
 AIR = -500.0  # HU: every slice of a chest has darker pixels, in the lung and around the patient
 CAUTION = (
@@ -98,7 +102,9 @@ def predict(
             raise DataError(f"{name} {value}: must be a number from 0 to 1")
     scans, notes = find_scans(images, series)
     jobs = _jobs(scans, slices, every)
-    _check_pictures(jobs, Path(out))
+    _check_outputs(jobs, Path(out), segmenter, classifier)
+    if (slices, every, window) != (None, None, LUNG_WINDOW) and not any(s.volume for s in scans):
+        notes.append("here is no volume, so --slices, --every and --window change nothing.")
     each = [job.slice for job in jobs]
     darkest = dict.fromkeys((scan.name for scan in scans), 1.0)
     flat = []
@@ -106,7 +112,8 @@ def predict(
         jobs, read_slices(tqdm(each, desc="checking images"), window), strict=True
     ):
         darkest[job.scan.name] = min(darkest[job.scan.name], float(grey.min()))
-        if not job.scan.volume and np.ptp(grey) < FLAT:
+        # but for one pixel in 200, as a few bright ones do not help the rest
+        if not job.scan.volume and np.ptp(np.percentile(grey, (0.5, 99.5))) < FLAT:
             flat.append(job.slice.path.name)
     if flat:
         notes.append(
@@ -137,8 +144,8 @@ def predict(
             progress.update(len(batch))
     classes = model.config.classes
     summary = [_summary(scan, rows, jobs, classes) for scan in scans]
-    _write_table(Path(out) / "predictions.csv", rows)
-    _write_table(Path(out) / "summary.csv", summary)
+    for name, table in zip(TABLES, (rows, summary), strict=True):
+        _write_table(Path(out) / name, table)
     for values in summary:
         if values["looked_at"] > 1:
             shares = ", ".join(f"{c} {values[f'share {c}']:.0%}" for c in classes)
@@ -168,6 +175,8 @@ def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None) -> list[
         chosen = choose_slices(count, slices, every, scan.name) if scan.volume else range(count)
         for k in chosen:
             stem = scan.slices[k].path.stem
+            while len(os.fsencode(stem)) > MAX_STEM:
+                stem = stem[:-1]
             if scan.volume:
                 stem = f"{scan.name.replace(' ', '_')}_" * many + f"slice_{k + 1:04d}"
             name, number = f"{stem}_lesions.png", 1
@@ -179,16 +188,19 @@ def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None) -> list[
     return jobs
 
 
-def _check_pictures(jobs: Sequence[_Job], out: Path) -> None:
-    """Refuse to write a picture over something that the reader gave us to look at."""
+def _check_outputs(jobs: Sequence[_Job], out: Path, *weights: str | Path) -> None:
+    """Refuse to write over something that the reader gave us."""
+    read = [*(job.slice.path for job in jobs), *filter(os.path.exists, weights)]
     try:
-        inputs = {(s.st_dev, s.st_ino) for s in (job.slice.path.stat() for job in jobs)}
-        for job in jobs:
-            path = out / job.picture
+        inputs = {(s.st_dev, s.st_ino) for s in map(os.stat, read)}
+        for name in (*(job.picture for job in jobs), *TABLES):
+            path = out / name
+            if path.is_dir():
+                raise OutputError(f"{path}: is a folder; choose another one with --out")
             if path.exists() and (path.stat().st_dev, path.stat().st_ino) in inputs:
                 raise OutputError(
-                    f"{path}: is one of the images to look at and would be overwritten; "
-                    "choose another folder with --out"
+                    f"{path}: is one of the images to look at or a file of weights, and would be "
+                    "overwritten; choose another folder with --out"
                 )
     except OSError as error:
         if isinstance(error, OutputError):
@@ -205,7 +217,8 @@ def _batches(
     batch: list[_Job] = []
     held: list[np.ndarray] = []
     for job, grey in zip(jobs, greys, strict=True):
-        if held and (len(held) == BATCH or held[0].shape != grey.shape):
+        most = min(BATCH, BATCH_PIXELS // grey.size)
+        if held and (len(held) >= most or held[0].shape != grey.shape):
             yield batch, held
             batch, held = [], []
         batch.append(job)

@@ -592,6 +592,27 @@ def test_numbers_over_something_else(here, capsys):
         fails(f"stats --data data --json {path}", here, capsys, path, "end in .json")
 
 
+def test_weights_named_as_the_working_folder(here, capsys):
+    fails(SEGMENTER.replace("out/new.safetensors", "."), here, capsys, "end in .safetensors")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs Unix")
+def test_devices(here, capsys):
+    fails(SEGMENTER + " --checkpoint /dev/zero", here, capsys, "/dev/zero: is a folder or device")
+    command = "evaluate segmenter --data data --weights seg.safetensors --split /dev/zero"
+    fails(command, here, capsys, "/dev/zero: this is a device")
+
+
+def test_data_that_is_a_file(here, capsys):
+    fails("stats --data scan.png", here, capsys, "scan.png: is a file; name the folder")
+
+
+def test_phantoms_whose_note_is_a_list(here, capsys):
+    (here / "odd").mkdir()
+    (here / "odd" / "phantoms.json").write_text("[1]")
+    fails("phantoms --out odd", here, capsys, "odd: holds other files")
+
+
 def test_folder_for_pictures_that_is_a_file(here, capsys):
     command = PREDICT.format("scan.png").replace("--out out", "--out seg.safetensors")
     fails(command, here, capsys, "seg.safetensors: is a file; name a folder")

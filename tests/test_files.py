@@ -5,6 +5,13 @@ import os
 from covidmask.files import atomic_path
 
 
+def test_a_name_as_long_as_the_system_allows(tmp_path):
+    path = tmp_path / f"{'x' * 250}.json"
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_file_is_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
     """On Windows another one is refused; no bytes are written here, yet a reader may not."""
     synced = []

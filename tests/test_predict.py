@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -19,7 +20,7 @@ from covidmask.cli import main
 from covidmask.config import IMAGE_CLASSES
 from covidmask.data.images import LUNG_WINDOW
 from covidmask.data.medical import hounsfield_to_unit
-from covidmask.errors import DataError
+from covidmask.errors import DataError, OutputError
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import save_model
@@ -195,6 +196,13 @@ def test_batches_hold_one_size(tmp_path, stub):
     assert (rows[-1]["image"], rows[-1]["slice"]) == ("volume 2", "5")
 
 
+@pytest.mark.parametrize("pixels, sizes", [(2 * 64 * 64, [2, 2, 1]), (1, [1] * 5)])
+def test_batches_of_large_slices_are_smaller(pixels, sizes, tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_PIXELS", pixels)
+    assert predict([write_series(tmp_path / "a", 5)], tmp_path / "out")[0] == 0
+    assert [len(batch) for batch in stub.batches] == sizes
+
+
 def test_two_networks_give_a_slice_the_same_numbers_alone_and_in_a_batch(tmp_path, tiny_weights):
     write_series(tmp_path / "scan", 5)
     tables = []
@@ -309,6 +317,38 @@ def test_no_picture_is_written_over_an_input(way, tmp_path, stub, capsys):
     assert "is one of the images to look at" in capsys.readouterr().err
 
 
+def test_no_table_is_written_over_an_input_or_a_folder(tmp_path, stub):
+    picture, odd = write_picture(tmp_path / "a.png"), tmp_path / "odd" / "summary.csv"
+    odd.parent.mkdir()
+    shutil.copy(picture, odd)
+    (tmp_path / "out" / "summary.csv").mkdir(parents=True)
+    weights = shutil.copy(picture, tmp_path / "a_lesions.png")
+    for out, images, segmenter, words in (
+        (odd.parent, [odd], "s", "summary.csv: is one of the images"),
+        (tmp_path / "out", [picture], "s", "summary.csv: is a folder"),
+        (tmp_path, [picture], weights, "a_lesions.png: is one of .* or a file of weights"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            module.predict(images, segmenter, "c", out)
+    assert not stub.batches and list((tmp_path / "out").iterdir()) == [tmp_path / "out/summary.csv"]
+
+
+@pytest.mark.parametrize("name", ["x" * 251, "\u60a3" * 83])
+def test_a_name_as_long_as_the_system_allows(name, tmp_path, stub):
+    picture = write_picture(tmp_path / f"{name}.png")
+    assert predict([picture], tmp_path / "out")[0] == 0
+    assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".csv", ".csv", ".png"]
+
+
+def test_options_without_effect_are_noted(tmp_path, stub, capsys):
+    picture = write_picture(tmp_path / "a.png")
+    for options in (["--slices", "9"], ["--every", "2"], ["--window", "40", "400"]):
+        assert predict([picture], tmp_path / "out", *options)[0] == 0
+        assert "Note: here is no volume" in capsys.readouterr().out
+    predict([picture], tmp_path / "out")
+    assert "here is no volume" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs names that are no text")
 def test_a_name_that_is_no_text(tmp_path, stub):
     name = os.fsdecode(b"\xff.png")
@@ -321,6 +361,11 @@ def test_a_name_that_is_no_text(tmp_path, stub):
 def test_flat_pictures_are_noted(tmp_path, stub, capsys):
     flat = write_picture(tmp_path / "flat.png", 100, 120)
     assert predict([flat, write_picture(tmp_path / "a.png")], tmp_path / "out")[0] == 0
+    assert "pictures: 1 (flat.png) use less than an eighth" in capsys.readouterr().out
+    hot = np.array(Image.open(flat))
+    hot[0, 0] = 255
+    Image.fromarray(hot).save(flat)
+    assert predict([flat], tmp_path / "out")[0] == 0
     assert "pictures: 1 (flat.png) use less than an eighth" in capsys.readouterr().out
 
 

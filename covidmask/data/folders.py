@@ -112,6 +112,8 @@ def existing_folder(root: str | Path) -> Path:
         DataError: it is not.
     """
     root = Path(root)
+    if root.is_file():
+        raise DataError(f"{root}: is a file; name the folder that holds the data with --data")
     if not root.is_dir():
         raise DataError(
             f"{root}: there is no such data folder; make it with `covidmask phantoms --preset "

@@ -15,6 +15,8 @@ from covidmask.files import atomic_path
 
 LUNG_WINDOW = (-600.0, 1500.0)  # level, width in HU
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # what the public data sets hold, in order of preference
+# No others that Pillow knows: for a stranger's EPS, for one, it would start Ghostscript
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
 FEW_LEVELS = 4096  # of 65536: 12 bits, or Hounsfield units, which would all look alike
 
 
@@ -112,12 +114,12 @@ def has_dicom_preamble(path: Path) -> bool:
 def _open(path: Path) -> Image.Image:
     """Decode and turn a picture completely; Pillow alone would leave the pixels for later."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             check_size(*picture.size, path)  # before any pixel is decoded
             picture.verify()  # PNG: the checksums, and that the end of the file is there
         # again, because `verify` uses the file up; open, because by its name Pillow would map a
         # plain TIFF into memory with the sides that it has after turning
-        with open(path, "rb") as file, Image.open(file) as picture:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise DataError(
                     f"{path}: the file holds {picture.n_frames} pictures; save the slice you want "

@@ -23,6 +23,8 @@ def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
             twice.
     """
     try:
+        if stat.S_ISCHR(Path(path).stat().st_mode):  # /dev/zero never ends
+            raise DataError(f"{path}: this is a device; name a text file with one slice per line")
         text = Path(path).read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
@@ -83,6 +85,6 @@ def readable(path: str | Path, empty: bool = False) -> Path:
 def no_access(path: str | Path, error: OSError) -> DataError:
     """The error for a file or folder that the system does not open."""
     return DataError(
-        f"{path}: cannot be opened ({error.strerror or one_line(error)}); check its permissions "
-        "and those of its folder"
+        f"{path}: cannot be opened ({error.strerror or one_line(error)}); check the path, its "
+        "permissions and those of its folder"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,9 @@ PACKAGES = "pydicom nibabel python-gdcm"  # the extra `medical`, by the names th
 MIN_SIDE = 8  # a slice with a shorter side is a broken file
 MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a decompression bomb
 MAX_GZ_BYTES = 2**31  # of a .nii.gz once unpacked: 1,000 slices of 512 x 512 in 64 bits
+MAX_DEFLATED_BYTES = 2**29  # of a DICOM file once inflated
+PREAMBLE = 144  # bytes of a DICOM file before what its meta header counts
+PIECE = 2**20  # bytes that are unpacked at a time
 DEFLATE = 1032  # times a file's size is the most that it can unpack to
 MM = {1: 1000.0, 3: 0.001}  # by NIfTI's code for a unit of length: metre, micron; others are mm
 
@@ -87,12 +92,33 @@ def open_dicom(path: str | Path, tags: Sequence[str], *, pixels: bool) -> Datase
     except ImportError as error:
         raise _missing_package(path, "pydicom") from error
     try:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            _check_deflated(path, PREAMBLE + meta.FileMetaInformationGroupLength)
         return pydicom.dcmread(path, specific_tags=list(tags), stop_before_pixels=not pixels)
+    except DataError:
+        raise
     except Exception as error:  # broken bytes fail in many ways
         reason = one_line(error).partition(" Use force=True")[0]  # advice to programmers
         raise DataError(
             f"{path}: this is no DICOM file ({reason}); export the slice again"
         ) from error
+
+
+def _check_deflated(path: str | Path, start: int) -> None:
+    """Raise `DataError` where a deflated file, which pydicom unpacks in memory, would fill it."""
+    unpack, total = zlib.decompressobj(wbits=-zlib.MAX_WBITS), 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(PIECE)
+        while data:
+            total += len(unpack.decompress(data, PIECE))
+            if total > MAX_DEFLATED_BYTES:
+                raise DataError(
+                    f"{path}: the file unpacks to more than {MAX_DEFLATED_BYTES:,} bytes; export "
+                    "the slice uncompressed"
+                )
+            data = unpack.unconsumed_tail or file.read(PIECE)
 
 
 def whole(dataset: Dataset, keyword: str, least: float = -math.inf) -> int | None:
@@ -170,9 +196,10 @@ def read_dicom(
             for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType")
         )
         slope, intercept = (None if value == "" else value for value in (slope, intercept))
-        _check_hounsfield(path, dataset, slope, unit)
+        lut = dataset.get("ModalityLUTSequence") or []
+        _check_hounsfield(path, dataset, slope, lut[0].get("ModalityLUTType") if lut else unit)
         stored = _stored(path, dataset, frame)
-        is_hu = slope is not None or intercept is not None
+        is_hu = bool(lut) or slope is not None or intercept is not None
         # both, because pydicom rescales with both only
         dataset.RescaleSlope = 1 if slope is None else slope
         dataset.RescaleIntercept = 0 if intercept is None else intercept
@@ -203,6 +230,10 @@ def _check_hounsfield(path: str | Path, dataset: Dataset, slope: Any, unit: Any)
         reason = "its rescale type is not HU"  # US: unspecified, which old scanners wrote
     elif slope is not None and not 0 < slope < math.inf:
         reason = f"its rescale slope is {slope:g}"
+    elif not str(dataset.get("PhotometricInterpretation") or "MONO").startswith("MONO"):
+        reason = "its pixels are no grey values"
+    elif (whole(dataset, "HighBit") or 0) >= (whole(dataset, "BitsStored") or 64):
+        reason = "its values do not stand in the lowest bits"  # pydicom would not shift them
     else:
         return
     raise DataError(
@@ -261,6 +292,7 @@ class NiftiVolume:
             raise _missing_package(path, "nibabel") from error
         self.path = readable(path)
         try:
+            nibabel.imageglobals.logger.setLevel("CRITICAL")  # it would print what it mends
             self._image = nibabel.load(path)
             if not isinstance(self._image, nibabel.Nifti1Image):  # Nifti2Image is one, too
                 raise DataError(f"{path}: the file is CIFTI, no volume; save one 3-D NIfTI volume")
@@ -295,8 +327,8 @@ class NiftiVolume:
         packed = self.path.suffix.lower() == ".gz"
         if proxy.offset + claimed > held * (DEFLATE if packed else 1):
             raise ValueError(
-                f"its header claims {self._shape} voxels, {claimed:,} bytes, more than {held:,} "
-                "bytes of the file can hold"
+                f"its header claims {self._shape} voxels, to byte {proxy.offset + claimed:,}, more "
+                f"than {held:,} bytes of the file can hold"
             )
         if packed and claimed > MAX_GZ_BYTES:
             raise DataError(
@@ -342,10 +374,30 @@ class NiftiVolume:
         """[to the right, anterior, superior] without slope and intercept: a view of the file."""
         from nibabel.orientations import apply_orientation
 
-        stored = self._image.dataobj.get_unscaled().reshape(self._shape, order="F")
+        proxy = self._image.dataobj
+        packed = self.path.suffix.lower() == ".gz"
+        stored = self._unpacked() if packed else proxy.get_unscaled()
+        stored = stored.reshape(self._shape, order="F")
         if stored.dtype.kind not in "iuf":
             raise ValueError(f"its voxels are of type {stored.dtype}, not real numbers")
         return apply_orientation(stored, self._turn)
+
+    def _unpacked(self) -> np.ndarray:
+        """Every voxel of a .nii.gz, which is read to its end: its checksum stands there."""
+        proxy = self._image.dataobj
+        stored = np.empty(math.prod(self._shape), proxy.dtype)
+        left = stored.view(np.uint8)
+        with gzip.open(self.path) as file:
+            file.seek(proxy.offset)
+            while len(left):
+                count = file.readinto(left[:PIECE])
+                if not count:
+                    raise EOFError("it ends before its last voxel")
+                left = left[count:]
+            for _ in range(MAX_GZ_BYTES // PIECE):
+                if not file.read(PIECE):
+                    break
+        return stored
 
     def _unreadable(self, error: Exception) -> DataError:
         return DataError(

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import wait
@@ -132,6 +132,19 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, once
 
 
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Keep Ctrl-C from processes that start, which would die of it with tracebacks of their own."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress: bool) -> None:
     """Write every patient and then the lists.
 
@@ -148,7 +161,9 @@ def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress
         context = multiprocessing.get_context("spawn")
         workers = min(workers, MAX_WORKERS)
         with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-            done = list(bar(pool.map(write, jobs, chunksize=4)))
+            with _interrupts_later():
+                results = pool.map(write, jobs, chunksize=4)
+            done = list(bar(results))
     for kind in ("lesions", "slices"):
         for split in ("train", "val", "test"):
             lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
@@ -273,7 +288,7 @@ def _found(root: Path, note: dict) -> bool:
     try:
         there = json.loads((root / "phantoms.json").read_text(encoding="utf-8"))
         there.pop("package", None)
-    except (FileNotFoundError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
         there = None
     if there == note:
         return True

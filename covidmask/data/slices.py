@@ -196,7 +196,7 @@ def _parse_line(words: list[str]) -> SliceEntry:
     label = parse_name(words[0]).label
     if len(words) == 1:
         return SliceEntry(words[0], label, None)
-    if len(words) != 6 or not all(word.isdecimal() for word in words[1:]):
+    if len(words) != 6 or not all(re.fullmatch(r"\d{1,9}", w) for w in words[1:]):
         raise DataError(
             f"{' '.join(words)!r} does not parse; expected `name class xmin ymin xmax ymax` or the "
             "name alone"

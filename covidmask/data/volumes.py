@@ -69,9 +69,10 @@ def find_scans(
     pictures: list[Path] = []
     volumes: list[tuple[str, Sequence[Slice]]] = []
     notes: list[str] = []
-    paths = [Path(path) for path in paths]
+    paths = list(dict.fromkeys(Path(path) for path in paths))  # what is named twice counts once
     folders = [path for path in paths if os.path.isdir(path)]
     named = [readable(path) for path in paths if path not in folders]
+    counted = False
     groups = [("the files named", named, False)] if named else []
     for source, files, is_folder in groups + [(str(f), _files(f), True) for f in folders]:
         before = len(pictures) + len(volumes)
@@ -100,6 +101,7 @@ def find_scans(
         left_out.update({"plane other than axial": len(other)} if other else {})
         if parts and series is not None and not is_folder:
             notes.append(f"{source}: --series is for folders; each series of these files is taken.")
+        counted |= bool(parts)
         for part in _chosen(parts, series, source) if is_folder else parts:
             slices, remarks = ordered(part, source)
             volumes.append((source, slices))
@@ -113,6 +115,8 @@ def find_scans(
             )
         if reasons:
             notes.append(f"{source}: files left out: {reasons}.")
+    if series is not None and not counted:
+        notes.append("--series counts the DICOM series of a folder; here it changes nothing.")
     scans = [
         Scan(f"volume {number}", source, tuple(slices), True)
         for number, (source, slices) in enumerate(volumes, 1)
@@ -141,17 +145,19 @@ def choose_slices(
         Rising positions, from 0.
 
     Raises:
-        DataError: `slices` does not parse, or the volume has no such slice.
+        DataError: `slices` does not parse, the volume has no such slice, or `every` is below 1.
     """
+    if every is not None and every < 1:
+        raise DataError(f"every {every}: must be a whole number from 1")
     if slices is None and every is None:
         parts = min(LOOKED_AT, count)
         return [int((part + 0.5) * count / parts) for part in range(parts)]
     chosen = set(range(count)) if slices in (None, "all") else set()
     for part in [] if chosen else slices.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if match is None:
             raise DataError(
-                f"slices {slices!r}: does not parse; write all, or numbers and ranges such as "
+                f"slices {slices!r:.60}: does not parse; write all, or numbers and ranges such as "
                 "20-80 or 3,17,40-45"
             )
         first, last = int(match[1]), int(match[2] or match[1])
@@ -160,7 +166,7 @@ def choose_slices(
                 f"slices {slices!r}: {name} has no slices {part.strip()}; choose from 1 to {count}"
             )
         chosen.update(range(first - 1, last))
-    return sorted(chosen)[:: every or 1]
+    return sorted(chosen)[::every]
 
 
 def read_slices(
@@ -214,8 +220,9 @@ def _kind(path: Path) -> str:
         return "NIfTI"
     if path.suffix.lower() in (".dcm", ".dicom") or has_dicom_preamble(path):
         return "DICOM"
-    is_picture = path.suffix.lower() in PICTURES and not path.name.endswith(RESULT)
-    return "picture" if is_picture else "no image"
+    if path.suffix.lower() not in PICTURES:
+        return "no image"
+    return f"named ...{RESULT} as results are" if path.name.endswith(RESULT) else "picture"
 
 
 def _is_nifti(path: Path) -> bool:

@@ -295,3 +295,10 @@ def test_dicom_is_known_without_suffix(tmp_path, monkeypatch):
     (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
     monkeypatch.setattr(images.medical, "read_dicom", lambda path, window: np.ones((9, 9)))
     assert read_image(tmp_path / "IM0001").sum() == 81
+
+
+def test_a_format_for_which_pillow_would_start_another_program(tmp_path):
+    Image.new("L", (16, 16)).save(tmp_path / "a.eps")
+    path = (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: this is no image that can be read"):
+        read_image(path)

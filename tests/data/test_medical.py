@@ -241,6 +241,8 @@ def test_compressed_dicom_names_the_package(tmp_path, monkeypatch):
         ({"RescaleSlope": 1, "RescaleIntercept": 0, "RescaleType": "MGML"}, "type is not HU"),
         ({"RescaleSlope": 0, "RescaleIntercept": 0}, "slope is 0"),
         ({"RescaleSlope": -1}, "slope is -1"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "no grey values"),
+        ({"BitsStored": 12, "HighBit": 15}, "not stand in the lowest bits"),
     ],
 )
 def test_what_is_no_hounsfield_units_is_refused(tmp_path, tags, problem):
@@ -248,6 +250,35 @@ def test_what_is_no_hounsfield_units_is_refused(tmp_path, tags, problem):
         read_dicom(write_dicom(tmp_path / "a.dcm", HU, **tags), WINDOW)
     for kind in ("HU", "US", "", None):
         read_dicom(write_dicom(tmp_path / "b.dcm", HU, RescaleType=kind, Modality="CT"), WINDOW)
+
+
+def test_a_table_of_other_values_than_hounsfield_units_is_refused(tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
+    for kind, words in (("OD", "type is not HU"), ("HU", None)):
+        table = pydicom.Dataset()
+        table.add_new("LUTDescriptor", "US", [4096, 0, 16])
+        table.ModalityLUTType = kind
+        table.add_new("LUTData", "OW", np.arange(4096, dtype=np.uint16).tobytes())
+        path = write_dicom(tmp_path / "a.dcm", np.abs(HU), ModalityLUTSequence=[table])
+        if words is None:
+            read_dicom(path, WINDOW)
+            continue
+        with pytest.raises(DataError, match=words):
+            read_dicom(path, WINDOW)
+
+
+def test_a_deflated_file_that_would_fill_the_memory(tmp_path, monkeypatch):
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
+    deflated = pydicom.uid.DeflatedExplicitVRLittleEndian
+    path = write_dicom(tmp_path / "a.dcm", HU, RescaleSlope=1, RescaleIntercept=0)
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = deflated
+    expected = read_dicom(path, WINDOW)
+    dataset.save_as(path)
+    np.testing.assert_array_equal(read_dicom(path, WINDOW), expected)
+    monkeypatch.setattr(medical, "MAX_DEFLATED_BYTES", HU.nbytes)
+    with pytest.raises(DataError, match="a.dcm: the file unpacks to more than"):
+        read_dicom(path, WINDOW)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +356,19 @@ def test_bad_nifti(tmp_path):
     nan = write_nifti(tmp_path / "nan.nii", np.full((12, 10, 5), np.nan, np.float32), RAS)
     with pytest.raises(DataError, match="nan.nii.*NaN"):
         read_nifti(nan, None, WINDOW)
+
+
+def test_a_packed_nifti_file_whose_checksum_is_wrong(tmp_path):
+    path = write_nifti(tmp_path / "ct.nii.gz", marked_volume(), RAS)
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(DataError, match="ct.nii.gz: .*CRC"):
+        read_nifti(path, None, WINDOW)
+
+
+def test_what_nibabel_mends_is_not_printed(tmp_path, caplog):
+    path = claiming(tmp_path / "ct.nii", marked_volume().shape, _80=struct.pack("<f", -1.0))
+    read_nifti(path, None, WINDOW)
+    assert not caplog.records
 
 
 def claiming(path, shape, **fields):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -479,3 +480,12 @@ def test_the_old_friend_is_in_no_data_set():
         job[3] for preset in PRESETS.values() for job in phantom_sets._jobs(preset.phantoms, 0)
     }
     assert FRIEND[0] not in seeds
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot hold Ctrl-C back")
+def test_ctrl_c_waits_until_the_processes_have_started():
+    reached = False
+    with pytest.raises(KeyboardInterrupt), phantom_sets._interrupts_later():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
+    assert reached

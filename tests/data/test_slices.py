@@ -245,3 +245,9 @@ def test_the_released_lesion_lists():
         "test": (100, 20),
     }
     assert not patients["train"] & patients["test"]
+
+
+def test_a_number_with_thousands_of_digits(tmp_path):
+    (tmp_path / "list.txt").write_text(f"NCP_1_1_1.png 2 0 0 {'9' * 5000} 5")
+    with pytest.raises(DataError, match="line 1: .*does not parse"):
+        read_split(tmp_path / "list.txt")

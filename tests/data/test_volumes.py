@@ -249,7 +249,8 @@ def test_what_is_no_axial_ct_is_left_out(tmp_path):
         "no CT (1)",
         "burned-in text, which may name the patient (1)",
         "colour (1)",
-        "no image (3)",
+        "no image (2)",
+        "named ..._lesions.png as results are (1)",
     ):
         assert word in notes
     for name in ("scout", "coronal", "mr"):
@@ -585,10 +586,27 @@ def test_default_choice_is_even_and_symmetric():
         assert abs(chosen[0] - (count - 1 - chosen[-1])) <= 1
 
 
-@pytest.mark.parametrize("slices", ["", "x", "3-", "-3", "1,,2", "0", "10", "5-4", "1-10", "1:3"])
+BAD = ["", "x", "3-", "-3", "1,,2", "0", "10", "5-4", "1-10", "1:3", "1" * 5000]
+
+
+@pytest.mark.parametrize("slices", BAD)
 def test_bad_choice(slices):
     with pytest.raises(DataError, match="slices"):
         choose_slices(9, slices)
+
+
+def test_bad_step():
+    for every in (0, -1):
+        with pytest.raises(DataError, match=f"every {every}: must be"):
+            choose_slices(9, None, every)
+
+
+def test_named_twice_and_named_as_results_are(tmp_path):
+    for name in ("a", "b_lesions"):
+        Image.new("L", (16, 16)).save(tmp_path / f"{name}.png")
+    scans, notes = find_scans([tmp_path / "a.png", f"{tmp_path}/./a.png"], series=7)
+    assert len(scans[0].slices) == 1 and "--series counts the DICOM series" in notes[0]
+    assert "named ..._lesions.png as results are (1)" in find_scans([tmp_path])[1][0]
 
 
 @pytest.mark.skipif(
