@@ -60,7 +60,8 @@ def test_closed_pipe(command, unbuffered, lesions):
     environment = {"PYTHONUNBUFFERED": unbuffered}
     done = start(*command.split(), stdout=writer, cwd=lesions.parent, env=environment)
     os.close(writer)
-    assert done.communicate()[1] == b"" and done.returncode == 141
+    quiet = (0, 141) if command == "--help" else (141,)  # some versions of tyro answer it alone
+    assert done.communicate()[1] == b"" and done.returncode in quiet
 
 
 @UNIX
@@ -144,7 +145,7 @@ def test_folders_that_may_not_be_entered(lesions):
 
 @pytest.mark.parametrize(
     "path, words",
-    [("x" * 300, "name too long"), ("loop", "no such"), ("file.txt/x", "no such")],
+    [("x" * 300, "name too long"), ("loop", "loop: "), ("file.txt/x", "no such")],
 )
 def test_paths_that_cannot_be(path, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -43,11 +43,13 @@ def load_author_checkpoint(path: str | Path) -> GeneralizedRCNN | CovidCTMaskNet
         raise CheckpointError(
             f"{path}: holds no `model_weights`; give one of the author's released checkpoints"
         )
-    state = {k: v for k, v in content["model_weights"].items() if isinstance(v, Tensor)}
-    sizes, ratios = _anchors(content.get("anchor_generator"), path)
+    state = {str(k): v for k, v in content["model_weights"].items() if isinstance(v, Tensor)}
     try:
+        sizes, ratios = _anchors(content.get("anchor_generator"), path)
         detector_config = _infer_detector(state, sizes, ratios)
-    except (KeyError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, ValueError, TypeError) as error:  # other things under the same names
         raise CheckpointError(
             f"{path}: not a Mask R-CNN of the author's ({error}); "
             "give a checkpoint with his ResNet-18, -34 or -50 backbone"
@@ -94,10 +96,10 @@ def _infer_detector(state: dict[str, Tensor], sizes, ratios) -> DetectorConfig:
 
 def _anchors(generator: Any, path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Sizes and ratios of one location; the author repeats them for five levels."""
-    values = generator if isinstance(generator, dict) else vars(generator or object)
+    values = generator if isinstance(generator, dict) else getattr(generator, "__dict__", {})
     found = []
     for key in ("sizes", "aspect_ratios"):
-        levels = values.get(key) if not isinstance(generator, type(None)) else None
+        levels = values.get(key)
         if not levels or any(tuple(level) != tuple(levels[0]) for level in levels):
             raise CheckpointError(
                 f"{path}: `anchor_generator` gives no {key} that are the same on every level; "

@@ -123,14 +123,19 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     result = model.load_state_dict(
         {k: v for k, v in probe.items() if k not in own or own[k].shape == v.shape}, strict=False
     )
-    sizes = [
-        f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+    shared = [(name, state[name], own[name]) for name in own if name in state]
+    unlike = [
+        f"{name} is {tuple(ours.shape)} in the file, {tuple(theirs.shape)} in the model"
+        for name, ours, theirs in shared
+        if ours.shape != theirs.shape
+    ] + [
+        f"{name} is {ours.dtype} in the file, {theirs.dtype} in the model"
+        for name, ours, theirs in shared  # which loading would turn into each other
+        if ours.is_floating_point() != theirs.is_floating_point()
     ]
     missing = [name for name in result.missing_keys if name not in state]
     problems = _first("lacks", missing) + _first("has unknown", result.unexpected_keys)
-    problems += sizes[:3] + ([f"{len(sizes) - 3} more sizes differ"] if len(sizes) > 3 else [])
+    problems += unlike[:3] + ([f"{len(unlike) - 3} more differ"] if len(unlike) > 3 else [])
     if problems:
         raise CheckpointError(
             f"{path}: weights of another architecture: {'; '.join(problems)}; "

@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
             f"{path}: truncated or damaged ({reason}); "
             "delete it and start again, or name another checkpoint"
         ) from error
-    if not isinstance(state, dict) or "run" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
         raise CheckpointError(
             f"{path}: not a checkpoint of a covidmask training; name another file"
         )

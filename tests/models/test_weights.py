@@ -24,6 +24,7 @@ from covidmask.models.segmentation import lesion_mask_rcnn
 from tools.shipped_weights import card_page
 
 ROOT = Path(__file__).parents[2]
+CLS_SCORE = "roi_heads.box_predictor.cls_score.weight"
 SMALL = DetectorConfig(
     backbone="resnet18", cut=2, image_size=64, rpn_test_proposals=60, light_mask_head=True
 )
@@ -316,3 +317,36 @@ def test_half_precision_halves_the_file(segmenter, tmp_path):
     ):
         assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-3), name
         assert a.ndim > 1 or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
+def test_weights_of_another_type_are_refused(segmenter, tmp_path, kind):
+    """`load_state_dict` would turn them into numbers without a word."""
+    path = weights.save_model(segmenter, tmp_path / "s.safetensors")
+    header = safe_open(path, "pt").metadata()
+    state = {name: tensor.contiguous() for name, tensor in segmenter.state_dict().items()}
+    state["rpn.head.conv.0.0.bias"] = state["rpn.head.conv.0.0.bias"].to(kind)
+    save_file(state, path, metadata=header)
+    with pytest.raises(CheckpointError, match=f"rpn.head.conv.0.0.bias is {kind} in the file"):
+        weights.load_segmenter(path)
+
+
+@pytest.mark.parametrize(
+    "anchors", [5, None, {"sizes": [1, 2], "aspect_ratios": [1]}, {"sizes": [["x"]]}]
+)
+def test_odd_anchors_of_an_author_file(segmenter, tmp_path, anchors):
+    content = {"model_weights": author_names(segmenter.state_dict()), "anchor_generator": anchors}
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="odd.pth: "):
+        author_checkpoints.load_author_checkpoint(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("change", [{5: torch.zeros(1)}, {CLS_SCORE: torch.tensor(1.0)}])
+def test_odd_weights_of_an_author_file(segmenter, tmp_path, change):
+    content = {
+        "model_weights": {**author_names(segmenter.state_dict()), **change},
+        "anchor_generator": {"sizes": (ANCHORS[0],), "aspect_ratios": (ANCHORS[1],)},
+    }
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="odd.pth: "):
+        author_checkpoints.load_author_checkpoint(tmp_path / "odd.pth")
