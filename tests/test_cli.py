@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import re
 import subprocess
@@ -407,13 +406,6 @@ def test_classes_of_a_model_and_of_other_data(root, monkeypatch, capsys):
     assert main(["evaluate", "classifier"]) == 2
     err = capsys.readouterr().err
     assert "phantoms-quick: has the classes Nodule, None, Both" in err and "COVID-19" in err
-
-
-def test_probabilities_that_are_not_numbers(root, monkeypatch, capsys):
-    row = {"image": "a.png", "lesion_mm2": None, "Control": 0.5, "COVID-19": math.nan}
-    monkeypatch.setattr("covidmask.predict.predict", lambda *_, **__: [row])
-    assert main(["predict", "a.png", "--out", "o"]) == 2
-    assert "gives NaN for these slices" in capsys.readouterr().err
 
 
 # ---- which weights --------------------------------------------------------------------------
