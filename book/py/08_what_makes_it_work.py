@@ -676,75 +676,76 @@ plt.show()
 # | what S reads (phantoms) | accuracy: mean (range) | difference (95 %) | training | control | pneumonia | COVID-19 |
 # |---|---|---|---|---|---|---|
 # | **The paper's vector** | | | | | | |
-# | score and deltas, N = 32, NMS 0.75 | 0.812 (0.803 to 0.818) | 0 | 0.94 | 0.93 | 0.74 | 0.77 |
+# | score and deltas, N = 32, NMS 0.75 | 0.811 (0.802 to 0.818) | 0 | 0.94 | 0.92 | 0.74 | 0.77 |
 # | **Columns** | | | | | | |
-# | scores alone | 0.787 (0.780 to 0.792) | -0.025 (-0.057 to +0.004) | 0.77 | 0.90 | 0.73 | 0.73 |
-# | deltas alone | 0.754 (0.745 to 0.763) | -0.058 (-0.083 to -0.035) | 0.92 | 0.91 | 0.64 | 0.71 |
+# | scores alone | 0.787 (0.780 to 0.792) | -0.025 (-0.056 to +0.005) | 0.77 | 0.90 | 0.73 | 0.73 |
+# | deltas alone | 0.751 (0.745 to 0.765) | -0.060 (-0.085 to -0.036) | 0.92 | 0.91 | 0.64 | 0.71 |
 # | **Order** | | | | | | |
-# | ranks shuffled | 0.750 (0.725 to 0.770) | -0.062 (-0.090 to -0.034) | 0.91 | 0.92 | 0.66 | 0.67 |
-# | ranks shuffled, scores alone | 0.724 (0.700 to 0.737) | -0.088 (-0.118 to -0.059) | 0.74 | 0.86 | 0.63 | 0.68 |
+# | ranks shuffled | 0.749 (0.723 to 0.783) | -0.062 (-0.091 to -0.034) | 0.91 | 0.92 | 0.64 | 0.68 |
+# | ranks shuffled, scores alone | 0.724 (0.702 to 0.735) | -0.087 (-0.117 to -0.059) | 0.74 | 0.86 | 0.63 | 0.68 |
 # | **Number of boxes** | | | | | | |
-# | N = 1 | 0.740 (0.725 to 0.763) | -0.072 (-0.115 to -0.029) | 0.75 | 0.91 | 0.52 | 0.79 |
-# | N = 2 | 0.822 (0.807 to 0.827) | +0.010 (-0.020 to +0.038) | 0.83 | 0.89 | 0.81 | 0.77 |
-# | N = 4 | 0.821 (0.810 to 0.830) | +0.009 (-0.016 to +0.034) | 0.82 | 0.90 | 0.74 | 0.82 |
-# | N = 8 | 0.826 (0.825 to 0.828) | +0.014 (-0.009 to +0.035) | 0.84 | 0.90 | 0.75 | 0.82 |
-# | N = 16 | 0.831 (0.825 to 0.840) | +0.019 (-0.001 to +0.038) | 0.88 | 0.92 | 0.74 | 0.84 |
-# | N = 64 | 0.792 (0.768 to 0.807) | -0.020 (-0.043 to -0.000) | 0.97 | 0.94 | 0.71 | 0.73 |
+# | N = 1 | 0.741 (0.732 to 0.760) | -0.070 (-0.113 to -0.028) | 0.75 | 0.91 | 0.53 | 0.79 |
+# | N = 2 | 0.822 (0.807 to 0.827) | +0.010 (-0.019 to +0.039) | 0.83 | 0.89 | 0.81 | 0.77 |
+# | N = 4 | 0.821 (0.808 to 0.830) | +0.009 (-0.016 to +0.034) | 0.82 | 0.90 | 0.74 | 0.82 |
+# | N = 8 | 0.826 (0.825 to 0.828) | +0.015 (-0.007 to +0.037) | 0.84 | 0.90 | 0.75 | 0.82 |
+# | N = 16 | 0.832 (0.825 to 0.840) | +0.021 (+0.001 to +0.041) | 0.88 | 0.92 | 0.73 | 0.85 |
+# | N = 64 | 0.794 (0.770 to 0.807) | -0.017 (-0.039 to +0.003) | 0.97 | 0.93 | 0.72 | 0.73 |
 # | **Low scores** | | | | | | |
-# | score above 0.05 only, then padded | 0.801 (0.795 to 0.812) | -0.011 (-0.039 to +0.018) | 0.91 | 0.90 | 0.75 | 0.76 |
+# | score above 0.05 only, then padded | 0.798 (0.792 to 0.802) | -0.013 (-0.041 to +0.016) | 0.91 | 0.90 | 0.74 | 0.75 |
 # | **Less overlap** | | | | | | |
-# | N = 2, NMS 0.25 | 0.849 (0.843 to 0.857) | +0.037 (+0.012 to +0.063) | 0.83 | 0.90 | 0.84 | 0.81 |
-# | N = 4, NMS 0.25 | 0.847 (0.840 to 0.852) | +0.035 (+0.009 to +0.061) | 0.84 | 0.90 | 0.84 | 0.79 |
-# | N = 8, NMS 0.25 | 0.857 (0.853 to 0.863) | +0.045 (+0.022 to +0.068) | 0.84 | 0.93 | 0.83 | 0.81 |
-# | N = 16, NMS 0.25 | 0.855 (0.850 to 0.860) | +0.043 (+0.017 to +0.071) | 0.87 | 0.94 | 0.80 | 0.82 |
-# | N = 32, NMS 0.25 | 0.858 (0.850 to 0.867) | +0.046 (+0.017 to +0.076) | 0.92 | 0.93 | 0.80 | 0.85 |
+# | N = 2, NMS 0.25 | 0.848 (0.843 to 0.857) | +0.036 (+0.012 to +0.060) | 0.83 | 0.90 | 0.83 | 0.82 |
+# | N = 4, NMS 0.25 | 0.846 (0.840 to 0.852) | +0.035 (+0.010 to +0.061) | 0.84 | 0.90 | 0.84 | 0.79 |
+# | N = 8, NMS 0.25 | 0.857 (0.853 to 0.863) | +0.046 (+0.023 to +0.069) | 0.84 | 0.93 | 0.83 | 0.81 |
+# | N = 16, NMS 0.25 | 0.856 (0.848 to 0.862) | +0.045 (+0.018 to +0.072) | 0.87 | 0.94 | 0.81 | 0.82 |
+# | N = 32, NMS 0.25 | 0.858 (0.850 to 0.865) | +0.047 (+0.018 to +0.076) | 0.92 | 0.93 | 0.79 | 0.85 |
 # | **More overlap** | | | | | | |
-# | N = 2, no NMS | 0.789 (0.765 to 0.803) | -0.023 (-0.058 to +0.012) | 0.77 | 0.90 | 0.67 | 0.79 |
-# | N = 4, no NMS | 0.797 (0.768 to 0.805) | -0.015 (-0.048 to +0.020) | 0.81 | 0.91 | 0.69 | 0.79 |
-# | N = 8, no NMS | 0.843 (0.830 to 0.853) | +0.031 (+0.002 to +0.062) | 0.85 | 0.91 | 0.76 | 0.85 |
-# | N = 16, no NMS | 0.869 (0.845 to 0.885) | +0.057 (+0.029 to +0.087) | 0.88 | 0.92 | 0.89 | 0.80 |
-# | N = 32, no NMS | 0.872 (0.848 to 0.885) | +0.060 (+0.035 to +0.087) | 0.93 | 0.94 | 0.86 | 0.81 |
-# | ranks shuffled, N = 32, no NMS | 0.834 (0.818 to 0.842) | +0.022 (+0.001 to +0.044) | 0.93 | 0.93 | 0.77 | 0.80 |
+# | N = 2, no NMS | 0.789 (0.765 to 0.803) | -0.023 (-0.058 to +0.013) | 0.77 | 0.90 | 0.67 | 0.79 |
+# | N = 4, no NMS | 0.796 (0.767 to 0.805) | -0.015 (-0.048 to +0.020) | 0.81 | 0.91 | 0.69 | 0.79 |
+# | N = 8, no NMS | 0.843 (0.830 to 0.853) | +0.032 (+0.002 to +0.063) | 0.85 | 0.91 | 0.77 | 0.85 |
+# | N = 16, no NMS | 0.873 (0.867 to 0.882) | +0.062 (+0.035 to +0.092) | 0.89 | 0.92 | 0.90 | 0.80 |
+# | N = 32, no NMS | 0.871 (0.847 to 0.883) | +0.060 (+0.034 to +0.086) | 0.93 | 0.94 | 0.86 | 0.81 |
+# | ranks shuffled, N = 32, no NMS | 0.838 (0.828 to 0.848) | +0.027 (+0.004 to +0.051) | 0.93 | 0.93 | 0.79 | 0.79 |
 # | **Beyond the paper: wider rows** | | | | | | |
-# | + lesion class, NMS 0.75 | 0.819 (0.802 to 0.830) | +0.007 (-0.009 to +0.023) | 0.94 | 0.93 | 0.73 | 0.80 |
-# | place instead of deltas, NMS 0.75 | 0.820 (0.808 to 0.830) | +0.008 (-0.020 to +0.036) | 0.81 | 0.92 | 0.79 | 0.75 |
-# | place instead of deltas, + lesion class, NMS 0.75 | 0.827 (0.818 to 0.837) | +0.015 (-0.016 to +0.044) | 0.82 | 0.92 | 0.79 | 0.77 |
-# | + lesion class, NMS 0.25 | 0.843 (0.833 to 0.853) | +0.031 (-0.002 to +0.064) | 0.93 | 0.90 | 0.81 | 0.82 |
-# | place instead of deltas, NMS 0.25 | 0.825 (0.822 to 0.828) | +0.013 (-0.014 to +0.040) | 0.82 | 0.92 | 0.78 | 0.77 |
-# | place instead of deltas, + lesion class, NMS 0.25 | 0.817 (0.813 to 0.823) | +0.005 (-0.024 to +0.037) | 0.84 | 0.90 | 0.78 | 0.77 |
-# | + lesion class, no NMS | 0.876 (0.872 to 0.880) | +0.064 (+0.035 to +0.094) | 0.94 | 0.96 | 0.84 | 0.82 |
-# | place instead of deltas, no NMS | 0.880 (0.873 to 0.885) | +0.068 (+0.039 to +0.095) | 0.85 | 0.93 | 0.88 | 0.83 |
-# | place instead of deltas, + lesion class, no NMS | 0.878 (0.867 to 0.885) | +0.066 (+0.034 to +0.099) | 0.87 | 0.95 | 0.90 | 0.79 |
+# | + lesion class, NMS 0.75 | 0.825 (0.817 to 0.835) | +0.014 (-0.001 to +0.030) | 0.95 | 0.94 | 0.76 | 0.78 |
+# | place instead of deltas, NMS 0.75 | 0.817 (0.808 to 0.830) | +0.006 (-0.022 to +0.033) | 0.81 | 0.91 | 0.79 | 0.75 |
+# | place instead of deltas, + lesion class, NMS 0.75 | 0.827 (0.820 to 0.837) | +0.015 (-0.014 to +0.045) | 0.82 | 0.92 | 0.79 | 0.77 |
+# | + lesion class, NMS 0.25 | 0.846 (0.835 to 0.857) | +0.034 (+0.003 to +0.068) | 0.93 | 0.91 | 0.81 | 0.82 |
+# | place instead of deltas, NMS 0.25 | 0.827 (0.820 to 0.832) | +0.016 (-0.013 to +0.044) | 0.82 | 0.92 | 0.80 | 0.76 |
+# | place instead of deltas, + lesion class, NMS 0.25 | 0.817 (0.813 to 0.822) | +0.005 (-0.024 to +0.036) | 0.84 | 0.88 | 0.81 | 0.77 |
+# | + lesion class, no NMS | 0.877 (0.873 to 0.883) | +0.066 (+0.037 to +0.095) | 0.94 | 0.96 | 0.84 | 0.82 |
+# | place instead of deltas, no NMS | 0.880 (0.873 to 0.885) | +0.068 (+0.039 to +0.097) | 0.85 | 0.93 | 0.88 | 0.83 |
+# | place instead of deltas, + lesion class, no NMS | 0.878 (0.867 to 0.883) | +0.067 (+0.035 to +0.100) | 0.87 | 0.95 | 0.89 | 0.80 |
 # | **Other parts** | | | | | | |
-# | S without hidden layers | 0.717 (0.713 to 0.722) | -0.095 (-0.130 to -0.062) | 0.73 | 0.93 | 0.48 | 0.74 |
-# | S without hidden layers, no NMS | 0.848 (0.847 to 0.850) | +0.036 (+0.010 to +0.062) | 0.83 | 0.93 | 0.80 | 0.82 |
-# | detector with random weights | 0.341 (0.327 to 0.355) | -0.471 (-0.504 to -0.437) | 0.35 | 0.46 | 0.23 | 0.33 |
+# | S without hidden layers | 0.717 (0.713 to 0.722) | -0.094 (-0.129 to -0.061) | 0.73 | 0.93 | 0.48 | 0.74 |
+# | S without hidden layers, no NMS | 0.848 (0.847 to 0.850) | +0.037 (+0.011 to +0.064) | 0.83 | 0.93 | 0.80 | 0.82 |
+# | detector with random weights | 0.339 (0.325 to 0.367) | -0.473 (-0.511 to -0.433) | 0.35 | 0.26 | 0.34 | 0.42 |
 # | **Logistic regression** | | | | | | |
-# | best score | 0.728 | -0.084 (-0.143 to -0.028) | 0.71 | 0.88 | 0.36 | 0.94 |
-# | count of scores above 0.5, NMS 0.75 | 0.700 | -0.112 (-0.150 to -0.073) | 0.66 | 0.92 | 0.53 | 0.66 |
-# | best score and count, NMS 0.75 | 0.787 | -0.025 (-0.056 to +0.004) | 0.77 | 0.88 | 0.74 | 0.74 |
-# | best score and count of each lesion class, NMS 0.75 | 0.832 | +0.020 (-0.012 to +0.052) | 0.79 | 0.92 | 0.81 | 0.77 |
-# | count of scores above 0.5, NMS 0.25 | 0.782 | -0.030 (-0.065 to +0.001) | 0.77 | 0.87 | 0.65 | 0.82 |
-# | best score and count, NMS 0.25 | 0.815 | +0.003 (-0.028 to +0.034) | 0.80 | 0.88 | 0.75 | 0.82 |
-# | best score and count of each lesion class, NMS 0.25 | 0.835 | +0.023 (-0.010 to +0.055) | 0.79 | 0.92 | 0.83 | 0.76 |
-# | count of scores above 0.5, no NMS | 0.833 | +0.021 (-0.015 to +0.055) | 0.81 | 0.92 | 0.80 | 0.79 |
-# | best score and count, no NMS | 0.847 | +0.035 (+0.003 to +0.064) | 0.83 | 0.88 | 0.87 | 0.79 |
-# | best score and count of each lesion class, no NMS | 0.872 | +0.060 (+0.032 to +0.086) | 0.84 | 0.92 | 0.89 | 0.81 |
-# | true areas | 0.747 | -0.065 (-0.126 to -0.009) | 0.76 | 1.00 | 0.61 | 0.63 |
-# | true areas and counts | 0.937 | +0.125 (+0.095 to +0.155) | 0.92 | 1.00 | 0.94 | 0.86 |
+# | best score | 0.728 | -0.083 (-0.142 to -0.028) | 0.71 | 0.88 | 0.36 | 0.94 |
+# | count of scores above 0.5, NMS 0.75 | 0.700 | -0.111 (-0.149 to -0.073) | 0.66 | 0.92 | 0.53 | 0.66 |
+# | best score and count, NMS 0.75 | 0.787 | -0.025 (-0.055 to +0.005) | 0.77 | 0.88 | 0.74 | 0.74 |
+# | best score and count of each lesion class, NMS 0.75 | 0.832 | +0.020 (-0.011 to +0.052) | 0.79 | 0.92 | 0.81 | 0.77 |
+# | count of scores above 0.5, NMS 0.25 | 0.782 | -0.030 (-0.064 to +0.002) | 0.77 | 0.87 | 0.65 | 0.82 |
+# | best score and count, NMS 0.25 | 0.815 | +0.004 (-0.027 to +0.035) | 0.80 | 0.88 | 0.75 | 0.82 |
+# | best score and count of each lesion class, NMS 0.25 | 0.835 | +0.024 (-0.009 to +0.056) | 0.79 | 0.92 | 0.83 | 0.76 |
+# | count of scores above 0.5, no NMS | 0.833 | +0.022 (-0.014 to +0.055) | 0.81 | 0.92 | 0.80 | 0.79 |
+# | best score and count, no NMS | 0.847 | +0.035 (+0.004 to +0.065) | 0.83 | 0.88 | 0.87 | 0.79 |
+# | best score and count of each lesion class, no NMS | 0.872 | +0.060 (+0.033 to +0.086) | 0.84 | 0.92 | 0.89 | 0.81 |
+# | true areas | 0.747 | -0.065 (-0.125 to -0.009) | 0.76 | 1.00 | 0.61 | 0.63 |
+# | true areas and counts | 0.937 | +0.125 (+0.096 to +0.156) | 0.92 | 1.00 | 0.94 | 0.86 |
 #
 # Synthetic phantoms: 3,000 slices train, 300 choose the epoch, 600 slices of 120 other patients judge; one detector, 5 seeds of S. The difference is to the first line; its interval resamples patients. *Training* is the accuracy on the training slices; the last three columns are sensitivities on the test slices. Logistic regression has no seed and reads the numbers named.
 #
-# Command: `python benchmarks/ablations.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-24; commit 82311bd-dirty; all numbers in `results/ablations.json`.
+# Command: `python benchmarks/ablations.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit fe45820; all numbers in `results/ablations.json`.
 #
 # <!-- /ablations -->
 
 # %% [markdown]
 # Read it from the top.
 #
-# - **Few boxes.** One box is too few. From two on, nothing is gained: 16 boxes are as good as two
-#   within the error, and twice the usual $N$ is worse than $N$, while $S$ fits the training slices
-#   better and better. That is what useless inputs do.
+# - **Few boxes.** One box is too few. From two on, little is gained: 16 boxes are as good as two
+#   within the error, and twice the usual $N$ gives less than $N$ rather than more (0 lies at the
+#   edge of the interval), while $S$ fits the training slices better and better. That is what
+#   useless inputs do.
 # - **Order and scores first.** Scores alone come close to the whole vector. Deltas alone lose more,
 #   and so do shuffled ranks.
 # - **Low scores do little here.** To drop all scores below 0.05 and repeat what is left costs
