@@ -194,7 +194,7 @@ def markdown(result: dict) -> str:
         "its reach), and logistic regression on the true GGO and C areas of a "
         f"slice an accuracy of {result['area_classifier_accuracy']:.2f}.",
         "",
-        f"Command: `{result['command']}`; {result['hardware']}, {result['threads']} threads; "
+        f"Command: `{result['command']}`; {result['hardware']}, {result['threads']} thread(s); "
         f"torch {result['torch']}; {result['date']}; commit {result['commit']}; all numbers in "
         "[results/quick_preset.json](results/quick_preset.json).",
     ]
