@@ -122,3 +122,14 @@ def test_frozen_batch_norm_is_told():
     model = covid_ct_mask_net(detection.FasterRCNN(body, 3, min_size=64), CONFIG)
     with pytest.raises(ValueError, match="no batch norm that could train"):
         set_regime(model, "heads_bn")
+
+
+def test_mixed_precision_leaves_scores_and_deltas_their_digits():
+    """bfloat16 has three digits; boxes would tie, and the order of the vector be chance."""
+    torch.manual_seed(0)
+    model = covid_ct_mask_net(THEIRS["faster"](), CONFIG)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rows = model.ranked_boxes(IMAGES)
+    assert rows.dtype == torch.float32
+    deltas = rows[..., 1:]
+    assert (deltas != deltas.bfloat16().float()).float().mean() > 0.5
