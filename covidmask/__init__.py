@@ -8,7 +8,7 @@ import os
 
 # While one of torch's threads waits for the others it would spin, on a core which that other thread
 # may need. Two programs on two cores then slow each other to a fifth (ResNet-18, a training step);
-# resting threads leave each a half. The price is about a quarter of the speed where a program is
+# resting threads leave each a half. The price is about 30 % of the speed where a program is
 # alone: OMP_WAIT_POLICY=active, set before, buys it back. OpenMP reads this once, with torch; a
 # program that has imported torch before keeps spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
