@@ -22,7 +22,7 @@ from covidmask import config
 from covidmask.cli import main
 from covidmask.config import PhantomConfig
 from covidmask.data.folders import (
-    SHIPPED,
+    WHOSE_SHIPPED,
     find_weights,
     lesion_splits,
     open_lesions,
@@ -429,7 +429,7 @@ LOAD = {"segmenter": load_segmenter, "classifier": load_classifier}
 @pytest.mark.parametrize("kind", ["segmenter", "classifier"])
 def test_named_weights_come_before_yours_and_yours_before_the_shipped_ones(kind, mine, tmp_path):
     shipped = find_weights(kind, "quick")
-    assert shipped == (ShippedWeights[f"{kind.upper()}_QUICK"].path, SHIPPED)
+    assert shipped == (ShippedWeights[f"{kind.upper()}_QUICK"].path, WHOSE_SHIPPED)
     path = mine(kind, "heads" if kind == "classifier" else None)
     assert find_weights(kind, "quick") == (path, "yours")
     assert find_weights(kind, "quick", shipped=True) == shipped
@@ -473,7 +473,7 @@ def test_every_command_says_whose_weights_it_takes(run, root, mine, tmp_path, ca
     options = ["predict", image, "--out", tmp_path / "o"]
     lines = run(*options)
     assert f"Segmenter: yours, {segmenter}" in lines
-    assert any(line.startswith(f"Classifier: {SHIPPED}, ") for line in lines)
+    assert any(line.startswith(f"Classifier: {WHOSE_SHIPPED}, ") for line in lines)
     assert "phantoms" not in "\n".join(run(*options, "--classifier", out)).replace(str(root), "")
     mine("classifier", "heads"), mine("classifier", "full")
     for command in (options, ["evaluate", "classifier", *data]):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _SPLITS = ("train", "val", "test")
 REGIMES = ("heads", "heads_bn", "full")
-SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
+WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
 
 
 def data_root() -> Path:
@@ -52,7 +52,7 @@ def find_weights(
         shipped: prefer the shipped ones, as the book does, whose text has their numbers.
 
     Returns:
-        the file, and whose it is: "named", "yours" or `SHIPPED`.
+        the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.
 
     Raises:
         CheckpointError: there are none, several of yours, or `named` beside `regime`.
@@ -78,7 +78,7 @@ def find_weights(
     if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
         from covidmask.models.weights import ShippedWeights
 
-        return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), SHIPPED
+        return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), WHOSE_SHIPPED
     raise CheckpointError(
         f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
         f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
