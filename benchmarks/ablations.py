@@ -26,21 +26,15 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantom_sets import phantom_mask, write_phantoms
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.lesions import mask_to_targets
+from covidmask.datasets.phantom_sets import phantom_mask, write_phantoms
 from covidmask.files import atomic_path
 from covidmask.metrics.classification import confusion, report, wilson
 from covidmask.models.baselines import area_features, fit_area_classifier
 from covidmask.models.classifier import ClassificationModule
-from covidmask.models.ranked_boxes import (
-    encoded_rows,
-    pad_rows,
-    propose,
-    rank_boxes,
-    run_box_head,
-)
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.ranked_boxes import encoded_rows, pad_rows, propose, rank_boxes, run_box_head
 from covidmask.models.weights import ShippedWeights
 from covidmask.training.classification import train_s
 

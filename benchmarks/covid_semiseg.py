@@ -30,14 +30,12 @@ from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import PRESETS, TrainingConfig
-from covidmask.data.augmentation import Augmented
-from covidmask.data.folders import data_root, phantoms_folder
-from covidmask.data.lesions import LesionDataset, mask_to_targets
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.semiseg import SemiSeg
-from covidmask.files import atomic_path
-from covidmask.metrics.detection import CocoAP, dice, fuse, overlap, overlap_means
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.datasets.augmentation import Augmented
+from covidmask.datasets.lesions import LesionDataset, SemiSeg, mask_to_targets
+from covidmask.datasets.phantom_sets import write_phantoms
+from covidmask.files import atomic_path, data_root, phantoms_folder
+from covidmask.metrics.detection import CocoAP, dice, overlap, overlap_means
+from covidmask.models.detector import fuse, lesion_mask_rcnn
 from covidmask.models.weights import load_segmenter, save_model
 from covidmask.training.loop import make_fabric
 from covidmask.training.segmentation import (

@@ -27,23 +27,16 @@ import torchvision
 from marks import fill
 
 from covidmask.config import PRESETS
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.phantom_sets import phantom_mask, write_phantoms
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.lesions import LesionSlices
+from covidmask.datasets.phantom_sets import phantom_mask, write_phantoms
 from covidmask.files import atomic_path
 from covidmask.metrics.classification import wilson
 from covidmask.metrics.detection import CocoAP
-from covidmask.models.baselines import (
-    area_features,
-    fit_area_classifier,
-    threshold_detections,
-)
+from covidmask.models.baselines import area_features, fit_area_classifier, threshold_detections
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.training.classification import (
-    evaluate_classifier,
-    train_classifier,
-)
+from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,9 +36,9 @@ from quick_preset import PRESET, ROOT, environment
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import PRESETS, TrainingConfig
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.lesions import LesionSlices
+from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.files import atomic_path
 from covidmask.metrics.classification import patient_bootstrap, report, wilson
 from covidmask.models.classifier import REGIMES, CovidCTMaskNet, covid_ct_mask_net, set_regime

@@ -46,9 +46,9 @@ from speed_parts import (
 )
 
 from covidmask.config import PAPER
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.lesions import LesionSlices
+from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.files import atomic_path
 
 # The released code itself, timed on two cores of this kind: seconds a slice, seconds a step of 8.

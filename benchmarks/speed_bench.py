@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from covidmask.config import ClassifierConfig, DetectorConfig, PhantomConfig
-from covidmask.data.phantoms import make_slice
+from covidmask.datasets.phantoms import make_slice
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net, set_regime
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.training.classification import classification_loss
 
 LIGHT = DetectorConfig(backbone="resnet18", cut=1, light_mask_head=True)

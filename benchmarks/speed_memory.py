@@ -25,7 +25,7 @@ from speed_bench import (
     trainee,
 )
 
-from covidmask.models.inference import for_inference
+from covidmask.models.detector import for_inference
 from covidmask.training.ranked_cache import cache_ranked_boxes
 
 

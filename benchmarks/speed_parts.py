@@ -31,15 +31,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
 from covidmask.config import PRESETS, TrainingConfig
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.memory import InMemory
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.lesions import LesionSlices
+from covidmask.datasets.memory import InMemory
+from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.metrics.detection import IOU_THRESHOLDS
 from covidmask.models.classifier import CovidCTMaskNet, set_regime
-from covidmask.models.inference import for_inference
+from covidmask.models.detector import for_inference, lesion_mask_rcnn
 from covidmask.models.ranked_boxes import Ranking, propose, rank_boxes, run_box_head
-from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import ShippedWeights
 from covidmask.training.classification import classification_loss, evaluate_classifier, train_s
 from covidmask.training.loop import make_fabric

@@ -22,28 +22,27 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from covidmask.config import IMAGE_CLASSES, LESION_CLASSES, PRESETS, TrainingConfig
-from covidmask.data.folders import (
-    data_root,
-    existing_folder,
-    find_weights,
-    lesion_splits,
-    open_lesions,
-    open_slices,
-    phantoms_folder,
-    ranked_folder,
-    slice_splits,
-    weights_file,
-)
+from covidmask.datasets.classes import open_slices, slice_splits
+from covidmask.datasets.lesions import lesion_splits, open_lesions
 from covidmask.errors import CheckpointError, CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
-from covidmask.files import atomic_path, check_writable, same_file
+from covidmask.files import (
+    atomic_path,
+    check_writable,
+    data_root,
+    existing_folder,
+    phantoms_folder,
+    ranked_folder,
+    same_file,
+)
+from covidmask.models.weights import find_weights, weights_file
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
-    from covidmask.data.lesions import LesionDataset
-    from covidmask.data.slices import SliceImages
+    from covidmask.datasets.classes import SliceImages
+    from covidmask.datasets.lesions import LesionDataset
 
 NOTICE = (
     "For research and teaching only. This is no medical device; nothing here may guide the care "
@@ -110,7 +109,7 @@ class Phantoms:
     """Processes that draw slices. The files do not depend on it."""
 
     def run(self) -> None:
-        from covidmask.data.phantom_sets import cores, write_phantoms
+        from covidmask.datasets.phantom_sets import cores, write_phantoms
 
         out = self.out or phantoms_folder(self.preset)
         old = (out / "phantoms.json").exists()
@@ -297,8 +296,8 @@ class TrainSegmenter(_TrainOptions):
     def run(self) -> None:
         import torch
 
-        from covidmask.data.augmentation import Augmented
-        from covidmask.models.segmentation import lesion_mask_rcnn
+        from covidmask.datasets.augmentation import Augmented
+        from covidmask.models.detector import lesion_mask_rcnn
         from covidmask.training.segmentation import pretrain_segmenter, train_segmenter
 
         preset = PRESETS[self.preset]
@@ -683,7 +682,7 @@ class Predict:
     """auto is CUDA where there is one, else the CPU."""
 
     def run(self) -> None:
-        from covidmask.data.images import LUNG_WINDOW
+        from covidmask.datasets.scans import LUNG_WINDOW
         from covidmask.predict import predict
 
         if not self.images:
@@ -942,7 +941,7 @@ def _device(name: str) -> str:
 
 
 def _training_summary(history: list[dict], dataset) -> str:
-    from covidmask.data.augmentation import Augmented
+    from covidmask.datasets.augmentation import Augmented
 
     last = [values["loss"] for values in history if values["epoch"] == history[-1]["epoch"]]
     slices = f"{len(dataset):,} slices"
@@ -969,7 +968,7 @@ def _slices(dataset: LesionDataset) -> str:
 
 def _lesion_numbers(dataset: LesionDataset, split: str) -> dict[str, Any]:
     """Print and return the numbers of Figure 1 for one list."""
-    from covidmask.data.statistics import lesion_statistics
+    from covidmask.datasets.lesions import lesion_statistics
 
     patients = _patients(dataset)
     _say(f"lesions, {split}: {_slices(dataset)}")
@@ -996,7 +995,7 @@ def _lesion_numbers(dataset: LesionDataset, split: str) -> dict[str, Any]:
 
 
 def _class_numbers(dataset: SliceImages, split: str) -> dict[str, Any]:
-    from covidmask.data.statistics import class_statistics
+    from covidmask.datasets.classes import class_statistics
 
     found = class_statistics(dataset)
     _say(f"slices, {split}: {len(dataset):,} slices of {found.patients.sum():,} patients")

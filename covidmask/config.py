@@ -119,7 +119,7 @@ class PhantomConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random copies of slices with masks; see `covidmask.data.augmentation`."""
+    """Random copies of slices with masks; see `covidmask.datasets.augmentation`."""
 
     size: int  # pixels per side of every copy
     copies: int  # of each slice in an epoch

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from tyro.conf import arg, subcommand
 
-from covidmask.data.folders import data_root
 from covidmask.errors import CovidmaskError
+from covidmask.files import data_root
 
 _Lists = Annotated[
     Path | None, arg(help_behavior_hint="(default: they are downloaded)", metavar="DIR")
@@ -41,7 +41,7 @@ class FetchCovidSemiSeg:
     """Downloads at a time."""
 
     def run(self) -> None:
-        from covidmask.data.sources import TERMS, fetch_covid_semiseg, semiseg_files
+        from covidmask.datasets.sources import TERMS, fetch_covid_semiseg, semiseg_files
 
         if not 1 <= self.workers <= 64:
             raise CovidmaskError(f"--workers {self.workers}: must be 1 to 64")
@@ -83,8 +83,8 @@ class FetchCovidxCt:
     """Leave out slices that are not there, and name them in OUT/missing.txt."""
 
     def run(self) -> None:
-        from covidmask.data.layouts import lay_out_covidx_ct
-        from covidmask.data.sources import TERMS, kaggle_folder
+        from covidmask.datasets.layouts import lay_out_covidx_ct
+        from covidmask.datasets.sources import TERMS, kaggle_folder
 
         if min(self.seeds, default=0) < 0 or self.per_class < 1 or self.kaggle_version < 1:
             raise CovidmaskError(
@@ -128,8 +128,8 @@ class FetchCncbLesions:
     """Of the division into 500 and 150 slices."""
 
     def run(self) -> None:
-        from covidmask.data.layouts import lay_out_cncb_lesions
-        from covidmask.data.sources import TERMS
+        from covidmask.datasets.layouts import lay_out_cncb_lesions
+        from covidmask.datasets.sources import TERMS
 
         out = self.out or data_root() / "cncb-lesions"
         print(TERMS["cncb-lesions"], flush=True)

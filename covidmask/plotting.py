@@ -18,13 +18,11 @@ from covidmask.config import IMAGE_CLASSES
 
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-
 LESION_COLOURS = (SKY_BLUE, ORANGE)  # labels 1 (GGO) and 2 (C)
 LESION_LINES = ("-", "--")
 LESION_HATCHES = ("", "///")
 CLASS_COLOURS = (GREEN, BLUE, VERMILLION)  # IMAGE_CLASSES
 CLASS_LINES = ("-", "--", ":")
-
 BOX_NUMBERS = ("score", "dx", "dy", "dw", "dh")  # columns of a ranked box
 
 
@@ -294,58 +292,6 @@ def score_by_rank(
     return ax
 
 
-def overlay(
-    image: ArrayLike,
-    lesions: Mapping,
-    *,
-    classes: Sequence[str] = ("GGO", "C"),
-    score_threshold: float = 0.0,
-    mask_threshold: float = 0.5,
-    codes: ArrayLike | None = None,
-    enlarge: int = 1,
-) -> np.ndarray:
-    """Tint the lesions of a slice and frame them with their class and score.
-
-    Args:
-        image, lesions, classes, score_threshold, mask_threshold: as in `show_lesions`.
-        codes: uint8 [H, W] of `metrics.detection.fuse`, tinted instead of the masks of `lesions`.
-        enlarge: draw each pixel as a square of so many, so that words fit on a small slice.
-
-    Returns:
-        uint8 [enlarge * H, enlarge * W, 3], to be written as PNG; no pyplot state is touched.
-    """
-    import torch
-    from PIL import Image, ImageDraw
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-
-    grey = torch.tensor(_grey(image).repeat(enlarge, 0).repeat(enlarge, 1)).clamp(0, 1)
-    picture = (255 * grey).round().byte().repeat(3, 1, 1)  # [3, H, W]
-    boxes, labels, masks, scores = _lesion_arrays(lesions, score_threshold, mask_threshold)
-    colours = [LESION_COLOURS[label - 1] for label in labels]
-    tints = colours
-    if codes is not None:
-        tints = LESION_COLOURS[: len(classes)]
-        masks = np.stack([np.asarray(codes) == label + 1 for label in range(1, len(classes) + 1)])
-    if masks is not None and len(masks):
-        large = torch.from_numpy(masks.repeat(enlarge, 1).repeat(enlarge, 2))
-        picture = draw_segmentation_masks(picture, large, alpha=0.45, colors=list(tints))
-    if len(boxes):
-        boxes = boxes * enlarge
-        text = [classes[label - 1] for label in labels]
-        if scores is not None:
-            text = [f"{name} {score:.2f}" for name, score in zip(text, scores, strict=True)]
-        corners = torch.from_numpy(boxes)
-        corners[:, 2:] = torch.maximum(corners[:, 2:] - 1, corners[:, :2])  # last pixel inside
-        picture = draw_bounding_boxes(picture, corners, colors=colours)
-        drawing = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        pen = ImageDraw.Draw(drawing)
-        for (x1, y1, _, y2), words, colour in zip(boxes, text, colours, strict=True):
-            # above the box, so that the lesion stays in view; below it at the upper border
-            pen.text((x1, y1 - 12 if y1 >= 12 else y2), words, fill=colour)
-        return np.array(drawing)
-    return picture.permute(1, 2, 0).numpy()
-
-
 def _grey(image: ArrayLike) -> np.ndarray:
     """float32 [H, W] of [H, W] or of [3, H, W] with three equal channels."""
     image = np.asarray(image, dtype=np.float32)
@@ -379,7 +325,7 @@ def _lesion_arrays(
     lesions: Mapping, score_threshold: float, mask_threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """boxes [K, 4], labels [K], masks bool [K, H, W] or None, scores [K] or None."""
-    from covidmask.metrics.detection import binary_masks
+    from covidmask.models.detector import binary_masks
 
     boxes, labels = (lesions[key].detach().cpu().numpy().copy() for key in ("boxes", "labels"))
     masks = binary_masks(lesions, mask_threshold).cpu().numpy() if "masks" in lesions else None

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 from tqdm import tqdm
 
 from covidmask.config import LESION_CLASSES
-from covidmask.data.images import LUNG_WINDOW, write_image
-from covidmask.data.lists import some
-from covidmask.data.medical import hounsfield_to_unit
-from covidmask.data.series import Slice
-from covidmask.data.volumes import Scan, choose_slices, find_scans, read_slices
+from covidmask.datasets.medical import Slice, hounsfield_to_unit
+from covidmask.datasets.scans import (
+    LUNG_WINDOW,
+    Scan,
+    choose_slices,
+    find_scans,
+    read_slices,
+    write_image,
+)
 from covidmask.errors import CheckpointError, DataError, OutputError
-from covidmask.files import atomic_path
-from covidmask.metrics.detection import detect, fuse
-from covidmask.models.inference import for_inference
-from covidmask.models.inputs import to_model
+from covidmask.files import atomic_path, some
+from covidmask.models.detector import detect, for_inference, fuse, to_model
 from covidmask.models.weights import load_classifier, load_segmenter
+from covidmask.plotting import LESION_COLOURS, _grey, _lesion_arrays
 
 PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
 TABLES = ("predictions.csv", "summary.csv")
@@ -237,7 +241,7 @@ def _look(
     device: str,
 ) -> list[dict[str, Any]]:
     """Run both networks on slices of one size, write their pictures and give their rows."""
-    from covidmask.plotting import overlay  # loads matplotlib
+    from covidmask.predict import overlay
 
     classes, image_classes = LESION_CLASSES[detector.config.lesions], model.config.classes
     images = [torch.from_numpy(grey).repeat(3, 1, 1) for grey in greys]  # [3, H, W]
@@ -319,3 +323,55 @@ def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 f"{value:.{2 if '_mm' in key else 6}f}" if isinstance(value, float) else value
                 for key, value in row.items()
             )
+
+
+def overlay(
+    image: ArrayLike,
+    lesions: Mapping,
+    *,
+    classes: Sequence[str] = ("GGO", "C"),
+    score_threshold: float = 0.0,
+    mask_threshold: float = 0.5,
+    codes: ArrayLike | None = None,
+    enlarge: int = 1,
+) -> np.ndarray:
+    """Tint the lesions of a slice and frame them with their class and score.
+
+    Args:
+        image, lesions, classes, score_threshold, mask_threshold: as in `show_lesions`.
+        codes: uint8 [H, W] of `metrics.detection.fuse`, tinted instead of the masks of `lesions`.
+        enlarge: draw each pixel as a square of so many, so that words fit on a small slice.
+
+    Returns:
+        uint8 [enlarge * H, enlarge * W, 3], to be written as PNG; no pyplot state is touched.
+    """
+    import torch
+    from PIL import Image, ImageDraw
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    grey = torch.tensor(_grey(image).repeat(enlarge, 0).repeat(enlarge, 1)).clamp(0, 1)
+    picture = (255 * grey).round().byte().repeat(3, 1, 1)  # [3, H, W]
+    boxes, labels, masks, scores = _lesion_arrays(lesions, score_threshold, mask_threshold)
+    colours = [LESION_COLOURS[label - 1] for label in labels]
+    tints = colours
+    if codes is not None:
+        tints = LESION_COLOURS[: len(classes)]
+        masks = np.stack([np.asarray(codes) == label + 1 for label in range(1, len(classes) + 1)])
+    if masks is not None and len(masks):
+        large = torch.from_numpy(masks.repeat(enlarge, 1).repeat(enlarge, 2))
+        picture = draw_segmentation_masks(picture, large, alpha=0.45, colors=list(tints))
+    if len(boxes):
+        boxes = boxes * enlarge
+        text = [classes[label - 1] for label in labels]
+        if scores is not None:
+            text = [f"{name} {score:.2f}" for name, score in zip(text, scores, strict=True)]
+        corners = torch.from_numpy(boxes)
+        corners[:, 2:] = torch.maximum(corners[:, 2:] - 1, corners[:, :2])  # last pixel inside
+        picture = draw_bounding_boxes(picture, corners, colors=colours)
+        drawing = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        pen = ImageDraw.Draw(drawing)
+        for (x1, y1, _, y2), words, colour in zip(boxes, text, colours, strict=True):
+            # above the box, so that the lesion stays in view; below it at the upper border
+            pen.text((x1, y1 - 12 if y1 >= 12 else y2), words, fill=colour)
+        return np.array(drawing)
+    return picture.permute(1, 2, 0).numpy()

@@ -13,11 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.lists import SPLITS
-from covidmask.data.slices import SliceImages
-from covidmask.data.statistics import class_statistics, lesion_statistics
+from covidmask.datasets.classes import SliceImages, class_statistics
+from covidmask.datasets.lesions import LesionSlices, lesion_statistics
 from covidmask.errors import CovidmaskError
+from covidmask.files import SPLITS
 
 
 def print_lesions(root: Path, split: str | None, min_area: int) -> None:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from covidmask.data.slices import balanced_sample, parse_name, read_split, write_split
+from covidmask.datasets.classes import balanced_sample, parse_name, read_split, write_split
 from covidmask.errors import CovidmaskError
 
 

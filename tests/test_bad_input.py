@@ -23,9 +23,9 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 from covidmask import config
 from covidmask.cli import main
 from covidmask.config import PhantomConfig
-from covidmask.data.phantom_sets import write_phantoms
+from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import load_segmenter, save_model
 from covidmask.training import loop
 

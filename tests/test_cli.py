@@ -21,26 +21,22 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 from covidmask import config
 from covidmask.cli import main
 from covidmask.config import PhantomConfig
-from covidmask.data.folders import (
-    WHOSE_SHIPPED,
-    find_weights,
-    lesion_splits,
-    open_lesions,
-    open_slices,
-    slice_splits,
-    weights_file,
-)
-from covidmask.data.images import write_image
-from covidmask.data.phantoms import old_friend
+from covidmask.datasets.classes import open_slices, slice_splits
+from covidmask.datasets.lesions import lesion_splits, open_lesions
+from covidmask.datasets.phantoms import old_friend
+from covidmask.datasets.scans import write_image
 from covidmask.errors import CheckpointError, DataError
 from covidmask.models.weights import (
+    WHOSE_SHIPPED,
     ShippedWeights,
+    find_weights,
     load_classifier,
     load_segmenter,
     read_card,
     save_model,
     trained_classifier,
     trained_segmenter,
+    weights_file,
 )
 from covidmask.training import loop
 

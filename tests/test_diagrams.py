@@ -11,7 +11,7 @@ from PIL import ImageFont
 from covidmask import diagrams
 from covidmask.config import PRESETS, ClassifierConfig
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from tools import chapter_graph
 
 SVG = "{http://www.w3.org/2000/svg}"

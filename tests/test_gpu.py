@@ -9,11 +9,11 @@ from torch.utils.data import Dataset
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from covidmask.config import IMAGE_CLASSES
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantoms import make_slice
+from covidmask.datasets.lesions import mask_to_targets
+from covidmask.datasets.phantoms import make_slice
 from covidmask.errors import DataError
 from covidmask.models.classifier import REGIMES, covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import (
     ShippedWeights,
     load_segmenter,

@@ -16,10 +16,10 @@ from PIL import Image
 
 from covidmask import cli
 from covidmask.cli import main
-from covidmask.data.downloads import partial_folder
+from covidmask.datasets.downloads import partial_folder
 from covidmask.errors import OutputError
 from covidmask.files import is_there, same_file
-from covidmask.training.checkpoints import load_checkpoint, save_checkpoint
+from covidmask.training.loop import load_checkpoint, save_checkpoint
 
 COMMAND = [sys.executable, "-m", "covidmask"]
 UNIX = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and rights of Unix")

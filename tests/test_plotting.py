@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from covidmask import plotting
-from covidmask.data.lesions import mask_to_targets
+from covidmask.datasets.lesions import mask_to_targets
 
 MASK = np.zeros((40, 60), dtype=np.uint8)
 MASK[5:35, 5:55] = 1

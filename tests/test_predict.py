@@ -18,11 +18,11 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 from covidmask import predict as module
 from covidmask.cli import main
 from covidmask.config import IMAGE_CLASSES
-from covidmask.data.images import LUNG_WINDOW
-from covidmask.data.medical import hounsfield_to_unit
+from covidmask.datasets.medical import hounsfield_to_unit
+from covidmask.datasets.scans import LUNG_WINDOW
 from covidmask.errors import DataError, OutputError
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import save_model
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from covidmask.metrics.detection import IOU_THRESHOLDS
 from covidmask.models.classifier import covid_ct_mask_net, set_regime
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import ShippedWeights
 from covidmask.training.classification import classification_loss
 from covidmask.training.loop import make_fabric

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import Dataset
 
 from covidmask.config import PRESETS, ClassifierConfig, DetectorConfig, TrainingConfig
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantoms import make_slice
+from covidmask.datasets.lesions import mask_to_targets
+from covidmask.datasets.phantoms import make_slice
 
 TINY_DETECTOR = DetectorConfig(
     backbone="resnet18",

@@ -26,14 +26,14 @@ import torch
 import torchvision
 
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.lesions import LesionSlices
+from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.files import atomic_path
 from covidmask.metrics.classification import patient_bootstrap, report, wilson
 from covidmask.metrics.detection import CocoAP
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import load_classifier, load_segmenter, read_card, save_model
 from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.segmentation import predict_lesions, train_segmenter

@@ -58,13 +58,11 @@ from sklearn.linear_model import LogisticRegression
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantoms import make_slice, old_friend
+from covidmask.datasets import make_slice, mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
-from covidmask.metrics.classification import confusion, report, wilson
-from covidmask.models.classifier import ClassificationModule, covid_ct_mask_net
-from covidmask.models.weights import trained_segmenter
-from covidmask.training.classification import train_s
+from covidmask.metrics import confusion, report, wilson
+from covidmask.models import ClassificationModule, covid_ct_mask_net, trained_segmenter
+from covidmask.training import train_s
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,7 +340,7 @@ for name, value in zip(
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models import lesion_mask_rcnn
 
 torch.manual_seed(SEED)
 model = covid_ct_mask_net(lesion_mask_rcnn(preset.detector).to(device), preset.classifier)

@@ -68,13 +68,23 @@ from torch.nn.functional import adaptive_avg_pool2d, max_pool2d
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.images import LUNG_WINDOW
-from covidmask.data.lesions import LesionSlices, mask_to_targets, split_by_patient
-from covidmask.data.medical import hounsfield_to_unit
-from covidmask.data.phantom_sets import phantom_mask, write_phantoms
-from covidmask.data.phantoms import make_patient, old_friend, render
-from covidmask.data.slices import SliceImages, parse_name, read_split
-from covidmask.data.statistics import class_statistics, lesion_statistics
+from covidmask.datasets import (
+    LUNG_WINDOW,
+    LesionSlices,
+    SliceImages,
+    class_statistics,
+    hounsfield_to_unit,
+    lesion_statistics,
+    make_patient,
+    mask_to_targets,
+    old_friend,
+    parse_name,
+    phantom_mask,
+    read_split,
+    render,
+    split_by_patient,
+    write_phantoms,
+)
 from covidmask.interactive import frame_slider
 
 torch.manual_seed(0)

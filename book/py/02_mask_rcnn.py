@@ -64,11 +64,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 import covidmask
 from covidmask import plotting
 from covidmask.config import LESION_CLASSES, PRESETS
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantoms import make_slice, old_friend
+from covidmask.datasets import make_slice, mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
-from covidmask.models.segmentation import IMAGENET_MEAN, IMAGENET_STD, lesion_mask_rcnn
-from covidmask.models.weights import trained_segmenter
+from covidmask.models import IMAGENET_MEAN, IMAGENET_STD, lesion_mask_rcnn, trained_segmenter
 from covidmask.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILLION
 
 torch.manual_seed(0)

@@ -67,26 +67,25 @@ from torch.utils.data import Subset
 import covidmask
 from covidmask import plotting
 from covidmask.config import LESION_CLASSES, PRESETS
-from covidmask.data.folders import weights_file
-from covidmask.data.lesions import LesionSlices, mask_to_targets
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.phantoms import old_friend
-from covidmask.data.slices import SliceImages
-from covidmask.interactive import frame_slider
-from covidmask.metrics.classification import wilson
-from covidmask.metrics.detection import (
-    CocoAP,
-    author_ap,
-    author_image_ap,
-    binary_masks,
-    dice,
-    semantic_mask,
+from covidmask.datasets import (
+    LesionSlices,
+    SliceImages,
+    mask_to_targets,
+    old_friend,
+    write_phantoms,
 )
-from covidmask.models.baselines import threshold_detections
-from covidmask.models.ranked_boxes import propose
-from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import save_model, trained_segmenter
-from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter
+from covidmask.interactive import frame_slider
+from covidmask.metrics import CocoAP, author_ap, author_image_ap, dice, semantic_mask, wilson
+from covidmask.models import (
+    binary_masks,
+    lesion_mask_rcnn,
+    propose,
+    save_model,
+    threshold_detections,
+    trained_segmenter,
+    weights_file,
+)
+from covidmask.training import evaluate_segmenter, predict_lesions, train_segmenter
 
 plt.rcParams["image.interpolation"] = "nearest"  # show pixels as they are
 torch.manual_seed(0)

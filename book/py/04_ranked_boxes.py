@@ -66,11 +66,11 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.phantoms import HEIGHT, Lesion, make_patient, make_slice, old_friend, render
+from covidmask.datasets import HEIGHT, Lesion, make_patient, make_slice, old_friend, render
 from covidmask.interactive import frame_slider
-from covidmask.models.classifier import covid_ct_mask_net, set_regime
-from covidmask.models.ranked_boxes import (
+from covidmask.models import (
     author_padding,
+    covid_ct_mask_net,
     encoded_rows,
     even_padding,
     pad_rows,
@@ -79,8 +79,10 @@ from covidmask.models.ranked_boxes import (
     ranked_boxes,
     run_box_head,
     same_size_groups,
+    set_regime,
+    trained_classifier,
+    trained_segmenter,
 )
-from covidmask.models.weights import trained_classifier, trained_segmenter
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

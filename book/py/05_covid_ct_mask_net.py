@@ -63,22 +63,21 @@ from torch import nn
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS, ClassifierConfig, DetectorConfig
-from covidmask.data.phantoms import make_slice, old_friend
+from covidmask.datasets import make_slice, old_friend
 from covidmask.diagrams import model_diagram
 from covidmask.interactive import frame_slider
-from covidmask.models.classifier import (
+from covidmask.models import (
     ClassificationModule,
     batch_norm_parameters,
-    covid_ct_mask_net,
-)
-from covidmask.models.parameters import (
     count_parameters,
+    covid_ct_mask_net,
+    lesion_mask_rcnn,
     paper_and_light_sizes,
     published_counts,
+    trained_classifier,
+    trained_segmenter,
 )
-from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import trained_classifier, trained_segmenter
-from covidmask.training.classification import classification_loss, train_s
+from covidmask.training import classification_loss, train_s
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -66,26 +66,37 @@ from torch.utils.data import Subset
 import covidmask
 from covidmask import plotting
 from covidmask.config import PRESETS
-from covidmask.data.folders import weights_file
-from covidmask.data.lesions import LesionSlices, mask_to_targets
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.phantoms import old_friend
-from covidmask.data.slices import SliceImages
+from covidmask.datasets import (
+    LesionSlices,
+    SliceImages,
+    mask_to_targets,
+    old_friend,
+    write_phantoms,
+)
 from covidmask.interactive import frame_slider
-from covidmask.metrics.classification import wilson
-from covidmask.models.classifier import REGIMES, covid_ct_mask_net, set_regime
-from covidmask.models.parameters import count_batch_norm, count_parameters, count_trainable
-from covidmask.models.ranked_boxes import propose
-from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import save_model, trained_segmenter
-from covidmask.training.classification import (
+from covidmask.metrics import wilson
+from covidmask.models import (
+    REGIMES,
+    count_batch_norm,
+    count_parameters,
+    count_trainable,
+    covid_ct_mask_net,
+    lesion_mask_rcnn,
+    propose,
+    save_model,
+    set_regime,
+    trained_segmenter,
+    weights_file,
+)
+from covidmask.training import (
     cache_ranked_boxes,
     classification_loss,
+    epoch_batches,
     evaluate_classifier,
+    evaluate_segmenter,
+    learning_rate,
     train_classifier,
 )
-from covidmask.training.loop import epoch_batches, learning_rate
-from covidmask.training.segmentation import evaluate_segmenter
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

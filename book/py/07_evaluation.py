@@ -64,14 +64,11 @@ import torch
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.phantom_sets import write_phantoms
-from covidmask.data.phantoms import old_friend
-from covidmask.data.slices import SliceImages
-from covidmask.data.statistics import class_statistics
+from covidmask.datasets import SliceImages, class_statistics, old_friend, write_phantoms
 from covidmask.interactive import frame_slider
-from covidmask.metrics.classification import confusion, patient_bootstrap, report, wilson
-from covidmask.models.weights import ShippedWeights, trained_classifier
-from covidmask.training.classification import evaluate_classifier
+from covidmask.metrics import confusion, patient_bootstrap, report, wilson
+from covidmask.models import ShippedWeights, trained_classifier
+from covidmask.training import evaluate_classifier
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -66,25 +66,29 @@ from torch import nn
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantom_sets import phantom_mask, write_phantoms
-from covidmask.data.phantoms import old_friend
-from covidmask.data.slices import SliceImages
+from covidmask.datasets import (
+    SliceImages,
+    mask_to_targets,
+    old_friend,
+    phantom_mask,
+    write_phantoms,
+)
 from covidmask.interactive import frame_slider
-from covidmask.metrics.classification import wilson
-from covidmask.models.baselines import area_features, fit_area_classifier
-from covidmask.models.classifier import ClassificationModule
-from covidmask.models.ranked_boxes import (
+from covidmask.metrics import wilson
+from covidmask.models import (
+    ClassificationModule,
+    area_features,
     encoded_rows,
+    fit_area_classifier,
+    lesion_mask_rcnn,
     pad_rows,
     propose,
     rank_boxes,
     ranked_boxes,
     run_box_head,
+    trained_segmenter,
 )
-from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import trained_segmenter
-from covidmask.training.classification import train_s
+from covidmask.training import train_s
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -73,21 +73,30 @@ from torch.utils.data import Subset
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.data.folders import find_weights
-from covidmask.data.images import LUNG_WINDOW, read_image
-from covidmask.data.lesions import LesionSlices, split_by_patient
-from covidmask.data.medical import PACKAGES, hounsfield_to_unit
-from covidmask.data.phantom_sets import write_phantoms, write_semiseg_phantoms
-from covidmask.data.phantoms import FRIEND, POSITIONS, make_patient, old_friend, render
-from covidmask.data.semiseg import SemiSeg
-from covidmask.data.volumes import find_scans, read_slices
+from covidmask.datasets import (
+    FRIEND,
+    LUNG_WINDOW,
+    PACKAGES,
+    POSITIONS,
+    LesionSlices,
+    SemiSeg,
+    find_scans,
+    hounsfield_to_unit,
+    make_patient,
+    old_friend,
+    read_image,
+    read_slices,
+    render,
+    split_by_patient,
+    write_phantoms,
+    write_semiseg_phantoms,
+)
 from covidmask.errors import DataError
 from covidmask.interactive import frame_slider
-from covidmask.metrics.detection import dice, semantic_mask
-from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import trained_classifier, trained_segmenter
+from covidmask.metrics import dice, semantic_mask
+from covidmask.models import find_weights, lesion_mask_rcnn, trained_classifier, trained_segmenter
 from covidmask.predict import predict
-from covidmask.training.segmentation import predict_lesions, train_segmenter
+from covidmask.training import predict_lesions, train_segmenter
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

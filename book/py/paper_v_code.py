@@ -65,29 +65,28 @@ from torchvision.transforms import v2
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS, ClassifierConfig, DetectorConfig
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantoms import old_friend
+from covidmask.datasets import mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
-from covidmask.metrics.classification import report
-from covidmask.metrics.detection import CocoAP, author_image_ap, binary_masks
-from covidmask.models.classifier import covid_ct_mask_net, set_regime
-from covidmask.models.parameters import (
+from covidmask.metrics import CocoAP, author_image_ap, report
+from covidmask.models import (
+    author_padding,
+    binary_masks,
     count_parameters,
     count_trainable,
-    paper_and_light_sizes,
-    published_counts,
-)
-from covidmask.models.ranked_boxes import (
-    author_padding,
+    covid_ct_mask_net,
     even_padding,
+    lesion_mask_rcnn,
     pad_rows,
+    paper_and_light_sizes,
     propose,
+    published_counts,
     rank_boxes,
     run_box_head,
+    set_regime,
+    trained_classifier,
+    trained_segmenter,
 )
-from covidmask.models.segmentation import lesion_mask_rcnn
-from covidmask.models.weights import trained_classifier, trained_segmenter
-from covidmask.training.classification import classification_loss
+from covidmask.training import classification_loss
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,1 +1,22 @@
-"""Judging detections and classifications."""
+"""Detection, segmentation and classification, with intervals."""
+
+from covidmask.rooms import open_room
+
+__all__, __getattr__ = open_room(
+    __name__,
+    {
+        "classification": (
+            "confusion",
+            "patient_bootstrap",
+            "report",
+            "wilson",
+        ),
+        "detection": (
+            "CocoAP",
+            "author_ap",
+            "author_image_ap",
+            "dice",
+            "semantic_mask",
+        ),
+    },
+)

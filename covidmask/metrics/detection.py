@@ -11,30 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
-Instances = dict[str, Tensor]
+from covidmask.models.detector import Instances, binary_masks, fuse
 
 IOU_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-
-
-def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
-    """bool [K, H, W]: probabilities above `mask_threshold`, or the non-zero pixels of uint8.
-
-    The released code cuts raw logits at 0.5, which is a probability of 0.622.
-
-    Raises:
-        ValueError: the masks are neither [K, H, W] nor [K, 1, H, W].
-    """
-    masks = instances["masks"].detach()
-    if masks.ndim == 4 and masks.shape[1] == 1:
-        masks = masks[:, 0]  # [K, 1, H, W] -> [K, H, W]
-    if masks.ndim != 3:
-        raise ValueError(f"masks of shape {tuple(masks.shape)}: give [K, H, W] or [K, 1, H, W]")
-    return masks > mask_threshold if masks.is_floating_point() else masks.bool()
 
 
 class CocoAP:
@@ -194,82 +176,6 @@ def semantic_mask(
         if scores[i] > score_threshold:
             codes[masks[i]] = labels[i] + 1
     return codes
-
-
-def lesion_maps(prediction: Instances, classes: int) -> Tensor:
-    """For each class, how probable it is that a pixel belongs to a lesion.
-
-    `1 - prod(1 - score * mask probability)` over the detections of the class: overlapping
-    detections support each other, as if each were right or wrong on its own, and weak ones still
-    count a little. No score threshold is needed. Where the prediction has `semantic`, too (see
-    `LesionRoIHeads`), the mean of both.
-
-    Args:
-        prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W] that are 0
-            away from their boxes.
-        classes: number of lesion classes.
-
-    Returns:
-        float32 [classes, H, W], 0..1.
-    """
-    masks = prediction["masks"][:, 0]  # [K, H, W]
-    shape = masks.shape[1:]
-    missed = masks.new_ones(classes, *shape, dtype=torch.float32)  # masks may be bfloat16
-    for mask, box, label, score in zip(
-        masks,
-        prediction["boxes"].tolist(),
-        prediction["labels"].tolist(),
-        prediction["scores"].tolist(),
-        strict=True,
-    ):
-        rows, columns = _window(box[1], box[3]), _window(box[0], box[2])
-        missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns].float()
-    maps = 1 - missed
-    if "semantic" in prediction:
-        semantic = prediction["semantic"][None].float()  # [1, classes, h, w]
-        maps += F.interpolate(semantic, size=shape, mode="bilinear")[0]
-        maps /= 2
-    return maps
-
-
-def _window(start: float, end: float) -> slice:
-    """Where torchvision pastes the mask of a box: 28 pixels, and one more on either side."""
-    margin = (end - start) / 28 + 2
-    return slice(max(0, int(start - margin)), int(end + margin))
-
-
-def detect(
-    model: nn.Module, images: list[Tensor], classes: int, mirror: bool = False
-) -> list[Instances]:
-    """Run a detector on images of one size; add `maps`, the `lesion_maps`, to each prediction.
-
-    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`.
-
-    Args:
-        model: a detector in eval mode.
-        images: B tensors, float32 [3,H,W] in 0..1.
-        classes: number of lesion classes.
-        mirror: detect on the mirrored images, too; `maps` are the mean of both.
-    """
-    predictions = model(images)
-    for prediction in predictions:
-        prediction["maps"] = lesion_maps(prediction, classes)
-    if mirror:
-        others = model([image.flip(-1) for image in images])
-        for prediction, other in zip(predictions, others, strict=True):
-            prediction["maps"] = (prediction["maps"] + lesion_maps(other, classes).flip(-1)) / 2
-    return predictions
-
-
-def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
-    """One mask from the maps of `lesion_maps`: lesion or not, then the likelier class.
-
-    Returns:
-        uint8 [H, W]: codes as in `semantic_mask`. A pixel is a lesion where the probability of any
-        class, `1 - prod(1 - map)`, is above `threshold`.
-    """
-    lesion = 1 - (1 - maps).prod(0) > threshold  # [H, W]
-    return (lesion * (maps.argmax(0) + 2)).to(dtype=torch.uint8).numpy()
 
 
 class Overlap(NamedTuple):

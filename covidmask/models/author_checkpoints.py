@@ -17,7 +17,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.errors import CheckpointError
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import load_state
 
 

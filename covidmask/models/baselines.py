@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
-from covidmask.data.lesions import CONSOLIDATION, GGO, mask_to_targets
+from covidmask.datasets.lesions import CONSOLIDATION, GGO, mask_to_targets
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline

@@ -16,8 +16,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from covidmask.config import ClassifierConfig
-from covidmask.models.inputs import check_images, same_size_groups
-from covidmask.models.roi_align import LesionRoIAlign
+from covidmask.models.detector import LesionRoIAlign, check_images, same_size_groups
 
 
 class Ranking(NamedTuple):

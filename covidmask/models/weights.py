@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.data.folders import find_weights
 from covidmask.errors import CheckpointError
-from covidmask.files import atomic_path
+from covidmask.files import atomic_path, data_root, is_there
 from covidmask.models.classifier import CovidCTMaskNet
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 
 FORMAT = 2  # of the header; 1, which had no such entry, always read four levels of ResNet-50
+WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
+SHIPPED = Path(__file__).parent / "shipped"
+REGIMES = ("heads", "heads_bn", "full")
 
 
 def save_model(
@@ -197,9 +199,6 @@ def _building(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-# ---- the files that come with the package ------------------------------------------------------
-
-SHIPPED = Path(__file__).parent / "shipped"
 _LOAD = {"segmenter": load_segmenter, "classifier": load_classifier}
 
 
@@ -271,3 +270,75 @@ def trained_classifier(
     """The classifier of a preset, as `trained_segmenter`; `regime` chooses among yours."""
     path, _ = find_weights("classifier", preset, regime=regime, shipped=shipped)
     return load_classifier(path, device)
+
+
+def weights_file(kind: str, preset: str, regime: str | None = None) -> Path:
+    """Where training writes, unless told otherwise; a classifier's name has its regime."""
+    name = "-".join(part for part in (kind, preset, regime) if part)
+    return data_root() / "weights" / f"{name}.safetensors"
+
+
+def find_weights(
+    kind: str,
+    preset: str,
+    named: str | Path | None = None,
+    regime: str | None = None,
+    shipped: bool = False,
+) -> tuple[Path, str]:
+    """The weights to use: the named ones, else yours, else (preset quick) the shipped ones.
+
+    Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights.
+
+    Args:
+        kind: segmenter or classifier.
+        named: a file that the reader has named.
+        regime: which of your classifiers; None takes the only one.
+        shipped: prefer the shipped ones, as the book does, whose text has their numbers.
+
+    Returns:
+        the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.
+
+    Raises:
+        CheckpointError: there are none, several of yours, or `named` beside `regime`.
+    """
+    if named is not None:
+        if regime is not None:
+            raise CheckpointError(
+                f"--regime {regime}: chooses among your own weights, but {named} is named; leave "
+                "one of the two out"
+            )
+        return Path(named), "named"
+    yours = {} if shipped and preset == "quick" else _yours(kind, preset)
+    if regime is not None:
+        yours = {key: path for key, path in yours.items() if key == regime}
+    if len(yours) > 1:
+        found = ", ".join(f"{path} ({key})" for key, path in yours.items())
+        raise CheckpointError(
+            f"the {kind} of preset {preset}: there are several of yours, {found}; choose one with "
+            "--regime, or name its file"
+        )
+    if yours:
+        return next(iter(yours.values())), "yours"
+    if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
+        from covidmask.models.weights import ShippedWeights
+
+        return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), WHOSE_SHIPPED
+    raise CheckpointError(
+        f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
+        f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
+        f"{f' --regime {regime}' if regime else ''}`"
+    )
+
+
+def _yours(kind: str, preset: str) -> dict[str, Path]:
+    """Regime ("" for a segmenter) -> the file that training has written."""
+    plain = weights_file(kind, preset)
+    if kind == "segmenter":
+        return {"": plain} if is_there(plain) else {}
+    found = {}
+    if is_there(plain):  # older files have their regime in the card alone
+        from covidmask.models.weights import read_card
+
+        found[str(read_card(plain).get("regime"))] = plain
+    named = {regime: weights_file(kind, preset, regime) for regime in REGIMES}
+    return found | {regime: path for regime, path in named.items() if is_there(path)}

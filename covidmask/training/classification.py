@@ -16,7 +16,7 @@ from covidmask.config import TrainingConfig
 from covidmask.errors import DataError, TrainingError
 from covidmask.metrics.classification import confusion, report
 from covidmask.models.classifier import ClassificationModule, CovidCTMaskNet, set_regime
-from covidmask.models.inputs import check_images
+from covidmask.models.detector import check_images
 from covidmask.training.loop import digest, fit, item_names, make_fabric, plain
 from covidmask.training.ranked_cache import cache_ranked_boxes, settings_digest
 

@@ -8,9 +8,11 @@ GPU adds up in any order, so there the rounding differs from run to run.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +26,60 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from covidmask.config import TrainingConfig
-from covidmask.data.lists import some
-from covidmask.data.memory import InMemory
+from covidmask.datasets.memory import InMemory
 from covidmask.errors import CheckpointError, DataError, TrainingError
-from covidmask.training.checkpoints import load_checkpoint, save_checkpoint
+from covidmask.files import atomic_path, some
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) so that a crash leaves the old file or the new one.
+
+    Raises:
+        OutputError: no permission or a full disk.
+    """
+    content = io.BytesIO()  # torch, writing to a file, turns Ctrl-C into a RuntimeError
+    torch.save(state, content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote for the same run.
+
+    Args:
+        run: the settings that must be the same, else resuming would mix two runs.
+
+    Raises:
+        CheckpointError: truncated, with foreign classes, or of a run with other settings.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than plain data and is not read; "
+            "delete it and start again, or name another checkpoint"
+        ) from error
+    except (PermissionError, MemoryError):
+        raise  # the file may be whole
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: truncated or damaged ({reason}); "
+            "delete it and start again, or name another checkpoint"
+        ) from error
+    if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of a covidmask training; name another file"
+        )
+    saved = state["run"]
+    changed = [key for key in run if saved.get(key) != run[key]]
+    if changed:
+        details = ", ".join(f"{key} was {saved.get(key)!r}, is {run[key]!r}" for key in changed)
+        raise CheckpointError(
+            f"{path}: belongs to another run ({details}); "
+            "resume with the same settings, or name another checkpoint"
+        )
+    return state
 
 
 def make_fabric(

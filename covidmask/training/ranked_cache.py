@@ -20,20 +20,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import covidmask
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
 from covidmask.errors import OutputError, TrainingError
 from covidmask.files import atomic_path, check_writable
 from covidmask.models.classifier import CovidCTMaskNet
-from covidmask.models.inference import for_inference
-from covidmask.models.inputs import to_model
-from covidmask.training.loop import (
-    as_bytes,
-    digest,
-    gather,
-    item_names,
-    make_fabric,
-    share,
-)
+from covidmask.models.detector import for_inference, to_model
+from covidmask.training.loop import as_bytes, digest, gather, item_names, make_fabric, share
 
 
 @torch.no_grad()

@@ -16,23 +16,27 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
 from covidmask.config import LESION_CLASSES, Preset, TrainingConfig
-from covidmask.data.augmentation import Augmented
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.lists import some
-from covidmask.data.phantom_sets import write_phantoms
+from covidmask.datasets.augmentation import Augmented
+from covidmask.datasets.lesions import LesionSlices
+from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.errors import DataError, TrainingError
+from covidmask.files import some
 from covidmask.metrics.detection import (
     IOU_THRESHOLDS,
     CocoAP,
     author_image_ap,
-    detect,
     dice,
     overlap,
     overlap_means,
     semantic_mask,
 )
-from covidmask.models.inference import for_inference
-from covidmask.models.inputs import check_images, same_size_groups, to_model
+from covidmask.models.detector import (
+    check_images,
+    detect,
+    for_inference,
+    same_size_groups,
+    to_model,
+)
 from covidmask.training.loop import (
     fit,
     gather,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from covidmask.data import images
-from covidmask.data.images import read_image, read_mask, write_image
+from covidmask.datasets import scans as images
+from covidmask.datasets.scans import read_image, read_mask, write_image
 from covidmask.errors import DataError
 
 GREY = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from covidmask.data.lesions import LesionSlices, mask_to_targets, split_by_patient
+from covidmask.datasets.lesions import LesionSlices, mask_to_targets, split_by_patient
 from covidmask.errors import DataError
 
 MASKS = arrays(

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from covidmask.data import medical
-from covidmask.data.images import read_image
-from covidmask.data.lists import one_line
-from covidmask.data.medical import hounsfield_to_unit, read_dicom, read_nifti
+from covidmask.datasets import medical
+from covidmask.datasets.medical import hounsfield_to_unit, read_dicom, read_nifti
+from covidmask.datasets.scans import read_image
 from covidmask.errors import DataError
+from covidmask.files import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = (-600.0, 1500.0)  # -1350..150

@@ -7,7 +7,7 @@ import torch
 from tiny import TinyLesions, TinySlices
 from torch.utils.data import DataLoader, Dataset
 
-from covidmask.data.memory import InMemory
+from covidmask.datasets.memory import InMemory
 
 
 class Counting(Dataset):

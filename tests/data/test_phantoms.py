@@ -21,10 +21,10 @@ from PIL import Image
 from scipy import ndimage
 
 from covidmask.config import PRESETS, PhantomConfig
-from covidmask.data import phantom_sets, phantoms
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantom_sets import phantom_mask, write_phantoms
-from covidmask.data.phantoms import (
+from covidmask.datasets import phantom_sets, phantoms
+from covidmask.datasets.lesions import mask_to_targets
+from covidmask.datasets.phantom_sets import phantom_mask, write_phantoms
+from covidmask.datasets.phantoms import (
     FRIEND,
     MIN_AREA,
     draw_positions,
@@ -98,7 +98,7 @@ def test_a_control_has_no_lesion(seed):
 def test_another_process_draws_the_same():
     code = (
         "import hashlib\n"
-        "from covidmask.data.phantoms import make_slice\n"
+        "from covidmask.datasets.phantoms import make_slice\n"
         "image, mask = make_slice(7, 2, 96)\n"
         "print(hashlib.sha256(image.tobytes() + mask.tobytes()).hexdigest())\n"
     )
@@ -353,7 +353,7 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch, name):
 
 def script(folder, *lines):
     """Arguments for `subprocess` that run these lines as a script in `folder`."""
-    text = ["import covidmask.data.phantom_sets as sets", *lines]
+    text = ["import covidmask.datasets.phantom_sets as sets", *lines]
     (folder / "script.py").write_text("\n".join(text), encoding="utf-8")
     home = str(Path(phantom_sets.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": home}
@@ -378,7 +378,7 @@ def test_a_plain_script_that_asks_for_processes_hears_what_they_need(tmp_path):
 
 
 def test_processes_that_draw_do_not_load_torch():
-    code = "import sys, covidmask.data.phantom_sets; sys.exit('torch' in sys.modules)"
+    code = "import sys, covidmask.datasets.phantom_sets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from covidmask.data.lesions import split_by_patient
-from covidmask.data.phantom_sets import _patient_seed, write_semiseg_phantoms
-from covidmask.data.phantoms import draw_positions, make_patient, render
-from covidmask.data.semiseg import SemiSeg
+from covidmask.datasets.lesions import SemiSeg, split_by_patient
+from covidmask.datasets.phantom_sets import _patient_seed, write_semiseg_phantoms
+from covidmask.datasets.phantoms import draw_positions, make_patient, render
 from covidmask.errors import DataError, OutputError
 
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from covidmask.data.lists import read_lines
-from covidmask.data.slices import (
+from covidmask.datasets.classes import (
     SliceEntry,
     SliceImages,
     SliceName,
@@ -19,6 +18,7 @@ from covidmask.data.slices import (
     write_split,
 )
 from covidmask.errors import DataError
+from covidmask.files import read_lines
 
 # --- names and lists ------------------------------------------------------------------------------
 

@@ -25,14 +25,12 @@ from http_server import serve
 from PIL import Image
 
 from covidmask.cli import main
-from covidmask.data import downloads, layouts, sources
-from covidmask.data.archives import extract
-from covidmask.data.downloads import copy_checked, download
-from covidmask.data.folders import open_lesions, open_slices
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.phantom_sets import write_semiseg_phantoms
-from covidmask.data.semiseg import SemiSeg
-from covidmask.data.slices import parse_name, read_split
+from covidmask.datasets import downloads, layouts, sources
+from covidmask.datasets.archives import extract
+from covidmask.datasets.classes import open_slices, parse_name, read_split
+from covidmask.datasets.downloads import copy_checked, download
+from covidmask.datasets.lesions import LesionSlices, SemiSeg, open_lesions
+from covidmask.datasets.phantom_sets import write_semiseg_phantoms
 from covidmask.errors import DataError, OutputError
 
 PATHS = ("one.bin", "deep/two.bin", "deep/er/three.bin")
@@ -215,7 +213,7 @@ def test_a_disk_that_is_full(how, host, files, out, monkeypatch):
 
 def test_a_killed_download_leaves_nothing_that_counts(host, files, out):
     host.faults[PATHS[2]] = ["silent"]
-    code = "import json, sys; from covidmask.data.downloads import download; "
+    code = "import json, sys; from covidmask.datasets.downloads import download; "
     code += "download(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], 1, progress=False)"
     child = subprocess.Popen([sys.executable, "-c", code, host.url, json.dumps(files), str(out)])
     for _ in range(600):

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from covidmask.data.images import write_image
-from covidmask.data.lesions import LesionSlices
-from covidmask.data.slices import SliceImages, read_split
-from covidmask.data.statistics import class_statistics, lesion_statistics
+from covidmask.datasets.classes import SliceImages, class_statistics, read_split
+from covidmask.datasets.lesions import LesionSlices, lesion_statistics
+from covidmask.datasets.scans import write_image
 
 SCRIPTS = Path(__file__).parents[2] / "data_scripts"
 

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 from scan_files import CORONAL, SERIES, chest, write_series, write_slice
 
-from covidmask.data.images import LUNG_WINDOW
-from covidmask.data.medical import hounsfield_to_unit
-from covidmask.data.volumes import choose_slices, find_scans, read_slices
+from covidmask.datasets.medical import hounsfield_to_unit
+from covidmask.datasets.scans import LUNG_WINDOW, choose_slices, find_scans, read_slices
 from covidmask.errors import DataError
 
 

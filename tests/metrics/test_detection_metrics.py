@@ -14,14 +14,12 @@ from covidmask.metrics.detection import (
     CocoAP,
     author_ap,
     author_image_ap,
-    binary_masks,
     dice,
-    fuse,
-    lesion_maps,
     overlap,
     overlap_means,
     semantic_mask,
 )
+from covidmask.models.detector import binary_masks, fuse, lesion_maps
 
 SIZE = 48
 KEYS = ("mask_ap", "mask_ap50", "mask_ap75", "box_ap", "box_ap50", "box_ap75")

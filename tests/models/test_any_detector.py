@@ -11,8 +11,8 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from covidmask.config import ClassifierConfig
 from covidmask.models.classifier import covid_ct_mask_net, set_regime
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.ranked_boxes import ranked_boxes
-from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import save_model
 from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.loop import make_fabric

@@ -11,7 +11,7 @@ from covidmask.models.classifier import (
     covid_ct_mask_net,
     set_regime,
 )
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.training.classification import classification_loss
 
 TINY = DetectorConfig(

@@ -10,8 +10,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from covidmask.models.classifier import batch_norm_parameters, covid_ct_mask_net
-from covidmask.models.inference import for_inference
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import for_inference, lesion_mask_rcnn
 
 
 def used(model):

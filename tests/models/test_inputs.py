@@ -9,8 +9,7 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 
 from covidmask.errors import DataError
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.inputs import check_images, to_model
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import check_images, lesion_mask_rcnn, to_model
 
 GOOD = torch.rand(3, 40, 64, generator=torch.Generator().manual_seed(0))
 BAD = {

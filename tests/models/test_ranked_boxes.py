@@ -8,6 +8,7 @@ from torchvision.models.detection._utils import BoxCoder
 
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.models.classifier import covid_ct_mask_net, set_regime
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.ranked_boxes import (
     author_padding,
     encoded_rows,
@@ -19,7 +20,6 @@ from covidmask.models.ranked_boxes import (
     run_box_head,
     same_size_groups,
 )
-from covidmask.models.segmentation import lesion_mask_rcnn
 
 TINY = DetectorConfig(
     backbone="resnet18",

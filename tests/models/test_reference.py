@@ -12,9 +12,8 @@ from torchvision.models.detection.image_list import ImageList
 
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.metrics.detection import author_image_ap
+from covidmask.models.detector import LesionRoIAlign, lesion_mask_rcnn
 from covidmask.models.ranked_boxes import author_padding, encoded_rows, pad_rows, rank_boxes
-from covidmask.models.roi_align import LesionRoIAlign
-from covidmask.models.segmentation import lesion_mask_rcnn
 
 
 @pytest.fixture(scope="module")

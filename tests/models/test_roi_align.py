@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.ops import MultiScaleRoIAlign
 
-from covidmask.models import roi_align
-from covidmask.models.roi_align import LesionRoIAlign
+from covidmask.models import detector as roi_align
+from covidmask.models.detector import LesionRoIAlign
 
 SIDE, CHANNELS = 256, 6
 EDGES = torch.tensor(  # at the corners, along an edge, without area, thinner than a pixel

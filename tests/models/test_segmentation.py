@@ -8,9 +8,8 @@ from tiny import TINY_CLASSIFIER
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from covidmask.config import DetectorConfig
-from covidmask.models.backbones import fpn_backbone
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import fpn_backbone, lesion_mask_rcnn
 
 SMALL = DetectorConfig(
     backbone="resnet18",

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from tiny import warn_if_stale
 
 from covidmask.config import QUICK, ClassifierConfig, DetectorConfig
-from covidmask.data.folders import weights_file
-from covidmask.data.phantoms import old_friend
+from covidmask.datasets.phantoms import old_friend
 from covidmask.errors import CheckpointError
 from covidmask.models import author_checkpoints, weights
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.weights import weights_file
 from tools.shipped_weights import card_page
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,12 @@ from torch.utils.data import Dataset
 
 from covidmask.cli import main
 from covidmask.config import IMAGE_CLASSES, LESION_CLASSES
-from covidmask.data.lesions import mask_to_targets
-from covidmask.data.phantoms import make_slice
+from covidmask.datasets.lesions import mask_to_targets
+from covidmask.datasets.phantoms import make_slice
 from covidmask.errors import CheckpointError, DataError, TrainingError
-from covidmask.metrics.detection import detect, fuse
 from covidmask.models.classifier import covid_ct_mask_net
+from covidmask.models.detector import detect, fuse, lesion_mask_rcnn
 from covidmask.models.ranked_boxes import propose
-from covidmask.models.segmentation import lesion_mask_rcnn
 from covidmask.models.weights import ShippedWeights, save_model
 from covidmask.training import loop
 from covidmask.training.classification import evaluate_classifier, train_classifier

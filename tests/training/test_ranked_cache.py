@@ -12,11 +12,11 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
 from torch.utils.data import Subset
 
 import covidmask
-from covidmask.data.images import read_image
-from covidmask.data.slices import SliceImages
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.scans import read_image
 from covidmask.errors import OutputError, TrainingError
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.training import ranked_cache
 from covidmask.training.loop import make_fabric
 from covidmask.training.ranked_cache import cache_ranked_boxes
@@ -29,7 +29,7 @@ class Files(SliceImages):
         self.root, self.slices = root, TinySlices(count)
         self.names, self.labels = self.slices.names, self.slices.labels
         self.reads, self.fails_at = [], None
-        monkeypatch.setattr("covidmask.data.slices.read_image", self.read)
+        monkeypatch.setattr("covidmask.datasets.classes.read_image", self.read)
         for i, name in enumerate(self.names):
             levels = (self.slices[i][0][0] * 255).round().to(torch.uint8).numpy()
             Image.fromarray(levels).save(root / name)

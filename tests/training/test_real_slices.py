@@ -10,8 +10,8 @@ import torch
 from tiny import TINY_DETECTOR, tiny_training
 from torch.utils.data import Subset
 
-from covidmask.data.semiseg import SemiSeg
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.datasets.lesions import SemiSeg
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.training.segmentation import train_segmenter
 
 REAL = os.environ.get("COVIDMASK_REAL")

@@ -16,19 +16,19 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 from torch.utils.data import Dataset
 
 from covidmask.config import AugmentConfig
-from covidmask.data.augmentation import Augmented
-from covidmask.data.lesions import LesionDataset
-from covidmask.data.phantoms import make_slice
+from covidmask.datasets.augmentation import Augmented
+from covidmask.datasets.lesions import LesionDataset
+from covidmask.datasets.phantoms import make_slice
 from covidmask.errors import CheckpointError, DataError, OutputError, TrainingError
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.training import loop
-from covidmask.training.checkpoints import load_checkpoint, save_checkpoint
 from covidmask.training.classification import (
     cache_ranked_boxes,
     evaluate_classifier,
     train_classifier,
 )
+from covidmask.training.loop import load_checkpoint, save_checkpoint
 from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter
 
 WORKER = Path(__file__).with_name("train_worker.py")

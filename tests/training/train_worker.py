@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinyLesions, TinySlices, tiny_training
 
 from covidmask.models.classifier import covid_ct_mask_net
-from covidmask.models.segmentation import lesion_mask_rcnn
+from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.training import loop
 from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter

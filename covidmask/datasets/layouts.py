@@ -9,12 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from covidmask.data.archives import SUFFIXES, extract, is_archive
-from covidmask.data.downloads import move, partial_folder
-from covidmask.data.images import IMAGE_SUFFIXES
-from covidmask.data.lesions import LesionSlices, split_by_patient
-from covidmask.data.lists import SPLITS, read_lines, some
-from covidmask.data.slices import (
+from covidmask.datasets.archives import SUFFIXES, extract, is_archive
+from covidmask.datasets.classes import (
     NAME_CLASSES,
     SliceEntry,
     balanced_sample,
@@ -22,8 +18,12 @@ from covidmask.data.slices import (
     read_split,
     write_split,
 )
-from covidmask.data.sources import public_lists, write_lines, write_terms
+from covidmask.datasets.downloads import move, partial_folder
+from covidmask.datasets.lesions import LesionSlices, split_by_patient
+from covidmask.datasets.scans import IMAGE_SUFFIXES
+from covidmask.datasets.sources import public_lists, write_lines, write_terms
 from covidmask.errors import DataError
+from covidmask.files import SPLITS, read_lines, some
 
 Place = Callable[[PurePosixPath], str | None]  # path of a file -> its place below `out`, or None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from covidmask.config import AugmentConfig
-from covidmask.data.lesions import LesionDataset, mask_to_targets
+from covidmask.datasets.lesions import LesionDataset, mask_to_targets
 
 
 class Augmented(Dataset):

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from covidmask.data.lists import one_line, some
 from covidmask.errors import DataError, OutputError
+from covidmask.files import one_line, some
 
 TIMEOUT = (10.0, 20.0)  # seconds to connect, and between two packets
 LIMIT = 120.0  # seconds for one attempt at one file, however steadily a slow host sends

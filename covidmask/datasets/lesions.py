@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from covidmask.config import LESION_CLASSES
-from covidmask.data.images import IMAGE_SUFFIXES, read_image, read_mask
-from covidmask.data.lists import read_lines, some, split_path
+from covidmask.datasets.scans import IMAGE_SUFFIXES, read_image, read_mask
 from covidmask.errors import DataError
+from covidmask.files import existing_folder, listed_splits, read_lines, some, split_path
+
+if TYPE_CHECKING:
+    from covidmask.datasets.lesions import LesionDataset
 
 GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background, 1 is lung
 _CODES = {  # mask codes of label 1, label 2, ...
@@ -25,6 +29,11 @@ _CODES = {  # mask codes of label 1, label 2, ...
     "merged": ((GGO, CONSOLIDATION),),
 }
 _EIGHT = np.ones((3, 3), dtype=bool)  # pixels that touch at a corner are connected
+_FOLDERS = {
+    "train": Path("TrainingSet", "MultiClassInfection-Train"),
+    "test": Path("TestingSet", "MultiClassInfection-Test"),
+}
+_TO_CODE = np.array([0, 2, 3], dtype=np.uint8)  # palette index -> background, GGO, consolidation
 
 
 def mask_to_targets(
@@ -295,3 +304,154 @@ def split_by_patient(
 def _check_lesions(lesions: str) -> None:
     if lesions not in LESION_CLASSES:
         raise ValueError(f"lesions {lesions!r}: choose one of {', '.join(LESION_CLASSES)}")
+
+
+class SemiSeg(LesionDataset):
+    """The published 50 training and 48 test slices, as items of `LesionDataset`.
+
+    All slices are of COVID patients, so nothing can be learned here about other conditions. They
+    are cropped to the lungs, carry no Hounsfield units, and the masks mark no lung (no code 1).
+    There are no patient ids, so each slice counts as a patient of its own: parts made by
+    `split_by_patient`, and the published split itself, may share patients.
+
+    Args:
+        root: the folder that holds TrainingSet and TestingSet, or Inf-Net's folder above it, which
+            holds Dataset.
+        split: "train" or "test".
+        lesions, min_area: as in `mask_to_targets`.
+
+    Raises:
+        DataError: a folder or a mask is missing; on reading, damaged files, palette indices
+            outside 0..2, and an image and mask of different sizes.
+    """
+
+    patients_known = False
+
+    def __init__(
+        self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
+    ) -> None:
+        super().__init__(lesions, min_area)
+        if split not in _FOLDERS:
+            raise ValueError(f"split {split!r}: choose train or test")
+        folders = [Path(root) / _FOLDERS[split], Path(root) / "Dataset" / _FOLDERS[split]]
+        self.folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+        slices = self.folder / "Imgs"
+        found = slices.iterdir() if slices.is_dir() else ()  # glob is silent about permissions
+        images = sorted(
+            (path for path in found if path.suffix == ".jpg"), key=lambda path: natural(path.stem)
+        )
+        if not images:
+            raise DataError(
+                f"{self.folder / 'Imgs'}: no .jpg slices found; name the folder of COVID-SemiSeg "
+                "that holds TrainingSet and TestingSet"
+            )
+        self.names = [path.name for path in images]
+        self.patients = [path.stem for path in images]
+        no_mask = [f"{p}.png" for p in self.patients if not self._mask_path(p).is_file()]
+        if no_mask:
+            raise DataError(
+                f"{self.folder / 'GT'}: masks are missing: {some(no_mask)}; download them again"
+            )
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        # Both files are stored transposed, with the spine to the right; .T gives the axial view.
+        image = read_image(self.folder / "Imgs" / self.names[index]).T
+        mask_path = self._mask_path(self.patients[index])
+        image, indices = checked_pair(image, read_mask(mask_path).T, 2, mask_path)
+        return np.ascontiguousarray(image), _TO_CODE[indices]
+
+    def _mask_path(self, name: str) -> Path:
+        return self.folder / "GT" / f"{name}.png"
+
+
+@dataclass(frozen=True)
+class LesionStatistics:
+    """M slices with R lesion regions of C classes; class c of the C has label c + 1."""
+
+    classes: tuple[str, ...]
+    counts: np.ndarray  # int64 [M, C]: regions of each class in each slice
+    region_labels: np.ndarray  # int64 [R]
+    region_fractions: np.ndarray  # float64 [R]: area / area of the image, 0..1
+
+    def share_of_slices_below(self, regions: int = 5) -> np.ndarray:
+        """float64 [C]: share of the slices with fewer regions of a class (Fig. 1.1)."""
+        return (self.counts < regions).mean(axis=0)
+
+    def share_of_regions_below(self, *fractions: float) -> np.ndarray:
+        """float64 [C]: share of a class's regions smaller than its fraction (Fig. 1.2).
+
+        The paper's are 0.02 for GGO and 0.01 for consolidation. NaN for a class without regions.
+        """
+        return np.array(
+            [
+                (areas < limit).mean() if areas.size else np.nan
+                for label, limit in enumerate(fractions, start=1)
+                for areas in [self.region_fractions[self.region_labels == label]]
+            ]
+        )
+
+
+def lesion_statistics(dataset: LesionDataset) -> LesionStatistics:
+    """Count and measure the lesions of every slice; reads all files once.
+
+    Raises:
+        DataError: as the dataset does on reading.
+    """
+    classes = LESION_CLASSES[dataset.lesions]
+    counts, labels, fractions = [], [], []
+    for image, target in (dataset[i] for i in range(len(dataset))):
+        found = target["labels"].numpy()
+        counts.append(np.bincount(found, minlength=len(classes) + 1)[1:])
+        labels.append(found)
+        fractions.append(target["area"].double().numpy() / image[0].numel())
+    return LesionStatistics(
+        classes=classes,
+        counts=np.stack(counts),
+        region_labels=np.concatenate(labels),
+        region_fractions=np.concatenate(fractions),
+    )
+
+
+def open_lesions(
+    root: str | Path, split: str, lesions: str = "both", min_area: int = 1
+) -> LesionDataset:
+    """Slices with masks: `root` holds lesions/, or image/ and mask/, or is COVID-SemiSeg.
+
+    Args:
+        split: train, val, test, the path to a list, or all: every slice that is there.
+        lesions, min_area: as in `mask_to_targets`.
+
+    Raises:
+        DataError: see `LesionSlices` and `SemiSeg`.
+    """
+    from covidmask.datasets.lesions import LesionSlices, SemiSeg
+
+    root = existing_folder(root)
+    folder = _lesions_folder(root)
+    if not (folder / "image").is_dir() and (there := _semiseg_splits(root)):
+        if split not in ("train", "test"):
+            raise DataError(
+                f"{root}: COVID-SemiSeg has no split {split!r}; choose {' or '.join(there)}"
+            )
+        return SemiSeg(root, split, lesions, min_area)
+    return LesionSlices(folder, None if split == "all" else split, lesions, min_area)
+
+
+def lesion_splits(root: Path) -> list[str]:
+    """The splits that `open_lesions` finds; ["all"] for slices without lists."""
+    folder = _lesions_folder(root)
+    if not (folder / "image").is_dir():
+        return _semiseg_splits(root)
+    return listed_splits(folder) or ["all"]
+
+
+def _lesions_folder(root: Path) -> Path:
+    return root / "lesions" if (root / "lesions").is_dir() else root
+
+
+def _semiseg_splits(root: Path) -> list[str]:
+    return [
+        split
+        for split, folder in (("train", "TrainingSet"), ("test", "TestingSet"))
+        if (root / folder).is_dir() or (root / "Dataset" / folder).is_dir()
+    ]

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from covidmask.data.downloads import copy_checked, download
-from covidmask.data.images import write_image
-from covidmask.data.lists import one_line
-from covidmask.data.semiseg import SemiSeg
+from covidmask.datasets.downloads import copy_checked, download
+from covidmask.datasets.lesions import SemiSeg
+from covidmask.datasets.scans import write_image
 from covidmask.errors import DataError, OutputError
-from covidmask.files import atomic_path
+from covidmask.files import atomic_path, one_line
 
 KAGGLE = "hgunraj/covidxct"
 _GITHUB = "https://raw.githubusercontent.com"

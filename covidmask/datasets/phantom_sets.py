@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import covidmask
 from covidmask.config import PhantomConfig
-from covidmask.data.phantoms import (
+from covidmask.datasets.phantoms import (
     POSITIONS,
     _rng,
     draw_positions,
@@ -71,7 +71,7 @@ def phantom_mask(name: str, size: int, seed: int = 0) -> np.ndarray:
     Returns:
         uint8 [size, size], codes as in `render`.
     """
-    from covidmask.data.slices import parse_name  # here, since it loads torch: see `_fill`
+    from covidmask.datasets.classes import parse_name
 
     slice_name = parse_name(name)
     patient = make_patient(_patient_seed(seed, int(slice_name.patient)), slice_name.label)
@@ -220,6 +220,9 @@ def _write_set(root: Path, note: dict, fill: Callable[[Path], None]) -> None:
             raise DataError(
                 f"{root}: is the current folder, which cannot be replaced; name a folder in it"
             )
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # a worker that is still importing a script without the guard: it must leave no folder
+            raise BrokenProcessPool
         _sweep(home)
         folder = home.with_name(f"{_prefix(home)}{os.getpid()}.tmp")
         try:

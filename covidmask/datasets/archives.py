@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from covidmask.data.lists import one_line
 from covidmask.errors import DataError
+from covidmask.files import one_line
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_BYTES = 200 * 2**30  # of everything an archive holds

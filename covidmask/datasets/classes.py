@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from covidmask.config import IMAGE_CLASSES
-from covidmask.data.images import IMAGE_SUFFIXES, read_image
-from covidmask.data.lists import read_lines, some, split_path
+from covidmask.datasets.scans import IMAGE_SUFFIXES, read_image
 from covidmask.errors import DataError
-from covidmask.files import atomic_path
+from covidmask.files import (
+    atomic_path,
+    existing_folder,
+    listed_splits,
+    read_lines,
+    some,
+    split_path,
+)
+
+if TYPE_CHECKING:
+    from covidmask.datasets.classes import SliceImages
 
 NAME_CLASSES = ("Normal", "CP", "NCP")  # how COVIDx-CT-1 calls labels 0, 1, 2 in file names
 _LABELS = {text: i for i, name in enumerate(NAME_CLASSES) for text in (name, str(i))}
@@ -223,3 +232,48 @@ def _locate(name: str, on_disk: set[str]) -> str | None:
         for suffix in IMAGE_SUFFIXES
     } & on_disk
     return candidates.pop() if len(candidates) == 1 else None
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Slices and patients of each image class."""
+
+    classes: tuple[str, ...]
+    slices: np.ndarray  # int64 [3]
+    patients: np.ndarray  # int64 [3]
+
+
+def class_statistics(dataset: SliceImages) -> ClassStatistics:
+    """Count the slices and patients of each class; reads no image."""
+    pairs = set(zip(dataset.labels, dataset.patients, strict=True))
+    n = len(IMAGE_CLASSES)
+    return ClassStatistics(
+        classes=IMAGE_CLASSES,
+        slices=np.bincount(dataset.labels, minlength=n),
+        patients=np.bincount([label for label, _ in pairs], minlength=n),
+    )
+
+
+def open_slices(root: str | Path, split: str, require_classes: bool = False) -> SliceImages:
+    """Slices with an image class: `root` holds slices/, or the images themselves.
+
+    Args:
+        split: train, val, test, or the path to a list.
+        require_classes: as in `SliceImages`.
+
+    Raises:
+        DataError: see `SliceImages`.
+    """
+    from covidmask.datasets.classes import SliceImages
+
+    return SliceImages(_slices_folder(existing_folder(root)), split, require_classes)
+
+
+def slice_splits(root: Path) -> list[str]:
+    """The splits that `open_slices` finds."""
+    folder = _slices_folder(root)
+    return [] if (folder / "image").is_dir() else listed_splits(folder)  # image/: lists of lesions
+
+
+def _slices_folder(root: Path) -> Path:
+    return root / "slices" if (root / "slices").is_dir() else root

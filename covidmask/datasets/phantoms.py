@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.ndimage import gaussian_filter, shift
 
-from covidmask.data.images import LUNG_WINDOW
-from covidmask.data.medical import hounsfield_to_unit
+from covidmask.datasets.medical import hounsfield_to_unit
+from covidmask.datasets.scans import LUNG_WINDOW
 
 GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background and 1 lung
 HEIGHT = 0.75  # of the lungs, in image sides: z = HEIGHT * position

@@ -1,1 +1,0 @@
-"""Data: phantoms, the readers of the real data sets, and their statistics."""

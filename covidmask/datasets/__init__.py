@@ -1,0 +1,47 @@
+"""Slices with masks, slices with a class, scans, phantoms, and where to get real data."""
+
+from covidmask.rooms import open_room
+
+__all__, __getattr__ = open_room(
+    __name__,
+    {
+        "classes": (
+            "SliceImages",
+            "class_statistics",
+            "parse_name",
+            "read_split",
+        ),
+        "lesions": (
+            "LesionSlices",
+            "SemiSeg",
+            "lesion_statistics",
+            "mask_to_targets",
+            "split_by_patient",
+        ),
+        "medical": (
+            "PACKAGES",
+            "hounsfield_to_unit",
+        ),
+        "phantom_sets": (
+            "phantom_mask",
+            "write_phantoms",
+            "write_semiseg_phantoms",
+        ),
+        "phantoms": (
+            "FRIEND",
+            "HEIGHT",
+            "Lesion",
+            "POSITIONS",
+            "make_patient",
+            "make_slice",
+            "old_friend",
+            "render",
+        ),
+        "scans": (
+            "LUNG_WINDOW",
+            "find_scans",
+            "read_image",
+            "read_slices",
+        ),
+    },
+)

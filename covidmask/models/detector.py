@@ -1,0 +1,573 @@
+"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1).
+
+Everything is torchvision's but small subclasses: `LesionRPN` ranks proposals on raw logits, it and
+`LesionRoIHeads` take the shape of their box loss from the configuration, boxes and scores stay
+float32 in mixed precision, and `LesionRoIAlign` is RoIAlign made faster on CPUs. For small sets of
+real CT there is a branch that the paper does not have, `SemanticBranch`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import resnet
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import (
+    MultiScaleRoIAlign,
+    batched_nms,
+    clip_boxes_to_image,
+    remove_small_boxes,
+    roi_align,
+)
+
+from covidmask.config import DetectorConfig
+from covidmask.errors import DataError
+from covidmask.models.semantic import SemanticBranch
+
+SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
+ROWS = 128  # boxes at a time: few enough to stay in the processor's cache
+LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+Model = TypeVar("Model", bound=nn.Module)
+# Where a batch norm is known to read the convolution that stands before it, and nothing else does.
+# Elsewhere the order of attributes says nothing about the order of calls.
+IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
+Instances = dict[str, Tensor]
+
+
+def check_images(
+    images: Sequence[Tensor],
+    model: nn.Module | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Refuse images that a network would take without a word, and answer with nonsense.
+
+    Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
+
+    Args:
+        images: B tensors.
+        model: its weights must not be float64 either.
+        names: what messages call the images, such as their files; else "image 0" and so on.
+
+    Raises:
+        DataError: no image; no tensor; another shape than [3,H,W], or no pixel; whole numbers,
+            float64; values outside 0..1, or NaN.
+    """
+    if len(images) == 0:
+        raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
+    weights = None if model is None else next(model.parameters(), None)
+    if weights is not None and weights.dtype == torch.float64:
+        raise DataError(
+            f"the model's weights are {weights.dtype}; use model.float(), and autocast for speed"
+        )
+    for number, image in enumerate(images):
+        name = names[number] if names else f"image {number}"
+        if not isinstance(image, Tensor):
+            raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
+        kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
+        shaped = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
+        if not shaped or image.dtype not in kinds:
+            raise DataError(
+                f"{name}: {image.dtype} {list(image.shape)}; give torch.float32 [3, H, W]"
+            )
+        if image.device.type != "cpu":
+            continue
+        low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            raise DataError(
+                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; "
+                "divide 8-bit grey by 255, and map Hounsfield units by "
+                "covidmask.datasets.medical.hounsfield_to_unit"
+            )
+
+
+def to_model(
+    images: Sequence[Tensor], device: torch.device, names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """The images on `device`, after `check_images`, which costs no wait before they are there."""
+    check_images(images, names=names)
+    return [image.to(device) for image in images]
+
+
+def same_size_groups(images: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the images, grouped by shape, in order of first appearance."""
+    groups: dict[torch.Size, list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(position)
+    return list(groups.values())
+
+
+class WithImage(BackboneWithFPN):
+    """Hands on the image, too, as the last of the maps: "image", float32 [B,3,H,W], normalised."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {**super().forward(x), "image": x}
+
+
+def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> BackboneWithFPN:
+    """Build the feature extractor of the detector (section 3.1).
+
+    ResNet-50 gives four maps (layer1..4, strides 4, 8, 16, 32). ResNet-18 and -34 give one map,
+    of the last layer that `config.cut` leaves (stride 32, 16 or 8). `config.levels` asks for the
+    last so many instead. No pooled level is added and batch norm is trainable, not frozen, both
+    unlike torchvision's ready-made detectors.
+
+    Args:
+        config: `backbone`, `cut`, `levels` and `fpn_channels` are read.
+        weights: a name of torchvision's weights, such as "IMAGENET1K_V1" (downloaded), or None
+            for random weights.
+
+    Returns:
+        A module: float32 [B,3,H,W] -> ordered dict of maps [B,fpn_channels,H/stride,W/stride];
+        with `config.semantic` also the image, see `WithImage`.
+    """
+    body = getattr(resnet, config.backbone)(weights=weights)
+    channels = [body.inplanes // 2 ** (4 - layer) for layer in config.layers]
+    return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(config.layers)}
+    kind = WithImage if config.semantic else BackboneWithFPN
+    backbone = kind(body, return_layers, channels, config.fpn_channels)
+    backbone.fpn.extra_blocks = None  # torchvision would add a max-pooled level
+    return backbone
+
+
+class LesionRoIAlign(MultiScaleRoIAlign):
+    """torchvision's `MultiScaleRoIAlign`, by matrix products where the features lie on a CPU."""
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> Tensor:
+        """Pool every box.
+
+        Args:
+            x: maps [B,C,h,w] by name; those of `featmap_names` are read.
+            boxes: B tensors [K,4], xyxy in pixels of the images; inside them.
+            image_shapes: B pairs (height, width).
+
+        Returns:
+            [sum K, C, output height, output width].
+        """
+        if not _on_cpu(x):
+            return super().forward(x, boxes, image_shapes)
+        index, pooled = zip(*self.parts(x, boxes, image_shapes), strict=True)
+        return torch.cat(pooled)[torch.cat(index).argsort()]
+
+    def parts(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of `forward` a few at a time, in an order that makes each part fast.
+
+        Yields:
+            int64 [r], which rows of `forward`; and [r, C, output height, output width].
+        """
+        maps = [x[name] for name in self.featmap_names if name in x]
+        rois = torch.cat(boxes)
+        if len(rois) == 0 or not _on_cpu(x):
+            pooled = super().forward(x, boxes, image_shapes)
+            yield torch.arange(len(rois), device=rois.device), pooled
+            return
+        image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
+        height = max(shape[0] for shape in image_shapes)  # as torchvision, which looks at no width
+        scales = [2.0 ** round(math.log2(map.shape[-2] / height)) for map in maps]
+        level = self._levels(rois, scales)
+        for i, (map, scale) in enumerate(zip(maps, scales, strict=True)):
+            rows = torch.where(level == i)[0]
+            if len(rows):
+                for part, pooled in self._pool(map, rois[rows], image[rows], scale):
+                    yield rows[part], pooled
+
+    def _levels(self, rois: Tensor, scales: list[float]) -> Tensor:
+        """Which map a box is read from: equation 1 of the FPN paper, as torchvision has it."""
+        first, last = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
+        side = ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).sqrt()
+        level = self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
+        return level.floor().clamp(first, last).to(torch.int64) - first
+
+    def _pool(
+        self, map: Tensor, rois: Tensor, image: Tensor, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        channels, height, width = map.shape[1:]
+        pixels = map.permute(0, 2, 3, 1).reshape(-1, channels)  # [B*h*w, C]; a view: channels last
+        x1, y1, x2, y2 = (rois * scale).unbind(1)
+        x = self._points(x1, x2, self.output_size[1])  # [K, bins, points]
+        y = self._points(y1, y2, self.output_size[0])
+        left, patch_width = _patch(x, width)  # [K], [K]
+        top, patch_height = _patch(y, height)
+        is_large = patch_height * patch_width > LARGEST_PATCH
+        if is_large.any():
+            part = torch.where(is_large)[0]
+            boxes = torch.cat([image[part, None].to(rois), rois[part]], dim=1)  # [r, 5]
+            pooled = roi_align(  # has no bfloat16 on a CPU
+                map.float(), boxes, self.output_size, scale, self.sampling_ratio
+            )
+            yield part, pooled.to(map.dtype)
+        small = torch.where(~is_large)[0]
+        order = small[(patch_height * width + patch_width)[small].argsort()]  # like sizes together
+        for part in order.split(ROWS) if len(order) else ():
+            h, w = int(patch_height[part].max()), int(patch_width[part].max())
+            columns = left[part, None] + torch.arange(w)  # [r, w]
+            rows = top[part, None] + torch.arange(h)  # [r, h]
+            weights = torch.einsum(
+                "rah,rbw->rhwab", _hat(y[part], rows, height), _hat(x[part], columns, width)
+            ).reshape(len(part), h * w, -1)  # [r, pixels of the patch, bins]
+            place = (image[part, None] * height + rows.clamp(max=height - 1)) * width  # [r, h]
+            place = place[:, :, None] + columns.clamp(max=width - 1)[:, None]  # [r, h, w]
+            patch = F.embedding(place.flatten(1), pixels)  # [r, h*w, C]
+            pooled = torch.bmm(patch.transpose(1, 2), weights.to(patch.dtype))  # [r, C, bins]
+            yield part, pooled.reshape(len(part), channels, *self.output_size)
+
+    def _points(self, start: Tensor, end: Tensor, bins: int) -> Tensor:
+        """Where each bin reads along one axis, in pixels of the map: [K, bins, points]."""
+        n = self.sampling_ratio
+        size = ((end - start).clamp(min=1) / bins)[:, None, None]
+        bin, point = torch.arange(bins)[:, None], torch.arange(n)
+        return start[:, None, None] + bin * size + (point + 0.5) * size / n
+
+
+def _on_cpu(maps: dict[str, Tensor]) -> bool:
+    return next(iter(maps.values())).device.type == "cpu"
+
+
+def _patch(points: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """First pixel and number of pixels that the points of each box read: int64 [K], [K]."""
+    points = points.clamp(0, length - 1)
+    first = points[:, 0, 0].floor().to(torch.int64)
+    return first, points[:, -1, -1].floor().to(torch.int64) + 2 - first
+
+
+def _hat(points: Tensor, pixels: Tensor, length: int) -> Tensor:
+    """Weights of linear interpolation, mean over a bin's points: [r, bins, pixels].
+
+    The weight of a pixel falls from 1 at its centre to 0 at its neighbours' centres. Points more
+    than a pixel outside the map count as 0; others outside are moved to its edge.
+    """
+    inside = (points >= -1) & (points <= length)
+    distance = points.clamp(0, length - 1)[..., None] - pixels[:, None, None]  # [r, bins, n, p]
+    return ((1 - distance.abs()).clamp(min=0) * inside[..., None]).mean(2)
+
+
+class LesionRPN(RegionProposalNetwork):
+    """torchvision's RPN with two points of the released code that its own does not offer.
+
+    Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
+    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
+    """
+
+    def __init__(self, *args, min_size: float, box_beta: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.min_size = min_size
+        self.box_beta = box_beta
+
+    def forward(self, images, features, targets=None):
+        maps = {name: map for name, map in features.items() if name != "image"}
+        return super().forward(images, maps, targets)
+
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        objectness = objectness.detach().reshape(len(proposals), -1)  # [B, A]
+        levels = torch.cat(
+            [
+                torch.full((count,), level, device=objectness.device)
+                for level, count in enumerate(num_anchors_per_level)
+            ]
+        )
+        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
+        final_boxes, final_logits = [], []
+        for boxes, logits, index, shape in zip(
+            proposals, objectness, best, image_shapes, strict=True
+        ):
+            boxes, logits, level = boxes[index], logits[index], levels[index]
+            boxes = clip_boxes_to_image(boxes, shape)
+            keep = remove_small_boxes(boxes, self.min_size)
+            boxes, logits, level = boxes[keep], logits[keep], level[keep]
+            keep = batched_nms(boxes, logits, level, self.nms_thresh)[: self.post_nms_top_n()]
+            final_boxes.append(boxes[keep])
+            final_logits.append(logits[keep])
+        return final_boxes, final_logits
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        positive, negative = self.fg_bg_sampler(labels)
+        positive = torch.where(torch.cat(positive))[0]
+        sampled = torch.cat([positive, torch.where(torch.cat(negative))[0]])
+        box_loss = F.smooth_l1_loss(
+            pred_bbox_deltas[positive],
+            torch.cat(regression_targets)[positive],
+            beta=self.box_beta,
+            reduction="sum",
+        ) / max(sampled.numel(), 1)
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        )
+        return objectness_loss, box_loss
+
+
+class LesionRPNHead(RPNHead):
+    """torchvision's, with results in float32: bfloat16 boxes end at every second pixel."""
+
+    def forward(self, x):
+        logits, deltas = super().forward(x)
+        return [map.float() for map in logits], [map.float() for map in deltas]
+
+
+class LesionPredictor(FastRCNNPredictor):
+    """torchvision's, in float32, also in mixed precision: bfloat16 scores would tie."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class LesionRoIHeads(RoIHeads):
+    """torchvision's RoI heads; `box_beta` sets the smooth L1 loss of the boxes.
+
+    With `semantic` there is a sixth loss, and each prediction has `semantic`, float32
+    [classes - 1, h, w]: the probability of each lesion class at the stride of the finest map.
+    """
+
+    def __init__(self, *args, box_beta: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.box_beta = box_beta
+        self.semantic: SemanticBranch | None = None
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        if not self.training:
+            found, losses = super().forward(features, proposals, image_shapes, targets)
+            if self.semantic is not None:
+                maps = self.semantic.probabilities(features, image_shapes)
+                found = [{**one, "semantic": map} for one, map in zip(found, maps, strict=True)]
+            return found, losses
+        proposals, matched, labels, regression_targets = self.select_training_samples(
+            proposals, targets
+        )
+        pooled = self.box_roi_pool(features, proposals, image_shapes)  # [R, C, 7, 7]
+        class_logits, box_regression = self.box_predictor(self.box_head(pooled))  # [R,C], [R,4C]
+        all_labels = torch.cat(labels)
+        positive = torch.where(all_labels > 0)[0]
+        deltas = box_regression.reshape(len(all_labels), -1, 4)[positive, all_labels[positive]]
+        box_loss = F.smooth_l1_loss(
+            deltas, torch.cat(regression_targets)[positive], beta=self.box_beta, reduction="sum"
+        ) / max(all_labels.numel(), 1)
+        losses = {
+            "loss_classifier": F.cross_entropy(class_logits, all_labels),
+            "loss_box_reg": box_loss,
+        }
+        lesions = [torch.where(label > 0)[0] for label in labels]  # masks learn on positive RoIs
+        rois = [boxes[index] for boxes, index in zip(proposals, lesions, strict=True)]
+        matched = [match[index] for match, index in zip(matched, lesions, strict=True)]
+        pooled = self.mask_roi_pool(features, rois, image_shapes)  # [M, C, 14, 14]
+        mask_logits = self.mask_predictor(self.mask_head(pooled))  # [M, classes, 28, 28]
+        masks, true_labels = ([t[key] for t in targets] for key in ("masks", "labels"))
+        losses["loss_mask"] = maskrcnn_loss(mask_logits, rois, masks, true_labels, matched)
+        if self.semantic is not None:
+            losses["loss_semantic"] = self.semantic.loss(features, image_shapes, targets)
+        return [], losses
+
+
+class LesionMaskRCNN(GeneralizedRCNN):
+    """torchvision's detector, which looks at its images first; see `check_images`."""
+
+    def forward(self, images, targets=None):
+        check_images(images, self)
+        return super().forward(images, targets)
+
+
+def lesion_mask_rcnn(
+    config: DetectorConfig, weights: str | None = None, masks: bool = True
+) -> GeneralizedRCNN:
+    """Build the detector, with random weights but for an optional ImageNet backbone.
+
+    Args:
+        config: every number of section 3.1 and of the released code.
+        weights: passed to `fpn_backbone`.
+        masks: without masks the detector is the one inside the classifier: it can be run and
+            ranked, not trained on lesions.
+
+    Returns:
+        torchvision's `GeneralizedRCNN`, with the configuration as `model.config`. Input: a list
+        of float32 [3,H,W] in 0..1. In eval mode it returns, per image, `boxes` [K,4] (pixels of
+        the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and `masks` [K,1,H,W]
+        (probabilities). In train mode, given targets too, it returns the five losses. With
+        `config.semantic` see `LesionRoIHeads`.
+    """
+    backbone = fpn_backbone(config, weights)
+    levels = len(config.layers)
+    names = [str(level) for level in range(levels)]
+    channels = config.fpn_channels
+    anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
+    rpn = LesionRPN(
+        anchors,
+        LesionRPNHead(channels, anchors.num_anchors_per_location()[0]),
+        *config.rpn_iou,
+        config.rpn_batch,
+        config.rpn_positive,
+        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
+        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
+        config.rpn_nms,
+        min_size=config.rpn_min_size,
+        box_beta=config.rpn_box_beta,
+    )
+    heads = LesionRoIHeads(
+        LesionRoIAlign(names, output_size=7, sampling_ratio=2),
+        TwoMLPHead(channels * 7 * 7, config.box_features),
+        LesionPredictor(config.box_features, config.num_classes),
+        *config.box_iou,
+        config.box_batch,
+        config.box_positive,
+        None,  # the box coder's usual weights, (10, 10, 5, 5)
+        config.box_score,
+        config.box_nms,
+        config.box_detections,
+        box_beta=config.box_beta,
+    )
+    if masks:
+        widths = (128,) if config.light_mask_head else (256,) * 4
+        heads.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
+        heads.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
+        heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], config.num_classes)
+        if config.semantic:
+            heads.semantic = SemanticBranch(channels, config.num_classes)
+    transform = GeneralizedRCNNTransform(
+        config.image_size, config.max_size, IMAGENET_MEAN, IMAGENET_STD
+    )
+    model = LesionMaskRCNN(backbone, rpn, heads, transform)
+    model.config = config
+    return model
+
+
+def for_inference(model: Model) -> Model:
+    """Copy a detector or classifier for prediction: fewer layers, channels last.
+
+    In eval mode batch norm is a fixed scale and shift of each channel, so it is folded into the
+    convolution before it: one pass over the feature map less. The results differ by rounding.
+    That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
+    that carry an activation, stay as they are.
+
+    Args:
+        model: any detector or classifier; it is left as it is, and later changes to it do not
+            reach the copy.
+
+    Returns:
+        The copy, in eval mode, with no parameter that requires a gradient.
+    """
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(fast.modules()):
+        if not any(type(module).forward is kind.forward for kind in IN_ORDER):
+            continue
+        for (name, layer), (next_name, follower) in pairwise(list(module._modules.items())):
+            plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
+            if plain and follower.running_mean is not None and not _hooked(layer, follower):
+                setattr(module, name, fuse_conv_bn_eval(layer, follower))
+                setattr(module, next_name, nn.Identity())
+    return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _hooked(*layers: nn.Module) -> bool:
+    """Whether there are hooks, which may change weights and results, or read them."""
+    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
+
+
+def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
+    """bool [K, H, W]: probabilities above `mask_threshold`, or the non-zero pixels of uint8.
+
+    The released code cuts raw logits at 0.5, which is a probability of 0.622.
+
+    Raises:
+        ValueError: the masks are neither [K, H, W] nor [K, 1, H, W].
+    """
+    masks = instances["masks"].detach()
+    if masks.ndim == 4 and masks.shape[1] == 1:
+        masks = masks[:, 0]  # [K, 1, H, W] -> [K, H, W]
+    if masks.ndim != 3:
+        raise ValueError(f"masks of shape {tuple(masks.shape)}: give [K, H, W] or [K, 1, H, W]")
+    return masks > mask_threshold if masks.is_floating_point() else masks.bool()
+
+
+def lesion_maps(prediction: Instances, classes: int) -> Tensor:
+    """For each class, how probable it is that a pixel belongs to a lesion.
+
+    `1 - prod(1 - score * mask probability)` over the detections of the class: overlapping
+    detections support each other, as if each were right or wrong on its own, and weak ones still
+    count a little. No score threshold is needed. Where the prediction has `semantic`, too (see
+    `LesionRoIHeads`), the mean of both.
+
+    Args:
+        prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W] that are 0
+            away from their boxes.
+        classes: number of lesion classes.
+
+    Returns:
+        float32 [classes, H, W], 0..1.
+    """
+    masks = prediction["masks"][:, 0]  # [K, H, W]
+    shape = masks.shape[1:]
+    missed = masks.new_ones(classes, *shape, dtype=torch.float32)  # masks may be bfloat16
+    for mask, box, label, score in zip(
+        masks,
+        prediction["boxes"].tolist(),
+        prediction["labels"].tolist(),
+        prediction["scores"].tolist(),
+        strict=True,
+    ):
+        rows, columns = _window(box[1], box[3]), _window(box[0], box[2])
+        missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns].float()
+    maps = 1 - missed
+    if "semantic" in prediction:
+        semantic = prediction["semantic"][None].float()  # [1, classes, h, w]
+        maps += F.interpolate(semantic, size=shape, mode="bilinear")[0]
+        maps /= 2
+    return maps
+
+
+def _window(start: float, end: float) -> slice:
+    """Where torchvision pastes the mask of a box: 28 pixels, and one more on either side."""
+    margin = (end - start) / 28 + 2
+    return slice(max(0, int(start - margin)), int(end + margin))
+
+
+def detect(
+    model: nn.Module, images: list[Tensor], classes: int, mirror: bool = False
+) -> list[Instances]:
+    """Run a detector on images of one size; add `maps`, the `lesion_maps`, to each prediction.
+
+    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`.
+
+    Args:
+        model: a detector in eval mode.
+        images: B tensors, float32 [3,H,W] in 0..1.
+        classes: number of lesion classes.
+        mirror: detect on the mirrored images, too; `maps` are the mean of both.
+    """
+    predictions = model(images)
+    for prediction in predictions:
+        prediction["maps"] = lesion_maps(prediction, classes)
+    if mirror:
+        others = model([image.flip(-1) for image in images])
+        for prediction, other in zip(predictions, others, strict=True):
+            prediction["maps"] = (prediction["maps"] + lesion_maps(other, classes).flip(-1)) / 2
+    return predictions
+
+
+def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
+    """One mask from the maps of `lesion_maps`: lesion or not, then the likelier class.
+
+    Returns:
+        uint8 [H, W]: codes as in `semantic_mask`. A pixel is a lesion where the probability of any
+        class, `1 - prod(1 - map)`, is above `threshold`.
+    """
+    lesion = 1 - (1 - maps).prod(0) > threshold  # [H, W]
+    return (lesion * (maps.argmax(0) + 2)).to(dtype=torch.uint8).numpy()

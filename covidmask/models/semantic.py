@@ -1,0 +1,78 @@
+"""A class for each pixel, beside the boxes: for small sets of real CT, not in the paper."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops.misc import Conv2dNormActivation
+
+
+class SemanticBranch(nn.Module):
+    """A class for each pixel, from the finest map of the pyramid, as in Panoptic FPN.
+
+    Not in the paper. Lesions of real CT fray and merge: where one instance ends is often a matter
+    of taste, which pixels are ground glass is less so. Every pixel teaches the backbone here, not
+    just those of the sampled boxes. The image itself, at half its size, joins the map, as in the
+    top level of a U-Net: it has the grey values and the borders that strides have blurred.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.coarse = Conv2dNormActivation(channels, 64)
+        self.image = Conv2dNormActivation(3, 16)
+        self.fine = nn.Sequential(
+            Conv2dNormActivation(64 + 16, 32),
+            Conv2dNormActivation(32, 32),
+            nn.Conv2d(32, classes, 1),
+        )
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Maps, the finest first, and "image" [B,3,H,W] -> logits [B,classes,H/2,W/2].
+
+        Class 0 is background.
+        """
+        image = F.avg_pool2d(features["image"], 2)  # [B, 3, H/2, W/2]
+        coarse = self.coarse(next(iter(features.values())))  # [B, 64, h, w]
+        coarse = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")
+        return self.fine(torch.cat([coarse, self.image(image)], dim=1))
+
+    def loss(self, features: dict[str, Tensor], image_shapes, targets) -> Tensor:
+        """Cross-entropy of all pixels, and one minus the mean soft Dice.
+
+        Dice is taken of each slice on its own, as the slices are judged: a small lesion counts as
+        much as a large one. Its regions are the lesion classes and any lesion; `slack` keeps it
+        smooth where a slice has next to nothing of one.
+        """
+        logits = self(features)
+        side = _stride(logits, image_shapes)
+        height, width = (side * length for length in logits.shape[-2:])
+        truth = torch.zeros(len(targets), height, width, dtype=torch.int64, device=logits.device)
+        for labels, target in zip(truth, targets, strict=True):  # [height, width]
+            for label, mask in zip(target["labels"], target["masks"], strict=True):
+                labels[: mask.shape[0], : mask.shape[1]][mask > 0] = label
+        logits = F.interpolate(logits.float(), size=(height, width), mode="bilinear")
+        shares = logits.softmax(1)  # [B, classes, height, width]
+        true = F.one_hot(truth, logits.shape[1]).movedim(3, 1).float()
+        # class 0 gives way to its opposite, any lesion
+        shares, true = (torch.cat([1 - map[:, :1], map[:, 1:]], dim=1) for map in (shares, true))
+        both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
+        slack = 0.002 * height * width
+        dice = (2 * both + slack) / (total + slack)
+        return F.cross_entropy(logits, truth) + (1 - dice).mean()
+
+    def probabilities(self, features: dict[str, Tensor], image_shapes) -> list[Tensor]:
+        """For each image float32 [classes - 1, h, w]: its part of the padded map."""
+        shares = self(features).float().softmax(1)[:, 1:]
+        side = _stride(shares, image_shapes)
+        return [
+            map[:, : math.ceil(height / side), : math.ceil(width / side)]
+            for map, (height, width) in zip(shares, image_shapes, strict=True)
+        ]
+
+
+def _stride(map: Tensor, image_shapes) -> int:
+    """Pixels of the images, padded to multiples of 32, for one pixel of the map."""
+    return math.ceil(max(width for _, width in image_shapes) / 32) * 32 // map.shape[-1]
