@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from covidmask import datasets, models
 from covidmask.config import IMAGE_CLASSES, LESION_CLASSES, PRESETS, TrainingConfig
-from covidmask.datasets.classes import open_slices, slice_splits
-from covidmask.datasets.lesions import lesion_splits, open_lesions
 from covidmask.errors import CheckpointError, CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
 from covidmask.files import (
@@ -34,8 +33,8 @@ from covidmask.files import (
     phantoms_folder,
     ranked_folder,
     same_file,
+    weights_file,
 )
-from covidmask.models.weights import find_weights, weights_file
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -147,12 +146,14 @@ class Stats:
         _prepare_json(self.json, root / "phantoms.json")
         found: dict[str, dict] = {
             "lesions": {
-                split: _lesion_numbers(open_lesions(root, split, min_area=self.min_area), split)
-                for split in lesion_splits(root)
+                split: _lesion_numbers(
+                    datasets.open_lesions(root, split, min_area=self.min_area), split
+                )
+                for split in datasets.lesion_splits(root)
             },
             "slices": {
-                split: _class_numbers(open_slices(root, split), split)
-                for split in slice_splits(root)
+                split: _class_numbers(datasets.open_slices(root, split), split)
+                for split in datasets.slice_splits(root)
             },
         }
         if not found["lesions"] and not found["slices"]:
@@ -303,7 +304,7 @@ class TrainSegmenter(_TrainOptions):
         preset = PRESETS[self.preset]
         training = self._training(preset.segmenter)
         data = self.data or phantoms_folder(self.preset)
-        dataset = open_lesions(data, self.split, preset.detector.lesions, preset.min_area)
+        dataset = datasets.open_lesions(data, self.split, preset.detector.lesions, preset.min_area)
         if preset.augment:
             dataset = Augmented(dataset, preset.augment, self.seed)
         out, checkpoint = self._outputs(weights_file("segmenter", self.preset))
@@ -381,10 +382,10 @@ class TrainClassifier(_TrainOptions):
         preset = PRESETS[self.preset]
         training = self._training(preset.classifier_training)
         data = self.data or phantoms_folder(self.preset)
-        dataset = open_slices(data, self.split, require_classes=True)
+        dataset = datasets.open_slices(data, self.split, require_classes=True)
         held_out = None
-        if self.validation and "val" in slice_splits(data):
-            held_out = open_slices(data, "val")
+        if self.validation and "val" in datasets.slice_splits(data):
+            held_out = datasets.open_slices(data, "val")
         settings = preset.classifier
         if _classes(dataset) != _classes(settings):
             settings = replace(settings, classes=_classes(dataset))
@@ -491,7 +492,7 @@ class EvaluateSegmenter(_EvaluateOptions):
         model = load_segmenter(weights)
         given = self.min_area
         min_area = read_card(weights).get("min_area", 1) if given is None else given
-        dataset = open_lesions(data, self.split, model.config.lesions, min_area)
+        dataset = datasets.open_lesions(data, self.split, model.config.lesions, min_area)
         _prepare_json(self.json, weights, self.split, data / "phantoms.json")
         fabric = make_fabric(self.precision, _device(self.device))
         result = evaluate_segmenter(
@@ -560,7 +561,7 @@ class EvaluateClassifier(_EvaluateOptions):
         from covidmask.training.loop import make_fabric
 
         data = existing_folder(self.data or phantoms_folder(self.preset))
-        dataset = open_slices(data, self.split)
+        dataset = datasets.open_slices(data, self.split)
         weights = _weights("classifier", self.preset, self.weights, self.regime)
         model = load_classifier(weights)
         classes = _classes(model.config)
@@ -918,7 +919,7 @@ def _classes(of: Any) -> tuple[str, ...]:
 
 def _weights(kind: str, preset: str, named: Path | None, regime: str | None = None) -> Path:
     """The file of `find_weights`, after a line that says whose it is."""
-    path, whose = find_weights(kind, preset, named, regime)
+    path, whose = models.find_weights(kind, preset, named, regime)
     _say(f"{kind.capitalize()}: {whose}, {path}")
     return path
 

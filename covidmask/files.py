@@ -172,6 +172,12 @@ def phantoms_folder(preset: str) -> Path:
     return data_root() / f"phantoms-{preset}"
 
 
+def weights_file(kind: str, preset: str, regime: str | None = None) -> Path:
+    """Where training writes, unless told otherwise; a classifier's name has its regime."""
+    name = "-".join(part for part in (kind, preset, regime) if part)
+    return data_root() / "weights" / f"{name}.safetensors"
+
+
 def ranked_folder() -> Path:
     """Where training keeps the ranked boxes of slices; it may be deleted at any time."""
     return data_root() / "ranked"

@@ -13,6 +13,7 @@ import torch
 
 from covidmask import plotting
 from covidmask.datasets.lesions import mask_to_targets
+from covidmask.predict import overlay
 
 MASK = np.zeros((40, 60), dtype=np.uint8)
 MASK[5:35, 5:55] = 1
@@ -142,7 +143,7 @@ def test_score_by_rank_has_a_line_per_class_that_occurs():
 
 def test_overlay_tints_the_lesion_and_leaves_the_rest(lesions):
     before = plt.get_fignums()
-    picture = plotting.overlay(IMAGE, lesions)
+    picture = overlay(IMAGE, lesions)
     assert plt.get_fignums() == before
     assert picture.shape == (40, 60, 3)
     assert picture.dtype == np.uint8
@@ -159,8 +160,8 @@ def test_overlay_tints_the_lesion_and_leaves_the_rest(lesions):
 
 def test_overlay_enlarges_by_a_whole_factor(lesions):
     tinted = {key: value for key, value in lesions.items() if key != "scores"}
-    small = plotting.overlay(IMAGE, {**tinted, "boxes": tinted["boxes"] * 0})  # no frame, no words
-    large = plotting.overlay(IMAGE, lesions, enlarge=3)
+    small = overlay(IMAGE, {**tinted, "boxes": tinted["boxes"] * 0})  # no frame, no words
+    large = overlay(IMAGE, lesions, enlarge=3)
     assert large.shape == (3 * IMAGE.shape[0], 3 * IMAGE.shape[1], 3)
     mask = np.asarray(lesions["masks"]).reshape(-1, *IMAGE.shape)[0] > 0.5
     y, x = np.argwhere(mask)[mask.sum() // 2]
@@ -170,9 +171,9 @@ def test_overlay_enlarges_by_a_whole_factor(lesions):
 def test_overlay_leaves_out_low_scores_and_keeps_its_input(lesions):
     lesions["scores"] = torch.tensor([0.2, 0.3])
     boxes = lesions["boxes"].clone()
-    picture = plotting.overlay(IMAGE, lesions, score_threshold=0.75)
+    picture = overlay(IMAGE, lesions, score_threshold=0.75)
     assert (picture == round(255 * 0.4)).all()
-    plotting.overlay(torch.from_numpy(IMAGE).repeat(3, 1, 1), lesions)
+    overlay(torch.from_numpy(IMAGE).repeat(3, 1, 1), lesions)
     assert torch.equal(lesions["boxes"], boxes)
 
 

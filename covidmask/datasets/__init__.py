@@ -8,6 +8,8 @@ __all__, __getattr__ = open_room(
         "classes": (
             "SliceImages",
             "class_statistics",
+            "open_slices",
+            "slice_splits",
             "parse_name",
             "read_split",
         ),
@@ -15,6 +17,8 @@ __all__, __getattr__ = open_room(
             "LesionSlices",
             "SemiSeg",
             "lesion_statistics",
+            "lesion_splits",
+            "open_lesions",
             "mask_to_targets",
             "split_by_patient",
         ),

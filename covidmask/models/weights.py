@@ -19,7 +19,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.errors import CheckpointError
-from covidmask.files import atomic_path, data_root, is_there
+from covidmask.files import atomic_path, is_there, weights_file
 from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
 
@@ -270,12 +270,6 @@ def trained_classifier(
     """The classifier of a preset, as `trained_segmenter`; `regime` chooses among yours."""
     path, _ = find_weights("classifier", preset, regime=regime, shipped=shipped)
     return load_classifier(path, device)
-
-
-def weights_file(kind: str, preset: str, regime: str | None = None) -> Path:
-    """Where training writes, unless told otherwise; a classifier's name has its regime."""
-    name = "-".join(part for part in (kind, preset, regime) if part)
-    return data_root() / "weights" / f"{name}.safetensors"
 
 
 def find_weights(
