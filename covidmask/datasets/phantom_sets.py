@@ -38,6 +38,7 @@ from covidmask.datasets.phantoms import (
     visible_lesions,
 )
 from covidmask.errors import DataError, OutputError
+from covidmask.files import SPLITS
 
 GENERATOR = 1  # raised whenever the same arguments give other phantoms
 CLASS_NAMES = ("Normal", "CP", "NCP")  # file names of COVIDx-CT, labels 0, 1, 2
@@ -50,7 +51,7 @@ def _jobs(config: PhantomConfig, seed: int) -> Iterator[tuple[str, str, int, int
     """Yield (set, split, patient number, patient seed, label) for every patient of a data set."""
     number = 0
     for kind, counts in (("lesions", config.lesion_patients), ("slices", config.class_patients)):
-        for split, count in zip(("train", "val", "test"), counts, strict=True):
+        for split, count in zip(SPLITS, counts, strict=True):
             for label in (2,) if kind == "lesions" else (0, 1, 2):
                 for _ in range(count):
                     number += 1
@@ -73,12 +74,14 @@ def phantom_mask(name: str, size: int, seed: int = 0) -> np.ndarray:
     """
     from covidmask.datasets.classes import parse_name
 
-    slice_name = parse_name(name)
-    patient = make_patient(_patient_seed(seed, int(slice_name.patient)), slice_name.label)
-    return render(patient, int(slice_name.slice) / 1000, size)[1]
+    label, number, _, thousandths = parse_name(name)
+    patient = make_patient(_patient_seed(seed, int(number)), label)
+    return render(patient, int(thousandths) / 1000, size)[1]
 
 
-def _write_patient(folder: Path, config: PhantomConfig, job: tuple[str, str, int, int, int]):
+def _write_patient(
+    folder: Path, config: PhantomConfig, job: tuple[str, str, int, int, int]
+) -> tuple[str, str, list[str]]:
     """Write the slices of one patient; return its set, its split and its lines of the list."""
     kind, split, number, seed, label = job
     patient = make_patient(seed, label)
@@ -96,19 +99,25 @@ def _write_patient(folder: Path, config: PhantomConfig, job: tuple[str, str, int
     lines = []
     for position in positions:
         image, mask = render(patient, position, size)
-        pixels = Image.fromarray(np.round(255 * image).astype(np.uint8))
         piece = f"{round(1000 * position):04d}"
         if kind == "lesions":
-            for part, picture in (("image", pixels), ("mask", Image.fromarray(mask))):
-                home = folder / kind / part / str(number)
-                home.mkdir(parents=True, exist_ok=True)
-                picture.save(home / f"{piece}.png")
-            lines.append(f"{number}_{piece}.png")
+            _save(_grey(image), folder / kind / "image" / str(number) / f"{piece}.png")
+            _save(Image.fromarray(mask), folder / kind / "mask" / str(number) / f"{piece}.png")
+            lines.append(f"{number}_{piece}.png\n")
         else:
             name = f"{CLASS_NAMES[label]}_{number}_1_{piece}.png"
-            pixels.save(folder / kind / name)
-            lines.append(f"{name} {label} 0 0 {size} {size}")
+            _save(_grey(image), folder / kind / name)
+            lines.append(f"{name} {label} 0 0 {size} {size}\n")
     return kind, split, lines
+
+
+def _grey(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.round(255 * image).astype(np.uint8))
+
+
+def _save(picture: Image.Image, path: Path, **options: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **options)
 
 
 def cores() -> int:
@@ -145,35 +154,6 @@ def _interrupts_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress: bool) -> None:
-    """Write every patient and then the lists.
-
-    A worker imports this module, so it must not load torch, which takes 0.4 GB and a second each.
-    """
-    for kind in ("lesions", "slices"):
-        (folder / kind).mkdir(parents=True)
-    jobs = list(_jobs(config, seed))
-    write = partial(_write_patient, folder, config)
-    bar = partial(tqdm, total=len(jobs), desc="phantoms", unit="patient", disable=not progress)
-    if workers <= 1 or len(jobs) * config.slices_per_patient * config.size**2 < IN_PROCESS:
-        done = list(bar(map(write, jobs)))
-    else:
-        context = multiprocessing.get_context("spawn")
-        workers = min(workers, MAX_WORKERS)
-        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-            with _interrupts_later():
-                results = pool.map(write, jobs, chunksize=4)
-            done = list(bar(results))
-    for kind in ("lesions", "slices"):
-        for split in ("train", "val", "test"):
-            lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
-            _write_text(folder / kind / f"{split}.txt", "".join(f"{line}\n" for line in lines))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
-
-
 def write_phantoms(
     root: str | Path,
     config: PhantomConfig,
@@ -199,22 +179,48 @@ def write_phantoms(
             range.
         OutputError: `root` cannot be written, the disk is full, or a process has ended early.
     """
-    root = Path(root)
     numbers = (*config.lesion_patients, *config.class_patients)
     if not (32 <= config.size <= 1024 and 1 <= config.slices_per_patient <= MAX_SLICES):
         raise DataError(f"{config}: size must be 32..1024, slices per patient 1..{MAX_SLICES}")
     if min(numbers) < 0 or seed < 0:
         raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
-    note = {"generator": GENERATOR, "seed": seed, "config": json.loads(json.dumps(asdict(config)))}
-    _write_set(root, note, lambda folder: _fill(folder, config, seed, workers or 1, progress))
-    return root
+    note = {"seed": seed, "config": asdict(config)}
+    return _write_set(root, note, lambda folder: _fill(folder, config, seed, workers, progress))
 
 
-def _write_set(root: Path, note: dict, fill: Callable[[Path], None]) -> None:
-    """Find the set of `note` in `root`, or have `fill` write it: complete or not at all."""
+def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress: bool) -> None:
+    """Write every patient and then the lists.
+
+    A worker imports this module, so it must not load torch, which takes 0.4 GB and a second each.
+    """
+    jobs = list(_jobs(config, seed))
+    write = partial(_write_patient, folder, config)
+    bar = partial(tqdm, total=len(jobs), desc="phantoms", unit="patient", disable=not progress)
+    if workers <= 1 or len(jobs) * config.slices_per_patient * config.size**2 < IN_PROCESS:
+        done = list(bar(map(write, jobs)))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, MAX_WORKERS), context, _end_with_parent) as pool:
+            with _interrupts_later():
+                results = pool.map(write, jobs, chunksize=4)
+            done = list(bar(results))
+    for kind in ("lesions", "slices"):
+        for split in SPLITS:
+            lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
+            _write_text(folder / kind / f"{split}.txt", "".join(lines))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+
+
+def _write_set(root: str | Path, settings: dict, fill: Callable[[Path], None]) -> Path:
+    """Find the set of these settings in `root`, or have `fill` write it: complete or not at all."""
+    root, note = Path(root), json.loads(json.dumps({"generator": GENERATOR} | settings))
     try:
         if _found(root, note):
-            return
+            return root
         home = Path(os.path.realpath(root))  # "." has no name
         if home == Path.cwd():
             raise DataError(
@@ -223,10 +229,13 @@ def _write_set(root: Path, note: dict, fill: Callable[[Path], None]) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             # a worker that is still importing a script without the guard: it must leave no folder
             raise BrokenProcessPool
-        _sweep(home)
-        folder = home.with_name(f"{_prefix(home)}{os.getpid()}.tmp")
+        prefix = f".{home.name}.{platform.node()}."  # on a shared disk other hosts have theirs
+        for left in home.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+            number = left.name.removeprefix(prefix).removesuffix(".tmp")
+            if number.isdecimal() and (int(number) == os.getpid() or not _runs(int(number))):
+                shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        folder = home.with_name(f"{prefix}{os.getpid()}.tmp")
         try:
-            folder.mkdir(parents=True)
             fill(folder)
             text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
             _write_text(folder / "phantoms.json", text + "\n")
@@ -249,34 +258,18 @@ def _write_set(root: Path, note: dict, fill: Callable[[Path], None]) -> None:
             f"{root}: phantoms cannot be written ({error.strerror or error}); "
             "choose a folder that you may write to and that has space left"
         ) from error
-
-
-def _prefix(home: Path) -> str:
-    """How the temporary folders of this host begin: on a shared disk others have theirs."""
-    return f".{home.name}.{platform.node()}."
-
-
-def _sweep(home: Path) -> None:
-    """Remove the temporary folders for `home` that runs left which were killed on this host."""
-    prefix = _prefix(home)
-    for folder in home.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        number = folder.name.removeprefix(prefix).removesuffix(".tmp")
-        if number.isdecimal() and not _runs(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
+    return root
 
 
 def _runs(number: int) -> bool:
-    """Whether there is another process of this number; on Windows, where none can ask, True."""
-    if number == os.getpid():
-        return False
-    if os.name == "nt":  # there os.kill would end it
-        return True
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's; no number of a process
-        return True
+    """Whether there is a process of this number; on Windows, where none can ask, True."""
+    if os.name != "nt":  # there os.kill would end it
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return False
+        except (PermissionError, OverflowError):  # another user's; no number of a process
+            pass
     return True
 
 
@@ -308,58 +301,34 @@ def write_semiseg_phantoms(
     Imgs/*.jpg and GT/*.png, to be read by `SemiSeg`. As in the real set, slices are cropped to the
     lungs and so differ in size, image and mask are stored transposed, and the masks are palette
     pictures (0 background, 1 GGO, 2 consolidation) that mark no lung. Unlike there, each slice is
-    of a patient of its own, of whom no other data set shows a slice. The folder appears complete
-    or not at all.
+    of a patient of its own, of whom no other data set shows a slice.
 
     Args:
         size: pixels per side before cropping, 64 to 1024.
         slices: how many for training and for testing. seed: another one gives other patients.
 
     Raises:
-        DataError: `root` holds something else or is the current folder, or an argument is out of
-            range.
-        OutputError: `root` cannot be written, or the disk is full.
+        DataError, OutputError: as `write_phantoms`.
     """
-    root = Path(root)
     if not 64 <= size <= 1024 or len(slices) != 2 or min(slices) < 0 or seed < 0:
         raise DataError(
             f"size {size}, slices {slices}, seed {seed}: size must be 64..1024, slices two numbers "
             ">= 0, the seed >= 0"
         )
-    note = {
-        "generator": GENERATOR,
-        "layout": "COVID-SemiSeg",
-        "seed": seed,
-        "size": size,
-        "slices": list(slices),
-    }
-    _write_set(root, note, lambda folder: _fill_semiseg(folder, size, slices, seed))
-    return root
+    note = {"layout": "COVID-SemiSeg", "seed": seed, "size": size, "slices": slices}
+    return _write_set(root, note, lambda folder: _fill_semiseg(folder, size, slices, seed))
 
 
 def _fill_semiseg(folder: Path, size: int, slices: tuple[int, int], seed: int) -> None:
-    number = 0
-    for split, part, count in zip(("Training", "Testing"), ("Train", "Test"), slices, strict=True):
-        home = folder / f"{split}Set" / f"MultiClassInfection-{part}"
-        for kind in ("Imgs", "GT"):
-            (home / kind).mkdir(parents=True)
-        for _ in range(count):
-            _write_semiseg_slice(home, number, size, seed)
-            number += 1
-
-
-def _write_semiseg_slice(home: Path, number: int, size: int, seed: int) -> None:
-    """One pair Imgs/<number>.jpg and GT/<number>.png, cropped to the lungs and transposed."""
-    patient = make_patient(_patient_seed(seed, 1_000_000 + number), 2)
-    image, mask = render(patient, draw_positions(patient, 1)[0], size)
-    rows, columns = np.nonzero(mask)  # lung and lesions
     margin = size // 32
-    crop = tuple(
-        slice(max(int(at.min()) - margin, 0), int(at.max()) + 1 + margin) for at in (rows, columns)
-    )
-    grey = np.round(255 * image[crop]).astype(np.uint8)
-    codes = np.array([0, 0, 1, 2], dtype=np.uint8)[mask[crop]]  # the palette's, without the lung
-    Image.fromarray(np.ascontiguousarray(grey.T)).save(home / "Imgs" / f"{number}.jpg", quality=95)
-    palette = Image.fromarray(np.ascontiguousarray(codes.T))
-    palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-    palette.save(home / "GT" / f"{number}.png")
+    for number, part in enumerate(["Train"] * slices[0] + ["Test"] * slices[1]):
+        home = folder / f"{part}ingSet" / f"MultiClassInfection-{part}"
+        patient = make_patient(_patient_seed(seed, 1_000_000 + number), 2)
+        image, mask = render(patient, draw_positions(patient, 1)[0], size)
+        ends = [(int(at.min()), int(at.max()) + 1) for at in np.nonzero(mask)]  # lung and lesions
+        crop = tuple(slice(max(low - margin, 0), high + margin) for low, high in ends)
+        _save(_grey(image[crop].T), home / "Imgs" / f"{number}.jpg", quality=95)
+        codes = np.array([0, 0, 1, 2], dtype=np.uint8)[mask[crop]]  # the palette's, without lung
+        palette = Image.fromarray(np.ascontiguousarray(codes.T))
+        palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        _save(palette, home / "GT" / f"{number}.png")
