@@ -34,12 +34,8 @@ class Augmented(Dataset):
     Where the mask marks the lung (code 1, as phantoms do), the slice is first cropped to it with a
     random margin of at most 6 %, as the slices of COVID-SemiSeg are.
 
-    Args:
-        dataset: read once and kept, 5 bytes a pixel.
-        config: size and number of the copies.
-        seed: of all copies.
-
     Attributes:
+        dataset: its slices are read once and kept, 5 bytes a pixel.
         names, patients: of the items.
         endless: item `index` exists for any index of 0 or more; beyond the length it is another
             copy of slice `index % len(dataset)`. Training takes new ones in every epoch.
@@ -48,9 +44,7 @@ class Augmented(Dataset):
     endless = True
 
     def __init__(self, dataset: LesionDataset, config: AugmentConfig, seed: int = 0) -> None:
-        self.dataset = dataset
-        self.config = config
-        self.seed = seed
+        self.dataset, self.config, self.seed = dataset, config, seed
         self.names = dataset.names * config.copies
         self.patients = dataset.patients * config.copies
         self._slices: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -83,11 +77,7 @@ class Augmented(Dataset):
 def crop_to_lungs(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut off what lies around the lungs; both as they are where the mask marks no lung.
-
-    Args:
-        image: float32 [H, W]. mask: uint8 [H, W], codes 0..3.
-    """
+    """Cut off what lies around the lungs; both [H, W] as they are where the mask marks no lung."""
     if not (mask == 1).any():
         return image, mask
     margins = rng.uniform(0, 0.06, 4) * max(mask.shape)
