@@ -1,8 +1,4 @@
-"""Data sets of phantoms on disk, in the layouts of the real data.
-
-`root/lesions` is laid out as the masked slices of CNCB, `root/slices` as COVIDx-CT, so one set of
-readers serves phantoms and scans.
-"""
+"""Data sets of phantoms on disk, in the layouts of the real data: the same readers serve both."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import count, islice, product
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -29,14 +26,8 @@ from tqdm import tqdm
 
 import covidmask
 from covidmask.config import PhantomConfig
-from covidmask.datasets.phantoms import (
-    POSITIONS,
-    _rng,
-    draw_positions,
-    make_patient,
-    render,
-    visible_lesions,
-)
+from covidmask.datasets import phantoms
+from covidmask.datasets.phantoms import draw_positions, make_patient, render
 from covidmask.errors import DataError, OutputError
 from covidmask.files import SPLITS
 
@@ -49,13 +40,12 @@ MAX_WORKERS = 61  # more processes than that Windows cannot wait for
 
 def _jobs(config: PhantomConfig, seed: int) -> Iterator[tuple[str, str, int, int, int]]:
     """Yield (set, split, patient number, patient seed, label) for every patient of a data set."""
-    number = 0
-    for kind, counts in (("lesions", config.lesion_patients), ("slices", config.class_patients)):
-        for split, count in zip(SPLITS, counts, strict=True):
-            for label in (2,) if kind == "lesions" else (0, 1, 2):
-                for _ in range(count):
-                    number += 1
-                    yield kind, split, number, _patient_seed(seed, number), label
+    sets = ("lesions", config.lesion_patients, [2]), ("slices", config.class_patients, [0, 1, 2])
+    number = count(1)
+    for kind, patients, labels in sets:
+        for (split, wanted), label in product(zip(SPLITS, patients, strict=True), labels):
+            for n in islice(number, wanted):
+                yield kind, split, n, _patient_seed(seed, n), label
 
 
 def _patient_seed(seed: int, number: int) -> int:
@@ -63,14 +53,10 @@ def _patient_seed(seed: int, number: int) -> int:
 
 
 def phantom_mask(name: str, size: int, seed: int = 0) -> np.ndarray:
-    """The true lesion mask of a classification phantom, which has none on disk.
+    """The true mask, see `render`, of a slice that `write_phantoms` wrote without one.
 
     Args:
-        name: of a slice that `write_phantoms` wrote under `slices/`, such as NCP_412_1_0455.png.
-        size: pixels per side. seed: that of the data set.
-
-    Returns:
-        uint8 [size, size], codes as in `render`.
+        name: such as NCP_412_1_0455.png. size: pixels per side. seed: that of the data set.
     """
     from covidmask.datasets.classes import parse_name
 
@@ -85,17 +71,14 @@ def _write_patient(
     """Write the slices of one patient; return its set, its split and its lines of the list."""
     kind, split, number, seed, label = job
     patient = make_patient(seed, label)
-    count, size = config.slices_per_patient, config.size
-    positions = draw_positions(patient, count)
+    size, positions = config.size, draw_positions(patient, config.slices_per_patient)
     if kind == "lesions":  # one slice in ten is swapped for one without a lesion
-        rng = _rng(seed, label, 5)
-        anywhere = [p for p in rng.permutation(POSITIONS).tolist() if p not in positions]
-        clear = [p for p in anywhere if not visible_lesions(patient, p)]
-        swap = rng.random(count) < 0.1
-        positions = sorted(
-            clear.pop() if clear and swapped else position
-            for position, swapped in zip(positions, swap, strict=True)
-        )
+        rng = phantoms._rng(seed, label, 5)
+        anywhere = rng.permutation(phantoms.POSITIONS).tolist()
+        clear = [p for p in anywhere if not phantoms.visible_lesions(patient, p)]
+        swap = rng.random(len(positions)) < 0.1
+        pairs = zip(positions, swap, strict=True)
+        positions = sorted(clear.pop() if clear and swapped else p for p, swapped in pairs)
     lines = []
     for position in positions:
         image, mask = render(patient, position, size)
@@ -122,11 +105,9 @@ def _save(picture: Image.Image, path: Path, **options: int) -> None:
 
 def cores() -> int:
     """How many processes can draw at once here: the cores that this one may use, 61 at most."""
-    try:
-        found = len(os.sched_getaffinity(0))  # a scheduler or a container may grant fewer than all
-    except AttributeError:  # macOS, Windows
-        found = os.cpu_count() or 1
-    return min(found, MAX_WORKERS)
+    if hasattr(os, "sched_getaffinity"):  # a scheduler or a container may grant fewer than all
+        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    return min(os.cpu_count() or 1, MAX_WORKERS)  # macOS, Windows
 
 
 def _end_with_parent() -> None:
@@ -155,11 +136,7 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def write_phantoms(
-    root: str | Path,
-    config: PhantomConfig,
-    seed: int = 0,
-    workers: int = 1,
-    progress: bool = True,
+    root: str | Path, config: PhantomConfig, seed: int = 0, workers: int = 1, progress: bool = True
 ) -> Path:
     """Write a data set of phantoms in the layouts of the real ones, or find it already written.
 
@@ -179,10 +156,10 @@ def write_phantoms(
             range.
         OutputError: `root` cannot be written, the disk is full, or a process has ended early.
     """
-    numbers = (*config.lesion_patients, *config.class_patients)
+    numbers = (*config.lesion_patients, *config.class_patients, seed)
     if not (32 <= config.size <= 1024 and 1 <= config.slices_per_patient <= MAX_SLICES):
         raise DataError(f"{config}: size must be 32..1024, slices per patient 1..{MAX_SLICES}")
-    if min(numbers) < 0 or seed < 0:
+    if min(numbers) < 0:
         raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
     note = {"seed": seed, "config": asdict(config)}
     return _write_set(root, note, lambda folder: _fill(folder, config, seed, workers, progress))
@@ -191,7 +168,7 @@ def write_phantoms(
 def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress: bool) -> None:
     """Write every patient and then the lists.
 
-    A worker imports this module, so it must not load torch, which takes 0.4 GB and a second each.
+    Workers import this module, so it must not load torch, which takes each a second and 0.4 GB.
     """
     jobs = list(_jobs(config, seed))
     write = partial(_write_patient, folder, config)
@@ -275,11 +252,9 @@ def _runs(number: int) -> bool:
 
 def _found(root: Path, note: dict) -> bool:
     """Whether `root` holds these very phantoms; False when it is absent or empty."""
-    if not root.is_dir():
-        if root.exists():
-            raise DataError(f"{root}: is a file; choose another folder for the phantoms")
-        return False
-    if not any(root.iterdir()):
+    if root.is_file():
+        raise DataError(f"{root}: is a file; choose another folder for the phantoms")
+    if not root.exists() or not any(root.iterdir()):
         return False
     try:
         there = json.loads((root / "phantoms.json").read_text(encoding="utf-8"))
@@ -295,25 +270,21 @@ def _found(root: Path, note: dict) -> bool:
 def write_semiseg_phantoms(
     root: str | Path, size: int, slices: tuple[int, int] = (50, 48), seed: int = 0
 ) -> Path:
-    """Write phantoms of COVID-19 patients in the layout of COVID-SemiSeg, or find them written.
+    """Write phantoms of COVID-19 patients in the layout of COVID-SemiSeg, as `write_phantoms` does.
 
-    `root/TrainingSet/MultiClassInfection-Train` and `root/TestingSet/MultiClassInfection-Test` hold
-    Imgs/*.jpg and GT/*.png, to be read by `SemiSeg`. As in the real set, slices are cropped to the
-    lungs and so differ in size, image and mask are stored transposed, and the masks are palette
-    pictures (0 background, 1 GGO, 2 consolidation) that mark no lung. Unlike there, each slice is
-    of a patient of its own, of whom no other data set shows a slice.
+    `SemiSeg` reads them. As in the real set, slices are cropped to the lungs and so differ in size,
+    image and mask are stored transposed, and the masks are palette pictures (0 background, 1 GGO,
+    2 consolidation) that mark no lung. Unlike there, each slice is of a patient of its own, of whom
+    no other data set shows a slice.
 
     Args:
         size: pixels per side before cropping, 64 to 1024.
         slices: how many for training and for testing. seed: another one gives other patients.
-
-    Raises:
-        DataError, OutputError: as `write_phantoms`.
     """
-    if not 64 <= size <= 1024 or len(slices) != 2 or min(slices) < 0 or seed < 0:
+    if not 64 <= size <= 1024 or len(slices) != 2 or min(*slices, seed) < 0:
         raise DataError(
             f"size {size}, slices {slices}, seed {seed}: size must be 64..1024, slices two numbers "
-            ">= 0, the seed >= 0"
+            "and they and the seed >= 0"
         )
     note = {"layout": "COVID-SemiSeg", "seed": seed, "size": size, "slices": slices}
     return _write_set(root, note, lambda folder: _fill_semiseg(folder, size, slices, seed))

@@ -1,16 +1,14 @@
 """Phantoms: synthetic axial chest CT slices with lesion masks, made by formulas and random numbers.
 
-Nothing here comes from a scan. A phantom has a body, two lungs that change from apex to base, a
-heart, a spine, ribs, vessels, airways and CT-like noise in a lung window. Lesions follow the
-radiology in outline: COVID-19 gives several small rounded ground-glass opacities (GGO) near the
-pleura of both lower lungs, some with consolidation (C); common pneumonia one or two larger
-consolidations, often in one lung and often with a GGO rim. Every class has the same look-alikes:
-vessels cut across, scars, small nodules, dependent density and motion ghosts.
+Lesions follow the radiology in outline: COVID-19 gives several small rounded ground-glass opacities
+(GGO) near the pleura of both lower lungs, some with consolidation (C); common pneumonia one or two
+larger consolidations, often in one lung and often with a GGO rim. Every class has the same
+look-alikes: vessels cut across, scars, small nodules, dependent density and motion ghosts.
 
-Lengths are fractions of the image side, so a patient looks the same at every size; x points to
-the right of the image (the patient's left), y down (posterior), z from apex to base. Grey values
-are Hounsfield units (HU) until the end. Every random number comes from a generator keyed by
-explicit integers, so the same arguments give the same bytes in every process.
+Lengths are fractions of the image side, so a patient looks the same at every size; x points to the
+right of the image (the patient's left), y down (posterior), z from apex to base. Grey values are
+Hounsfield units (HU) until the end. Every random number comes from a generator keyed by explicit
+integers, so the same arguments give the same bytes in every process.
 """
 
 from __future__ import annotations
@@ -143,9 +141,6 @@ def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
     return tuple(
         item for item in patient.lesions if _visible_area(patient, item, position) >= MIN_AREA
     )
-
-
-# ---------------------------------------------------------------------------------- the patient
 
 
 def _tubes(start: np.ndarray, end: np.ndarray, kind: int, weight: float) -> np.ndarray:
@@ -303,9 +298,6 @@ def _with_lesions(patient: Patient, label: int) -> Patient:
         if lesions := _draw_lesions(patient, label, _rng(patient.seed, label, 1, attempt)):
             return replace(patient, lesions=lesions)
     return patient
-
-
-# ------------------------------------------------------------------------------------ the slice
 
 
 def _texture(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
