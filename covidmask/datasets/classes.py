@@ -23,7 +23,6 @@ from covidmask.files import (
     atomic_path,
     existing_folder,
     listed_splits,
-    one_line,
     read_lines,
     some,
     split_path,
@@ -34,8 +33,6 @@ _NAME = re.compile(r"([^_/\\]+)_([^_/\\]+)_([^_/\\]+)_([^_/\\]+)(\.\w+)")
 
 
 class SliceName(NamedTuple):
-    """The parts of a file name, see `parse_name`."""
-
     label: int  # index of the class
     patient: str
     scan: str
@@ -43,7 +40,7 @@ class SliceName(NamedTuple):
 
 
 class SliceEntry(NamedTuple):
-    """One line of a split file."""
+    """A line of a list."""
 
     name: str
     label: int
@@ -68,8 +65,7 @@ def class_names(folder: str | Path) -> tuple[str, ...]:
         return IMAGE_CLASSES
     except (OSError, ValueError) as error:  # ValueError: no text, too
         raise DataError(
-            f"{path}: no list of classes ({one_line(error)}); write two or more different names, "
-            "one a line, in the order of the labels"
+            f"{path}: no list of classes ({error}); write two or more different names, one a line"
         ) from error
     return names
 
@@ -85,10 +81,7 @@ def _labels(classes: tuple[str, ...]) -> dict[str, int]:
 def parse_name(name: str, classes: tuple[str, ...] = IMAGE_CLASSES) -> SliceName:
     """Read <class>_<patient>_<scan>_<slice>.<suffix>; the class is a label, 0, 1, ..., or a name.
 
-    COVIDx-CT-1 has Normal, CP and NCP for the names of `IMAGE_CLASSES`.
-
-    Raises:
-        DataError: the name has another form or class.
+    COVIDx-CT-1 has Normal, CP and NCP for the names of `IMAGE_CLASSES`. Others are a `DataError`.
     """
     match, labels = _NAME.fullmatch(name), _labels(classes)
     if match is None or match[1] not in labels:
@@ -96,17 +89,14 @@ def parse_name(name: str, classes: tuple[str, ...] = IMAGE_CLASSES) -> SliceName
             f"{name}: this is no slice name; expected <class>_<patient>_<scan>_<slice>.png with "
             f"class {', '.join(labels)}"
         )
-    return SliceName(labels[match[1]], match[2], match[3], match[4])
+    return SliceName(labels[match[1]], *match.groups()[1:4])
 
 
 def read_split(path: str | Path, classes: tuple[str, ...] = IMAGE_CLASSES) -> list[SliceEntry]:
     """Read a list with lines `name`, `name label` or `name label xmin ymin xmax ymax`.
 
-    A line that gives the label may name any file; else the name says it, see `parse_name`.
-
-    Raises:
-        DataError: the list is missing, empty or names a slice twice; a line does not parse, or its
-            label is no class, or not the one in the name.
+    A line that gives the label may name any file; else the name says it, see `parse_name`. A list
+    that is missing or empty, names a slice twice, or has a wrong line or label is a `DataError`.
     """
     entries = []
     for number, words in read_lines(path):
@@ -121,17 +111,14 @@ def _parse_line(words: list[str], classes: tuple[str, ...]) -> SliceEntry:
     name, *numbers = words
     if len(numbers) not in (0, 1, 5) or not all(re.fullmatch(r"\d{1,9}", n) for n in numbers):
         raise DataError(
-            f"{' '.join(words)!r} does not parse; expected `name label xmin ymin xmax ymax`, "
-            "`name label` or the name alone"
+            f"{' '.join(words)!r} does not parse; expected `name [label [xmin ymin xmax ymax]]`"
         )
     if not numbers:
         return SliceEntry(name, parse_name(name, classes).label, None)
     label, *box = map(int, numbers)
     free = _NAME.fullmatch(name) is None and re.fullmatch(r"[^/\\]+\.\w+", name)
     if not free and label != (said := parse_name(name, classes).label):
-        raise DataError(
-            f"class {label} contradicts the name {name}, which says {said}; correct the line"
-        )
+        raise DataError(f"class {label} contradicts {name}, which says {said}; correct the line")
     if label >= len(classes):
         names = ", ".join(classes)
         raise DataError(f"label {label}: is no class; choose 0 to {len(classes) - 1} ({names})")
@@ -163,13 +150,11 @@ class SliceImages(Dataset):
         classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
 
     Attributes:
-        names: file names on disk, one per item.
-        classes: names of the labels.
-        labels, patients: of the items.
+        names, labels, patients: of the items; names are those of the files on disk.
 
     Raises:
-        DataError: at once for a missing folder, list or file, a line that does not parse, or a
-            class that does not occur; on reading an item for damaged files.
+        DataError: at once for a missing folder, list, file or class and for a bad line; on reading
+            an item for damaged files.
     """
 
     def __init__(
@@ -188,19 +173,15 @@ class SliceImages(Dataset):
         on_disk = {file.name for file in os.scandir(self.root)}  # one listing, not 60,000 look-ups
         located = [_locate(entry, self.classes, on_disk) for entry in entries]
         if missing := [e.name for e, name in zip(entries, located, strict=True) if not name]:
-            raise DataError(
-                f"{path}: slices that are not in {root}: {some(missing)}; put them there, or list "
-                "others"
-            )
+            where = f"{path}: slices that are not in {root}"
+            raise DataError(f"{where}: {some(missing)}; put them there, or list others")
         self.names: list[str] = located
         self.labels: list[int] = [entry.label for entry in entries]
         self.patients: list[str] = [entry.patient for entry in entries]
         absent = [c for label, c in enumerate(self.classes) if label not in self.labels]
         if require_classes and absent:
-            raise DataError(
-                f"{path}: there are no slices of class {', '.join(absent)}; training needs every "
-                "class, add some to the list"
-            )
+            none = f"{path}: there are no slices of class {', '.join(absent)}"
+            raise DataError(f"{none}; training needs every class, add some to the list")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -229,31 +210,22 @@ def balanced_sample(
     by_patient: bool = False,
     classes: Sequence[str] = IMAGE_CLASSES,
 ) -> list[SliceEntry]:
-    """Draw the same number of slices of each class, without replacement (section 2.2).
+    """Draw `per_class` slices of each class without replacement, by class, then name (section 2.2).
 
     The author drew 1,000 per class from the 61,782 training slices of COVIDx-CT-1.
 
     Args:
         entries: what to draw from; their order does not matter.
-        per_class: slices of each of the C classes.
         by_patient: take one slice of every patient before a second of any, so that the sample
             covers as many patients as it can. A plain draw favours patients with many slices.
-
-    Returns:
-        C * per_class entries by class, then name.
-
-    Raises:
-        DataError: a class has fewer slices than asked for.
     """
     rng = np.random.default_rng(seed)
     sample = []
     for label, name in enumerate(classes):
         pool = sorted((e for e in entries if e.label == label), key=lambda entry: entry.name)
         if len(pool) < per_class:
-            raise DataError(
-                f"the list holds {len(pool)} slices of class {name}, {per_class} are asked for; "
-                "ask for fewer per class or give a longer list"
-            )
+            held = f"the list holds {len(pool)} slices of class {name}, {per_class} are asked for"
+            raise DataError(f"{held}; ask for fewer per class or give a longer list")
         drawn = [pool[i] for i in rng.permutation(len(pool))]
         if by_patient:
             before = defaultdict(count)  # how many slices of a patient have come
@@ -272,10 +244,9 @@ class ClassStatistics(NamedTuple):
 
 def class_statistics(dataset: SliceImages) -> ClassStatistics:
     """Count the slices and patients of each class; reads no image."""
-    pairs = set(zip(dataset.labels, dataset.patients, strict=True))
-    counted = (dataset.labels, [label for label, _ in pairs])
-    n = len(dataset.classes)
-    return ClassStatistics(dataset.classes, *(np.bincount(part, minlength=n) for part in counted))
+    owners = [label for label, _ in set(zip(dataset.labels, dataset.patients, strict=True))]
+    counts = (np.bincount(x, minlength=len(dataset.classes)) for x in (dataset.labels, owners))
+    return ClassStatistics(dataset.classes, *counts)
 
 
 def open_slices(root: str | Path, split: str, require_classes: bool = False) -> SliceImages:

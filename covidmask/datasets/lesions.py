@@ -31,30 +31,25 @@ def mask_to_targets(
 ) -> dict[str, Tensor]:
     """Turn a semantic mask into instances: the connected components of each class.
 
-    Components are 8-connected, as in the released code. It drops those of at most 100 pixels of a
-    512 x 512 slice, also from the ground truth that it evaluates on; `min_area=101` does the same.
-
     Args:
         mask: uint8 [H, W], codes 0 background, 1 lung, 2 GGO, 3 consolidation.
         lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": label 1 is GGO, consolidation
             is background; "merged": label 1 is either, joined before components are sought, so
             that a consolidation inside GGO is one instance with it. Or your own names, such as
             "nodule,cyst": codes 2, 3, ... in this order are labels 1, 2, ...
-        min_area: components of fewer pixels are dropped.
+        min_area: components (8-connected) of fewer pixels are dropped. The released code drops
+            those of at most 100 pixels of a 512 x 512 slice, also from its ground truth: 101.
 
     Returns:
         K instances (K may be 0) ordered by label, then by their first pixel, row by row:
 
         - boxes: float32 [K, 4], x1, y1, x2, y2 in pixels. x2 and y2 are the edges behind the last
           pixel (xmax + 1), so that x2 - x1 is the width and a 1-pixel lesion has area 1.
-        - labels: int64 [K].
-        - masks: uint8 [K, H, W], 0 or 1.
+        - labels: int64 [K]. masks: uint8 [K, H, W], 0 or 1. iscrowd: int64 [K], all 0.
         - area: float32 [K], pixels of the component.
-        - iscrowd: int64 [K], all 0.
 
     Raises:
-        DataError: the mask has a code that no class is named for.
-        ValueError: a name in `lesions` is empty or stands there twice.
+        DataError: the mask has a code without a class. ValueError: `lesions` is no list of names.
     """
     label_codes, largest = _codes(lesions)
     mask = np.asarray(mask)
@@ -83,10 +78,8 @@ def _codes(lesions: str) -> tuple[Sequence[tuple[int, ...]], int]:
     """The mask codes of label 1, label 2, ..., and the largest code that a mask may hold."""
     names = lesion_classes(lesions)
     if not all(names) or len(set(names)) < len(names):
-        raise ValueError(
-            f"lesions {lesions!r}: choose one of {', '.join(LESION_CLASSES)}, or give different "
-            "names with commas between"
-        )
+        known = ", ".join(LESION_CLASSES)
+        raise ValueError(f"lesions {lesions!r}: choose {known}, or different names with commas")
     if lesions == "merged":
         return [(GGO, CONSOLIDATION)], CONSOLIDATION
     codes = [(code,) for code in range(GGO, GGO + len(names))]
@@ -107,22 +100,15 @@ class LesionDataset(Dataset):
     Item i is `(image, target)`: image float32 [3, H, W] in 0..1 (grey, repeated), target the
     dictionary of `mask_to_targets` and `image_id`, int64 [1], which is i. A data set of your own
     sets `names` and `patients`, and says how to `read` a slice.
-
-    Attributes:
-        names: one per item.
-        patients: the patient of each item.
-        patients_known: False where the data have no patient ids and each slice counts as one.
-        lesions, min_area: as in `mask_to_targets`.
     """
 
     names: list[str]
-    patients: list[str]
-    patients_known = True
+    patients: list[str]  # of each item
+    patients_known = True  # False where data have no patient ids and each slice counts as one
 
     def __init__(self, lesions: str = "both", min_area: int = 1) -> None:
         _codes(lesions)  # a mistake is found now, not at the first slice
-        self.lesions = lesions
-        self.min_area = min_area
+        self.lesions, self.min_area = lesions, min_area
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The slice, float32 [H, W] in 0..1, and its mask, uint8 [H, W], codes 0, 1, 2, ..."""
@@ -147,15 +133,13 @@ class LesionSlices(LesionDataset):
     Args:
         root: the folder that holds image/ and mask/.
         split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to such
-            a list. A line is `<patient>_<slice>.<suffix>`, where the patient is what precedes the
-            last underscore. A list that says .jpg where the file is .png (or the other way round)
-            is understood. None takes every slice found.
+            a list. A line is `<patient>_<slice>.<suffix>`; another suffix than that of the file is
+            understood. None takes every slice found.
         lesions, min_area: as in `mask_to_targets`.
 
     Raises:
-        DataError: at once for a missing folder or file, an empty split, a line that does not
-            parse; on reading an item for damaged files, codes without a class, and an image and
-            mask of different sizes.
+        DataError: at once for a missing folder, file or mask and a bad list; on reading an item for
+            damaged files, codes without a class, and an image and mask of different sizes.
     """
 
     def __init__(
@@ -171,8 +155,7 @@ class LesionSlices(LesionDataset):
         for folder in (images, masks):
             if not folder.is_dir():
                 raise DataError(
-                    f"{folder}: there is no such folder; name the folder that holds image/<patient>"
-                    "/<slice>.png and mask/<patient>/<slice>.png"
+                    f"{folder}: there is no such folder; name the one that holds image/ and mask/"
                 )
         on_disk: dict[tuple[str, str], list[Path]] = {}  # patient, slice -> its files
         for patient in images.iterdir():
@@ -219,20 +202,17 @@ def _read_list(path: Path) -> list[tuple[str, str, str]]:
     for number, words in read_lines(path):
         match = _NAME.fullmatch(" ".join(words))
         if match is None:
-            raise DataError(
-                f"{path}, line {number}: {' '.join(words)!r} is no slice name; "
-                "expected <patient>_<slice>.png or .jpg"
-            )
+            where = f"{path}, line {number}: {' '.join(words)!r}"
+            raise DataError(f"{where} is no slice name; expected <patient>_<slice>.png or .jpg")
         wanted.append(match.groups())
     return wanted
 
 
 def _check_masks(source: Path, names: list[str], files: list[tuple[Path, Path]]) -> None:
-    pairs = zip(names, files, strict=True)
-    if missing := [(name, mask) for name, (_, mask) in pairs if not mask.is_file()]:
+    if missing := [i for i, (_, mask) in enumerate(files) if not mask.is_file()]:
         raise DataError(
-            f"{source}: slices without a mask: {some([name for name, _ in missing])}; add "
-            f"{missing[0][1]} and the like, or leave these slices out"
+            f"{source}: slices without a mask: {some([names[i] for i in missing])}; add "
+            f"{files[missing[0]][1]} and the like, or leave these slices out"
         )
 
 
@@ -240,9 +220,9 @@ def _read_pair(image_path: Path, mask_path: Path, largest: int) -> tuple[np.ndar
     """A slice and its mask, of one size and with codes 0..largest."""
     image, mask = read_image(image_path), read_mask(mask_path)
     if image.shape != mask.shape:
+        size, other = (f"{part.shape[1]} x {part.shape[0]}" for part in (mask, image))
         raise DataError(
-            f"{mask_path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{image.shape[1]} x {image.shape[0]}; save both at one size"
+            f"{mask_path}: the mask is {size} pixels, its image {other}; save both at one size"
         )
     _check_codes(mask, largest, f"{mask_path}: ")
     return image, mask
@@ -253,17 +233,12 @@ class SemiSeg(LesionDataset):
 
     All slices are of COVID patients, so nothing can be learned here about other conditions. They
     are cropped to the lungs, carry no Hounsfield units, and the masks mark no lung (no code 1).
-    There are no patient ids, so each slice counts as a patient of its own: parts made by
-    `split_by_patient`, and the published split itself, may share patients.
+    There are no patient ids: parts made by `split_by_patient`, and the published split itself, may
+    share patients. Errors are those of `LesionSlices`.
 
     Args:
-        root: the folder that holds TrainingSet and TestingSet, or Inf-Net's folder above it, which
-            holds Dataset.
+        root: the folder with TrainingSet and TestingSet, or Inf-Net's above it, which has Dataset.
         split: "train" or "test".
-        lesions, min_area: as in `mask_to_targets`.
-
-    Raises:
-        DataError: a folder or a mask is missing; on reading, as `LesionSlices`.
     """
 
     patients_known = False
@@ -273,10 +248,8 @@ class SemiSeg(LesionDataset):
     ) -> None:
         super().__init__(lesions, min_area)
         if split not in _SEMISEG:
-            there = _semiseg_splits(Path(root)) or _SEMISEG
-            raise DataError(
-                f"{root}: COVID-SemiSeg has no split {split!r}; choose {' or '.join(there)}"
-            )
+            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
+            raise DataError(f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}")
         places = _semiseg_places(Path(root), split)
         self.folder = next((place for place in places if place.is_dir()), places[0])
         slices = self.folder / "Imgs"
@@ -284,8 +257,7 @@ class SemiSeg(LesionDataset):
         images = sorted((p for p in found if p.suffix == ".jpg"), key=lambda p: _natural(p.stem))
         if not images:
             raise DataError(
-                f"{slices}: no .jpg slices found; name the folder of COVID-SemiSeg that holds "
-                "TrainingSet and TestingSet"
+                f"{slices}: no .jpg slices found; name the folder with TrainingSet and TestingSet"
             )
         self.names = [path.name for path in images]
         self.patients = [path.stem for path in images]
@@ -316,8 +288,7 @@ def split_by_patient(
     score well by recognising the patient.
 
     Args:
-        patients: the patient of each item.
-        fractions: the share of the PATIENTS in each part; at least 0, and they sum to 1.
+        patients: of each item. fractions: share of the PATIENTS in each part; they sum to 1.
 
     Returns:
         one sorted list of item indices per fraction; a part may be empty if patients are few.
@@ -366,14 +337,10 @@ def lesion_statistics(dataset: LesionDataset) -> LesionStatistics:
 def open_lesions(
     root: str | Path, split: str, lesions: str = "both", min_area: int = 1
 ) -> LesionDataset:
-    """Slices with masks: `root` holds lesions/, or image/ and mask/, or is COVID-SemiSeg.
+    """`LesionSlices` or `SemiSeg`: `root` holds lesions/, or is the folder itself.
 
     Args:
         split: train, val, test, the path to a list, or all: every slice that is there.
-        lesions, min_area: as in `mask_to_targets`.
-
-    Raises:
-        DataError: see `LesionSlices` and `SemiSeg`.
     """
     folder = _lesions_folder(existing_folder(root))
     if not (folder / "image").is_dir() and _semiseg_splits(Path(root)):
@@ -384,9 +351,8 @@ def open_lesions(
 def lesion_splits(root: Path) -> list[str]:
     """The splits that `open_lesions` finds; ["all"] for slices without lists."""
     folder = _lesions_folder(root)
-    if not (folder / "image").is_dir():
-        return _semiseg_splits(root)
-    return listed_splits(folder) or ["all"]
+    found = (folder / "image").is_dir()
+    return (listed_splits(folder) or ["all"]) if found else _semiseg_splits(root)
 
 
 def _lesions_folder(root: Path) -> Path:

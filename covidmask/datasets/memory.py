@@ -24,14 +24,10 @@ class InMemory(Dataset):
     each time.
 
     Args:
-        dataset: items (image float32 [3,H,W] of three equal channels, label or target).
-        budget: MiB for the decoded slices.
+        dataset: items (image float32 [3,H,W] of three equal channels, label or target); each of
+            its attributes (names, labels, patients, ...) is there here, too.
+        budget: MiB for the decoded slices; `kept` says how many there are, `nbytes` what they take.
         threads: slices decoded at a time.
-        progress: show a bar.
-
-    Attributes:
-        kept: how many slices are in memory. nbytes: what they take.
-        Every attribute of `dataset` (names, labels, patients, ...) is there, too.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ from covidmask.errors import DataError, OutputError
 from covidmask.files import SPLITS
 
 GENERATOR = 1  # raised whenever the same arguments give other phantoms
-CLASS_NAMES = ("Normal", "CP", "NCP")  # file names of COVIDx-CT, labels 0, 1, 2
+CLASS_NAMES = ("Normal", "CP", "NCP")  # in file names of COVIDx-CT: labels 0, 1, 2
 MAX_SLICES = 12  # per patient in `write_phantoms`
 IN_PROCESS = 300 * 256**2  # pixels: for fewer, starting processes would take longer
 MAX_WORKERS = 61  # more processes than that Windows cannot wait for
@@ -82,13 +82,13 @@ def _write_patient(
     lines = []
     for position in positions:
         image, mask = render(patient, position, size)
-        piece = f"{round(1000 * position):04d}"
+        piece = f"{round(1000 * position):04d}.png"
         if kind == "lesions":
-            _save(_grey(image), folder / kind / "image" / str(number) / f"{piece}.png")
-            _save(Image.fromarray(mask), folder / kind / "mask" / str(number) / f"{piece}.png")
-            lines.append(f"{number}_{piece}.png\n")
+            _save(_grey(image), folder / kind / "image" / str(number) / piece)
+            _save(Image.fromarray(mask), folder / kind / "mask" / str(number) / piece)
+            lines.append(f"{number}_{piece}\n")
         else:
-            name = f"{CLASS_NAMES[label]}_{number}_1_{piece}.png"
+            name = f"{CLASS_NAMES[label]}_{number}_1_{piece}"
             _save(_grey(image), folder / kind / name)
             lines.append(f"{name} {label} 0 0 {size} {size}\n")
     return kind, split, lines
@@ -259,12 +259,12 @@ def _found(root: Path, note: dict) -> bool:
     try:
         there = json.loads((root / "phantoms.json").read_text(encoding="utf-8"))
         there.pop("package", None)
+        problem = "holds phantoms made with other settings"
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
-        there = None
-    if there == note:
-        return True
-    problem = "holds other files" if there is None else "holds phantoms made with other settings"
-    raise DataError(f"{root}: {problem}; choose another folder, or remove this one yourself")
+        there, problem = None, "holds other files"
+    if there != note:
+        raise DataError(f"{root}: {problem}; choose another folder, or remove this one yourself")
+    return True
 
 
 def write_semiseg_phantoms(

@@ -97,8 +97,7 @@ def _thorax(patient: Patient, position: float) -> tuple[float, float, float]:
 def _lung_level(patient: Patient, position: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Level of both lungs (positive inside): the chest without mediastinum, heart, spine, liver."""
     cy, a, b = _thorax(patient, position)
-    heart = patient.heart * _ramp(position, 0.35, 0.65)
-    liver = _ramp(position, 0.72, 1.0)
+    heart, liver = patient.heart * _ramp(position, 0.35, 0.65), _ramp(position, 0.72, 1.0)
     levels = [
         _ellipse(x, y, 0, cy, a, b),
         np.abs(x) - 0.02 - 0.045 * np.exp(-(((y - 0.01) / 0.09) ** 2)),  # mediastinum
@@ -138,9 +137,7 @@ def _visible_area(patient: Patient, lesion: Lesion, position: float) -> float:
 
 def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
     """The lesions that a slice shows: those with at least `MIN_AREA` of the image in it."""
-    return tuple(
-        item for item in patient.lesions if _visible_area(patient, item, position) >= MIN_AREA
-    )
+    return tuple(x for x in patient.lesions if _visible_area(patient, x, position) >= MIN_AREA)
 
 
 def _tubes(start: np.ndarray, end: np.ndarray, kind: int, weight: float) -> np.ndarray:
@@ -176,8 +173,8 @@ def _vessels_and_lookalikes(rng: np.random.Generator) -> np.ndarray:
             middle = side * rng.uniform(0.12, 0.3), rng.uniform(-0.1, 0.18), rng.uniform(0.15, 0.7)
             lift = np.arange(-0.03, 0.031, 0.004)[:, None] * (0, 0, 1)
             points.append(_tubes(middle + lift - half, middle + lift + half, 0, 0.5))
-        count = rng.poisson(2.0)  # small nodules
-        nodule = rng.uniform((0.08, -0.18, 0.07), (0.32, 0.2, 0.7), (count, 3)) * (side, 1, 1)
+        shape = rng.poisson(2.0), 3  # small nodules
+        nodule = rng.uniform((0.08, -0.18, 0.07), (0.32, 0.2, 0.7), shape) * (side, 1, 1)
         for at in nodule[:, None]:
             points.append(_tubes(at, at + (0, 0, 0.008), 3, rng.uniform(0.5, 1.2)))
     return np.concatenate(points)
@@ -202,14 +199,14 @@ def _lesion(
     """A lesion of that radius with everything else drawn, unless `given`."""
     ggo, radius = code == GGO, float(radius)
     shape = rng.uniform(0.75, 1.3)
-    settings = dict(
+    drawn = dict(
         radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
         angle=rng.uniform(0, np.pi),
         hu=rng.uniform(220, 330) if ggo else rng.uniform(-60, 40),
         edge=rng.uniform(0.012, 0.02) if ggo else rng.uniform(0.007, 0.012),
         waves=tuple((rng.normal(0, 0.045), rng.uniform(0, 2 * np.pi)) for _ in range(3)),
     )
-    return Lesion(code, centre, **(settings | given))
+    return Lesion(code, centre, **(drawn | given))
 
 
 def _meet(one: Lesion, other: Lesion) -> bool:
@@ -320,8 +317,8 @@ def _draw_points(patient: Patient, z: float, size: int) -> np.ndarray:
     for kind, sigma in enumerate(VESSEL_SIGMAS):
         away = (patient.points[:, 2] - z) / sigma
         near = patient.points[(patient.points[:, 3] == kind) & (np.abs(away) < 3.5)]
-        x, y, dz = near[:, 0], near[:, 1], (near[:, 2] - z) / sigma
-        column, row = (size * along - 0.5 for along in _to_image(patient, x, y))
+        column, row = (size * at - 0.5 for at in _to_image(patient, near[:, 0], near[:, 1]))
+        dz = (near[:, 2] - z) / sigma
         mass = near[:, 4] * np.exp(-0.5 * dz**2) * 2 * np.pi * (sigma * size * patient.scale) ** 2
         left, top = np.floor(column).astype(int), np.floor(row).astype(int)
         index, shares = [], []
@@ -355,13 +352,10 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
     cos, sin = np.cos(patient.rotation) / patient.scale, np.sin(patient.rotation) / patient.scale
     x = (cos * dx + sin * dy).astype(np.float32)
     y = (cos * dy - sin * dx).astype(np.float32)
-
     hu = _chest_wall(patient, position, x, y)
     coarse, fine, patchy = _texture(rng, 14, size), _texture(rng, 60, size), _texture(rng, 7, size)
     hu += (hu > -300) * (25 * coarse + 12 * fine)
-
     level = _lung_level(patient, position, x, y)
-    lung = _cover(level)
     cy, _, half = _thorax(patient, position)
     air = patient.lung_hu + patient.gravity * (y - cy + half) / (2 * half) + 22 * coarse + 22 * fine
     band = np.exp(-((np.maximum(level, 0) / 0.022) ** 2)) * np.clip(0.75 + 0.6 * patchy, 0, 1.4)
@@ -381,7 +375,7 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
     vessel = 1 - np.exp(-1.4 * _draw_points(patient, HEIGHT * position, size))
     vessel *= np.clip(level / 0.02, 0, 1)  # they thin out towards the pleura
     air += vessel * np.maximum(TISSUE - air, 0)
-    hu += lung * (air - hu)
+    hu += _cover(level) * (air - hu)
     if position <= 0.62:  # the trachea, which divides into the two main bronchi
         apart = 0.07 * max(position - 0.4, 0) / 0.2
         radius = 0.024 - 0.009 * _ramp(position, 0.4, 0.48)
@@ -400,7 +394,7 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
 def _chest_wall(patient: Patient, position: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """HU of everything but the lungs: air, table, fat, muscle, ribs, spine, shoulder blades."""
     cy, a, b = _thorax(patient, position)
-    outer_a, outer_b = patient.thorax[0] + 0.055, patient.thorax[1] + 0.05
+    outer_a, outer_b = patient.thorax[0] + 0.055, patient.thorax[1] + 0.05  # of the muscles
     hu = np.full(x.shape, AIR, np.float32)
     table = np.abs(y - outer_b - patient.fat - 0.035 + 0.25 * x**2)
     hu += _cover(0.006 - table) * (np.abs(x) < 0.4) * 650
@@ -413,9 +407,8 @@ def _chest_wall(patient: Patient, position: float, x: np.ndarray, y: np.ndarray)
     wall = np.sqrt((x / (a + 0.02)) ** 2 + ((y - cy) / (b + 0.02)) ** 2)
     turn = np.arctan2((y - cy) / b, np.abs(x) / a)
     rib = np.cos(7 * turn + patient.ribs + 14 * position) - 0.25
-    rib = np.minimum(0.03 * rib, 0.011 - np.abs(wall - 1) * b)
     bones = [
-        rib,
+        np.minimum(0.03 * rib, 0.011 - np.abs(wall - 1) * b),
         _ellipse(x, y, 0, cy + 0.78 * b, 0.045, 0.038),
         _ellipse(x, y, 0, cy + 0.78 * b + 0.075, 0.012, 0.04),  # spinous process
         _ellipse(x, y, 0, cy - b - 0.012, 0.04, 0.013),  # sternum
@@ -423,8 +416,7 @@ def _chest_wall(patient: Patient, position: float, x: np.ndarray, y: np.ndarray)
     if position < 0.5:
         blade = np.abs(x) * 0.75 + y * 0.66, y * 0.75 - np.abs(x) * 0.66
         bones.append(_ellipse(*blade, 0.335, -0.06, 0.01, 0.07))
-    bone = _cover(np.max(bones, axis=0))
-    hu += bone * (BONE - hu)
+    hu += _cover(np.max(bones, axis=0)) * (BONE - hu)
     canal = _cover(_ellipse(x, y, 0, cy + 0.78 * b + 0.045, 0.016, 0.013))
     return hu + canal * (TISSUE - hu)
 
@@ -449,15 +441,9 @@ def draw_positions(patient: Patient, count: int) -> list[float]:
 def make_slice(
     seed: int, label: int, size: int = 256, position: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one slice of `make_patient(seed, label)` as `render` does.
-
-    Args:
-        position: None draws one by `draw_positions`, so that labels 1 and 2 show a lesion.
-    """
+    """`render` a slice of `make_patient(seed, label)`; None: where labels 1 and 2 show a lesion."""
     patient = make_patient(seed, label)
-    if position is None:
-        position = draw_positions(patient, 1)[0]
-    return render(patient, position, size)
+    return render(patient, draw_positions(patient, 1)[0] if position is None else position, size)
 
 
 def old_friend(size: int = 256) -> tuple[np.ndarray, np.ndarray]:

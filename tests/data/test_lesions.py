@@ -117,9 +117,9 @@ def test_a_healthy_slice_has_no_instances():
 
 @pytest.mark.parametrize("lesions", ["", "nodule,", "nodule, ,cyst", "cyst,cyst"])
 def test_names_of_classes_that_are_none(lesions):
-    with pytest.raises(ValueError, match="both, ggo, merged, or give different names"):
+    with pytest.raises(ValueError, match="both, ggo, merged, or different names"):
         mask_to_targets(np.zeros((9, 9), np.uint8), lesions)
-    with pytest.raises(ValueError, match="give different names"):
+    with pytest.raises(ValueError, match="different names with commas"):
         LesionDataset(lesions)
 
 
