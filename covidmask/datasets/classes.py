@@ -33,6 +33,8 @@ _NAME = re.compile(r"([^_/\\]+)_([^_/\\]+)_([^_/\\]+)_([^_/\\]+)(\.\w+)")
 
 
 class SliceName(NamedTuple):
+    """The parts of a file name."""
+
     label: int  # index of the class
     patient: str
     scan: str
@@ -150,7 +152,8 @@ class SliceImages(Dataset):
         classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
 
     Attributes:
-        names, labels, patients: of the items; names are those of the files on disk.
+        names, labels, patients: of the items; names are those of the files on disk. A name in a
+            form of its own says no patient: such a slice counts as one.
 
     Raises:
         DataError: at once for a missing folder, list, file or class and for a bad line; on reading

@@ -152,8 +152,7 @@ def write_phantoms(
             `if __name__ == "__main__":` guard.
 
     Raises:
-        DataError: `root` holds something else or is the current folder, or `config` is out of
-            range.
+        DataError: `root` holds something else or is the current folder; `config` is out of range.
         OutputError: `root` cannot be written, the disk is full, or a process has ended early.
     """
     numbers = (*config.lesion_patients, *config.class_patients, seed)
