@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from covidmask.datasets.classes import balanced_sample, parse_name, read_split, write_split
+from covidmask.datasets.classes import balanced_sample, class_names, read_split, write_split
 from covidmask.errors import CovidmaskError
 
 
@@ -31,14 +31,15 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        sample = balanced_sample(
-            read_split(arguments.source), arguments.per_class, arguments.seed, arguments.by_patient
-        )
+        classes = class_names(arguments.source.parent)
+        entries = read_split(arguments.source, classes)
+        options = arguments.per_class, arguments.seed, arguments.by_patient
+        sample = balanced_sample(entries, *options, classes)
         write_split(arguments.output, sample)
     except CovidmaskError as error:
         print(error, file=sys.stderr)
         return 2
-    patients = len({parse_name(entry.name).patient for entry in sample})
+    patients = len({entry.patient for entry in sample})
     print(f"{arguments.output}: {len(sample)} slices of {patients} patients")
     return 0
 

@@ -7,6 +7,7 @@ __all__, __getattr__ = open_room(
     {
         "classes": (
             "SliceImages",
+            "class_names",
             "class_statistics",
             "open_slices",
             "slice_splits",
@@ -14,6 +15,7 @@ __all__, __getattr__ = open_room(
             "read_split",
         ),
         "lesions": (
+            "LesionDataset",
             "LesionSlices",
             "SemiSeg",
             "lesion_statistics",

@@ -26,31 +26,21 @@ class Augmented(Dataset):
     A copy is the slice squeezed to a square, turned by at most 20 degrees, scaled by 0.75 to 1.3,
     stretched by at most 16 % along one side, moved by at most 12 %, mirrored every other time, and
     in half of the cases gently bent; its grey values are changed by gamma (0.7 to 1.4), contrast,
-    brightness and, in three cases of ten, noise. The mask moves along, and its instances are sought
-    anew, because a lesion that is cut by the border may become two. A share of the copies,
-    `config.paste`, also gets the lesions of another slice, moved and bent in their own way, as in
-    Copy-Paste (Ghiasi et al. 2021): the same lesion in other lungs.
+    brightness and, in three cases of ten, noise. Instances are sought anew in the mask, because a
+    lesion that is cut by the border may become two. A share of the copies, `config.paste`, also
+    gets the lesions of another slice, as in Copy-Paste (Ghiasi et al. 2021).
 
     Where the mask marks the lung (code 1, as phantoms do), the slice is first cropped to it with a
-    random margin of at most 6 %, as the slices of COVID-SemiSeg are.
-
-    Args:
-        dataset: read once and kept, 5 bytes a pixel.
-        config: size and number of the copies.
-        seed: of all copies.
-
-    Attributes:
-        names, patients: of the items.
-        endless: item `index` exists for any index of 0 or more; beyond the length it is another
-            copy of slice `index % len(dataset)`. Training takes new ones in every epoch.
+    random margin of at most 6 %, as the slices of COVID-SemiSeg are. Slices are read once and kept,
+    5 bytes a pixel.
     """
 
+    # item `index` exists for any index of 0 or more; beyond the length it is another copy of slice
+    # `index % len(dataset)`: training takes new ones in every epoch
     endless = True
 
     def __init__(self, dataset: LesionDataset, config: AugmentConfig, seed: int = 0) -> None:
-        self.dataset = dataset
-        self.config = config
-        self.seed = seed
+        self.dataset, self.config, self.seed = dataset, config, seed
         self.names = dataset.names * config.copies
         self.patients = dataset.patients * config.copies
         self._slices: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -83,11 +73,7 @@ class Augmented(Dataset):
 def crop_to_lungs(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut off what lies around the lungs; both as they are where the mask marks no lung.
-
-    Args:
-        image: float32 [H, W]. mask: uint8 [H, W], codes 0..3.
-    """
+    """Cut off what lies around the lungs; both [H, W] as they are where the mask marks no lung."""
     if not (mask == 1).any():
         return image, mask
     margins = rng.uniform(0, 0.06, 4) * max(mask.shape)
@@ -108,27 +94,22 @@ def warp(
     sine, cosine = math.sin(angle) / scale, math.cos(angle) / scale
     x, y = rng.uniform(-0.12, 0.12, 2)
     matrix = [[cosine / stretch * mirror, -sine, x], [sine * mirror, cosine * stretch, y]]
-    grid = F.affine_grid(
-        torch.tensor([matrix], dtype=torch.float32), [1, 1, size, size], align_corners=False
-    )
+    grid = F.affine_grid(torch.tensor([matrix], dtype=torch.float32), [1, 1, size, size], False)
     if rng.random() < 0.5:
         bend = torch.from_numpy(rng.normal(0, 0.03, (1, 2, 5, 5)).astype(np.float32))
         bend = F.interpolate(bend, size=(size, size), mode="bicubic", align_corners=False)
         grid = grid + bend.permute(0, 2, 3, 1)  # [1, size, size, 2]
-    sampled = [
+    moved = [
         F.grid_sample(torch.from_numpy(np.float32(part))[None, None], grid, mode, "zeros", False)
         for part, mode in ((image, "bilinear"), (mask, "nearest"))
     ]
-    return sampled[0][0, 0].numpy(), sampled[1][0, 0].numpy().astype(np.uint8)
+    return moved[0][0, 0].numpy(), moved[1][0, 0].numpy().astype(np.uint8)
 
 
 def paste(
     image: np.ndarray, mask: np.ndarray, other: np.ndarray, other_mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay the lesions of another slice over this one, where they are; all of them [H, W].
-
-    The edge is blended over about two pixels, so that it gives nothing away.
-    """
+    """Lay the lesions of another slice over this one, the edge blended over about two pixels."""
     lesion = other_mask > 1
     share = ndimage.gaussian_filter(np.float32(ndimage.binary_dilation(lesion)), 1)
     return image + share * (other - image), np.where(lesion, other_mask, mask)

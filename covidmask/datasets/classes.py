@@ -1,14 +1,15 @@
-"""CT slices with an image class: COVIDx-CT-1, or phantoms (paper, section 2.2)."""
+"""CT slices with an image class: COVIDx-CT-1, phantoms, or classes of your own (section 2.2)."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,77 +28,113 @@ from covidmask.files import (
     split_path,
 )
 
-if TYPE_CHECKING:
-    from covidmask.datasets.classes import SliceImages
-
 NAME_CLASSES = ("Normal", "CP", "NCP")  # how COVIDx-CT-1 calls labels 0, 1, 2 in file names
-_LABELS = {text: i for i, name in enumerate(NAME_CLASSES) for text in (name, str(i))}
 _NAME = re.compile(r"([^_/\\]+)_([^_/\\]+)_([^_/\\]+)_([^_/\\]+)(\.\w+)")
 
 
 class SliceName(NamedTuple):
-    """The parts of <class>_<patient>_<scan>_<slice>.<suffix>."""
+    """The parts of a file name."""
 
-    label: int  # 0 control, 1 common pneumonia, 2 COVID-19
+    label: int  # index of the class
     patient: str
     scan: str
     slice: str
 
 
-@dataclass(frozen=True)
-class SliceEntry:
-    """One line of a split file."""
+class SliceEntry(NamedTuple):
+    """A line of a list."""
 
     name: str
     label: int
     box: tuple[int, int, int, int] | None  # body: xmin, ymin, xmax, ymax in pixels; None: not given
 
+    @property
+    def patient(self) -> str:
+        """As in the name; a slice whose name has another form counts as a patient of its own."""
+        match = _NAME.fullmatch(self.name)
+        return match[2] if match else Path(self.name).stem
 
-def parse_name(name: str) -> SliceName:
-    """Read a file name of COVIDx-CT-1 (Normal|CP|NCP_...) or of the author's list (0|1|2_...).
 
-    Raises:
-        DataError: the name has another form or class.
+def class_names(folder: str | Path) -> tuple[str, ...]:
+    """The lines of `folder`/classes.txt, names of labels 0, 1, ...; without it, IMAGE_CLASSES."""
+    path = Path(folder) / "classes.txt"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        names = tuple(line.strip() for line in lines if line.strip())
+        if not 2 <= len(names) == len(set(names)):
+            raise ValueError(f"found {', '.join(names) or 'nothing'}")
+    except FileNotFoundError:
+        return IMAGE_CLASSES
+    except (OSError, ValueError) as error:  # ValueError: no text, too
+        raise DataError(
+            f"{path}: no list of classes ({error}); write two or more different names, one a line"
+        ) from error
+    return names
+
+
+@cache
+def _labels(classes: tuple[str, ...]) -> dict[str, int]:
+    """The words that stand for a class in a file name, and its label."""
+    words = NAME_CLASSES if classes == IMAGE_CLASSES else classes
+    labels = range(len(classes))
+    return dict(zip(words, labels, strict=True)) | {str(label): label for label in labels}
+
+
+def parse_name(name: str, classes: tuple[str, ...] = IMAGE_CLASSES) -> SliceName:
+    """Read <class>_<patient>_<scan>_<slice>.<suffix>; the class is a label, 0, 1, ..., or a name.
+
+    COVIDx-CT-1 has Normal, CP and NCP for the names of `IMAGE_CLASSES`. Others are a `DataError`.
     """
-    match = _NAME.fullmatch(name)
-    if match is None or match[1] not in _LABELS:
+    match, labels = _NAME.fullmatch(name), _labels(classes)
+    if match is None or match[1] not in labels:
         raise DataError(
             f"{name}: this is no slice name; expected <class>_<patient>_<scan>_<slice>.png with "
-            "class Normal, CP or NCP (or 0, 1, 2)"
+            f"class {', '.join(labels)}"
         )
-    return SliceName(_LABELS[match[1]], match[2], match[3], match[4])
+    return SliceName(labels[match[1]], *match.groups()[1:4])
 
 
-def read_split(path: str | Path) -> list[SliceEntry]:
-    """Read a list with lines `name class xmin ymin xmax ymax`, or `name` alone.
+def read_split(path: str | Path, classes: tuple[str, ...] = IMAGE_CLASSES) -> list[SliceEntry]:
+    """Read a list with lines `name`, `name label` or `name label xmin ymin xmax ymax`.
 
-    Raises:
-        DataError: the list is missing, empty or names a slice twice; a line does not parse, or its
-            class is not the one in the name.
+    A line that gives the label may name any file; else the name says it, see `parse_name`. A list
+    that is missing or empty, names a slice twice, or has a wrong line or label is a `DataError`.
     """
     entries = []
     for number, words in read_lines(path):
         try:
-            entries.append(_parse_line(words))
+            entries.append(_parse_line(words, classes))
         except ValueError as error:  # DataError is one
             raise DataError(f"{path}, line {number}: {error}") from error
     return entries
 
 
-def write_split(path: str | Path, entries: Sequence[SliceEntry]) -> None:
-    """Write a list that `read_split` reads back.
+def _parse_line(words: list[str], classes: tuple[str, ...]) -> SliceEntry:
+    name, *numbers = words
+    if len(numbers) not in (0, 1, 5) or not all(re.fullmatch(r"\d{1,9}", n) for n in numbers):
+        raise DataError(
+            f"{' '.join(words)!r} does not parse; expected `name [label [xmin ymin xmax ymax]]`"
+        )
+    if not numbers:
+        return SliceEntry(name, parse_name(name, classes).label, None)
+    label, *box = map(int, numbers)
+    free = _NAME.fullmatch(name) is None and re.fullmatch(r"[^/\\]+\.\w+", name)
+    if not free and label != (said := parse_name(name, classes).label):
+        raise DataError(f"class {label} contradicts {name}, which says {said}; correct the line")
+    if label >= len(classes):
+        names = ", ".join(classes)
+        raise DataError(f"label {label}: is no class; choose 0 to {len(classes) - 1} ({names})")
+    if box and (box[0] >= box[2] or box[1] >= box[3]):
+        raise DataError(f"the box {box} is empty; expected xmin < xmax, ymin < ymax")
+    return SliceEntry(name, label, tuple(box) or None)
 
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    lines = [
-        entry.name
-        if entry.box is None
-        else " ".join(map(str, (entry.name, entry.label, *entry.box)))
-        for entry in entries
-    ]
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+def write_split(path: str | Path, entries: Sequence[SliceEntry]) -> None:
+    """Write a list that `read_split` reads back."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f:
+        for entry in entries:
+            said = entry.box is None and _NAME.fullmatch(entry.name)  # the name says the class
+            print(entry.name, *(() if said else (entry.label, *(entry.box or ()))), file=f)
 
 
 class SliceImages(Dataset):
@@ -108,48 +145,46 @@ class SliceImages(Dataset):
     Args:
         root: the folder that holds the image files.
         split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to a
-            list. A name in the list also finds its file under the other suffix (.png, .jpg) or
-            class word (the author's `2_91_...` is `NCP_91_...` in COVIDx-CT), if just one is there.
+            list, see `read_split`. A name in the list also finds its file under the other suffix
+            (.png, .jpg) or class word (the author's `2_91_...` is `NCP_91_...` in COVIDx-CT), if
+            just one is there.
         require_classes: every class must occur, as training needs.
+        classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
 
     Attributes:
-        names: file names on disk, one per item.
-        classes: names of the labels.
-        labels: 0 control, 1 common pneumonia, 2 COVID-19.
-        patients: the patient of each item.
+        names, labels, patients: of the items; names are those of the files on disk. A name in a
+            form of its own says no patient: such a slice counts as one.
 
     Raises:
-        DataError: at once for a missing folder, list or file, a line that does not parse, or a
-            class that does not occur; on reading an item for damaged files.
+        DataError: at once for a missing folder, list, file or class and for a bad line; on reading
+            an item for damaged files.
     """
 
-    classes = IMAGE_CLASSES
-
-    def __init__(self, root: str | Path, split: str | Path, require_classes: bool = False) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str | Path,
+        require_classes: bool = False,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(
-                f"{root}: there is no such folder; name the folder that holds the slices"
-            )
+            raise DataError(f"{root}: there is no such folder; name the one that holds the slices")
+        self.classes = class_names(root) if classes is None else tuple(classes)
         path = split_path(root, split)
-        entries = read_split(path)
+        entries = read_split(path, self.classes)
         on_disk = {file.name for file in os.scandir(self.root)}  # one listing, not 60,000 look-ups
-        located = [_locate(entry.name, on_disk) for entry in entries]
-        missing = [entry.name for entry, name in zip(entries, located, strict=True) if name is None]
-        if missing:
-            raise DataError(
-                f"{path}: slices that are not in {root}: {some(missing)}; put them there, or "
-                "remove them from the list"
-            )
-        self.names: list[str] = [name for name in located if name is not None]
+        located = [_locate(entry, self.classes, on_disk) for entry in entries]
+        if missing := [e.name for e, name in zip(entries, located, strict=True) if not name]:
+            where = f"{path}: slices that are not in {root}"
+            raise DataError(f"{where}: {some(missing)}; put them there, or list others")
+        self.names: list[str] = located
         self.labels: list[int] = [entry.label for entry in entries]
-        self.patients: list[str] = [parse_name(entry.name).patient for entry in entries]
-        absent = [c for label, c in enumerate(IMAGE_CLASSES) if label not in self.labels]
+        self.patients: list[str] = [entry.patient for entry in entries]
+        absent = [c for label, c in enumerate(self.classes) if label not in self.labels]
         if require_classes and absent:
-            raise DataError(
-                f"{path}: there are no slices of class {', '.join(absent)}; training needs every "
-                "class, add some to the list"
-            )
+            none = f"{path}: there are no slices of class {', '.join(absent)}"
+            raise DataError(f"{none}; training needs every class, add some to the list")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -159,113 +194,66 @@ class SliceImages(Dataset):
         return torch.from_numpy(image).repeat(3, 1, 1), self.labels[index]  # [3, H, W]
 
 
+def _locate(entry: SliceEntry, classes: tuple[str, ...], on_disk: set[str]) -> str:
+    """The file of a slice: itself, or the only one that differs in suffix or class word; or ""."""
+    if entry.name in on_disk:
+        return entry.name
+    stems = [stem := Path(entry.name).stem]
+    if _NAME.fullmatch(entry.name):
+        words = [word for word, label in _labels(classes).items() if label == entry.label]
+        stems = [f"{word}_{stem.partition('_')[2]}" for word in words]
+    found = {stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES} & on_disk
+    return found.pop() if len(found) == 1 else ""
+
+
 def balanced_sample(
-    entries: Sequence[SliceEntry], per_class: int, seed: int, by_patient: bool = False
+    entries: Sequence[SliceEntry],
+    per_class: int,
+    seed: int,
+    by_patient: bool = False,
+    classes: Sequence[str] = IMAGE_CLASSES,
 ) -> list[SliceEntry]:
-    """Draw the same number of slices of each class, without replacement (section 2.2).
+    """Draw `per_class` slices of each class without replacement, by class, then name (section 2.2).
 
     The author drew 1,000 per class from the 61,782 training slices of COVIDx-CT-1.
 
     Args:
         entries: what to draw from; their order does not matter.
-        per_class: slices of each of the three classes.
-        seed: the same seed and entries give the same sample.
         by_patient: take one slice of every patient before a second of any, so that the sample
             covers as many patients as it can. A plain draw favours patients with many slices.
-
-    Returns:
-        3 * per_class entries by class, then name.
-
-    Raises:
-        DataError: a class has fewer slices than asked for.
     """
     rng = np.random.default_rng(seed)
     sample = []
-    for label, name in enumerate(IMAGE_CLASSES):
+    for label, name in enumerate(classes):
         pool = sorted((e for e in entries if e.label == label), key=lambda entry: entry.name)
         if len(pool) < per_class:
-            raise DataError(
-                f"the list holds {len(pool)} slices of class {name}, {per_class} are asked for; "
-                "ask for fewer per class or give a longer list"
-            )
+            held = f"the list holds {len(pool)} slices of class {name}, {per_class} are asked for"
+            raise DataError(f"{held}; ask for fewer per class or give a longer list")
         drawn = [pool[i] for i in rng.permutation(len(pool))]
         if by_patient:
-            seen: Counter[str] = Counter()
-            turns = []  # how many slices of the same patient come before
-            for entry in drawn:
-                patient = parse_name(entry.name).patient
-                turns.append(seen[patient])
-                seen[patient] += 1
-            drawn = [drawn[i] for i in np.argsort(turns, kind="stable")]
+            before = defaultdict(count)  # how many slices of a patient have come
+            drawn.sort(key=lambda entry: next(before[entry.patient]))
         sample += sorted(drawn[:per_class], key=lambda entry: entry.name)
     return sample
 
 
-def _parse_line(words: list[str]) -> SliceEntry:
-    label = parse_name(words[0]).label
-    if len(words) == 1:
-        return SliceEntry(words[0], label, None)
-    if len(words) != 6 or not all(re.fullmatch(r"\d{1,9}", w) for w in words[1:]):
-        raise DataError(
-            f"{' '.join(words)!r} does not parse; expected `name class xmin ymin xmax ymax` or the "
-            "name alone"
-        )
-    given, x1, y1, x2, y2 = map(int, words[1:])
-    if given != label:
-        raise DataError(
-            f"class {given} contradicts the name {words[0]}, which says {label}; correct the line"
-        )
-    if x1 >= x2 or y1 >= y2:
-        raise DataError(f"the box {x1} {y1} {x2} {y2} is empty; expected xmin < xmax, ymin < ymax")
-    return SliceEntry(words[0], label, (x1, y1, x2, y2))
-
-
-def _locate(name: str, on_disk: set[str]) -> str | None:
-    """The file of a name: itself, or the only one that differs in suffix or class word."""
-    if name in on_disk:
-        return name
-    rest = Path(name).stem.partition("_")[2]
-    label = parse_name(name).label
-    candidates = {
-        f"{word}_{rest}{suffix}"
-        for word in (NAME_CLASSES[label], str(label))
-        for suffix in IMAGE_SUFFIXES
-    } & on_disk
-    return candidates.pop() if len(candidates) == 1 else None
-
-
-@dataclass(frozen=True)
-class ClassStatistics:
-    """Slices and patients of each image class."""
+class ClassStatistics(NamedTuple):
+    """Slices and patients of each of C image classes."""
 
     classes: tuple[str, ...]
-    slices: np.ndarray  # int64 [3]
-    patients: np.ndarray  # int64 [3]
+    slices: np.ndarray  # int64 [C]
+    patients: np.ndarray  # int64 [C]
 
 
 def class_statistics(dataset: SliceImages) -> ClassStatistics:
     """Count the slices and patients of each class; reads no image."""
-    pairs = set(zip(dataset.labels, dataset.patients, strict=True))
-    n = len(IMAGE_CLASSES)
-    return ClassStatistics(
-        classes=IMAGE_CLASSES,
-        slices=np.bincount(dataset.labels, minlength=n),
-        patients=np.bincount([label for label, _ in pairs], minlength=n),
-    )
+    owners = [label for label, _ in set(zip(dataset.labels, dataset.patients, strict=True))]
+    counts = (np.bincount(x, minlength=len(dataset.classes)) for x in (dataset.labels, owners))
+    return ClassStatistics(dataset.classes, *counts)
 
 
 def open_slices(root: str | Path, split: str, require_classes: bool = False) -> SliceImages:
-    """Slices with an image class: `root` holds slices/, or the images themselves.
-
-    Args:
-        split: train, val, test, or the path to a list.
-        require_classes: as in `SliceImages`.
-
-    Raises:
-        DataError: see `SliceImages`.
-    """
-    from covidmask.datasets.classes import SliceImages
-
+    """Slices with an image class: `root` holds slices/, or the images; see `SliceImages`."""
     return SliceImages(_slices_folder(existing_folder(root)), split, require_classes)
 
 

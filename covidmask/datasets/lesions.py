@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,26 +13,17 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from covidmask.config import LESION_CLASSES
+from covidmask.config import LESION_CLASSES, lesion_classes
 from covidmask.datasets.scans import IMAGE_SUFFIXES, read_image, read_mask
 from covidmask.errors import DataError
 from covidmask.files import existing_folder, listed_splits, read_lines, some, split_path
 
-if TYPE_CHECKING:
-    from covidmask.datasets.lesions import LesionDataset
-
 GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background, 1 is lung
-_CODES = {  # mask codes of label 1, label 2, ...
-    "both": ((GGO,), (CONSOLIDATION,)),
-    "ggo": ((GGO,),),
-    "merged": ((GGO, CONSOLIDATION),),
-}
-_EIGHT = np.ones((3, 3), dtype=bool)  # pixels that touch at a corner are connected
-_FOLDERS = {
+_NAME = re.compile(r"([^/\\\s]+)_([^_/\\\s]+)(\.png|\.jpe?g)", re.IGNORECASE)
+_SEMISEG = {
     "train": Path("TrainingSet", "MultiClassInfection-Train"),
     "test": Path("TestingSet", "MultiClassInfection-Test"),
 }
-_TO_CODE = np.array([0, 2, 3], dtype=np.uint8)  # palette index -> background, GGO, consolidation
 
 
 def mask_to_targets(
@@ -41,32 +31,32 @@ def mask_to_targets(
 ) -> dict[str, Tensor]:
     """Turn a semantic mask into instances: the connected components of each class.
 
-    Components are 8-connected, as in the released code: a lesion whose parts touch at a corner is
-    one lesion. The released code drops components of at most 100 pixels of a 512 x 512 slice, also
-    from the ground truth that it evaluates on; `min_area=101` does the same.
-
     Args:
         mask: uint8 [H, W], codes 0 background, 1 lung, 2 GGO, 3 consolidation.
         lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": label 1 is GGO, consolidation
             is background; "merged": label 1 is either, joined before components are sought, so
-            that a consolidation inside GGO is one instance with it.
-        min_area: components of fewer pixels are dropped.
+            that a consolidation inside GGO is one instance with it. Or your own names, such as
+            "nodule,cyst": codes 2, 3, ... in this order are labels 1, 2, ...
+        min_area: components (8-connected) of fewer pixels are dropped. The released code drops
+            those of at most 100 pixels of a 512 x 512 slice, also from its ground truth: 101.
 
     Returns:
-        K instances (K may be 0) ordered by label, then by their first pixel, row by row.
+        K instances (K may be 0) ordered by label, then by their first pixel, row by row:
 
         - boxes: float32 [K, 4], x1, y1, x2, y2 in pixels. x2 and y2 are the edges behind the last
           pixel (xmax + 1), so that x2 - x1 is the width and a 1-pixel lesion has area 1.
-        - labels: int64 [K].
-        - masks: uint8 [K, H, W], 0 or 1.
+        - labels: int64 [K]. masks: uint8 [K, H, W], 0 or 1. iscrowd: int64 [K], all 0.
         - area: float32 [K], pixels of the component.
-        - iscrowd: int64 [K], all 0.
+
+    Raises:
+        DataError: the mask has a code without a class. ValueError: `lesions` is no list of names.
     """
-    _check_lesions(lesions)
+    label_codes, largest = _codes(lesions)
     mask = np.asarray(mask)
+    _check_codes(mask, largest)
     boxes, labels, masks, areas = [], [], [], []
-    for label, codes in enumerate(_CODES[lesions], start=1):
-        components, _ = ndimage.label(np.isin(mask, codes), structure=_EIGHT)
+    for label, codes in enumerate(label_codes, start=1):
+        components, _ = ndimage.label(np.isin(mask, codes), structure=np.ones((3, 3)))
         sizes = np.bincount(components.ravel())  # sizes[0] counts the background
         for number, (rows, columns) in enumerate(ndimage.find_objects(components), start=1):
             if sizes[number] >= min_area:
@@ -75,40 +65,53 @@ def mask_to_targets(
                 masks.append(components == number)
                 areas.append(sizes[number])
     k = len(boxes)
-    stacked = np.asarray(masks, dtype=np.uint8).reshape(k, *mask.shape)
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(k, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
-        "masks": torch.from_numpy(stacked),
+        "masks": torch.from_numpy(np.asarray(masks, dtype=np.uint8).reshape(k, *mask.shape)),
         "area": torch.tensor(areas, dtype=torch.float32),
         "iscrowd": torch.zeros(k, dtype=torch.int64),
     }
 
 
+def _codes(lesions: str) -> tuple[Sequence[tuple[int, ...]], int]:
+    """The mask codes of label 1, label 2, ..., and the largest code that a mask may hold."""
+    names = lesion_classes(lesions)
+    if not all(names) or len(set(names)) < len(names):
+        known = ", ".join(LESION_CLASSES)
+        raise ValueError(f"lesions {lesions!r}: choose {known}, or different names with commas")
+    if lesions == "merged":
+        return [(GGO, CONSOLIDATION)], CONSOLIDATION
+    codes = [(code,) for code in range(GGO, GGO + len(names))]
+    return codes, CONSOLIDATION if lesions in LESION_CLASSES else codes[-1][0]
+
+
+def _check_codes(mask: np.ndarray, largest: int, where: str = "") -> None:
+    if mask.max(initial=0) > largest:
+        raise DataError(
+            f"{where}the mask holds the values {np.unique(mask).tolist()[:8]}, expected codes "
+            f"0..{largest}; save class codes, not colours or grey levels, and name every class"
+        )
+
+
 class LesionDataset(Dataset):
-    """Pairs of image and mask files as items for torchvision's detectors.
+    """Slices with masks as items for torchvision's detectors: base of the data sets, and of yours.
 
     Item i is `(image, target)`: image float32 [3, H, W] in 0..1 (grey, repeated), target the
-    dictionary of `mask_to_targets` and `image_id`, int64 [1], which is i.
-
-    Attributes:
-        names: one per item.
-        patients: the patient of each item.
-        patients_known: False where the data have no patient ids and each slice counts as one.
-        lesions, min_area: as in `mask_to_targets`.
+    dictionary of `mask_to_targets` and `image_id`, int64 [1], which is i. A data set of your own
+    sets `names` and `patients`, and says how to `read` a slice.
     """
 
     names: list[str]
-    patients: list[str]
-    patients_known = True
+    patients: list[str]  # of each item
+    patients_known = True  # False where data have no patient ids and each slice counts as one
 
     def __init__(self, lesions: str = "both", min_area: int = 1) -> None:
-        _check_lesions(lesions)
-        self.lesions = lesions
-        self.min_area = min_area
+        _codes(lesions)  # a mistake is found now, not at the first slice
+        self.lesions, self.min_area = lesions, min_area
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The slice, float32 [H, W] in 0..1, and its mask, uint8 [H, W], codes 0..3."""
+        """The slice, float32 [H, W] in 0..1, and its mask, uint8 [H, W], codes 0, 1, 2, ..."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -116,7 +119,10 @@ class LesionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         image, mask = self.read(index)
-        target = mask_to_targets(mask, self.lesions, self.min_area)
+        try:
+            target = mask_to_targets(mask, self.lesions, self.min_area)
+        except DataError as error:
+            raise DataError(f"{self.names[index]}: {error}") from error
         target["image_id"] = torch.tensor([index % len(self)])
         return torch.from_numpy(image).repeat(3, 1, 1), target  # [3, H, W]
 
@@ -127,15 +133,13 @@ class LesionSlices(LesionDataset):
     Args:
         root: the folder that holds image/ and mask/.
         split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to such
-            a list. A line is `<patient>_<slice>.<suffix>`, where the patient is what precedes the
-            last underscore. A list that says .jpg where the file is .png (or the other way round)
-            is understood. None takes every slice found.
+            a list. A line is `<patient>_<slice>.<suffix>`; another suffix than that of the file is
+            understood. None takes every slice found.
         lesions, min_area: as in `mask_to_targets`.
 
     Raises:
-        DataError: at once for a missing folder or file, an empty split, a line that does not
-            parse; on reading an item for damaged files, codes outside 0..3, and an image and mask
-            of different sizes.
+        DataError: at once for a missing folder, file or mask and a bad list; on reading an item for
+            damaged files, codes without a class, and an image and mask of different sizes.
     """
 
     def __init__(
@@ -147,126 +151,132 @@ class LesionSlices(LesionDataset):
     ) -> None:
         super().__init__(lesions, min_area)
         self.root = Path(root)
-        for folder in (self.root / "image", self.root / "mask"):
+        images, masks = self.root / "image", self.root / "mask"
+        for folder in (images, masks):
             if not folder.is_dir():
                 raise DataError(
-                    f"{folder}: there is no such folder; name the folder that holds image/<patient>"
-                    "/<slice>.png and mask/<patient>/<slice>.png"
+                    f"{folder}: there is no such folder; name the one that holds image/ and mask/"
                 )
-        source = self.root if split is None else split_path(root, split)
-        files = self._find()
-        if not files:
+        on_disk: dict[tuple[str, str], list[Path]] = {}  # patient, slice -> its files
+        for patient in images.iterdir():
+            # glob would leave out what may not be entered, without a word
+            for file in patient.iterdir() if patient.is_dir() else ():
+                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+                    on_disk.setdefault((patient.name, file.stem), []).append(file)
+        if not on_disk:
+            raise DataError(f"{images}: no slices found; expected <patient>/<slice>.png or .jpg")
+        if split is None:
+            source = images
+            wanted = [(*key, "") for key in sorted(on_disk, key=lambda key: [*map(_natural, key)])]
+        else:
+            source = split_path(root, split)
+            wanted = _read_list(source)
+        files, absent = [], []
+        for patient, number, suffix in wanted:
+            found = on_disk.get((patient, number), [])
+            exact = [file for file in found if file.suffix == suffix] or found
+            files += exact if len(exact) == 1 else []
+            absent += [] if len(exact) == 1 else [f"{patient}_{number}{suffix}"]
+        if absent:
             raise DataError(
-                f"{self.root / 'image'}: no slices found; expected <patient>/<slice>.png or .jpg"
+                f"{source}: slices that are not on disk, or there with two suffixes: {some(absent)}"
+                "; let image/<patient>/<slice>.png be there once, or list others"
             )
-        if split is not None:
-            files = _listed(source, files)
-        elif twice := [a.name for a, b in pairwise(files) if a[:2] == b[:2]]:
-            raise DataError(
-                f"{self.root / 'image'}: slices that exist with two suffixes: {some(twice)}; "
-                "remove one of each, or name a list"
-            )
-        no_mask = [file for file in files if not self._mask_path(file).is_file()]
-        if no_mask:
-            raise DataError(
-                f"{source}: slices without a mask: {some([file.name for file in no_mask])}; add "
-                f"{self._mask_path(no_mask[0])} and the like, or leave these slices out"
-            )
-        self._files = files
-        self.names = [file.name for file in files]
-        self.patients = [file.patient for file in files]
+        self.names = [f"{file.parent.name}_{file.name}" for file in files]
+        self.patients = [file.parent.name for file in files]
+        self._files = [(file, masks / file.parent.name / f"{file.stem}.png") for file in files]
+        _check_masks(source, self.names, self._files)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        file = self._files[index]
-        image_path = self.root / "image" / file.patient / (file.slice + file.suffix)
-        mask_path = self._mask_path(file)
-        return checked_pair(read_image(image_path), read_mask(mask_path), 3, mask_path)
-
-    def _find(self) -> list[_SliceFile]:
-        """Every image on disk, by patient and slice; numbers in numeric order."""
-        files = [
-            _SliceFile(path.parent.name, path.stem, path.suffix)
-            for patient in (self.root / "image").iterdir()
-            if patient.is_dir()  # glob would leave out what may not be entered, without a word
-            for path in patient.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        ]
-        return sorted(files, key=lambda file: [natural(part) for part in file])
-
-    def _mask_path(self, file: _SliceFile) -> Path:
-        return self.root / "mask" / file.patient / f"{file.slice}.png"
+        return _read_pair(*self._files[index], _codes(self.lesions)[1])
 
 
-class _SliceFile(NamedTuple):
-    patient: str
-    slice: str
-    suffix: str  # with the dot
-
-    @property
-    def name(self) -> str:
-        return f"{self.patient}_{self.slice}{self.suffix}"
+def _natural(text: str) -> tuple[int, int, str]:
+    """Sort key: numbers by value, before other text."""
+    return (0, int(text), text) if text.isdecimal() else (1, 0, text)
 
 
-def _parse(name: str) -> _SliceFile | None:
-    path = Path(name)
-    patient, _, number = path.stem.rpartition("_")
-    if not patient or not number or path.name != name or path.suffix.lower() not in IMAGE_SUFFIXES:
-        return None
-    return _SliceFile(patient, number, path.suffix)
-
-
-def _listed(path: Path, found: list[_SliceFile]) -> list[_SliceFile]:
-    """The files on disk that the lines of a list name, whatever the suffix if only one exists."""
-    on_disk: dict[tuple[str, str], list[_SliceFile]] = {}
-    for file in found:
-        on_disk.setdefault((file.patient, file.slice), []).append(file)
-    files, missing = [], []
+def _read_list(path: Path) -> list[tuple[str, str, str]]:
+    """Patient, slice and suffix of every line."""
+    wanted = []
     for number, words in read_lines(path):
-        wanted = _parse(words[0])
-        if wanted is None or len(words) > 1:
-            raise DataError(
-                f"{path}, line {number}: {' '.join(words)!r} is no slice name; "
-                "expected <patient>_<slice>.png or .jpg"
-            )
-        candidates = on_disk.get((wanted.patient, wanted.slice), [])
-        if wanted in candidates:
-            files.append(wanted)
-        elif len(candidates) == 1:
-            files.append(candidates[0])
-        else:
-            missing.append(words[0])
-    if missing:
+        match = _NAME.fullmatch(" ".join(words))
+        if match is None:
+            where = f"{path}, line {number}: {' '.join(words)!r}"
+            raise DataError(f"{where} is no slice name; expected <patient>_<slice>.png or .jpg")
+        wanted.append(match.groups())
+    return wanted
+
+
+def _check_masks(source: Path, names: list[str], files: list[tuple[Path, Path]]) -> None:
+    if missing := [i for i, (_, mask) in enumerate(files) if not mask.is_file()]:
         raise DataError(
-            f"{path}: images that are not on disk: {some(missing)}; put them into "
-            "image/<patient>/<slice>.png, or remove them from the list"
+            f"{source}: slices without a mask: {some([names[i] for i in missing])}; add "
+            f"{files[missing[0]][1]} and the like, or leave these slices out"
         )
-    return files
 
 
-def checked_pair(
-    image: np.ndarray, mask: np.ndarray, largest_code: int, mask_path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return image and mask as they are.
-
-    Raises:
-        DataError: their sizes differ, or the mask holds codes outside 0..largest_code.
-    """
+def _read_pair(image_path: Path, mask_path: Path, largest: int) -> tuple[np.ndarray, np.ndarray]:
+    """A slice and its mask, of one size and with codes 0..largest."""
+    image, mask = read_image(image_path), read_mask(mask_path)
     if image.shape != mask.shape:
+        size, other = (f"{part.shape[1]} x {part.shape[0]}" for part in (mask, image))
         raise DataError(
-            f"{mask_path}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image "
-            f"{image.shape[1]} x {image.shape[0]}; save both at one size"
+            f"{mask_path}: the mask is {size} pixels, its image {other}; save both at one size"
         )
-    if mask.max() > largest_code:
-        raise DataError(
-            f"{mask_path}: the mask holds the values {np.unique(mask).tolist()[:8]}, expected "
-            f"codes 0..{largest_code}; save class codes, not colours or grey levels"
-        )
+    _check_codes(mask, largest, f"{mask_path}: ")
     return image, mask
 
 
-def natural(text: str) -> tuple[int, int, str]:
-    """Sort key: numbers by value, before other text."""
-    return (0, int(text), text) if text.isdecimal() else (1, 0, text)
+class SemiSeg(LesionDataset):
+    """The published 50 training and 48 test slices of COVID-SemiSeg, as items of `LesionDataset`.
+
+    All slices are of COVID patients, so nothing can be learned here about other conditions. They
+    are cropped to the lungs, carry no Hounsfield units, and the masks mark no lung (no code 1).
+    There are no patient ids: parts made by `split_by_patient`, and the published split itself, may
+    share patients. Errors are those of `LesionSlices`.
+
+    Args:
+        root: the folder with TrainingSet and TestingSet, or Inf-Net's above it, which has Dataset.
+        split: "train" or "test".
+    """
+
+    patients_known = False
+
+    def __init__(
+        self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
+    ) -> None:
+        super().__init__(lesions, min_area)
+        if split not in _SEMISEG:
+            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
+            raise DataError(f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}")
+        places = _semiseg_places(Path(root), split)
+        self.folder = next((place for place in places if place.is_dir()), places[0])
+        slices = self.folder / "Imgs"
+        found = slices.iterdir() if slices.is_dir() else ()  # glob is silent about permissions
+        images = sorted((p for p in found if p.suffix == ".jpg"), key=lambda p: _natural(p.stem))
+        if not images:
+            raise DataError(
+                f"{slices}: no .jpg slices found; name the folder with TrainingSet and TestingSet"
+            )
+        self.names = [path.name for path in images]
+        self.patients = [path.stem for path in images]
+        self._files = [(path, self.folder / "GT" / f"{path.stem}.png") for path in images]
+        _check_masks(self.folder, self.names, self._files)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, indices = _read_pair(*self._files[index], 2)
+        codes = np.array([0, GGO, CONSOLIDATION], dtype=np.uint8)[indices]  # of a palette picture
+        # Both files are stored transposed, with the spine to the right; .T gives the axial view.
+        return np.ascontiguousarray(image.T), np.ascontiguousarray(codes.T)
+
+
+def _semiseg_places(root: Path, split: str) -> list[Path]:
+    return [root / _SEMISEG[split], root / "Dataset" / _SEMISEG[split]]
+
+
+def _semiseg_splits(root: Path) -> list[str]:
+    return [s for s in _SEMISEG if any(p.parent.is_dir() for p in _semiseg_places(root, s))]
 
 
 def split_by_patient(
@@ -278,94 +288,19 @@ def split_by_patient(
     score well by recognising the patient.
 
     Args:
-        patients: the patient of each item.
-        fractions: the share of the PATIENTS in each part; they sum to 1.
-        seed: the same seed and patients give the same parts.
+        patients: of each item. fractions: share of the PATIENTS in each part; they sum to 1.
 
     Returns:
         one sorted list of item indices per fraction; a part may be empty if patients are few.
-
-    Raises:
-        ValueError: a fraction is negative or they do not sum to 1.
     """
     if min(fractions, default=-1) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions {tuple(fractions)}: they must be >= 0 and sum to 1")
-    unique = np.random.default_rng(seed).permutation(sorted(set(patients)))
+    unique = np.random.default_rng(seed).permutation(np.unique(patients))
     ends = np.rint(np.cumsum(fractions)[:-1] * len(unique)).astype(int)
-    part_of = {
-        patient: part for part, group in enumerate(np.split(unique, ends)) for patient in group
-    }
-    parts: list[list[int]] = [[] for _ in fractions]
-    for index, patient in enumerate(patients):
-        parts[part_of[patient]].append(index)
-    return parts
+    return [np.flatnonzero(np.isin(patients, p)).tolist() for p in np.split(unique, ends)]
 
 
-def _check_lesions(lesions: str) -> None:
-    if lesions not in LESION_CLASSES:
-        raise ValueError(f"lesions {lesions!r}: choose one of {', '.join(LESION_CLASSES)}")
-
-
-class SemiSeg(LesionDataset):
-    """The published 50 training and 48 test slices, as items of `LesionDataset`.
-
-    All slices are of COVID patients, so nothing can be learned here about other conditions. They
-    are cropped to the lungs, carry no Hounsfield units, and the masks mark no lung (no code 1).
-    There are no patient ids, so each slice counts as a patient of its own: parts made by
-    `split_by_patient`, and the published split itself, may share patients.
-
-    Args:
-        root: the folder that holds TrainingSet and TestingSet, or Inf-Net's folder above it, which
-            holds Dataset.
-        split: "train" or "test".
-        lesions, min_area: as in `mask_to_targets`.
-
-    Raises:
-        DataError: a folder or a mask is missing; on reading, damaged files, palette indices
-            outside 0..2, and an image and mask of different sizes.
-    """
-
-    patients_known = False
-
-    def __init__(
-        self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
-    ) -> None:
-        super().__init__(lesions, min_area)
-        if split not in _FOLDERS:
-            raise ValueError(f"split {split!r}: choose train or test")
-        folders = [Path(root) / _FOLDERS[split], Path(root) / "Dataset" / _FOLDERS[split]]
-        self.folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-        slices = self.folder / "Imgs"
-        found = slices.iterdir() if slices.is_dir() else ()  # glob is silent about permissions
-        images = sorted(
-            (path for path in found if path.suffix == ".jpg"), key=lambda path: natural(path.stem)
-        )
-        if not images:
-            raise DataError(
-                f"{self.folder / 'Imgs'}: no .jpg slices found; name the folder of COVID-SemiSeg "
-                "that holds TrainingSet and TestingSet"
-            )
-        self.names = [path.name for path in images]
-        self.patients = [path.stem for path in images]
-        no_mask = [f"{p}.png" for p in self.patients if not self._mask_path(p).is_file()]
-        if no_mask:
-            raise DataError(
-                f"{self.folder / 'GT'}: masks are missing: {some(no_mask)}; download them again"
-            )
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        # Both files are stored transposed, with the spine to the right; .T gives the axial view.
-        image = read_image(self.folder / "Imgs" / self.names[index]).T
-        mask_path = self._mask_path(self.patients[index])
-        image, indices = checked_pair(image, read_mask(mask_path).T, 2, mask_path)
-        return np.ascontiguousarray(image), _TO_CODE[indices]
-
-    def _mask_path(self, name: str) -> Path:
-        return self.folder / "GT" / f"{name}.png"
-
-
-@dataclass(frozen=True)
-class LesionStatistics:
+class LesionStatistics(NamedTuple):
     """M slices with R lesion regions of C classes; class c of the C has label c + 1."""
 
     classes: tuple[str, ...]
@@ -382,57 +317,33 @@ class LesionStatistics:
 
         The paper's are 0.02 for GGO and 0.01 for consolidation. NaN for a class without regions.
         """
-        return np.array(
-            [
-                (areas < limit).mean() if areas.size else np.nan
-                for label, limit in enumerate(fractions, start=1)
-                for areas in [self.region_fractions[self.region_labels == label]]
-            ]
-        )
+        areas = [self.region_fractions[self.region_labels == c + 1] for c in range(len(fractions))]
+        pairs = zip(areas, fractions, strict=True)
+        return np.array([(part < limit).mean() if part.size else np.nan for part, limit in pairs])
 
 
 def lesion_statistics(dataset: LesionDataset) -> LesionStatistics:
-    """Count and measure the lesions of every slice; reads all files once.
-
-    Raises:
-        DataError: as the dataset does on reading.
-    """
-    classes = LESION_CLASSES[dataset.lesions]
+    """Count and measure the lesions of every slice; reads all files once."""
+    classes = lesion_classes(dataset.lesions)
     counts, labels, fractions = [], [], []
     for image, target in (dataset[i] for i in range(len(dataset))):
-        found = target["labels"].numpy()
-        counts.append(np.bincount(found, minlength=len(classes) + 1)[1:])
-        labels.append(found)
+        labels.append(target["labels"].numpy())
+        counts.append(np.bincount(labels[-1], minlength=len(classes) + 1)[1:])
         fractions.append(target["area"].double().numpy() / image[0].numel())
-    return LesionStatistics(
-        classes=classes,
-        counts=np.stack(counts),
-        region_labels=np.concatenate(labels),
-        region_fractions=np.concatenate(fractions),
-    )
+    found = np.stack(counts), np.concatenate(labels), np.concatenate(fractions)
+    return LesionStatistics(classes, *found)
 
 
 def open_lesions(
     root: str | Path, split: str, lesions: str = "both", min_area: int = 1
 ) -> LesionDataset:
-    """Slices with masks: `root` holds lesions/, or image/ and mask/, or is COVID-SemiSeg.
+    """`LesionSlices` or `SemiSeg`: `root` holds lesions/, or is the folder itself.
 
     Args:
         split: train, val, test, the path to a list, or all: every slice that is there.
-        lesions, min_area: as in `mask_to_targets`.
-
-    Raises:
-        DataError: see `LesionSlices` and `SemiSeg`.
     """
-    from covidmask.datasets.lesions import LesionSlices, SemiSeg
-
-    root = existing_folder(root)
-    folder = _lesions_folder(root)
-    if not (folder / "image").is_dir() and (there := _semiseg_splits(root)):
-        if split not in ("train", "test"):
-            raise DataError(
-                f"{root}: COVID-SemiSeg has no split {split!r}; choose {' or '.join(there)}"
-            )
+    folder = _lesions_folder(existing_folder(root))
+    if not (folder / "image").is_dir() and _semiseg_splits(Path(root)):
         return SemiSeg(root, split, lesions, min_area)
     return LesionSlices(folder, None if split == "all" else split, lesions, min_area)
 
@@ -440,18 +351,9 @@ def open_lesions(
 def lesion_splits(root: Path) -> list[str]:
     """The splits that `open_lesions` finds; ["all"] for slices without lists."""
     folder = _lesions_folder(root)
-    if not (folder / "image").is_dir():
-        return _semiseg_splits(root)
-    return listed_splits(folder) or ["all"]
+    found = (folder / "image").is_dir()
+    return (listed_splits(folder) or ["all"]) if found else _semiseg_splits(root)
 
 
 def _lesions_folder(root: Path) -> Path:
     return root / "lesions" if (root / "lesions").is_dir() else root
-
-
-def _semiseg_splits(root: Path) -> list[str]:
-    return [
-        split
-        for split, folder in (("train", "TrainingSet"), ("test", "TestingSet"))
-        if (root / folder).is_dir() or (root / "Dataset" / folder).is_dir()
-    ]

@@ -1,16 +1,14 @@
 """Phantoms: synthetic axial chest CT slices with lesion masks, made by formulas and random numbers.
 
-Nothing here comes from a scan. A phantom has a body, two lungs that change from apex to base, a
-heart, a spine, ribs, vessels, airways and CT-like noise in a lung window. Lesions follow the
-radiology in outline: COVID-19 gives several small rounded ground-glass opacities (GGO) near the
-pleura of both lower lungs, some with consolidation (C); common pneumonia one or two larger
-consolidations, often in one lung and often with a GGO rim. Every class has the same look-alikes:
-vessels cut across, scars, small nodules, dependent density and motion ghosts.
+Lesions follow the radiology in outline: COVID-19 gives several small rounded ground-glass opacities
+(GGO) near the pleura of both lower lungs, some with consolidation (C); common pneumonia one or two
+larger consolidations, often in one lung and often with a GGO rim. Every class has the same
+look-alikes: vessels cut across, scars, small nodules, dependent density and motion ghosts.
 
-Lengths are fractions of the image side, so a patient looks the same at every size; x points to
-the right of the image (the patient's left), y down (posterior), z from apex to base. Grey values
-are Hounsfield units (HU) until the end. Every random number comes from a generator keyed by
-explicit integers, so the same arguments give the same bytes in every process.
+Lengths are fractions of the image side, so a patient looks the same at every size; x points to the
+right of the image (the patient's left), y down (posterior), z from apex to base. Grey values are
+Hounsfield units (HU) until the end. Every random number comes from a generator keyed by explicit
+integers, so the same arguments give the same bytes in every process.
 """
 
 from __future__ import annotations
@@ -99,8 +97,7 @@ def _thorax(patient: Patient, position: float) -> tuple[float, float, float]:
 def _lung_level(patient: Patient, position: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Level of both lungs (positive inside): the chest without mediastinum, heart, spine, liver."""
     cy, a, b = _thorax(patient, position)
-    heart = patient.heart * _ramp(position, 0.35, 0.65)
-    liver = _ramp(position, 0.72, 1.0)
+    heart, liver = patient.heart * _ramp(position, 0.35, 0.65), _ramp(position, 0.72, 1.0)
     levels = [
         _ellipse(x, y, 0, cy, a, b),
         np.abs(x) - 0.02 - 0.045 * np.exp(-(((y - 0.01) / 0.09) ** 2)),  # mediastinum
@@ -140,12 +137,7 @@ def _visible_area(patient: Patient, lesion: Lesion, position: float) -> float:
 
 def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
     """The lesions that a slice shows: those with at least `MIN_AREA` of the image in it."""
-    return tuple(
-        item for item in patient.lesions if _visible_area(patient, item, position) >= MIN_AREA
-    )
-
-
-# ---------------------------------------------------------------------------------- the patient
+    return tuple(x for x in patient.lesions if _visible_area(patient, x, position) >= MIN_AREA)
 
 
 def _tubes(start: np.ndarray, end: np.ndarray, kind: int, weight: float) -> np.ndarray:
@@ -181,8 +173,8 @@ def _vessels_and_lookalikes(rng: np.random.Generator) -> np.ndarray:
             middle = side * rng.uniform(0.12, 0.3), rng.uniform(-0.1, 0.18), rng.uniform(0.15, 0.7)
             lift = np.arange(-0.03, 0.031, 0.004)[:, None] * (0, 0, 1)
             points.append(_tubes(middle + lift - half, middle + lift + half, 0, 0.5))
-        count = rng.poisson(2.0)  # small nodules
-        nodule = rng.uniform((0.08, -0.18, 0.07), (0.32, 0.2, 0.7), (count, 3)) * (side, 1, 1)
+        shape = rng.poisson(2.0), 3  # small nodules
+        nodule = rng.uniform((0.08, -0.18, 0.07), (0.32, 0.2, 0.7), shape) * (side, 1, 1)
         for at in nodule[:, None]:
             points.append(_tubes(at, at + (0, 0, 0.008), 3, rng.uniform(0.5, 1.2)))
     return np.concatenate(points)
@@ -195,14 +187,10 @@ def _place(
     cy, a, _ = _thorax(patient, position)
     x0, y0 = side * 0.52 * a, cy + 0.035
     steps = np.linspace(0, 0.4, 161)
-    x, y = x0 + side * np.cos(turn) * steps, y0 + np.sin(turn) * steps
-    outside = _lung_level(patient, position, x, y) <= 0
+    across, down = side * np.cos(turn), np.sin(turn)
+    outside = _lung_level(patient, position, x0 + across * steps, y0 + down * steps) <= 0
     reach = steps[np.argmax(outside)] if outside.any() else 0.0
-    return (
-        float(x0 + side * np.cos(turn) * depth * reach),
-        float(y0 + np.sin(turn) * depth * reach),
-        HEIGHT * position,
-    )
+    return float(x0 + across * depth * reach), float(y0 + down * depth * reach), HEIGHT * position
 
 
 def _lesion(
@@ -211,77 +199,63 @@ def _lesion(
     """A lesion of that radius with everything else drawn, unless `given`."""
     ggo, radius = code == GGO, float(radius)
     shape = rng.uniform(0.75, 1.3)
-    settings = dict(
+    drawn = dict(
         radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
         angle=rng.uniform(0, np.pi),
         hu=rng.uniform(220, 330) if ggo else rng.uniform(-60, 40),
         edge=rng.uniform(0.012, 0.02) if ggo else rng.uniform(0.007, 0.012),
         waves=tuple((rng.normal(0, 0.045), rng.uniform(0, 2 * np.pi)) for _ in range(3)),
     )
-    return Lesion(code, centre, **(settings | given))
+    return Lesion(code, centre, **(drawn | given))
 
 
-def _free(lesion: Lesion, others: list[Lesion], gap: float = 0.012) -> bool:
-    """Whether a lesion meets none of the others in any slice."""
-    for other in others:
-        apart = np.hypot(*np.subtract(lesion.centre[:2], other.centre[:2]))
-        above = abs(lesion.centre[2] - other.centre[2])
-        reach = max(lesion.radii[:2]) + max(other.radii[:2]) + gap
-        if apart < reach and above < lesion.radii[2] + other.radii[2]:
-            return False
-    return True
+def _meet(one: Lesion, other: Lesion) -> bool:
+    """Whether two lesions may touch in a slice, or nearly so."""
+    reach = max(one.radii[:2]) + max(other.radii[:2]) + 0.012
+    apart = np.hypot(*np.subtract(one.centre[:2], other.centre[:2]))
+    return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
 
 
-def _covid(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
+def _draw_lesions(patient: Patient, label: int, rng: np.random.Generator) -> tuple[Lesion, ...]:
+    """Foci of pneumonia (label 1) or COVID-19, apart and large enough to be seen; perhaps none."""
     lesions: list[Lesion] = []
-    burden = rng.choice([8, 20, 30, 40], p=[0.05, 0.15, 0.35, 0.45])
-    for number in range(5 * burden):
-        if len(lesions) >= burden:
+    covid, foci = label == 2, 0
+    if covid:
+        wanted = rng.choice([8, 20, 30, 40], p=[0.05, 0.15, 0.35, 0.45])  # lesions
+    else:
+        wanted = rng.choice([1, 2, 3], p=[0.65, 0.28, 0.07])  # foci
+        first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7
+    for number in range(5 * wanted):
+        if (len(lesions) if covid else foci) >= wanted:
             break
-        position = float(np.clip(rng.normal(0.6, 0.2), 0.15, 0.88))
-        side = 1 if (number + rng.integers(2)) % 2 else -1
-        turn, depth = rng.normal(0.6, 0.65), rng.uniform(0.6, 0.88)
-        centre = _place(patient, side, turn, depth, position)
-        if rng.random() < 0.62:
-            radius = np.clip(rng.lognormal(-2.72, 0.22), 0.04, 0.1)
-            new = [_lesion(rng, GGO, centre, radius)]
-            if rng.random() < 0.17:  # a core leaves a ring of GGO
-                new.append(_lesion(rng, CONSOLIDATION, centre, 0.55 * min(new[0].radii[:2])))
+        position = float(np.clip(rng.normal(0.6 if covid else 0.55, 0.2), 0.15, 0.88))
+        if covid:
+            side = 1 if (number + rng.integers(2)) % 2 else -1
+            centre = _place(patient, side, rng.normal(0.6, 0.65), rng.uniform(0.6, 0.88), position)
+            if rng.random() < 0.62:
+                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.72, 0.22), 0.04, 0.1))]
+                if rng.random() < 0.17:  # a core leaves a ring of GGO
+                    new.append(_lesion(rng, CONSOLIDATION, centre, 0.55 * min(new[0].radii[:2])))
+            else:
+                radius = np.clip(rng.lognormal(-2.93, 0.18), 0.036, 0.075)
+                new = [_lesion(rng, CONSOLIDATION, centre, radius)]
         else:
-            radius = np.clip(rng.lognormal(-2.93, 0.18), 0.036, 0.075)
-            new = [_lesion(rng, CONSOLIDATION, centre, radius)]
-        if _free(new[0], lesions) and _visible_area(patient, new[0], position) > 2 * MIN_AREA:
-            lesions += new
-    return lesions
-
-
-def _pneumonia(patient: Patient, rng: np.random.Generator) -> list[Lesion]:
-    lesions: list[Lesion] = []
-    foci = rng.choice([1, 2, 3], p=[0.65, 0.28, 0.07])
-    first_side = rng.choice([-1, 1])
-    one_sided = rng.random() < 0.7
-    for _ in range(5 * foci):
-        if foci <= 0:
-            break
-        position = float(np.clip(rng.normal(0.55, 0.2), 0.15, 0.88))
-        side = int(first_side if one_sided else rng.choice([-1, 1]))
-        central = rng.random() < 0.5
-        turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
-        depth = rng.uniform(0.1, 0.6) if central else rng.uniform(0.6, 0.95)
-        centre = _place(patient, side, turn, depth, position)
-        radius = np.clip(rng.lognormal(-2.3, 0.3), 0.05, 0.16)
-        if rng.random() < 0.15:
-            new = [_lesion(rng, GGO, centre, radius)]
-        else:
-            new = [_lesion(rng, CONSOLIDATION, centre, radius)]
-            if rng.random() < 0.3:  # a rim of GGO around it
+            side = int(first_side if one_sided else rng.choice([-1, 1]))
+            central = rng.random() < 0.5
+            turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
+            depth = rng.uniform(0.1, 0.6) if central else rng.uniform(0.6, 0.95)
+            centre = _place(patient, side, turn, depth, position)
+            radius = np.clip(rng.lognormal(-2.3, 0.3), 0.05, 0.16)
+            new = [_lesion(rng, GGO if rng.random() < 0.15 else CONSOLIDATION, centre, radius)]
+            if new[0].code == CONSOLIDATION and rng.random() < 0.3:  # a rim of GGO around it
                 rim = rng.uniform(1.25, 1.6)
                 radii = tuple(rim * r for r in new[0].radii)
                 new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))
-        if _free(new[0], lesions) and _visible_area(patient, new[0], position) > 2 * MIN_AREA:
+        free = not any(_meet(new[0], other) for other in lesions)
+        if free and _visible_area(patient, new[0], position) > 2 * MIN_AREA:
             lesions += new
-            foci -= 1
-    return lesions
+            foci += 1
+    return tuple(lesions)
 
 
 def make_patient(seed: int, label: int) -> Patient:
@@ -290,9 +264,6 @@ def make_patient(seed: int, label: int) -> Patient:
     Args:
         seed: at least 0. The same seed and label give the same patient everywhere.
         label: 0 control (no lesions), 1 common pneumonia, 2 COVID-19 (both have lesions).
-
-    Raises:
-        ValueError: seed or label out of range.
     """
     if seed < 0 or label not in (0, 1, 2):
         raise ValueError(f"seed {seed}, label {label}: seed must be >= 0 and label 0, 1 or 2")
@@ -320,14 +291,10 @@ def make_patient(seed: int, label: int) -> Patient:
 
 def _with_lesions(patient: Patient, label: int) -> Patient:
     """The patient with lesions of class `label`; draws again until there is at least one."""
-    if label == 0:
-        return patient
-    draw = _pneumonia if label == 1 else _covid
-    drawn = (draw(patient, _rng(patient.seed, label, 1, attempt)) for attempt in itertools.count())
-    return replace(patient, lesions=tuple(next(filter(None, drawn))))
-
-
-# ------------------------------------------------------------------------------------ the slice
+    for attempt in itertools.count() if label else ():
+        if lesions := _draw_lesions(patient, label, _rng(patient.seed, label, 1, attempt)):
+            return replace(patient, lesions=lesions)
+    return patient
 
 
 def _texture(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
@@ -350,31 +317,20 @@ def _draw_points(patient: Patient, z: float, size: int) -> np.ndarray:
     for kind, sigma in enumerate(VESSEL_SIGMAS):
         away = (patient.points[:, 2] - z) / sigma
         near = patient.points[(patient.points[:, 3] == kind) & (np.abs(away) < 3.5)]
-        x, y, dz = near[:, 0], near[:, 1], (near[:, 2] - z) / sigma
-        column, row = (size * along - 0.5 for along in _to_image(patient, x, y))
+        column, row = (size * at - 0.5 for at in _to_image(patient, near[:, 0], near[:, 1]))
+        dz = (near[:, 2] - z) / sigma
         mass = near[:, 4] * np.exp(-0.5 * dz**2) * 2 * np.pi * (sigma * size * patient.scale) ** 2
         left, top = np.floor(column).astype(int), np.floor(row).astype(int)
         index, shares = [], []
-        for i in (0, 1):  # each point is shared among four pixels
-            for j in (0, 1):
-                share = mass * (1 - np.abs(column - left - i)) * (1 - np.abs(row - top - j))
-                inside = (left + i >= 0) & (left + i < size) & (top + j >= 0) & (top + j < size)
-                index.append(((top + j) * size + left + i)[inside])
-                shares.append(share[inside])
+        for i, j in itertools.product((0, 1), (0, 1)):  # each point is shared among four pixels
+            share = mass * (1 - np.abs(column - left - i)) * (1 - np.abs(row - top - j))
+            inside = (left + i >= 0) & (left + i < size) & (top + j >= 0) & (top + j < size)
+            index.append(((top + j) * size + left + i)[inside])
+            shares.append(share[inside])
         splat = np.bincount(np.concatenate(index), np.concatenate(shares), size * size)
         width = sigma * size * patient.scale
         density += gaussian_filter(splat.reshape(size, size).astype(np.float32), width, truncate=3)
     return density
-
-
-def _around(patient: Patient, lesion: Lesion, size: int) -> tuple[slice, slice]:
-    """Rows and columns of the image that hold a lesion."""
-    reach = 1.4 * max(lesion.radii[:2]) * patient.scale
-    spans = []
-    for middle in _to_image(patient, *lesion.centre[:2]):
-        low, high = max(middle - reach, 0.0), max(middle + reach, 0.0)
-        spans.append(slice(int(low * size), int(high * size) + 1))
-    return spans[1], spans[0]
 
 
 def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -387,9 +343,6 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
     Returns:
         image float32 [size, size] in 0..1 (lung window), and mask uint8 [size, size] with codes
         0 background, 1 lung, 2 GGO, 3 consolidation.
-
-    Raises:
-        ValueError: position or size out of range.
     """
     if not 0 <= position <= 1 or not 32 <= size <= 1024:
         raise ValueError(f"position {position} must lie in 0..1 and size {size} in 32..1024")
@@ -399,20 +352,19 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
     cos, sin = np.cos(patient.rotation) / patient.scale, np.sin(patient.rotation) / patient.scale
     x = (cos * dx + sin * dy).astype(np.float32)
     y = (cos * dy - sin * dx).astype(np.float32)
-
     hu = _chest_wall(patient, position, x, y)
     coarse, fine, patchy = _texture(rng, 14, size), _texture(rng, 60, size), _texture(rng, 7, size)
     hu += (hu > -300) * (25 * coarse + 12 * fine)
-
     level = _lung_level(patient, position, x, y)
-    lung = _cover(level)
-    cy, _, b = _thorax(patient, position)
-    air = patient.lung_hu + patient.gravity * (y - cy + b) / (2 * b) + 22 * coarse + 22 * fine
+    cy, _, half = _thorax(patient, position)
+    air = patient.lung_hu + patient.gravity * (y - cy + half) / (2 * half) + 22 * coarse + 22 * fine
     band = np.exp(-((np.maximum(level, 0) / 0.022) ** 2)) * np.clip(0.75 + 0.6 * patchy, 0, 1.4)
-    air += patient.dependent * band * np.clip((y - cy - 0.45 * b) / 0.06, 0, 1)
+    air += patient.dependent * band * np.clip((y - cy - 0.45 * half) / 0.06, 0, 1)
     mask = (level > 0).astype(np.uint8)
     for lesion in visible_lesions(patient, position):
-        box = _around(patient, lesion, size)
+        reach = 1.4 * max(lesion.radii[:2]) * patient.scale  # rows and columns that hold it:
+        ends = [(m - reach, m + reach) for m in _to_image(patient, *lesion.centre[:2])[::-1]]
+        box = tuple(slice(int(max(a, 0.0) * size), int(max(b, 0.0) * size) + 1) for a, b in ends)
         cover = _cover(_lesion_level(lesion, HEIGHT * position, x[box], y[box]), lesion.edge)
         cover *= x[box] * lesion.centre[0] > 0  # it stays in its lung
         if lesion.code == GGO:
@@ -423,9 +375,12 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
     vessel = 1 - np.exp(-1.4 * _draw_points(patient, HEIGHT * position, size))
     vessel *= np.clip(level / 0.02, 0, 1)  # they thin out towards the pleura
     air += vessel * np.maximum(TISSUE - air, 0)
-    hu += lung * (air - hu)
-    hu = _airways(position, x, y, hu)
-
+    hu += _cover(level) * (air - hu)
+    if position <= 0.62:  # the trachea, which divides into the two main bronchi
+        apart = 0.07 * max(position - 0.4, 0) / 0.2
+        radius = 0.024 - 0.009 * _ramp(position, 0.4, 0.48)
+        tube = _cover(_ellipse(np.abs(x), y, apart, 0.005 + 0.3 * apart, radius * 1.1, radius))
+        hu += tube * (AIR + 20 - hu)
     if rng.random() < 0.25:  # motion: a faint second image
         way = rng.uniform(0, 2 * np.pi)
         by = 0.014 * size * np.array([np.sin(way), np.cos(way)])
@@ -439,7 +394,7 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
 def _chest_wall(patient: Patient, position: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """HU of everything but the lungs: air, table, fat, muscle, ribs, spine, shoulder blades."""
     cy, a, b = _thorax(patient, position)
-    outer_a, outer_b = patient.thorax[0] + 0.055, patient.thorax[1] + 0.05
+    outer_a, outer_b = patient.thorax[0] + 0.055, patient.thorax[1] + 0.05  # of the muscles
     hu = np.full(x.shape, AIR, np.float32)
     table = np.abs(y - outer_b - patient.fat - 0.035 + 0.25 * x**2)
     hu += _cover(0.006 - table) * (np.abs(x) < 0.4) * 650
@@ -452,47 +407,32 @@ def _chest_wall(patient: Patient, position: float, x: np.ndarray, y: np.ndarray)
     wall = np.sqrt((x / (a + 0.02)) ** 2 + ((y - cy) / (b + 0.02)) ** 2)
     turn = np.arctan2((y - cy) / b, np.abs(x) / a)
     rib = np.cos(7 * turn + patient.ribs + 14 * position) - 0.25
-    rib = np.minimum(0.03 * rib, 0.011 - np.abs(wall - 1) * b)
-    bones = [rib, _ellipse(x, y, 0, cy + 0.78 * b, 0.045, 0.038)]
-    bones.append(_ellipse(x, y, 0, cy + 0.78 * b + 0.075, 0.012, 0.04))  # spinous process
-    bones.append(_ellipse(x, y, 0, cy - b - 0.012, 0.04, 0.013))  # sternum
+    bones = [
+        np.minimum(0.03 * rib, 0.011 - np.abs(wall - 1) * b),
+        _ellipse(x, y, 0, cy + 0.78 * b, 0.045, 0.038),
+        _ellipse(x, y, 0, cy + 0.78 * b + 0.075, 0.012, 0.04),  # spinous process
+        _ellipse(x, y, 0, cy - b - 0.012, 0.04, 0.013),  # sternum
+    ]
     if position < 0.5:
         blade = np.abs(x) * 0.75 + y * 0.66, y * 0.75 - np.abs(x) * 0.66
         bones.append(_ellipse(*blade, 0.335, -0.06, 0.01, 0.07))
-    bone = _cover(np.max(bones, axis=0))
-    hu += bone * (BONE - hu)
+    hu += _cover(np.max(bones, axis=0)) * (BONE - hu)
     canal = _cover(_ellipse(x, y, 0, cy + 0.78 * b + 0.045, 0.016, 0.013))
     return hu + canal * (TISSUE - hu)
-
-
-def _airways(position: float, x: np.ndarray, y: np.ndarray, hu: np.ndarray) -> np.ndarray:
-    """Add the trachea, which divides into the two main bronchi."""
-    if position > 0.62:
-        return hu
-    apart = 0.07 * max(position - 0.4, 0) / 0.2
-    radius = 0.024 - 0.009 * _ramp(position, 0.4, 0.48)
-    tube = _cover(_ellipse(np.abs(x), y, apart, 0.005 + 0.3 * apart, radius * 1.1, radius))
-    return hu + tube * (AIR + 20 - hu)
 
 
 def draw_positions(patient: Patient, count: int) -> list[float]:
     """Draw `count` different slice positions in 0.1..0.9, in ascending order.
 
-    Every slice shows a lesion, as in COVIDx-CT, where only such slices were
-    kept. A control has none; its positions are drawn as if it had pneumonia or COVID-19, so that
-    the position of a slice says nothing about its class.
-
-    Raises:
-        ValueError: more positions than the patient has.
+    Every slice shows a lesion, as in COVIDx-CT, where only such slices were kept. A control has
+    none; its positions are drawn as if it had pneumonia or COVID-19, so that the position of a
+    slice says nothing about its class.
     """
     if patient.label == 0:
         patient = _with_lesions(patient, 1 + patient.seed % 2)
-    positions = []
-    for position in _rng(patient.seed, patient.label, 4).permutation(POSITIONS).tolist():
-        if len(positions) == count:
-            break
-        if visible_lesions(patient, position):
-            positions.append(position)
+    order = _rng(patient.seed, patient.label, 4).permutation(POSITIONS).tolist()
+    shown = (position for position in order if visible_lesions(patient, position))
+    positions = list(itertools.islice(shown, count))
     if len(positions) < count:
         raise ValueError(f"{count} slices: this patient has only {len(positions)} with lesions")
     return sorted(positions)
@@ -501,21 +441,11 @@ def draw_positions(patient: Patient, count: int) -> list[float]:
 def make_slice(
     seed: int, label: int, size: int = 256, position: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one slice of the patient `make_patient(seed, label)`; see `render` for what it returns.
-
-    Args:
-        position: 0 (apex) to 1 (base); None draws one by `draw_positions`, so that labels 1 and 2
-            always show a lesion.
-    """
+    """`render` a slice of `make_patient(seed, label)`; None: where labels 1 and 2 show a lesion."""
     patient = make_patient(seed, label)
-    if position is None:
-        position = draw_positions(patient, 1)[0]
-    return render(patient, position, size)
+    return render(patient, draw_positions(patient, 1)[0] if position is None else position, size)
 
 
 def old_friend(size: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """The COVID-19 phantom slice that the book follows through all its chapters; see `render`.
-
-    Its patient is in no data set, so no model has been trained on it.
-    """
+    """The slice that the book follows through its chapters; its patient is in no data set."""
     return make_slice(*FRIEND, size=size, position=FRIEND_POSITION)

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from covidmask.datasets.lesions import LesionSlices, mask_to_targets, split_by_patient
+from covidmask.datasets.lesions import (
+    LesionDataset,
+    LesionSlices,
+    lesion_statistics,
+    mask_to_targets,
+    split_by_patient,
+)
 from covidmask.errors import DataError
 
 MASKS = arrays(
@@ -109,9 +115,50 @@ def test_a_healthy_slice_has_no_instances():
     assert target["masks"].shape == (0, 9, 11)
 
 
-def test_unknown_lesions():
-    with pytest.raises(ValueError, match="both, ggo, merged"):
-        mask_to_targets(np.zeros((9, 9), np.uint8), "merge")
+@pytest.mark.parametrize("lesions", ["", "nodule,", "nodule, ,cyst", "cyst,cyst"])
+def test_names_of_classes_that_are_none(lesions):
+    with pytest.raises(ValueError, match="both, ggo, merged, or different names"):
+        mask_to_targets(np.zeros((9, 9), np.uint8), lesions)
+    with pytest.raises(ValueError, match="different names with commas"):
+        LesionDataset(lesions)
+
+
+def test_classes_of_your_own():
+    mask = np.ones((9, 9), dtype=np.uint8)
+    mask[0, 0:2], mask[3, 3:6], mask[6, 6] = 4, 3, 2
+    target = mask_to_targets(mask, "nodule, cyst,scar")
+    assert target["labels"].tolist() == [1, 2, 3] and target["area"].tolist() == [1, 3, 2]
+    assert mask_to_targets(np.minimum(mask, 2), "nodule")["labels"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("lesions, code, largest", [("merge", 3, 2), ("a,b", 4, 3), ("ggo", 4, 3)])
+def test_a_code_that_no_class_is_named_for(lesions, code, largest):
+    mask = np.zeros((9, 9), dtype=np.uint8)
+    mask[4, 4] = code
+    with pytest.raises(DataError, match=rf"values \[0, {code}\], expected codes 0..{largest}"):
+        mask_to_targets(mask, lesions)
+
+
+class Cysts(LesionDataset):
+    """What a reader writes for a data set of their own."""
+
+    def __init__(self, count):
+        super().__init__("nodule,cyst")
+        self.names = self.patients = [f"{i}.png" for i in range(count)]
+
+    def read(self, index):
+        mask = np.zeros((9, 12), dtype=np.uint8)
+        mask[2:4, 3:6], mask[7, index] = 2, index + 2
+        return np.full(mask.shape, 0.5, dtype=np.float32), mask
+
+
+def test_a_data_set_of_your_own():
+    image, target = Cysts(2)[1]
+    assert image.shape == (3, 9, 12) and target["labels"].tolist() == [1, 2]
+    found = lesion_statistics(Cysts(2))
+    assert found.classes == ("nodule", "cyst") and found.counts.tolist() == [[2, 0], [1, 1]]
+    with pytest.raises(DataError, match="2.png: the mask holds the values.*expected codes 0..3"):
+        Cysts(3)[2]
 
 
 # --- parity with the released code ---------------------------------------------------------------
@@ -226,6 +273,15 @@ def test_hidden_files_are_no_slices_and_capitals_are(folder):
     assert len(LesionSlices(folder)) == 5
 
 
+def test_a_folder_with_classes_of_your_own(folder):
+    mask = np.arange(192, dtype=np.uint8).reshape(12, 16) // 32  # 0..5
+    write_slice(folder, "10", "2", mask=mask)
+    _, target = LesionSlices(folder, "train", "nodule,cyst,scar,vessel")[1]
+    assert target["labels"].tolist() == [1, 2, 3, 4]
+    with pytest.raises(DataError, match=r"2.png: the mask holds .* expected codes 0..4"):
+        LesionSlices(folder, "train", "nodule,cyst,scar").read(1)
+
+
 def test_every_code_up_to_consolidation_is_read(folder):
     mask = np.arange(192, dtype=np.uint8).reshape(12, 16) // 48  # 0..3, three rows each
     write_slice(folder, "10", "2", mask=mask)
@@ -236,7 +292,7 @@ def test_every_code_up_to_consolidation_is_read(folder):
 
 def test_a_slice_with_two_suffixes(folder):
     write_slice(folder, "2", "10", suffix=".jpg")
-    with pytest.raises(DataError, match="two suffixes: 1 .2_10"):
+    with pytest.raises(DataError, match="image: slices that .* two suffixes: 1 .2_10"):
         LesionSlices(folder)
     assert LesionSlices(folder, "train").names == ["2_10.jpg", "10_2.png"]
 

@@ -56,18 +56,18 @@ def test_numeric_order_and_the_dataset_folder(tmp_path, stored):
 
 
 def test_bad_folders(tmp_path, stored):
-    with pytest.raises(ValueError, match="train or test"):
+    with pytest.raises(DataError, match="no split 'val'; choose train or test"):
         SemiSeg(tmp_path, "val")
     with pytest.raises(DataError, match="Imgs: no .jpg slices found"):
         SemiSeg(tmp_path, "train")
     folder = write_pair(tmp_path, "0", stored)
     (folder / "GT" / "0.png").unlink()
-    with pytest.raises(DataError, match=r"GT: masks are missing: 1 \(0.png\)"):
+    with pytest.raises(DataError, match=r"Train: slices without a mask: 1 \(0.jpg\); add .*0.png"):
         SemiSeg(tmp_path, "train")
 
 
 @pytest.mark.parametrize(
-    "value, size, problem", [(3, None, r"expected codes 0..2"), (0, (16, 10), "its image 16 x 10")]
+    "value, size, problem", [(3, None, r"expected codes 0..2"), (0, (16, 10), "its image 10 x 16")]
 )
 def test_bad_masks(tmp_path, stored, value, size, problem):
     write_pair(tmp_path, "7", stored + np.uint8(value), size)

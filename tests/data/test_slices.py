@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from covidmask.config import IMAGE_CLASSES
 from covidmask.datasets.classes import (
     SliceEntry,
     SliceImages,
     SliceName,
     balanced_sample,
+    class_names,
+    class_statistics,
     parse_name,
     read_split,
     write_split,
@@ -142,6 +145,77 @@ def test_damaged_files_are_found_on_reading(folder):
     (folder / "NCP_3_1_0001.png").write_bytes(b"text")
     with pytest.raises(DataError, match="NCP_3_1_0001.png"):
         SliceImages(folder, "train")[0]
+
+
+# --- classes of your own --------------------------------------------------------------------------
+
+TWO = ("healthy", "ill")
+
+
+@pytest.fixture
+def two_classes(tmp_path):
+    """A folder that says itself what its classes are; one name has a form of its own."""
+    for name in ("0_1_1_0001.png", "ill_2_1_0001.png", "scan 7.png", "scan8.png"):
+        Image.fromarray(np.full((10, 12), 50, np.uint8)).save(tmp_path / name)
+    (tmp_path / "classes.txt").write_text("healthy\n\n ill \n", encoding="utf-8-sig")
+    (tmp_path / "train.txt").write_text("0_1_1_0001.png 0\n1_2_1_0001.png\nscan8.jpg 1\n")
+    return tmp_path
+
+
+def test_a_folder_brings_its_classes(two_classes):
+    dataset = SliceImages(two_classes, "train", require_classes=True)
+    assert dataset.classes == TWO and dataset.labels == [0, 1, 1]
+    assert dataset.names == ["0_1_1_0001.png", "ill_2_1_0001.png", "scan8.png"]
+    assert dataset.patients == ["1", "2", "scan8"]
+    assert dataset[2][1] == 1
+    found = class_statistics(dataset)
+    assert found.classes == TWO
+    assert found.slices.tolist() == found.patients.tolist() == [1, 2]
+    (two_classes / "val.txt").write_text("scan8.png 1\n")
+    with pytest.raises(DataError, match="no slices of class healthy;"):
+        SliceImages(two_classes, "val", require_classes=True)
+    other = SliceImages(two_classes, "train", classes=("no", "ill", "very ill"))
+    assert other.classes == ("no", "ill", "very ill") and other.labels == [0, 1, 1]
+    with pytest.raises(DataError, match="no slices of class very ill;"):
+        SliceImages(two_classes, "train", True, classes=("no", "ill", "very ill"))
+    assert class_names(two_classes.parent) == IMAGE_CLASSES
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ("2_1_1_0001.png\n", "line 1: 2_1_1_0001.png.*with class healthy, ill, 0, 1$"),
+        ("NCP_1_1_0001.png 1\n", "line 1: NCP_1_1_0001.png.*with class healthy"),
+        ("scan8.png 2\n", r"line 1: label 2: is no class; choose 0 to 1 \(healthy, ill\)"),
+        ("scan8.png 2 0 0 9 9\n", "line 1: label 2"),
+        ("scan8.png -1\n", "line 1.*does not parse"),
+        ("scan8.png\n", "line 1: scan8.png: this is no slice name"),
+        ("../scan8.png 1\n", "line 1: ../scan8.png: this is no slice name"),
+        ("ill_2_1_0001.png 0\n", "line 1: class 0 contradicts"),
+    ],
+)
+def test_labels_outside_the_classes(two_classes, content, problem):
+    (two_classes / "val.txt").write_text(content)
+    with pytest.raises(DataError, match=problem):
+        SliceImages(two_classes, "val")
+
+
+@pytest.mark.parametrize("content", [b"", b"one\n", b"one\ntwo\none\n", b"\xff\xfe\x00"])
+def test_no_list_of_classes(two_classes, content):
+    (two_classes / "classes.txt").write_bytes(content)
+    with pytest.raises(DataError, match="classes.txt: no list of classes.*two or more different"):
+        SliceImages(two_classes, "train")
+
+
+def test_lists_and_samples_of_own_classes(two_classes):
+    pool = read_split(two_classes / "train.txt", TWO)
+    sample = balanced_sample(pool, 1, 0, classes=TWO)
+    assert [entry.label for entry in sample] == [0, 1]
+    with pytest.raises(DataError, match="1 slices of class healthy, 2 are asked for"):
+        balanced_sample(pool, 2, 0, classes=TWO)
+    pool.append(SliceEntry("scan9.png", 0, (1, 2, 3, 4)))
+    write_split(two_classes / "out.txt", pool)
+    assert read_split(two_classes / "out.txt", TWO) == pool
 
 
 # --- the sampler ----------------------------------------------------------------------------------

@@ -86,6 +86,11 @@ def test_the_sampler_script(slices, tmp_path):
     arguments = (slices / "train.txt", out, "--per-class", 1, "--seed", 3)
     assert run_script("sample_slices.py", *arguments, "--by-patient").returncode == 0
     assert [entry.label for entry in read_split(out)] == [0, 1, 2]
+    (slices / "classes.txt").write_text("healthy\nill\n")
+    (slices / "own.txt").write_text("a.png 1\nb.png 0\nc.png 1\n")
+    done = run_script("sample_slices.py", slices / "own.txt", slices / "two.txt", "--per-class", 1)
+    assert done.returncode == 0 and done.stdout.endswith("2 slices of 2 patients\n"), done.stderr
+    (slices / "classes.txt").unlink()
     failed = run_script("sample_slices.py", slices / "train.txt", out, "--per-class", 9)
     assert failed.returncode == 2 and "9 are asked for" in failed.stderr
     assert len(read_split(out)) == 3  # the old list is untouched
