@@ -145,8 +145,9 @@ def readable(path: str | Path, empty: bool = False) -> Path:
 
 def no_access(path: str | Path, error: OSError) -> DataError:
     """The error for a file or folder that the system does not open."""
-    dead = isinstance(error, FileNotFoundError) and os.path.islink(path)
-    reason = "this is a link to a file that is not there" if dead else error.strerror
+    reason = error.strerror
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        reason = "a link to a file that is not there" if os.path.islink(path) else "no such file"
     return DataError(f"{path}: cannot be opened ({reason}); check the path and who may read it")
 
 

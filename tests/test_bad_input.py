@@ -199,7 +199,7 @@ def not_finite(value):
 
 
 def no_image(here):
-    return PREDICT.format("gone.png"), "gone.png", "No such file"
+    return PREDICT.format("gone.png"), "gone.png", "no such file"
 
 
 def bad_image_before_bad_weights(here):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 MAX_GZ_BYTES = 2**31  # of a .nii.gz once unpacked: 1,000 slices of 512 x 512 in 64 bits
 MAX_DEFLATED_BYTES = 2**29  # of a DICOM file once inflated
-PREAMBLE = 144  # bytes of a DICOM file before what its meta header counts
 PIECE = 2**20  # bytes that are unpacked at a time
 DEFLATE = 1032  # times a file's size is the most that it can unpack to
 MM = {1: 1000.0, 3: 0.001}  # by NIfTI's code for a unit of length: metre, micron; others are mm
@@ -56,39 +55,28 @@ BAD_NIFTI = "the NIfTI file cannot be read", "copy or export it again"
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one slice is, and what outputs may say about it.
-
-    Args:
-        path: its file.
-        index: frame (DICOM) or axial slice (NIfTI) in that file, from 0; None if it holds one.
-        instance: DICOM's instance number, or the number of the frame.
-        position: mm along the normal of the slices, rising to the head; None where unknown.
-        spacing: mm between rows and between columns, as read; None where unknown.
-        reverse: rows run to the front, columns to the patient's right: reading reverses them.
-        transpose: in the file, rows run to a side: reading swaps the axes, and then reverses.
-        series, series_number, identity, plane, corner: what sorts DICOM; `ordered` drops them.
-    """
+    """Where one slice is, and what outputs may say about it."""
 
     path: Path
-    index: int | None = None
-    instance: int | None = None
-    position: float | None = None
-    spacing: tuple[float, float] | None = None
-    reverse: tuple[bool, bool] = (False, False)
-    transpose: bool = False
+    index: int | None = (
+        None  # frame (DICOM) or axial slice (NIfTI) in the file, from 0; None: whole
+    )
+    instance: int | None = None  # DICOM's instance number, or the number of the frame
+    position: float | None = None  # mm along the normal, rising to the head; None where unknown
+    spacing: tuple[float, float] | None = None  # mm between rows and between columns, as read
+    reverse: tuple[bool, bool] = (False, False)  # rows, columns run to the front, the right: turn
+    transpose: bool = False  # in the file, rows run to a side: swap the axes, and then reverse
+    # what sorts DICOM, and is dropped then
     series: tuple = ()  # equal within a series; orientations may differ
     series_number: float = math.inf
     identity: tuple = ()  # equal for copies of one slice
-    plane: np.ndarray | None = None  # [2, 3], unit vectors along a row and along a column
-    corner: np.ndarray | None = None  # [3], mm, image position
+    plane: np.ndarray | None = None  # [2, 3], unit vectors along a row, a column; 0 where unknown
+    corner: np.ndarray | None = None  # [3], mm, image position; NaN where unknown
 
 
 def hounsfield_to_unit(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Map Hounsfield units to 0..1: 0 at level - width/2 and below, 1 at level + width/2 and above.
-
-    Args:
-        hu: any shape, which the float32 that are returned have, too.
-        window: level and width in HU, finite; width > 0; else `ValueError`.
+    """Map Hounsfield units of any shape to float32 in 0..1: 0 at level - width/2 and below, 1 at
+    level + width/2 and above. Level and width must be finite, width above 0: else `ValueError`.
     """
     level, width = map(float, window)
     if not (math.isfinite(level) and math.isfinite(width) and width > 0):
@@ -108,7 +96,7 @@ def open_dicom(path: Path, *, pixels: bool) -> Dataset:
         meta = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
             with open(path, "rb") as file:  # pydicom would unpack all of it, however much it is
-                file.seek(PREAMBLE + meta.FileMetaInformationGroupLength)
+                file.seek(144 + meta.FileMetaInformationGroupLength)
                 unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
                 if len(unpack(file.read(), MAX_DEFLATED_BYTES + 1)) > MAX_DEFLATED_BYTES:
                     raise DataError(
@@ -148,10 +136,9 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
     rescale tag holds a value: with one the values are HU, and it speaks of display alone.
 
     Raises:
-        DataError: pydicom is absent, the file is no DICOM, has no grey pixels, states that they
-            are no HU (modality, rescale type or slope), holds several frames (stated or not) and
-            none is named, is smaller than 8x8 or larger than 67 megapixels, is truncated, or is
-            compressed in a way that needs a package which is not installed.
+        DataError: as `read_image`, and where the file has no grey pixels, states that they are no
+            HU (modality, rescale type or slope), or holds several frames (stated or not) and none
+            is named, or a package is absent.
     """
     dataset = open_dicom(path, pixels=frame is None)  # of many frames, pydicom reads the one alone
     syntax = dataset.file_meta.get("TransferSyntaxUID")
@@ -166,8 +153,7 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
         )
         if (frame is None and frames > 1) or samples > 1:
             raise DataError(
-                f"{path}: the file holds {frames or 1} frames of {samples} samples per pixel; "
-                "export one grey slice per file"
+                f"{path}: holds {frames or 1} frames of {samples} samples; export one grey slice"
             )
         check_size(columns, rows, path)
         slope, intercept, unit = (
@@ -188,8 +174,7 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
         values = apply_modality_lut(stored, dataset)
         if values.ndim != 2:  # pydicom returns what is there, whatever the number of frames
             raise DataError(
-                f"{path}: the pixels have shape {values.shape}, not rows and columns; "
-                "export one grey slice per file"
+                f"{path}: the pixels have shape {values.shape}; export one grey slice per file"
             )
     check_finite(values.min(), values.max(), path)
     image = hounsfield_to_unit(values, window)
@@ -233,24 +218,21 @@ def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list
         left_out.update([reason] if reason else [])
         for each in found:
             alike = groups.setdefault(each.series, [])
-            group = next((group for group in alike if _same_way(group[0].plane, each.plane)), [])
-            if not group:
-                alike.append(group)
-            group.append(each)
+            for group in alike:
+                if (np.linalg.norm(group[0].plane - each.plane, axis=1) < SAME_WAY).all():
+                    group.append(each)
+                    break
+            else:
+                alike.append([each])
     every = [group for alike in groups.values() for group in alike]
     axial, other = [], []
     for series in sorted(every, key=lambda group: group[0].series_number):
         plane = series[0].plane
-        (axial if plane is None or abs(np.cross(*plane)[2]) >= AXIAL else other).append(series)
+        is_axial = not plane.any() or abs(np.cross(*plane)[2]) >= AXIAL
+        (axial if is_axial else other).append(series)
     if paths := {each.path for series in other for each in series}:
         left_out["plane other than axial"] += len(paths)
     return axial
-
-
-def _same_way(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return bool((np.linalg.norm(one - other, axis=1) < SAME_WAY).all())
 
 
 def _reason_to_leave_out(header: Dataset) -> str:
@@ -270,7 +252,7 @@ def _reason_to_leave_out(header: Dataset) -> str:
         return "burned-in text, which may name the patient"
     # few of these say that there is text in the pixels
     kind = f"{header.get('SOPClassUID') or stored_as}."
-    oriented = _numbers(frame_value(header, 0, "ImageOrientationPatient"), 6) is not None
+    oriented = np.isfinite(_numbers(frame_value(header, 0, "ImageOrientationPatient"), 6)).all()
     if "SCREEN SAVE" in image_type or (kind.startswith(f"{SECONDARY_CAPTURE}.") and not oriented):
         return "screen capture, which may name the patient"
     return ""
@@ -295,21 +277,19 @@ def _slices(path: Path, header: Dataset, without_series: Path) -> list[Slice]:
     slices = []
     for k in range(count):
         spacing = _numbers(frame_value(header, k, "PixelSpacing"), 2)
-        plane = _numbers(frame_value(header, k, "ImageOrientationPatient"), 6)
-        if plane is not None:
-            plane = plane.reshape(2, 3)
-            lengths = np.linalg.norm(plane, axis=1, keepdims=True)
-            if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
-                raise ValueError("its orientation is not that of two directions at right angles")
+        plane = _numbers(frame_value(header, k, "ImageOrientationPatient"), 6).reshape(2, 3)
+        lengths = np.linalg.norm(plane, axis=1, keepdims=True)
+        if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
+            raise ValueError("its orientation is not that of two directions at right angles")
         each = Slice(
             path,
             index=k if many else None,
             instance=k + 1 if many else whole(header, "InstanceNumber"),
-            spacing=tuple(spacing.tolist()) if spacing is not None and min(spacing) > 0 else None,
+            spacing=tuple(spacing.tolist()) if min(spacing) > 0 else None,
             series=series,
             series_number=math.inf if number is None else number,
             identity=(header.get("SOPInstanceUID") or path, k),
-            plane=plane,
+            plane=np.nan_to_num(plane),
             # one position for all frames would make them acquisitions of one slice
             corner=_numbers(frame_value(header, k, "ImagePositionPatient", plain=not many), 3),
         )
@@ -317,12 +297,11 @@ def _slices(path: Path, header: Dataset, without_series: Path) -> list[Slice]:
     return slices
 
 
-def _numbers(values: Any, count: int) -> np.ndarray | None:
-    """float [count], or None where a tag is absent or holds something else."""
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
-        return None
-    numbers = np.array([float(value) for value in values])
-    return numbers if np.isfinite(numbers).all() else None
+def _numbers(values: Any, count: int) -> np.ndarray:
+    """float [count], NaN where a tag is absent or holds something else."""
+    fits = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count
+    numbers = np.array([float(value) for value in values] if fits else [np.nan] * count)
+    return numbers if np.isfinite(numbers).all() else np.full(count, np.nan)
 
 
 def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Slice, ...]:
@@ -334,14 +313,14 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
         DataError: neither tells the order.
     """
     plane = series[0].plane
-    across, down = np.eye(3)[:2] if plane is None else plane
+    across, down = plane if plane.any() else np.eye(3)[:2]
     normal = np.cross(across, down)
     normal = normal * (-1 if normal[2] < 0 else 1)  # to the head
     if transpose := bool(abs(across[1]) > abs(across[0])):
         across, down = down, across
     reverse = bool(down[1] < 0), bool(across[0] < 0)
     first = {each.identity: each for each in reversed(series)}
-    placed = plane is not None and all(each.corner is not None for each in first.values())
+    placed = plane.any() and np.isfinite([each.corner for each in first.values()]).all()
     single = []
     for each in reversed(first.values()):
         position = float(normal @ each.corner) if placed else None
@@ -420,11 +399,9 @@ class NiftiVolume:
             with nibabel.openers.ImageOpener(path) as file:  # as stated: nibabel makes 1 of 0
                 stated = type(image.header).from_fileobj(file, check=False)
             sized = stated["sform_code"] or 0 not in stated["pixdim"][1:4][: stated["dim"][0]]
-            affine = image.affine
-            # of a box, if axes are at angles
-            least = 0.01 * np.prod(np.linalg.norm(affine[:3, :3], axis=0))
-            spans = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > least
-            if not (sized and spans):
+            affine, axes = image.affine, image.affine[:3, :3]
+            least = 0.01 * np.prod(np.linalg.norm(axes, axis=0))  # of a box, if axes are at angles
+            if not (sized and np.isfinite(affine).all() and abs(np.linalg.det(axes)) > least):
                 raise ValueError("its voxels have no size, or two of its axes run the same way")
             self._turn = nibabel.io_orientation(affine)
             affine = affine @ nibabel.orientations.inv_ornt_aff(self._turn, self._shape)
@@ -433,29 +410,25 @@ class NiftiVolume:
         affine = affine * MM.get(int(image.header["xyzt_units"]) % 8, 1.0)
         across, along, up = np.linalg.norm(affine[:3, :3], axis=0)
         self.spacing = (float(along), float(across))
-        self.positions = None
+        self.positions: list[float | None] = [None] * self.count
         if image.header["sform_code"] or image.header["qform_code"]:
-            self.positions = affine[:3, 2] @ affine[:3, 3] / up + up * np.arange(self.count)
+            start = affine[:3, 2] @ affine[:3, 3] / up
+            self.positions = (start + up * np.arange(self.count)).tolist()
 
     def slices(self, notes: list[str]) -> tuple[Slice, ...]:
         """All axial slices; `notes` takes sentences about what is odd about them."""
-        where = [None] * self.count if self.positions is None else self.positions.tolist()
-        if self.positions is None:  # the axes are taken to be in nibabel's usual order
+        if self.positions[0] is None:  # the axes are taken to be in nibabel's usual order
             what = "states no orientation; slices may be turned, or from head to feet"
             notes.append(f"{self.path}: {what}.")
         if max(self.spacing) > UNEVEN * min(self.spacing):
             sides = " x ".join(f"{side:.3g}" for side in self.spacing)
             what = f"pixels measure {sides} mm; the scan was not made in axial planes"
             notes.append(f"{self.path}: {what}.")
-        return tuple(Slice(self.path, k, None, z, self.spacing) for k, z in enumerate(where))
+        each = enumerate(self.positions)
+        return tuple(Slice(self.path, k, None, position, self.spacing) for k, position in each)
 
     def read(self, index: int | None, window: tuple[float, float]) -> np.ndarray:
-        """float32 [H, W] in 0..1: slice `index`, from 0 (None: the middle), through a window in HU.
-
-        Raises:
-            DataError: there is no such slice, the file is truncated, or holds NaN or other values
-                than real numbers.
-        """
+        """Slice `index`, from 0 (None: the middle), through a window: float32 [H, W] in 0..1."""
         index = self.count // 2 if index is None else index
         if not 0 <= index < self.count:
             most = self.count - 1

@@ -104,9 +104,9 @@ def write_image(path: str | Path, array: np.ndarray) -> None:
         OutputError: the file cannot be written.
     """
     path, array = Path(path), np.asarray(array)
-    fits = array.dtype == np.uint8 or (array.dtype.kind == "f" and _within_unit(array))
-    fits &= array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if not fits or path.suffix.lower() != ".png":
+    unit = array.dtype.kind == "f" and ((array >= 0) & (array <= 1)).all()  # NaN is neither
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if path.suffix.lower() != ".png" or not shaped or not (unit or array.dtype == np.uint8):
         raise DataError(
             f"{path}: cannot write {array.dtype} of shape {array.shape} there; let the name end in "
             ".png, and pass [H, W] or [H, W, 3], floats in 0..1 or uint8"
@@ -115,10 +115,6 @@ def write_image(path: str | Path, array: np.ndarray) -> None:
         array = np.rint(array * 255).astype(np.uint8)
     with atomic_path(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")
-
-
-def _within_unit(values: np.ndarray) -> bool:
-    return bool(((values >= 0) & (values <= 1)).all())  # False for NaN, too
 
 
 def _open(path: Path) -> Image.Image:
@@ -219,7 +215,17 @@ def find_scans(
         parts = medical.axial_series(dicom, folder is not None, left_out) if dicom else []
         numbered.update([folder is not None] if parts else [])
         if folder and parts and (series is not None or len(parts) > 1):
-            parts = [_chosen(parts, series, source)]
+            if series is None or not 1 <= series <= len(parts):
+                none = "" if series is None else f", but no series {series}"
+                each = "; ".join(
+                    f"{number}: {len(part)} of {part[0].series[3]} x {part[0].series[2]} pixels"
+                    for number, part in enumerate(parts, 1)
+                )
+                raise DataError(
+                    f"{folder}: holds {len(parts)} axial CT series{none} (number: slices; {each}); "
+                    "choose one with --series NUMBER"
+                )
+            parts = [parts[series - 1]]
         volumes += [(source, medical.ordered(part, source, notes)) for part in parts]
         reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())
         if len(pictures) + len(volumes) == before:
@@ -265,20 +271,6 @@ def _kind(path: Path, empty: bool = False) -> str:
     if not name.endswith(PICTURES):
         return "no image"
     return f"named ...{RESULT} as results are" if path.name.endswith(RESULT) else "picture"
-
-
-def _chosen(parts: list[list[Slice]], series: int | None, source: str) -> list[Slice]:
-    if series is not None and 1 <= series <= len(parts):
-        return parts[series - 1]
-    each = "; ".join(
-        f"{number}: {len(part)} of {part[0].series[3]} x {part[0].series[2]} pixels"
-        for number, part in enumerate(parts, 1)
-    )
-    none = "" if series is None else f", but no series {series}"
-    raise DataError(
-        f"{source}: holds {len(parts)} axial CT series{none} (number: slices; {each}); choose one "
-        "with --series NUMBER"
-    )
 
 
 def choose_slices(
