@@ -40,10 +40,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
         if isinstance(error, OutputError) or not isinstance(error, OSError):
             raise
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "choose a folder that you may write to and that has space left"
-        ) from error
+        problem = f"{path}: cannot be written ({error.strerror or error})"
+        raise OutputError(f"{problem}; choose a folder with space, that you may write to") from error
 
 
 def is_there(path: str | Path) -> bool:
@@ -116,8 +114,7 @@ def decoding(path: str | Path, problem: str, remedy: str) -> Iterator[None]:
         raise
     except ModuleNotFoundError as error:
         raise DataError(
-            f"{path}: reading it needs {error.name}, which is not installed; "
-            f"run `pip install {PACKAGES}`"
+            f"{path}: needs {error.name}, which is not installed; run `pip install {PACKAGES}`"
         ) from error
     except Exception as error:
         reason = one_line(error).partition(" Use force=True")[0]  # pydicom's advice to programmers

@@ -58,9 +58,7 @@ class Slice:
     """Where one slice is, and what outputs may say about it."""
 
     path: Path
-    index: int | None = (
-        None  # frame (DICOM) or axial slice (NIfTI) in the file, from 0; None: whole
-    )
+    index: int | None = None  # frame (DICOM) or axial slice (NIfTI) in it, from 0; None: the only
     instance: int | None = None  # DICOM's instance number, or the number of the frame
     position: float | None = None  # mm along the normal, rising to the head; None where unknown
     spacing: tuple[float, float] | None = None  # mm between rows and between columns, as read
@@ -75,8 +73,10 @@ class Slice:
 
 
 def hounsfield_to_unit(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Map Hounsfield units of any shape to float32 in 0..1: 0 at level - width/2 and below, 1 at
-    level + width/2 and above. Level and width must be finite, width above 0: else `ValueError`.
+    """Map Hounsfield units of any shape to float32 in 0..1, by a window of level and width in HU.
+
+    Level - width/2 and below become 0, level + width/2 and above 1. Both must be finite, width
+    above 0: else `ValueError`.
     """
     level, width = map(float, window)
     if not (math.isfinite(level) and math.isfinite(width) and width > 0):
@@ -99,10 +99,7 @@ def open_dicom(path: Path, *, pixels: bool) -> Dataset:
                 file.seek(144 + meta.FileMetaInformationGroupLength)
                 unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
                 if len(unpack(file.read(), MAX_DEFLATED_BYTES + 1)) > MAX_DEFLATED_BYTES:
-                    raise DataError(
-                        f"{path}: the file unpacks to more than {MAX_DEFLATED_BYTES:,} bytes; "
-                        "export the slice uncompressed"
-                    )
+                    raise DataError(f"{path}: is too large once unpacked; export it uncompressed")
         return pydicom.dcmread(path, specific_tags=list(TAGS), stop_before_pixels=not pixels)
 
 
@@ -131,18 +128,17 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
     """Read one grey DICOM slice (frame, from 0; None: the only one): float32 [H, W] in 0..1.
 
     Stored values become HU by rescale slope and intercept, 1 and 0 where a tag is absent or
-    empty, and the window (level, width) maps them to 0..1. Padding outside the reconstruction
-    circle (often -2048) becomes 0. MONOCHROME1 (low values bright) is inverted only if neither
-    rescale tag holds a value: with one the values are HU, and it speaks of display alone.
+    empty, and a window (level, width) maps them to 0..1. Padding outside the reconstruction circle
+    (often -2048) becomes 0. MONOCHROME1 (low values bright) is inverted only if neither rescale
+    tag holds a value: with one the values are HU, and it speaks of display alone.
 
     Raises:
-        DataError: as `read_image`, and where the file has no grey pixels, states that they are no
-            HU (modality, rescale type or slope), or holds several frames (stated or not) and none
-            is named, or a package is absent.
+        DataError: as `read_image`, and where pixels are not grey or state that they are no HU,
+            frames are several (stated or not) and none is named, or a package is absent.
     """
     dataset = open_dicom(path, pixels=frame is None)  # of many frames, pydicom reads the one alone
     syntax = dataset.file_meta.get("TransferSyntaxUID")
-    problem = f"the pixels ({syntax.name if syntax else 'of no syntax'}) cannot be decoded"
+    problem = f"the pixels ({getattr(syntax, 'name', syntax)}) cannot be decoded"
     remedy = f"copy the slice again, export it uncompressed, or run `pip install {PACKAGES}`"
     with decoding(path, problem, remedy):
         from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
@@ -153,7 +149,7 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
         )
         if (frame is None and frames > 1) or samples > 1:
             raise DataError(
-                f"{path}: holds {frames or 1} frames of {samples} samples; export one grey slice"
+                f"{path}: {frames or 1} frames of {samples} samples; export a grey slice"
             )
         check_size(columns, rows, path)
         slope, intercept, unit = (
@@ -173,9 +169,7 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
         dataset.RescaleIntercept = 0 if intercept is None else intercept
         values = apply_modality_lut(stored, dataset)
         if values.ndim != 2:  # pydicom returns what is there, whatever the number of frames
-            raise DataError(
-                f"{path}: the pixels have shape {values.shape}; export one grey slice per file"
-            )
+            raise DataError(f"{path}: the pixels have shape {values.shape}; export a grey slice")
     check_finite(values.min(), values.max(), path)
     image = hounsfield_to_unit(values, window)
     inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1" and not is_hu
@@ -200,10 +194,10 @@ def _check_hounsfield(path: Path, dataset: Dataset, slope: Any, unit: Any) -> No
 def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list[list[Slice]]:
     """The axial CT series of DICOM files by series number, each in the order of the files.
 
-    A series is what has one series identifier, size and orientation. Its first slice states the
-    orientation: whatever hangs on a threshold, such as whether a slice is turned, is the same for
-    all of its slices. Files that name no series belong together if they lie in one folder, unless
-    they are named one by one. `left_out` counts other files, by reasons in a few words.
+    A series has one series identifier, size and orientation, that of its first slice: whatever
+    hangs on a threshold, such as whether slices are turned, is the same for all. Files that name
+    no series belong together only where they lie in one folder and were found there (`folder`).
+    `left_out` counts other files, by reasons in a few words.
 
     Raises:
         DataError: pydicom is absent, a file is no DICOM or its header is damaged.
@@ -333,8 +327,8 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
         numbers = {each.instance for each in single}
         if None in numbers or len(numbers) < len(single):
             raise DataError(
-                f"{single[0].path}: neither positions nor instance numbers tell the order of the "
-                "slices of its series; export the series again with one of them"
+                f"{single[0].path}: neither positions nor instance numbers order the slices of its "
+                "series; export it again with one of them"
             )
         notes.append(
             f"{source}: positions are missing; slices are in the order of their instance numbers, "
@@ -388,13 +382,13 @@ class NiftiVolume:
             if len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) > 1:
                 raise DataError(f"{path}: the image has shape {shape}; save one 3-D volume")
             self._shape = (*shape, 1)[:3]
-            self._bytes = math.prod(shape) * self._proxy.dtype.itemsize
+            claimed = math.prod(shape) * self._proxy.dtype.itemsize
             most = path.stat().st_size * (DEFLATE if self._packed else 1) - self._proxy.offset
             most = min(most, MAX_GZ_BYTES) if self._packed else most
-            if self._bytes > most:  # before memory is taken for them
+            if claimed > most:  # before memory is taken for them
                 raise DataError(
-                    f"{path}: its header claims {shape} voxels of {self._bytes:,} bytes, more than "
-                    f"the {most:,} bytes it may hold; copy it again, or unpack a .nii.gz to .nii"
+                    f"{path}: its header claims {shape} voxels, {claimed:,} bytes, more than the "
+                    f"{most:,} bytes it may hold; copy it again, or unpack a .nii.gz to .nii"
                 )
             with nibabel.openers.ImageOpener(path) as file:  # as stated: nibabel makes 1 of 0
                 stated = type(image.header).from_fileobj(file, check=False)
@@ -424,8 +418,8 @@ class NiftiVolume:
             sides = " x ".join(f"{side:.3g}" for side in self.spacing)
             what = f"pixels measure {sides} mm; the scan was not made in axial planes"
             notes.append(f"{self.path}: {what}.")
-        each = enumerate(self.positions)
-        return tuple(Slice(self.path, k, None, position, self.spacing) for k, position in each)
+        positions = enumerate(self.positions)
+        return tuple(Slice(self.path, k, None, mm, self.spacing) for k, mm in positions)
 
     def read(self, index: int | None, window: tuple[float, float]) -> np.ndarray:
         """Slice `index`, from 0 (None: the middle), through a window: float32 [H, W] in 0..1."""
@@ -443,16 +437,13 @@ class NiftiVolume:
     @cached_property
     def _voxels(self) -> np.ndarray:
         """[to the right, anterior, superior] without slope and intercept: a view of the file."""
-        from nibabel.orientations import apply_orientation
+        import nibabel
 
-        if self._packed:
-            with gzip.open(self.path) as file:
-                file.seek(self._proxy.offset)
-                voxels = np.frombuffer(file.read(self._bytes), self._proxy.dtype)
-                # to the end, where the checksum stands
+        with (gzip.open if self._packed else open)(self.path, "rb") as file:
+            where = self._shape, self._proxy.dtype, file, self._proxy.offset
+            voxels = nibabel.volumeutils.array_from_file(*where, mmap=not self._packed)
+            if self._packed:  # to the end, where the checksum stands
                 any(not file.read(PIECE) for _ in range(MAX_GZ_BYTES // PIECE))
-        else:
-            voxels = self._proxy.get_unscaled()
         if voxels.dtype.kind not in "iuf":
             raise ValueError(f"its voxels are of type {voxels.dtype}, not real numbers")
-        return apply_orientation(voxels.reshape(self._shape, order="F"), self._turn)
+        return nibabel.apply_orientation(voxels, self._turn)

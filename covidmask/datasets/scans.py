@@ -42,8 +42,8 @@ def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> n
     TIFF says that 0 is white; float pictures must lie in 0..1 already. They are turned as their
     orientation tag says, and 16 bits must not lie within 4096 levels. Colour becomes grey
     (luminance) and an alpha channel is dropped. DICOM (.dcm, .dicom, or the letters DICM at byte
-    128) and NIfTI (.nii, .nii.gz; the middle axial slice) hold Hounsfield units, which the window
-    (level and width in HU) maps to 0..1.
+    128) and NIfTI (.nii, .nii.gz; the middle axial slice) hold HU, which the window (level, width)
+    maps to 0..1.
 
     Raises:
         DataError: the file is missing, locked, truncated, no image, smaller than 8x8, larger than
@@ -299,8 +299,7 @@ def choose_slices(
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if match is None:
             raise DataError(
-                f"slices {slices!r:.60}: does not parse; write all, or numbers and ranges such as "
-                "20-80 or 3,17,40-45"
+                f"slices {slices!r:.60}: does not parse; write all, or such as 20-80 or 3,17,40-45"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if not 1 <= first <= last <= count:
