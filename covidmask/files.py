@@ -41,7 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OutputError) or not isinstance(error, OSError):
             raise
         problem = f"{path}: cannot be written ({error.strerror or error})"
-        raise OutputError(f"{problem}; choose a folder with space, that you may write to") from error
+        raise OutputError(f"{problem}; choose a folder with space that you may write to") from error
 
 
 def is_there(path: str | Path) -> bool:
