@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from covidmask.errors import DataError, OutputError
 
-if TYPE_CHECKING:
-    pass
-
 SPLITS = ("train", "val", "test")
-_SPLITS = ("train", "val", "test")
+PACKAGES = "pydicom nibabel python-gdcm"  # the extra `medical`, by the names that pip knows
 MIN_SIDE = 8  # a slice with a shorter side is a broken file
 MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a decompression bomb
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends well.
+    """Yield a temporary path beside `path`, of its suffix; rename it when the block ends well.
 
-    The temporary name keeps the suffix of `path`, because libraries choose a format by it.
     When the block fails, the temporary file is removed and `path` is as it was before.
 
     Raises:
@@ -39,42 +35,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:  # Windows syncs a file that may be written only
             os.fsync(file.fileno())  # the data reaches the disk before the name does
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # a file may stand where a folder should
             temporary.unlink()
-        if isinstance(error, OutputError):
+        if isinstance(error, OutputError) or not isinstance(error, OSError):
             raise
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "choose a folder that you may write to and that has space left"
-        ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        problem = f"{path}: cannot be written ({error.strerror or error})"
+        raise OutputError(f"{problem}; choose a folder with space that you may write to") from error
 
 
 def is_there(path: str | Path) -> bool:
     """Whether there is such a file; a folder that may not be entered is an error, not a no."""
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError):
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return True
+    return False
 
 
 def same_file(one: str | Path, other: str | Path) -> bool:
     """Whether two paths, there or not, lead to one file, be it by a symbolic or a hard link."""
-    if os.path.realpath(one) == os.path.realpath(other):
-        return True
-    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+    with suppress(OSError):  # one may not be there
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Make `folder` if needed and prove that a file can be written there, before long work starts.
-
-    Raises:
-        OutputError: as `atomic_path`.
-    """
+    """Make `folder` if needed and prove, as `atomic_path`, that a file can be written there."""
     probe = Path(folder) / f".write_check.{os.getpid()}"  # a name that no other process uses
     with atomic_path(probe) as temporary:
         temporary.write_bytes(b"covidmask")
@@ -91,30 +77,21 @@ def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
     """The lines that are not blank: their number from 1, and their words.
 
     Raises:
-        DataError: the file is missing, no text, empty, or names the same slice (its first word)
-            twice.
+        DataError: the file is missing, no text, empty, or names a slice (its first word) twice.
     """
-    try:
-        if stat.S_ISCHR(Path(path).stat().st_mode):  # /dev/zero never ends
-            raise DataError(f"{path}: this is a device; name a text file with one slice per line")
+    with decoding(path, "the split file cannot be read or is no text", "name another one"):
+        if stat.S_ISCHR(os.stat(path).st_mode):  # /dev/zero never ends
+            raise DataError(f"{path}: this is a device; name a text with one slice per line")
         text = Path(path).read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise DataError(
-            f"{path}: the split file cannot be read ({reason}); name a text file with one slice "
-            "per line"
-        ) from error
     lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path}: the split file is empty; list one slice per line")
     first: dict[str, int] = {}
-    for number, words in lines:
-        if words[0] in first:
+    for number, (name, *_) in lines:
+        if first.setdefault(name, number) != number:
             raise DataError(
-                f"{path}, line {number}: {words[0]} stands in line {first[words[0]]} already; "
-                "remove one of them"
+                f"{path}, line {number}: {name} stands in line {first[name]} already; remove one"
             )
-        first[words[0]] = number
     return lines
 
 
@@ -128,38 +105,47 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def decoding(path: str | Path, problem: str, remedy: str) -> Iterator[None]:
+    """Make one `DataError` of whatever a decoder raises: on broken bytes, each has its own ways."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{path}: needs {error.name}, which is not installed; run `pip install {PACKAGES}`"
+        ) from error
+    except Exception as error:
+        reason = one_line(error).partition(" Use force=True")[0]  # pydicom's advice to programmers
+        raise DataError(f"{path}: {problem} ({reason}); {remedy}") from error
+
+
 def readable(path: str | Path, empty: bool = False) -> Path:
-    """`path`, if it is a file that can be opened.
+    """`path`, if it is a file that can be opened and, unless that is allowed, is not empty.
 
     Raises:
-        DataError: it is absent, a folder, a pipe or device (which could block for ever), locked,
-            or, unless that is allowed, empty.
+        DataError: it is not, but, say, a pipe or device, which could block for ever.
     """
-    path = Path(path)
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise DataError(f"{path}: this is a folder, not an image; name a file inside it")
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path}: this is a pipe, socket or device; name a file")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+            raise DataError(f"{path}: this is a {kind}; name a file")
         with open(path, "rb") as file:
-            empty = empty or bool(file.read(1))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        link = "this is a link to a file that is not there" if path.is_symlink() else ""
-        raise DataError(f"{path}: {link or 'there is no such file'}; check the path") from error
+            if not (empty or file.read(1)):
+                raise DataError(f"{path}: the file is empty; copy or download it again")
     except OSError as error:
         raise no_access(path, error) from error
-    if not empty:
-        raise DataError(f"{path}: the file is empty; copy or download it again")
-    return path
+    return Path(path)
 
 
 def no_access(path: str | Path, error: OSError) -> DataError:
     """The error for a file or folder that the system does not open."""
-    return DataError(
-        f"{path}: cannot be opened ({error.strerror or one_line(error)}); check the path, its "
-        "permissions and those of its folder"
-    )
+    reason = error.strerror
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        reason = "a link to a file that is not there" if os.path.islink(path) else "no such file"
+    return DataError(f"{path}: cannot be opened ({reason}); check the path and who may read it")
 
 
 def data_root() -> Path:
@@ -184,35 +170,32 @@ def ranked_folder() -> Path:
 
 
 def existing_folder(root: str | Path) -> Path:
-    """`root`, if it is there.
-
-    Raises:
-        DataError: it is not.
-    """
+    """`root`, if it is there; else `DataError`."""
     root = Path(root)
+    if root.is_dir():
+        return root
     if root.is_file():
         raise DataError(f"{root}: is a file; name the folder that holds the data with --data")
-    if not root.is_dir():
-        raise DataError(
-            f"{root}: there is no such data folder; make it with `covidmask phantoms --preset "
-            "NAME`, or name yours with --data"
-        )
-    return root
+    raise DataError(
+        f"{root}: there is no such data folder; make it with `covidmask phantoms --preset NAME`, "
+        "or name yours with --data"
+    )
 
 
 def listed_splits(folder: Path) -> list[str]:
-    return [split for split in _SPLITS if (folder / f"{split}.txt").is_file()]
+    return [split for split in SPLITS if (folder / f"{split}.txt").is_file()]
 
 
 def check_size(width: int, height: int, path: str | Path) -> None:
     """Raise `DataError` where an image is too small, or too large, to be a slice."""
-    if min(width, height) < MIN_SIDE:
+    if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
         raise DataError(
-            f"{path}: the image has {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} "
-            "are needed; check that this is a CT slice"
+            f"{path}: the image has {width} x {height} pixels, not from {MIN_SIDE} x {MIN_SIDE} to "
+            f"{MAX_PIXELS:,} in all; resize it, or check that this is a CT slice"
         )
-    if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{path}: the image has {width} x {height} pixels, more than {MAX_PIXELS:,}; reduce "
-            "it or check that this is a CT slice"
-        )
+
+
+def check_finite(low: float, high: float, path: str | Path) -> None:
+    """Raise `DataError` where the least or the largest value of an image is NaN or infinite."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError(f"{path}: the image holds NaN or infinite values; export it again")

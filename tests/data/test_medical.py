@@ -1,4 +1,3 @@
-import builtins
 import gzip
 import os
 import re
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from covidmask.datasets import medical
-from covidmask.datasets.medical import hounsfield_to_unit, read_dicom, read_nifti
+from covidmask.datasets.medical import hounsfield_to_unit, read_dicom
 from covidmask.datasets.scans import read_image
 from covidmask.errors import DataError
 from covidmask.files import one_line
@@ -18,6 +17,10 @@ from covidmask.files import one_line
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = (-600.0, 1500.0)  # -1350..150
 HU = np.linspace(-2048, 1500, 16 * 20).reshape(16, 20).astype(np.int16)
+
+
+def read_nifti(path, index, window):
+    return medical.NiftiVolume(path).read(index, window)
 
 
 def test_window():
@@ -218,7 +221,7 @@ def test_a_compressed_slice_that_ends_early(tmp_path, kind):
     (frame,) = pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)
     dataset.PixelData = pydicom.encaps.encapsulate([frame[: len(frame) // 4 * 2]])
     dataset.save_as(path)
-    with pytest.raises(DataError, match="a.dcm: the compressed pixels .JPEG.* cannot be decoded"):
+    with pytest.raises(DataError, match="a.dcm: the pixels .JPEG.* cannot be decoded"):
         read_dicom(path, WINDOW)
 
 
@@ -246,7 +249,7 @@ def test_compressed_dicom_names_the_package(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_hounsfield_units_is_refused(tmp_path, tags, problem):
-    with pytest.raises(DataError, match=f"a.dcm: the slice does not hold Hounsf.*{problem}"):
+    with pytest.raises(DataError, match=f"a.dcm: holds no Hounsf.*{problem}"):
         read_dicom(write_dicom(tmp_path / "a.dcm", HU, **tags), WINDOW)
     for kind in ("HU", "US", "", None):
         read_dicom(write_dicom(tmp_path / "b.dcm", HU, RescaleType=kind, Modality="CT"), WINDOW)
@@ -277,7 +280,7 @@ def test_a_deflated_file_that_would_fill_the_memory(tmp_path, monkeypatch):
     dataset.save_as(path)
     np.testing.assert_array_equal(read_dicom(path, WINDOW), expected)
     monkeypatch.setattr(medical, "MAX_DEFLATED_BYTES", HU.nbytes)
-    with pytest.raises(DataError, match="a.dcm: the file unpacks to more than"):
+    with pytest.raises(DataError, match="a.dcm: is too large once unpacked"):
         read_dicom(path, WINDOW)
 
 
@@ -286,7 +289,7 @@ def test_a_deflated_file_that_would_fill_the_memory(tmp_path, monkeypatch):
     [
         ({"NumberOfFrames": -1}, "NumberOfFrames is not one whole number"),
         ({"Rows": 0}, "20 x 0 pixels"),
-        ({"Rows": 65535, "Columns": 65535}, "65535 x 65535 pixels, more than"),
+        ({"Rows": 65535, "Columns": 65535}, "65535 x 65535 pixels, not from"),
         ({"Rows": [16, 16]}, "Rows is not one whole number"),
         ({"RescaleSlope": [1, 1]}, "cannot be decoded"),
     ],
@@ -398,7 +401,7 @@ def test_a_large_nifti_file_is_refused_only_when_packed(tmp_path, monkeypatch):
     monkeypatch.setattr(medical, "MAX_GZ_BYTES", 2 * 12 * 10 * 5)
     read_nifti(path, 0, WINDOW)
     monkeypatch.setattr(medical, "MAX_GZ_BYTES", 2 * 12 * 10 * 5 - 1)
-    with pytest.raises(DataError, match="a.nii.gz: the volume .* unpack it to .nii"):
+    with pytest.raises(DataError, match="a.nii.gz: .* unpack a .nii.gz to .nii"):
         read_nifti(path, 0, WINDOW)
     read_nifti(write_nifti(tmp_path / "a.nii", marked_volume(), RAS), 0, WINDOW)
 
@@ -449,15 +452,7 @@ def test_cifti_is_no_volume():
 
 @pytest.mark.parametrize("package, name", [("pydicom", "a.dcm"), ("nibabel", "a.nii")])
 def test_an_absent_package_is_named_with_the_remedy(tmp_path, monkeypatch, package, name):
-    original = builtins.__import__
-
-    def without(module, *args, **kwargs):
-        if module.split(".")[0] == package:
-            raise ImportError(module)
-        return original(module, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(DataError, match=f"needs {package}.*pip install pydicom nibabel"):
         read_image(tmp_path / name)
