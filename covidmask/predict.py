@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +17,8 @@ from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 from covidmask.config import LESION_CLASSES
-from covidmask.datasets.medical import Slice, hounsfield_to_unit
-from covidmask.datasets.scans import (
-    LUNG_WINDOW,
-    Scan,
-    choose_slices,
-    find_scans,
-    read_slices,
-    write_image,
-)
+from covidmask.datasets.medical import hounsfield_to_unit
+from covidmask.datasets.scans import LUNG_WINDOW, Scan, choose_slices, find_scans, read_slices
 from covidmask.errors import CheckpointError, DataError, OutputError
 from covidmask.files import atomic_path, some
 from covidmask.models.detector import detect, for_inference, fuse, to_model
@@ -61,18 +54,18 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Write a picture of each slice, predictions.csv and summary.csv; print one line a slice.
 
-    All slices are read before any weights, so that a bad one is reported at once. Outputs carry
-    nothing of a DICOM or NIfTI file but pixels, slice and instance numbers, positions and areas:
-    no other tag, and no file name, because names of files tell names of patients. Pictures (PNG,
-    JPEG, TIFF) keep their file names, without the folder.
+    Outputs carry nothing of a DICOM or NIfTI file but pixels, slice and instance numbers,
+    positions and areas: no other tag, and no file name, because names of files tell names of
+    patients. Pictures (PNG, JPEG, TIFF) keep their file names, without the folder.
 
-    predictions.csv has a row for each slice: image (a picture's name, or "volume 1"), slice (from
-    1, nearest the feet where positions are known), instance (DICOM's number), position_mm, picture
-    (of the lesions), lesions (boxes), the same by lesion class, lesion_pixels and lesion_mm2 (of
-    the mask), a probability for each image class (a sigmoid each, so they need not sum to 1), and
-    the likeliest class; what is unknown is empty. summary.csv has a row for each volume, and one
-    for all pictures: slices, looked_at, lesion_slices (with a lesion pixel), and for each class
-    the share of slices in which it is likeliest, and its mean and highest probability.
+    predictions.csv, whose rows are returned, has one for each slice: image (a picture's name, or
+    "volume 1"), slice (from 1, nearest the feet where positions are known), instance (DICOM's
+    number), position_mm, picture (of the lesions), lesions (boxes), the same by lesion class,
+    lesion_pixels and lesion_mm2 (of the mask), a probability for each image class (a sigmoid each,
+    so they need not sum to 1), and the likeliest class; what is unknown is empty. summary.csv has
+    a row for each volume, and one for all pictures: slices, looked_at, lesion_slices (with a
+    lesion pixel), and for each class the share of slices in which it is likeliest, and its mean
+    and highest probability.
 
     The mask is the one that `covidmask evaluate` scores: `fuse` of the maps of `detect`. Weak
     boxes count in it, so a pixel may be lesion where no box is drawn, and the other way round.
@@ -81,9 +74,6 @@ def predict(
         images, series, slices, every: as in `find_scans` and `choose_slices`.
         score, threshold: boxes and pixels above them count as lesions, 0..1.
         window: level and width in HU, for DICOM and NIfTI.
-
-    Returns:
-        The rows of predictions.csv.
 
     Raises:
         DataError: an image cannot be used, a volume has no such slices, a number is not in 0..1.
@@ -96,31 +86,28 @@ def predict(
     out, (scans, notes) = Path(out), find_scans(images, series)
     volumes = [scan for scan in scans if scan.volume]
     jobs = _jobs(scans, slices, every, len(volumes) > 1)
-    rows, each = [job.row for job in jobs], [job.slice for job in jobs]
+    each, rows = [one for _, one, _ in jobs], [row for *_, row in jobs]
     tables = [out / "predictions.csv", out / "summary.csv"]
     outputs = [*(out / row["picture"] for row in rows), *tables]
     _check_outputs(outputs, *(one.path for one in each), segmenter, classifier)
     if (slices, every, window) != (None, None, LUNG_WINDOW) and not volumes:
         notes.append("here is no volume, so --slices, --every and --window change nothing.")
     darkest, flat = {scan.name: 1.0 for scan in volumes}, []
-    greys = read_slices(tqdm(each, desc="checking images"), window)
-    for job, grey in zip(jobs, greys, strict=True):
-        if job.scan.volume:
-            darkest[job.scan.name] = min(darkest[job.scan.name], float(grey.min()))
+    greys = read_slices(tqdm(each, desc="checking images"), window)  # a bad one stops us here
+    for (scan, _, row), grey in zip(jobs, greys, strict=True):
+        if scan.volume:
+            darkest[scan.name] = min(darkest[scan.name], float(grey.min()))
         # but for one pixel in 200, as a few bright ones do not help the rest
         elif np.ptp(np.percentile(grey, (0.5, 99.5))) < FLAT:
-            flat.append(job.row["image"])
+            flat.append(row["image"])
     if flat:
-        notes.append(
-            f"pictures: {some(flat)} use less than an eighth of the grey values from black to "
-            "white, so the networks see next to nothing; rescale them if they should not be flat."
-        )
+        why = "use less than an eighth of the grey values, so the networks see next to nothing"
+        notes.append(f"pictures: {some(flat)} {why}; rescale them if they should not be flat.")
     for scan in volumes:
-        count = sum(job.scan is scan for job in jobs)
+        count = sum(owner is scan for owner, *_ in jobs)
         tqdm.write(f"{scan.name}: {scan.source}; looking at {count} of {len(scan.slices)} slices")
         if darkest[scan.name] > hounsfield_to_unit(AIR, window):
-            no_air = "no pixel is as dark as air; its values may be no Hounsfield units."
-            notes.append(f"{scan.name}: {no_air}")
+            notes.append(f"{scan.name}: no pixel is as dark as air; its values may be no HU.")
     for note in notes:
         tqdm.write(f"Note: {note}")
 
@@ -128,32 +115,33 @@ def predict(
     model = for_inference(load_classifier(classifier, device))
     classes, lesions = model.config.classes, detector.config.lesions
     lesion_classes = LESION_CLASSES.get(lesions) or tuple(lesions.split(","))
-    names = ["lesions", "lesion_pixels", "lesion_mm2", "likeliest", *lesion_classes, *classes]
-    if len({*rows[0], *names}) < len([*rows[0], *names]):
-        raise CheckpointError(
-            f"{segmenter}, {classifier}: two columns of {tables[0]} would have one name "
-            f"({', '.join(names)}); train with other names of classes"
+    names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
+    names += [*lesion_classes, *classes]
+    if len(set(names)) < len(names):
+        names = (
+            f"two columns would have one name ({', '.join(names)}); train with other class names"
         )
+        raise CheckpointError(f"{segmenter}, {classifier}: {names}")
     pairs = zip(jobs, read_slices(each, window), strict=True)
-    looking = _look(pairs, detector, model, len(lesion_classes), torch.device(device))
+    looking = _look(pairs, detector, model, len(lesion_classes), device)
     for job, grey, found, p in tqdm(looking, total=len(jobs), desc="looking at slices"):
-        codes, row = fuse(found["maps"].cpu(), threshold), job.row  # uint8 [H, W]
+        (scan, one, row), codes = job, fuse(found["maps"].cpu(), threshold)  # uint8 [H, W]
         enlarge = max(1, PICTURE_SIDE // min(grey.shape))
-        picture = overlay(grey, found, codes, lesion_classes, score, enlarge)
-        write_image(out / row["picture"], picture)
-        labels, mm = found["labels"][found["scores"] > score].tolist(), job.slice.spacing
+        with atomic_path(out / row["picture"]) as temporary:
+            overlay(grey, found, codes, lesion_classes, score, enlarge).save(temporary, "PNG")
+        labels, mm = found["labels"][found["scores"] > score].tolist(), one.spacing
         row["lesions"] = len(labels)
         row |= {name: labels.count(label) for label, name in enumerate(lesion_classes, 1)}
         row["lesion_pixels"] = pixels = int((codes > 0).sum())
         row["lesion_mm2"] = None if mm is None else pixels * mm[0] * mm[1]
         row |= dict(zip(classes, p, strict=True)) | {"likeliest": classes[p.index(max(p))]}
-        text = f"{row['image']}, slice {row['slice']}" if job.scan.volume else row["image"]
+        text = f"{row['image']}, slice {row['slice']}" if scan.volume else row["image"]
         text += "" if row["position_mm"] is None else f" ({row['position_mm']:.1f} mm)"
         text += f": {', '.join(f'{c} {row[c]:.3f}' for c in classes)}; lesions above {score:g}: "
         tqdm.write(f"{text}{len(labels)}, lesion pixels: {pixels:,}")
     summary = []
     for scan in scans:
-        own = [job.row for job in jobs if job.scan is scan]
+        own = [row for owner, _, row in jobs if owner is scan]
         ill, n = sum(row["lesion_pixels"] > 0 for row in own), len(own)
         row = {"image": scan.name, "slices": len(scan.slices), "looked_at": n, "lesion_slices": ill}
         row |= {f"share {c}": sum(row["likeliest"] == c for row in own) / n for c in classes}
@@ -176,23 +164,15 @@ def predict(
     return rows
 
 
-class _Job(NamedTuple):
-    scan: Scan
-    slice: Slice
-    row: dict[str, Any]  # of predictions.csv; begun here, completed by the networks
-
-
-def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None, many: bool) -> list[_Job]:
-    """The slices to look at, with names for their pictures that differ and name no patient."""
-    jobs: list[_Job] = []
-    used: set[str] = set()
+def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None, many: bool) -> list[tuple]:
+    """Scan, slice, and the start of its row, with a name for its picture that names no patient."""
+    jobs, used = [], set()
     for scan in scans:
         count, prefix = len(scan.slices), f"{scan.name.replace(' ', '_')}_" * many
         for k in choose_slices(count, slices, every, scan.name) if scan.volume else range(count):
-            one, image, number = scan.slices[k], scan.name, k + 1
-            stem = f"{prefix}slice_{number:04d}"
-            if not scan.volume:
-                stem, image, number = one.path.stem, one.path.name, None
+            one = scan.slices[k]
+            image, number = (scan.name, k + 1) if scan.volume else (one.path.name, None)
+            stem = f"{prefix}slice_{k + 1:04d}" if scan.volume else one.path.stem
             while len(os.fsencode(stem)) > MAX_STEM:
                 stem = stem[:-1]
             name, n = f"{stem}_lesions.png", 1
@@ -201,7 +181,7 @@ def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None, many: bo
                 name = f"{stem}_{n}_lesions.png"
             used.add(name.lower())
             row = {"image": image, "slice": number, "instance": one.instance}
-            jobs.append(_Job(scan, one, row | {"position_mm": one.position, "picture": name}))
+            jobs.append((scan, one, row | {"position_mm": one.position, "picture": name}))
     return jobs
 
 
@@ -216,23 +196,19 @@ def _check_outputs(outputs: Sequence[Path], *inputs: str | Path) -> None:
 
 
 def _look(
-    pairs: Iterable[tuple[_Job, np.ndarray]],
-    detector: nn.Module,
-    model: nn.Module,
-    lesion_classes: int,
-    device: torch.device,
-) -> Iterator[tuple[_Job, np.ndarray, dict[str, Tensor], list[float]]]:
+    pairs: Iterable[tuple], detector: nn.Module, model: nn.Module, classes: int, device: str
+) -> Iterator[tuple[tuple, np.ndarray, dict[str, Tensor], list[float]]]:
     """What both networks say of each slice: lesions, and a probability for each image class."""
     # neighbours of one size together: in a mixed batch, padding would change what is found
     for (height, width), group in groupby(pairs, lambda pair: pair[1].shape):
         most = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
         while batch := list(islice(group, most)):
             images = [torch.from_numpy(grey).repeat(3, 1, 1) for _, grey in batch]  # [3, H, W]
-            images = to_model(images, device)
-            found = detect(detector, images, lesion_classes)
+            images = to_model(images, torch.device(device))
+            found = detect(detector, images, classes)
             probabilities = model(images).sigmoid()  # [B, classes]
             if not all(v.isfinite().all() for v in (probabilities, *(f["maps"] for f in found))):
-                names = ", ".join(job.row["picture"] for job, _ in batch)
+                names = ", ".join(row["picture"] for (*_, row), _ in batch)
                 raise CheckpointError(
                     f"the networks give values that are not numbers ({names}); train them again"
                 )
@@ -247,18 +223,14 @@ def overlay(
     classes: Sequence[str] = ("GGO", "C"),
     score_threshold: float = 0.0,
     enlarge: int = 1,
-) -> np.ndarray:
+) -> Image.Image:
     """Tint the lesions of a slice, and frame those above `score_threshold` with class and score.
 
     Args:
         image: float32 [H, W] in 0..1.
-        lesions: boxes, labels and scores, as from `detect`.
+        lesions: boxes, labels (1, 2, ... of `classes`) and scores, as from `detect`.
         codes: uint8 [H, W], what to tint, as from `fuse`.
-        classes: names of labels 1, 2, ...
         enlarge: draw each pixel as a square of so many, so that words fit on a small slice.
-
-    Returns:
-        uint8 [enlarge * H, enlarge * W, 3], to be written as PNG; no pyplot state is touched.
     """
     large = [torch.tensor(a.repeat(enlarge, 0).repeat(enlarge, 1)) for a in (image, codes)]
     grey = (255 * large[0].clamp(0, 1)).round().byte().repeat(3, 1, 1)  # [3, H, W]
@@ -269,12 +241,11 @@ def overlay(
     above = lesions["scores"] > score_threshold
     boxes, labels, scores = (lesions[key][above].cpu() for key in ("boxes", "labels", "scores"))
     first, last = (enlarge * boxes).split(2, dim=1)
-    boxes = torch.cat([first, torch.maximum(last - 1, first)], dim=1).tolist()  # last pixels inside
-    labels = labels.tolist()
-    for box, label in zip(boxes, labels, strict=True):
-        pen.rectangle([int(x) for x in box], outline=COLOURS[label - 1])
-    for (x1, y1, _, y2), label, score in zip(boxes, labels, scores.tolist(), strict=True):
+    boxes = torch.cat([first, torch.maximum(last - 1, first)], dim=1)  # the last pixels are inside
+    for box, label in zip(boxes.int().tolist(), labels, strict=True):
+        pen.rectangle(box, outline=COLOURS[label - 1])
+    for (x1, y1, _, y2), label, score in zip(boxes.tolist(), labels, scores, strict=True):
         # above the box, so that the lesion stays in view; below it at the upper border
         place = (x1, y1 - 12 if y1 >= 12 else y2)
         pen.text(place, f"{classes[label - 1]} {score:.2f}", fill=COLOURS[label - 1])
-    return np.array(picture)
+    return picture
