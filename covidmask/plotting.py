@@ -109,62 +109,6 @@ def show_mask(
     return ax
 
 
-def count_histogram(
-    counts: ArrayLike, ax: Axes | None = None, *, classes: Sequence[str] = ("GGO", "C")
-) -> Axes:
-    """Fig. 1.1: in how many slices a class occurs 0, 1, 2, ... times.
-
-    Args:
-        counts: int [M, C], separate regions of each class in each of M slices.
-        classes: C names.
-    """
-    counts = np.asarray(counts)
-    bins = np.arange(counts.max(initial=0) + 2)
-    shares = [100 * np.histogram(column, bins)[0] / len(counts) for column in counts.T]
-    ax = _grouped_bars(ax or get_ax(), bins[:-1], shares, classes)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="Regions in a slice (count)", ylabel="Slices (%)")
-    return ax
-
-
-def area_histogram(
-    fractions: ArrayLike,
-    labels: ArrayLike,
-    ax: Axes | None = None,
-    *,
-    classes: Sequence[str] = ("GGO", "C"),
-) -> Axes:
-    """Fig. 1.2: how large the regions of each class are.
-
-    Args:
-        fractions: float [R], 0..1: area of each region, divided by that of its image.
-        labels: int [R], 1, 2, ...
-        classes: names of the labels.
-    """
-    percent, labels = 100 * np.asarray(fractions, dtype=float), np.asarray(labels)
-    edges = np.linspace(0, percent.max(initial=1e-3), 21)
-    shares = []
-    for label in range(1, len(classes) + 1):
-        group = percent[labels == label]
-        shares.append(100 * np.histogram(group, edges)[0] / max(len(group), 1))
-    ax = _grouped_bars(ax or get_ax(), (edges[:-1] + edges[1:]) / 2, shares, classes)
-    ax.set(xlabel="Area of a region (% of the image)", ylabel="Regions of the class (%)")
-    return ax
-
-
-def _grouped_bars(
-    ax: Axes, centres: np.ndarray, heights: Sequence[np.ndarray], names: Sequence[str]
-) -> Axes:
-    """Bars of several lesion classes side by side at equally spaced centres, with a legend."""
-    width = 0.8 * (centres[1] - centres[0] if len(centres) > 1 else 1) / len(names)
-    for i, name in enumerate(names):
-        look = {"color": COLOURS[i], "hatch": HATCHES[i], "edgecolor": BLACK}
-        left = centres + (i - (len(names) - 1) / 2) * width
-        ax.bar(left, heights[i], width, label=name, linewidth=0.5, **look)
-    ax.legend()
-    return ax
-
-
 def loss_curves(
     history: Sequence[Mapping[str, float]],
     keys: Sequence[str] = ("loss",),
