@@ -110,7 +110,6 @@ def predict(
             notes.append(f"{scan.name}: no pixel is as dark as air; its values may be no HU.")
     for note in notes:
         tqdm.write(f"Note: {note}")
-
     detector = for_inference(load_segmenter(segmenter, device))
     model = for_inference(load_classifier(classifier, device))
     classes, lesions = model.config.classes, detector.config.lesions
