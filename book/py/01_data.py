@@ -584,7 +584,9 @@ for i, name in enumerate(("GGO", "C")):
         (axes[1], (edges[:-1] + edges[1:]) / 2, of_area / len(regions)),
     ):
         width = 0.4 * (left[1] - left[0])  # the two classes stand side by side
-        _ = ax.bar(left + (i - 0.5) * width, 100 * heights, width, label=name, **look, ec="k", lw=0.5)
+        _ = ax.bar(
+            left + (i - 0.5) * width, 100 * heights, width, label=name, **look, ec="k", lw=0.5
+        )
         _ = ax.legend()
 axes[0].xaxis.get_major_locator().set_params(integer=True)
 _ = axes[0].set(xlabel="Regions in a slice (count)", ylabel="Slices (%)")

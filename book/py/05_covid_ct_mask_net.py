@@ -637,6 +637,7 @@ plt.show()
 # normalisation and its step counters; we call its numbers *entries*. The published numbers mix the
 # two, and most of those with two decimals are cut rather than rounded.
 
+
 # %%
 # NBVAL_CHECK_OUTPUT
 def entries(module):
@@ -1012,9 +1013,7 @@ found = sum(count for name, count in named.items() if ".bn" in name)
 missed = [name for name in named if "downsample.1" in name]
 print(f"{len(layers)} layers, {by_hand:,} parameters; a name with bn: {found:,}")
 print(f"missed: {len(missed)} parameter tensors, such as {missed[0]}")
-print(
-    f"heads + BN: {s_count + found:,} by name, {s_count + by_hand:,} with all"
-)
+print(f"heads + BN: {s_count + found:,} by name, {s_count + by_hand:,} with all")
 assert s_count + found == 2_409_859
 
 # %% [markdown]

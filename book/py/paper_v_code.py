@@ -291,6 +291,7 @@ for height, width in ((512, 512), (360, 480)):
 # - **Here**: we count parameters, and say which. The list has each printed number with the rule
 #   that gives it, or with "none".
 
+
 # %%
 # NBVAL_CHECK_OUTPUT
 def entries(module):  # all numbers of the state dict
