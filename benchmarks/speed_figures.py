@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 
 from speed_rows import GROWTH, LIGHT, Row, duration, factor, number
+from svg import INK, LINE, SMALL, WIDTH, line, svg, words
 
-from covidmask.diagrams import INK, LINE, SMALL, WIDTH, line, svg, words
 from covidmask.plotting import BLUE, ORANGE
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import uuid
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 
+import matplotlib.pyplot as plt
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
 # Found from the slider itself rather than by id, so that a copy of the output works as well.
 _ON_INPUT = (
-    "const box = this.closest('figure');"
-    "const frames = box.querySelectorAll('img');"
+    "const box = this.closest('figure'), frames = box.querySelectorAll('img');"
     "frames.forEach((frame, i) => {"
     " frame.style.display = i == this.value ? 'block' : 'none'; });"
     "const label = frames[this.value].dataset.label;"
@@ -35,56 +35,43 @@ def frame_slider(
 ) -> HTML:
     """Show one of several precomputed pictures, chosen by a slider.
 
-    The pictures are part of the HTML, so nothing is loaded and no kernel is needed. Where scripts
-    are blocked, as in a notebook that is not trusted, the first picture shown stays.
+    The pictures are part of the HTML, so no kernel is needed. Where scripts are blocked, as in a
+    notebook that is not trusted, the first picture shown stays.
 
     Args:
-        frames: matplotlib figures, which are closed, or the bytes of PNG files.
+        frames: matplotlib figures (drawn at `dpi`, and closed), or the bytes of PNG files.
         labels: what the slider says at each frame, for example "NMS threshold 0.25".
         title: the accessible name of the slider, also shown before it.
         alt: what the pictures show: a text for each, or one text, to which the label is added.
         caption: a sentence under the pictures.
         start: index of the frame shown first.
-        dpi: of the figures.
 
     Raises:
-        ValueError: no frame, not one label (and text) per frame, or no frame `start`.
+        ValueError: no frame `start`, or not one label (and text) per frame.
     """
     frames, labels = list(frames), [str(label) for label in labels]
-    texts = [f"{alt} ({label})" for label in labels] if isinstance(alt, str) else list(alt)
-    if not frames or len(labels) != len(frames) or len(texts) != len(frames):
-        raise ValueError(
-            f"{len(frames)} frames, {len(labels)} labels, {len(texts)} alternative texts: "
-            "give one of each for at least one frame"
+    alts = [f"{alt} ({label})" for label in labels] if isinstance(alt, str) else list(alt)
+    if not len(frames) == len(labels) == len(alts) or not 0 <= start < len(frames):
+        found = f"{len(frames)} frames, {len(labels)} labels, {len(alts)} alternative texts"
+        raise ValueError(f"{found}: give one of each, and as start ({start}) the index of one")
+    images = ""
+    for i, (frame, label, text) in enumerate(zip(frames, labels, alts, strict=True)):
+        if not isinstance(frame, bytes):
+            buffer = io.BytesIO()
+            frame.savefig(buffer, format="png", dpi=dpi)
+            plt.close(frame)  # else a notebook shows it once more
+            frame = buffer.getvalue()
+        style = f"display: {'block' if i == start else 'none'}; max-width: 100%; height: auto;"
+        images += (
+            f'<img src="data:image/png;base64,{b64encode(frame).decode()}" style="{style}" '
+            f'alt="{escape(text)}" data-label="{escape(label)}">\n'
         )
-    if not 0 <= start < len(frames):
-        raise ValueError(f"start {start}: there are {len(frames)} frames")
-    images = "\n".join(
-        f'<img src="data:image/png;base64,{base64.b64encode(_png(frame, dpi)).decode()}" '
-        f'alt="{escape(text)}" data-label="{escape(label)}" '
-        f'style="display: {"block" if i == start else "none"}; max-width: 100%; height: auto;">'
-        for i, (frame, label, text) in enumerate(zip(frames, labels, texts, strict=True))
-    )
-    name = f"slider-{uuid.uuid4().hex}"
-    first = escape(labels[start])
-    below = f"<figcaption>{escape(caption)}</figcaption>\n" if caption else ""
+    name, title, first = f"slider-{uuid.uuid4().hex}", escape(title), escape(labels[start])
     return HTML(
-        f'<figure style="margin: 0;">\n'
-        f'<label for="{name}">{escape(title)}</label>: '
+        f'<figure style="margin: 0;">\n<label for="{name}">{title}</label>: '
         f'<output for="{name}" aria-live="polite">{first}</output><br>\n'
         f'<input type="range" id="{name}" min="0" max="{len(frames) - 1}" step="1" '
-        f'value="{start}" aria-label="{escape(title)}" aria-valuetext="{first}" '
+        f'value="{start}" aria-label="{title}" aria-valuetext="{first}" '
         f'autocomplete="off" style="width: min(100%, 30em);" oninput="{escape(_ON_INPUT)}">\n'
-        f"{images}\n{below}</figure>"
+        f"{images}{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}\n</figure>"
     )
-
-
-def _png(frame: Figure | bytes, dpi: int) -> bytes:
-    if isinstance(frame, bytes):
-        return frame
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    frame.savefig(buffer, format="png", dpi=dpi)
-    plt.close(frame)  # else a notebook shows it once more
-    return buffer.getvalue()

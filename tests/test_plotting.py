@@ -81,23 +81,6 @@ def test_show_mask_names_the_codes_that_occur():
     assert drawn(plotting.show_mask(np.minimum(MASK, 1)))[1] == ["background", "lung"]
 
 
-def test_count_histogram_heights():
-    ax = plotting.count_histogram([[0, 1], [2, 1], [2, 0], [2, 1]])
-    heights = [[bar.get_height() for bar in group] for group in ax.containers]
-    assert heights == [[25, 0, 75], [25, 75, 0]]
-    assert ax.containers[0][0].get_hatch() != ax.containers[1][0].get_hatch()
-    assert drawn(ax)[1] == ["GGO", "C"]
-    assert "(%)" in ax.get_ylabel()
-
-
-def test_area_histogram_heights():
-    ax = plotting.area_histogram([0.001, 0.011, 0.011, 0.3], [1, 1, 2, 1], largest=2, bins=2)
-    heights = [[bar.get_height() for bar in group] for group in ax.containers]
-    np.testing.assert_allclose(heights, [[100 / 3, 200 / 3], [0, 100]])  # 30 % is in the last
-    assert "% of the image" in ax.get_xlabel()
-    drawn(plotting.area_histogram([], [], classes=("lesion",)))
-
-
 def test_loss_curves_skip_missing_keys_and_smooth():
     history = [{"step": i, "epoch": i // 2, "loss": float(i)} for i in range(6)]
     history[1]["accuracy"] = 0.5
@@ -141,10 +124,30 @@ def test_score_by_rank_has_a_line_per_class_that_occurs():
     assert drawn(ax)[1] == ["Control (2 slices)", "COVID-19 (2 slices)"]
 
 
+def test_own_classes_have_looks_of_their_own(lesions):
+    lesions["labels"] = torch.tensor([1, 3])
+    ax = plotting.show_lesions(IMAGE, lesions, classes=("a", "b", "c"))
+    assert ax.patches[0].get_edgecolor() != ax.patches[1].get_edgecolor()
+    assert drawn(ax)[1] == ["a", "c"]
+    ax = plotting.show_mask(np.where(MASK == 3, 4, MASK), classes=("a", "b", "c"))
+    assert drawn(ax)[1] == ["background", "lung", "a", "c"]
+    ax = plotting.score_by_rank(np.ones((5, 3, 5)), np.arange(5), classes="vwxyz")
+    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 5
+    looks = list(zip(plotting.COLOURS, plotting.LINES, strict=True))
+    assert len(set(looks)) == len(looks) == 28 <= len(plotting.HATCHES)
+    assert drawn(plotting.ranked_box_matrix(np.ones((4, 2)), columns=("score", "area")))
+
+
+def overlaid(lesions, scores=(0.9, 0.8), image=IMAGE, **options):
+    codes = np.where(MASK >= 2, MASK, 0).astype(np.uint8)
+    picture = overlay(image, {**lesions, "scores": torch.tensor(scores)}, codes, **options)
+    return np.asarray(picture)
+
+
 def test_overlay_tints_the_lesion_and_leaves_the_rest(lesions):
-    before = plt.get_fignums()
-    picture = overlay(IMAGE, lesions)
-    assert plt.get_fignums() == before
+    before, boxes = plt.get_fignums(), lesions["boxes"].clone()
+    picture = overlaid(lesions)
+    assert plt.get_fignums() == before and torch.equal(lesions["boxes"], boxes)
     assert picture.shape == (40, 60, 3)
     assert picture.dtype == np.uint8
     grey = round(255 * 0.4)
@@ -155,26 +158,32 @@ def test_overlay_tints_the_lesion_and_leaves_the_rest(lesions):
     # the frame goes round the last pixel of the box
     sky_blue = [0x56, 0xB4, 0xE9]
     assert picture[19, 21].tolist() == sky_blue
-    assert picture[20, 22].tolist() == [grey] * 3
+    assert picture[19, 22].tolist() == [grey] * 3
 
 
 def test_overlay_enlarges_by_a_whole_factor(lesions):
-    tinted = {key: value for key, value in lesions.items() if key != "scores"}
-    small = overlay(IMAGE, {**tinted, "boxes": tinted["boxes"] * 0})  # no frame, no words
-    large = overlay(IMAGE, lesions, enlarge=3)
-    assert large.shape == (3 * IMAGE.shape[0], 3 * IMAGE.shape[1], 3)
-    mask = np.asarray(lesions["masks"]).reshape(-1, *IMAGE.shape)[0] > 0.5
-    y, x = np.argwhere(mask)[mask.sum() // 2]
-    assert np.array_equal(large[3 * y + 1, 3 * x + 1], small[y, x])
+    image = np.linspace(0, 1, IMAGE.size, dtype=np.float32).reshape(IMAGE.shape)
+    small, large = (overlaid(lesions, image=image, enlarge=k, score_threshold=1.0) for k in (1, 3))
+    assert np.array_equal(large, small.repeat(3, 0).repeat(3, 1))
+    framed = overlaid(lesions, enlarge=3)
+    assert framed[3 * 20 - 1, 3 * 22 - 1].tolist() == [0x56, 0xB4, 0xE9]
 
 
-def test_overlay_leaves_out_low_scores_and_keeps_its_input(lesions):
-    lesions["scores"] = torch.tensor([0.2, 0.3])
-    boxes = lesions["boxes"].clone()
-    picture = overlay(IMAGE, lesions, score_threshold=0.75)
-    assert (picture == round(255 * 0.4)).all()
-    overlay(torch.from_numpy(IMAGE).repeat(3, 1, 1), lesions)
-    assert torch.equal(lesions["boxes"], boxes)
+def test_overlay_frames_only_what_scores_above_the_threshold(lesions):
+    frames = [[0x56, 0xB4, 0xE9], [0xE6, 0x9F, 0x00]]
+    for threshold, shown in ((0.0, 2), (0.85, 1), (0.9, 0)):  # "above": 0.9 itself is not
+        picture = overlaid(lesions, (0.9, 0.8), score_threshold=threshold)
+        found = [picture[19, 21].tolist(), picture[31, 49].tolist()]
+        assert [one == other for one, other in zip(found, frames, strict=True)] == [
+            shown > 0,
+            shown > 1,
+        ]
+
+
+def test_overlay_of_other_classes(lesions):
+    picture = overlaid({**lesions, "labels": torch.tensor([1, 1])}, classes=("nodule",))
+    assert picture[28, 45].tolist() == [102] * 3  # code 3 is none of its classes
+    assert (picture[15, 15] != 102).any()
 
 
 def test_import_changes_no_setting_and_opens_no_figure():

@@ -388,6 +388,15 @@ def test_class_names_come_from_the_weights(tmp_path, stub, monkeypatch):
     assert "Control" not in rows[0] and "share ill" in summary[0]
 
 
+def test_a_name_cannot_be_two_columns(tmp_path, stub, monkeypatch, capsys):
+    other = Networks(False)
+    other.config = replace(TINY_CLASSIFIER, classes=("healthy", "C", "other"))
+    monkeypatch.setattr(module, "load_classifier", lambda path, device: other)
+    status, rows, _ = predict([write_picture(tmp_path / "a.png")], tmp_path / "out")
+    assert status == 2 and rows is None and not (tmp_path / "out").exists()
+    assert "two columns would have one name" in capsys.readouterr().err
+
+
 def test_a_cut_file_stops_before_anything_is_written(tmp_path, stub, capsys):
     write_series(tmp_path / "scan", 5)
     path = tmp_path / "scan" / "Secret_Person_0003"

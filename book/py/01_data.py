@@ -571,8 +571,26 @@ statistics = lesion_statistics(lesions["train"])
 
 # %% mystnb={"image": {"alt": "Two histograms. Left: most slices have fewer than five regions of either class. Right: most regions cover less than two percent of the image."}, "figure": {"caption": "Figure 1 of the paper, remade on phantoms: regions in a slice (left) and area of a region (right). Lesion set, training split, COVID-19 only. Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-_ = plotting.count_histogram(statistics.counts, axes[0])
-_ = plotting.area_histogram(statistics.region_fractions, statistics.region_labels, axes[1])
+counts = np.arange(statistics.counts.max() + 1)  # 0, 1, 2, ... regions
+areas = 100 * statistics.region_fractions  # % of the image
+edges = np.linspace(0, areas.max(), 21)
+for i, name in enumerate(("GGO", "C")):
+    slices_with = np.bincount(statistics.counts[:, i], minlength=len(counts))
+    regions = areas[statistics.region_labels == i + 1]
+    of_area = np.histogram(regions, edges)[0]
+    look = {"color": plotting.LESION_COLOURS[i], "hatch": plotting.LESION_HATCHES[i]}
+    for ax, left, heights in (
+        (axes[0], counts, slices_with / len(statistics.counts)),
+        (axes[1], (edges[:-1] + edges[1:]) / 2, of_area / len(regions)),
+    ):
+        width = 0.4 * (left[1] - left[0])  # the two classes stand side by side
+        _ = ax.bar(
+            left + (i - 0.5) * width, 100 * heights, width, label=name, **look, ec="k", lw=0.5
+        )
+        _ = ax.legend()
+axes[0].xaxis.get_major_locator().set_params(integer=True)
+_ = axes[0].set(xlabel="Regions in a slice (count)", ylabel="Slices (%)")
+_ = axes[1].set(xlabel="Area of a region (% of the image)", ylabel="Regions of the class (%)")
 plt.show()
 
 # %%

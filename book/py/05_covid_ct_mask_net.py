@@ -72,8 +72,7 @@ from covidmask.models import (
     count_parameters,
     covid_ct_mask_net,
     lesion_mask_rcnn,
-    paper_and_light_sizes,
-    published_counts,
+    set_regime,
     trained_classifier,
     trained_segmenter,
 )
@@ -638,15 +637,41 @@ plt.show()
 # normalisation and its step counters; we call its numbers *entries*. The published numbers mix the
 # two, and most of those with two decimals are cut rather than rounded.
 
+
 # %%
 # NBVAL_CHECK_OUTPUT
-with torch.device("meta"):
-    sizes = paper_and_light_sizes()
-    published = published_counts()
+def entries(module):
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def both_models(backbone="resnet50"):  # the paper's, or light ones of the released code
+    light = backbone != "resnet50"
+    segmenter = lesion_mask_rcnn(DetectorConfig(backbone=backbone, light_mask_head=light))
+    config = ClassifierConfig(n_boxes=128, hidden=512) if light else ClassifierConfig()
+    return segmenter, covid_ct_mask_net(segmenter, config)
+
+
+with torch.device("meta"):  # shapes without numbers
+    paper_segmenter, paper_model = both_models()
+    resnet34, resnet18 = both_models("resnet34")[1], both_models("resnet18")[1]
+s_count = count_parameters(paper_model.s)
+published = [
+    ("Mask R-CNN", 31.78, "segmenter entries", entries(paper_segmenter)),
+    ("full", 34.14, "segmenter entries + S", entries(paper_segmenter) + s_count),
+    ("heads+BN", 2.36, "S alone", s_count),
+    ("ResNet-34 cut 0", 24.86, "classifier entries", entries(resnet34)),
+    ("ResNet-18 cut 0", 14.75, "classifier entries", entries(resnet18)),
+    ("S of a light model", 0.6, "S alone", count_parameters(resnet18.s)),
+    ("heads", 2.25, "none", None),
+    ("ResNet-34 cut 1", 11.74, "none", None),
+    ("ResNet-18 cut 1", 6.35, "none", None),
+    ("ResNet-34 cut 2", 4.92, "none", None),
+    ("ResNet-18 cut 2", 4.25, "none", None),
+]
 print(f"{'model':18} {'published':>9} {'count':>12}   rule")
-for row in published:
-    count = f"{row.count:12,}" if row.count else f"{'-':>12}"
-    print(f"{row.name:18} {row.millions:8g}M {count}   {row.rule}")
+for name, millions, rule, count in published:
+    shown = f"{count:12,}" if count else f"{'-':>12}"
+    print(f"{name:18} {millions:8g}M {shown}   {rule}")
 
 # %% [markdown]
 # The first three lines and "heads" stand in Table 1 of the paper {cite:p}`TerSarkisov2020`, the
@@ -663,16 +688,14 @@ for row in published:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-with torch.device("meta"):
-    paper_model = covid_ct_mask_net(lesion_mask_rcnn(DetectorConfig()), ClassifierConfig())
-full = sizes[0]
 rpn = count_parameters(paper_model.detector.rpn)
-print(f"segmenter                     {full.segmenter_parameters:12,}")
-print(f"classifier                    {full.classifier_parameters:12,}")
-print(f"trains in heads: S            {full.s_parameters:12,}")
-print(f"trains in heads + BN          {full.heads_bn_trainable:12,}")
-print(f"gets a gradient in full       {full.classifier_parameters - rpn:12,}   (all but the RPN)")
-assert count_parameters(paper_model) == full.classifier_parameters
+whole = count_parameters(paper_model)
+heads_bn = sum(parameter.numel() for parameter in set_regime(paper_model, "heads_bn"))
+print(f"segmenter                     {count_parameters(paper_segmenter):12,}")
+print(f"classifier                    {whole:12,}")
+print(f"trains in heads: S            {s_count:12,}")
+print(f"trains in heads + BN          {heads_bn:12,}")
+print(f"gets a gradient in full       {whole - rpn:12,}   (all but the RPN)")
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -680,7 +703,7 @@ roi_heads = paper_model.detector.roi_heads
 box_heads = count_parameters(roi_heads.box_head) + count_parameters(roi_heads.box_predictor)
 norms = [m for m in paper_model.modules() if isinstance(m, nn.BatchNorm2d)]
 affine = sum(2 * norm.num_features for norm in norms)  # gamma and beta; as many running values
-print(f"S / 2**20                                     {full.s_parameters / 2**20:.4f}")
+print(f"S / 2**20                                     {s_count / 2**20:.4f}")
 print(f"RPN and box heads, millions                   {(rpn + box_heads) / 1e6:.4f}")
 print(f"RPN, box heads and all values of BN, millions {(rpn + box_heads + 2 * affine) / 1e6:.4f}")
 
@@ -990,10 +1013,8 @@ found = sum(count for name, count in named.items() if ".bn" in name)
 missed = [name for name in named if "downsample.1" in name]
 print(f"{len(layers)} layers, {by_hand:,} parameters; a name with bn: {found:,}")
 print(f"missed: {len(missed)} parameter tensors, such as {missed[0]}")
-print(
-    f"heads + BN: {full.s_parameters + found:,} by name, {full.s_parameters + by_hand:,} with all"
-)
-assert full.s_parameters + found == 2_409_859
+print(f"heads + BN: {s_count + found:,} by name, {s_count + by_hand:,} with all")
+assert s_count + found == 2_409_859
 
 # %% [markdown]
 # The batch norms in the shortcut branches are called `downsample.1`, so a search for `bn` passes

@@ -77,9 +77,7 @@ from covidmask.models import (
     even_padding,
     lesion_mask_rcnn,
     pad_rows,
-    paper_and_light_sizes,
     propose,
-    published_counts,
     rank_boxes,
     run_box_head,
     set_regime,
@@ -290,14 +288,42 @@ for height, width in ((512, 512), (360, 480)):
 #   (heads), 2.36M (heads + BN) or all are trained.
 # - **Code**: can be counted. Three rules are in use: parameters; entries of the state dict
 #   (parameters, batch-norm statistics and their counters); parameters that train.
-# - **Here**: we count parameters, and say which. `published_counts` lists each printed number with
-#   the rule that gives it, or with "none".
+# - **Here**: we count parameters, and say which. The list has each printed number with the rule
+#   that gives it, or with "none".
+
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for row in published_counts():
-    count = "" if row.count is None else f"{row.count:,}"
-    print(f"{row.name:20} {row.millions:5}M  {row.rule:22} {count:>11}")
+def entries(module):  # all numbers of the state dict
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def light_models(backbone, cut):
+    with torch.device("meta"):  # shapes without numbers
+        config = DetectorConfig(backbone=backbone, cut=cut, light_mask_head=True)
+        segmenter = lesion_mask_rcnn(config)
+        return segmenter, covid_ct_mask_net(segmenter, ClassifierConfig(n_boxes=128, hidden=512))
+
+
+detector = lesion_mask_rcnn(DetectorConfig())
+large = covid_ct_mask_net(detector, ClassifierConfig())
+s_count = count_parameters(large.s)
+resnet34, resnet18 = light_models("resnet34", 0)[1], light_models("resnet18", 0)[1]
+for name, millions, rule, count in (
+    ("Mask R-CNN", 31.78, "segmenter entries", entries(detector)),
+    ("full", 34.14, "segmenter entries + S", entries(detector) + s_count),
+    ("heads+BN", 2.36, "S alone", s_count),
+    ("ResNet-34 cut 0", 24.86, "classifier entries", entries(resnet34)),
+    ("ResNet-18 cut 0", 14.75, "classifier entries", entries(resnet18)),
+    ("S of a light model", 0.6, "S alone", count_parameters(resnet18.s)),
+    ("heads", 2.25, "none", None),
+    ("ResNet-34 cut 1", 11.74, "none", None),
+    ("ResNet-18 cut 1", 6.35, "none", None),
+    ("ResNet-34 cut 2", 4.92, "none", None),
+    ("ResNet-18 cut 2", 4.25, "none", None),
+):
+    shown = "" if count is None else f"{count:,}"
+    print(f"{name:20} {millions:5}M  {rule:22} {shown:>11}")
 
 # %% [markdown]
 # 31.78M counts batch-norm statistics, which are no parameters. 34.14M (cut, not rounded) also
@@ -306,17 +332,13 @@ for row in published_counts():
 
 # %%
 # NBVAL_CHECK_OUTPUT
-detector = lesion_mask_rcnn(DetectorConfig())
-large = covid_ct_mask_net(detector, ClassifierConfig())
-s_count = count_parameters(large.s)
 heads = detector.roi_heads
 three = sum(map(count_parameters, (detector.rpn.head, heads.box_head, heads.box_predictor)))
 print(f"S: {s_count:,}; divided by 2**20: {s_count / 2**20:.3f}")
 print(f"RPN head + box head + box predictor: {three:,}")
-sizes = {(size.backbone, size.cut): size for size in paper_and_light_sizes()}
 for backbone, printed in (("resnet34", 11.45), ("resnet18", 6.12)):
-    size = sizes[backbone, 1]
-    print(f"segmenter {backbone} cut 1: README {printed}M, {size.segmenter_entries:,} entries")
+    count = entries(light_models(backbone, 1)[0])
+    print(f"segmenter {backbone} cut 1: README {printed}M, {count:,} entries")
 
 # %% [markdown]
 # The README's size of the light ResNet-34 segmenter follows from the entries if they are rounded,

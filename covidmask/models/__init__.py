@@ -28,8 +28,6 @@ __all__, __getattr__ = open_room(
             "count_batch_norm",
             "count_parameters",
             "count_trainable",
-            "paper_and_light_sizes",
-            "published_counts",
         ),
         "ranked_boxes": (
             "author_padding",

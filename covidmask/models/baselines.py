@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from covidmask.datasets.lesions import CONSOLIDATION, GGO, mask_to_targets
 
-if TYPE_CHECKING:
-    from sklearn.pipeline import Pipeline
-    from torch import Tensor
-
 
 def threshold_detections(
     image: np.ndarray, low: float = 0.42, high: float = 0.65, min_area: int = 20
-) -> dict[str, Tensor]:
+) -> dict:
     """Call everything inside the body that is neither air nor soft tissue a GGO.
 
     The body is the largest region brighter than `high`, its holes (the lungs) filled. An
@@ -32,34 +26,24 @@ def threshold_detections(
         The instances of `mask_to_targets` (all of label 1) and scores float32 [K]: the area as a
         share of the image, so that larger regions come first.
     """
-    import torch
-
     tissue, n = ndimage.label(image > high)
-    if n:
-        largest = np.bincount(tissue.ravel())[1:].argmax() + 1
-        body = ndimage.binary_fill_holes(tissue == largest)
-    else:
-        body = np.zeros(image.shape, dtype=bool)
+    largest = np.bincount(tissue.ravel())[1:].argmax() + 1 if n else -1
+    body = ndimage.binary_fill_holes(tissue == largest)
     candidates = body & (image >= low) & (image <= high)
     candidates = ndimage.binary_opening(candidates, np.ones((3, 3)))
     found = mask_to_targets(np.where(candidates, GGO, 0), "ggo", min_area)
-    order = torch.argsort(found["area"], descending=True, stable=True)
+    order = found["area"].argsort(descending=True, stable=True)
     found = {key: value[order] for key, value in found.items()}
     return {**found, "scores": found["area"] / image.size}
 
 
 def area_features(mask: ArrayLike) -> np.ndarray:
     """float64 [2]: the shares of the image that are GGO and consolidation; mask codes [H, W]."""
-    mask = np.asarray(mask)
-    return np.array([(mask == GGO).mean(), (mask == CONSOLIDATION).mean()])
+    return np.array([(np.asarray(mask) == code).mean() for code in (GGO, CONSOLIDATION)])
 
 
-def fit_area_classifier(features: ArrayLike, labels: ArrayLike) -> Pipeline:
-    """Fit a logistic regression of the image class on standardised features.
-
-    Args:
-        features: float [M, F], for example rows of `area_features`.
-        labels: int [M], image classes.
+def fit_area_classifier(features: ArrayLike, labels: ArrayLike):
+    """Logistic regression of image classes, int [M], on standardised features, float [M, F].
 
     Returns:
         A scikit-learn pipeline; `.score(features, labels)` is its accuracy on other slices.
