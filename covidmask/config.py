@@ -16,6 +16,11 @@ LESION_CLASSES = {  # what the detector tells apart; label 0 is background
 }
 
 
+def lesion_classes(lesions: str) -> tuple[str, ...]:
+    """Names of the classes that a detector tells apart: a key of LESION_CLASSES, or your own names with commas between."""
+    return LESION_CLASSES.get(lesions) or tuple(name.strip() for name in lesions.split(","))
+
+
 @dataclass(frozen=True)
 class DetectorConfig:
     """Mask R-CNN of the paper (section 3.1). Lengths are pixels of the resized image."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, distributed
 
 from covidmask.models.detector import Instances, binary_masks, fuse
 
@@ -32,8 +32,7 @@ class CocoAP:
     """
 
     def __init__(self, classes: Sequence[str] = (), mask_threshold: float = 0.5) -> None:
-        self.classes = tuple(classes)
-        self.mask_threshold = mask_threshold
+        self.classes, self.mask_threshold = tuple(classes), mask_threshold
         self._metric = _mean_average_precision()
 
     def update(self, predictions: Sequence[Instances], targets: Sequence[Instances]) -> None:
@@ -50,6 +49,10 @@ class CocoAP:
             [self._plain(target) for target in targets],
         )
 
+    def _plain(self, instances: Instances, *more: str) -> Instances:
+        plain = {key: instances[key].detach().cpu() for key in ("boxes", "labels", *more)}
+        return {**plain, "masks": binary_masks(instances, self.mask_threshold).cpu()}
+
     def compute(self) -> dict[str, float]:
         """The AP of all images added so far.
 
@@ -60,28 +63,45 @@ class CocoAP:
         Raises:
             ValueError: no image was added.
         """
-        metric = _joined(self._metric)
+        metric = self._metric
+        if distributed.is_available() and distributed.is_initialized():
+            states = [None] * distributed.get_world_size()
+            distributed.all_gather_object(states, metric.metric_state)
+            metric = _mean_average_precision()
+            for name in metric.metric_state:
+                setattr(metric, name, [image for state in states for image in state[name]])
+            metric._update_count = 1  # else torchmetrics warns that nothing was added
         if not metric.groundtruth_labels:
             raise ValueError("average precision of no image: add at least one by `update`")
-        values = metric.compute()
+        values, result = metric.compute(), {}
         labels = values["classes"].reshape(-1).tolist()
-        result = {}
         for name, prefix in (("mask", "segm"), ("box", "bbox")):
-            result[f"{name}_ap"] = _nan(values[f"{prefix}_map"])
-            result[f"{name}_ap50"] = _nan(values[f"{prefix}_map_50"])
-            result[f"{name}_ap75"] = _nan(values[f"{prefix}_map_75"])
+            for ours, theirs in (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75")):
+                result[f"{name}_{ours}"] = float(values[f"{prefix}_{theirs}"])
             # precision [10 IoU, 101 recalls, classes, 4 areas (0: all), 3 limits (2: 100 boxes)]
-            ap50 = values[f"{prefix}_precision"][0, :, :, 0, 2].mean(dim=0)
+            ap50 = values[f"{prefix}_precision"][0, :, :, 0, 2].mean(dim=0).tolist()
+            ap50 = dict(zip(labels, ap50, strict=True))
             for label, lesion in enumerate(self.classes, start=1):
-                found = label in labels
-                result[f"{name}_ap50_{lesion}"] = (
-                    _nan(ap50[labels.index(label)]) if found else float("nan")
-                )
-        return result
+                result[f"{name}_ap50_{lesion}"] = ap50.get(label, -1.0)
+        return {name: value if value >= 0 else float("nan") for name, value in result.items()}
 
-    def _plain(self, instances: Instances, *more: str) -> Instances:
-        plain = {key: instances[key].detach().cpu() for key in ("boxes", "labels", *more)}
-        return {**plain, "masks": binary_masks(instances, self.mask_threshold).cpu()}
+
+def _mean_average_precision():
+    from torchmetrics.detection import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(
+        iou_type=("segm", "bbox"),
+        backend="faster_coco_eval",
+        # torchmetrics' own are float32: 0.2 becomes 0.200000003, so that a recall or an IoU of
+        # exactly 1/5 misses it and AP differs from COCO's in the third digit
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
+        extended_summary=True,
+        # its own way waits for ever when one process has more images than another
+        sync_on_compute=False,
+    )
+    metric.warn_on_many_detections = False  # COCO's limit of 100 is meant
+    return metric
 
 
 def author_ap(
@@ -92,21 +112,15 @@ def author_ap(
 ) -> np.ndarray:
     """AP of masks by the rule of the released code: the mean of `author_image_ap` over images.
 
-    It is not COCO's: see `author_image_ap`. His script judges detections with a score above 0.05
-    by default, and above 0.75 where his README evaluates the light models, and targets of more than
-    100 pixels; give such (`box_score`, `min_area`). Both arguments may be
-    generators, so that a data set's masks need not be in memory at once.
-
-    Returns:
-        float64 [T], 0..1: one value per IoU threshold.
+    His script judges detections with a score above 0.05 by default, and above 0.75 where his README
+    evaluates the light models, and targets of more than 100 pixels; give such (`box_score`,
+    `min_area`). Both arguments may be generators, so that not all masks need be in memory at once.
 
     Raises:
         ValueError: no image, or not as many predictions as targets.
     """
-    rows = [
-        author_image_ap(prediction, target, thresholds, mask_threshold)
-        for prediction, target in zip(predictions, targets, strict=True)
-    ]
+    pairs = zip(predictions, targets, strict=True)
+    rows = [author_image_ap(*pair, thresholds, mask_threshold) for pair in pairs]
     if not rows:
         raise ValueError("average precision of no image: give at least one")
     return np.mean(rows, axis=0)
@@ -118,7 +132,7 @@ def author_image_ap(
     thresholds: Sequence[float] = IOU_THRESHOLDS,
     mask_threshold: float = 0.5,
 ) -> np.ndarray:
-    """AP of one image by the rule of the released code.
+    """AP of one image by the rule of the released code: float64 [T], 0..1, one per IoU threshold.
 
     - Each target takes the prediction of its own class with the largest mask IoU above the
       threshold, whatever its score (of equals, the one that scores least). COCO lets predictions
@@ -126,9 +140,6 @@ def author_image_ap(
     - One curve of precision over recall is drawn for all classes together, in falling score; its
       precision is made monotonic and summed at each step of recall, as in PASCAL VOC 2010.
     - Without targets and without predictions the AP is 1; without one of them it is 0.
-
-    Returns:
-        float64 [T], 0..1: one value per IoU threshold.
 
     Raises:
         ValueError: the masks of prediction and target differ in size, or a score is NaN.
@@ -138,18 +149,20 @@ def author_image_ap(
     if not n_predictions or not n_targets:
         return np.full(len(thresholds), float(n_predictions == n_targets))
     order = prediction["scores"].detach().argsort(stable=True)  # rising
-    masks = binary_masks(prediction, mask_threshold)[order]
-    iou = _mask_iou(masks, binary_masks(target, mask_threshold))  # [K, targets]
+    masks = binary_masks(prediction, mask_threshold)[order].flatten(1).float()  # [K, H*W]
+    true = binary_masks(target, mask_threshold).flatten(1).float()  # [L, H*W]
+    both = masks @ true.T  # [K, L]
+    iou = both / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)  # 0 if both are empty
     same_class = prediction["labels"][order][:, None] == target["labels"]
     iou = iou.where(same_class, 0).cpu().numpy()
-    best = iou.argmax(axis=0)  # the first of equals
-    hits = iou.max(axis=0) > np.array(thresholds, dtype=np.float32)[:, None]  # [T, targets]
-    result = []
-    for hit in hits:
-        true_positive = np.zeros(n_predictions)
-        true_positive[best[hit]] = 1
-        result.append(_average_precision(true_positive[::-1], n_targets))
-    return np.array(result)
+    best = iou.argmax(axis=0)  # [L], the first of equals
+    hits = iou.max(axis=0) > np.array(thresholds, dtype=np.float32)[:, None]  # [T, L]
+    right = np.zeros((len(thresholds), n_predictions))  # 1 where a prediction is taken
+    threshold, taken = np.nonzero(hits)
+    right[threshold, best[taken]] = 1
+    precision = right[:, ::-1].cumsum(1) / np.arange(1, n_predictions + 1)  # best score first
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)  # best precision from here on
+    return (right * envelope).sum(1) / n_targets  # each hit is one step of recall
 
 
 def semantic_mask(
@@ -165,12 +178,11 @@ def semantic_mask(
         shape: (H, W) of the result; by default that of the masks.
 
     Returns:
-        uint8 [H, W]: 0 background, 2 GGO (label 1; or a lesion, if merged), 3 consolidation
-        (label 2). The codes of `mask_to_targets`, without the lung.
+        uint8 [H, W]: 0 background, else 1 + label, such as 2 GGO (or a lesion, if merged) and 3
+        consolidation. The codes of `mask_to_targets`, without the lung.
     """
     masks = binary_masks(prediction, mask_threshold).cpu().numpy()
-    scores = prediction["scores"].detach().cpu().numpy()
-    labels = prediction["labels"].cpu().numpy()
+    scores, labels = (prediction[key].detach().cpu().numpy() for key in ("scores", "labels"))
     codes = np.zeros(shape or masks.shape[1:], dtype=np.uint8)
     for i in np.argsort(scores, kind="stable"):
         if scores[i] > score_threshold:
@@ -196,19 +208,14 @@ def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Over
         truth: uint8 [H, W], codes as in `semantic_mask`.
     """
     truth, found = np.asarray(truth), fuse(maps, threshold)
-    whole = 1 - (1 - maps).prod(0)
-    regions = [(found >= 2, truth >= 2, whole)]
-    regions += [(found == c + 2, truth == c + 2, part) for c, part in enumerate(maps)]
-    return [
-        Overlap(
-            float((predicted & true).sum()),
-            float(predicted.sum()),
-            float(true.sum()),
-            float(true.size),
-            float(np.abs(probability.numpy() - true).sum()),
-        )
-        for predicted, true, probability in regions
-    ]
+    regions = [(found >= 2, truth >= 2, 1 - (1 - maps).prod(0))]
+    regions += [(found == c, truth == c, part) for c, part in enumerate(maps, start=2)]
+    result = []
+    for predicted, true, probability in regions:
+        error = np.abs(probability.numpy() - true).sum()
+        counts = (predicted & true).sum(), predicted.sum(), true.sum(), true.size, error
+        result.append(Overlap(*map(float, counts)))
+    return result
 
 
 def overlap_means(table: ArrayLike) -> dict[str, float]:
@@ -226,20 +233,17 @@ def overlap_means(table: ArrayLike) -> dict[str, float]:
         dice_present, NaN without such a slice; and present, their number.
     """
     both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
-    shared = both > 0
     with np.errstate(invalid="ignore", divide="ignore"):
         rows = {
             "dice": 2 * both / (predicted + true),
             "sensitivity": both / true,
             "specificity": (pixels - predicted - true + both) / (pixels - true),
         }
-    means = {name: float(np.where(shared, row, 0).mean()) for name, row in rows.items()}
     present = true > 0
-    dice_present = 2 * both[present] / (predicted + true)[present]
     return {
-        **means,
+        **{name: float(np.where(both > 0, row, 0).mean()) for name, row in rows.items()},
         "mae": float((error / pixels).mean()),
-        "dice_present": float(dice_present.mean()) if present.any() else float("nan"),
+        "dice_present": float(rows["dice"][present].mean()) if present.any() else float("nan"),
         "present": int(present.sum()),
     }
 
@@ -249,9 +253,6 @@ def dice(predicted: ArrayLike, true: ArrayLike) -> float:
 
     NaN when both are empty: there was nothing to find, and nothing was found. Whoever takes a mean
     decides whether such a slice counts (as 1) or not.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     predicted, true = np.asarray(predicted, dtype=bool), np.asarray(true, dtype=bool)
     if predicted.shape != true.shape:
@@ -263,61 +264,6 @@ def dice(predicted: ArrayLike, true: ArrayLike) -> float:
 def _check_pair(prediction: Instances, target: Instances) -> None:
     if prediction["scores"].isnan().any():
         raise ValueError("scores of detections must not be NaN")
-    found, true = (one["masks"].shape for one in (prediction, target))
+    found, true = (tuple(one["masks"].shape) for one in (prediction, target))
     if found[0] and true[0] and found[-2:] != true[-2:]:
-        raise ValueError(
-            f"masks of shapes {tuple(found)} and {tuple(true)}: height and width must agree"
-        )
-
-
-def _mask_iou(first: Tensor, second: Tensor) -> Tensor:
-    """bool [K, H, W] and [L, H, W] -> float32 [K, L]; 0 where both are empty."""
-    first, second = first.flatten(1).float(), second.flatten(1).float()
-    intersection = first @ second.T  # [K, L]
-    union = first.sum(1)[:, None] + second.sum(1) - intersection
-    return intersection / union.clamp(min=1)
-
-
-def _average_precision(true_positive: np.ndarray, n_targets: int) -> float:
-    """Area under the monotonic precision-recall curve; true_positive 0 or 1 [K], best first."""
-    found = true_positive.cumsum()
-    precision = found / np.arange(1, len(found) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # best precision from here on
-    return float((true_positive * envelope).sum() / n_targets)  # each hit is one step of recall
-
-
-def _mean_average_precision():
-    from torchmetrics.detection import MeanAveragePrecision
-
-    metric = MeanAveragePrecision(
-        iou_type=("segm", "bbox"),
-        backend="faster_coco_eval",
-        # torchmetrics' own are float32: 0.2 becomes 0.200000003, so that a recall or an IoU of
-        # exactly 1/5 misses it and AP differs from COCO's in the third digit
-        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-        rec_thresholds=np.linspace(0, 1, 101).tolist(),
-        extended_summary=True,
-        # its own way waits for ever when one process has more images than another
-        sync_on_compute=False,
-    )
-    metric.warn_on_many_detections = False  # COCO's limit of 100 is meant
-    return metric
-
-
-def _joined(metric):
-    """The metric with the images of all processes; itself when there is but one."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return metric
-    states = [None] * distributed.get_world_size()
-    distributed.all_gather_object(states, metric.metric_state)
-    joined = _mean_average_precision()
-    for name in metric.metric_state:
-        setattr(joined, name, [image for state in states for image in state[name]])
-    joined._update_count = 1  # else torchmetrics warns that nothing was added
-    return joined
-
-
-def _nan(value: Tensor) -> float:
-    return float(value) if value >= 0 else float("nan")
+        raise ValueError(f"masks of shapes {found} and {true}: height and width must agree")
