@@ -16,11 +16,7 @@ def confusion(
 ) -> np.ndarray:
     """Count slices by true and predicted class: int64 [classes, classes], true ones in rows.
 
-    Args:
-        labels, predictions: int [M], values 0..classes-1; lists, arrays or CPU tensors.
-
-    Raises:
-        ValueError: different lengths, no slice, or a class outside 0..classes-1.
+    Labels and predictions are int [M], 0..classes-1: lists, arrays or CPU tensors, not empty.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -37,10 +33,7 @@ def confusion(
 
 
 def report(confusion: ArrayLike) -> dict:
-    """The numbers of Table 2 from a confusion matrix.
-
-    Args:
-        confusion: counts [C, C], true classes in rows, predicted ones in columns.
+    """The numbers of Table 2 from a confusion matrix: counts [C, C], true classes in rows.
 
     Returns:
         - accuracy: float, 0..1: share of all slices that are classified correctly.
@@ -49,27 +42,20 @@ def report(confusion: ArrayLike) -> dict:
         - ppv: C floats, 0..1: share of the predictions of a class that are right (positive
           predictive value, precision); NaN for a class that is never predicted.
         - support: C ints: slices of each class. n: int: slices in all.
-
-    Raises:
-        ValueError: not a square matrix of counts, or no slice in it.
     """
     counts = np.asarray(confusion)
-    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
-        raise ValueError(f"confusion matrix of shape {counts.shape}: it must be square")
-    if not np.isfinite(counts).all() or (counts < 0).any() or (counts != np.round(counts)).any():
-        raise ValueError("confusion matrix: its elements must be counts, so whole and >= 0")
-    right, true, predicted, n = np.diag(counts), counts.sum(1), counts.sum(0), counts.sum()
-    if n == 0:
-        raise ValueError("confusion matrix: it counts no slice")
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN
-        sensitivity, ppv = right / true, right / predicted
-    return {
-        "accuracy": float(right.sum() / n),
-        "sensitivity": sensitivity.tolist(),
-        "ppv": ppv.tolist(),
-        "support": [int(count) for count in true],
-        "n": int(n),
-    }
+    square = counts.ndim == 2 and counts.shape[0] == counts.shape[1]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN; so is inf % 1
+        if not square or (counts < 0).any() or (counts % 1 != 0).any() or not counts.any():
+            raise ValueError("confusion matrix: it must be square, of whole counts, and not empty")
+        right, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+        return {
+            "accuracy": float(right.sum() / counts.sum()),
+            "sensitivity": (right / true).tolist(),
+            "ppv": (right / predicted).tolist(),
+            "support": [int(count) for count in true],
+            "n": int(counts.sum()),
+        }
 
 
 def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
@@ -77,18 +63,13 @@ def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, floa
 
     It holds for independent trials. The slices of one patient are not independent, so on slices it
     is too narrow: see `patient_bootstrap`.
-
-    Raises:
-        ValueError: a number outside its range, or a count that is not whole.
     """
     from scipy.stats import binomtest
 
     whole = float(successes).is_integer() and float(total).is_integer()
     if not whole or not 0 <= successes <= total or not 0 < level < 1:  # scipy may not say so
-        raise ValueError(
-            f"{successes} of {total} at level {level}: give 0 <= successes <= total, both whole, "
-            "and 0 < level < 1"
-        )
+        given = f"{successes} of {total} at level {level}"
+        raise ValueError(f"{given}: give 0 <= successes <= total, both whole, and 0 < level < 1")
     if total == 0:
         return float("nan"), float("nan")
     low, high = binomtest(int(successes), int(total)).proportion_ci(level, method="wilson")
@@ -102,16 +83,13 @@ def bootstrap(
     repeats: int = 1000,
     seed: int = 0,
 ) -> np.ndarray:
-    """Percentile interval of a statistic when groups, such as patients, are drawn anew.
+    """Percentile interval of a statistic when groups, such as patients, are drawn with replacement.
 
     scipy's has no answer where a draw gives NaN, or where there is one group.
 
     Args:
-        groups: how many there are.
-        statistic: reads int64 [groups], the numbers of the groups that were drawn with replacement;
-            returns a number, or an array of numbers.
-        level: of the interval, between 0 and 1.
-        repeats: how many times all groups are drawn.
+        groups: how many there are; so many are drawn, `repeats` times.
+        statistic: reads int64 [groups], the numbers of those drawn; gives a number, or an array.
 
     Returns:
         float64 [2, ...]: low and high. Draws that give NaN are left out, unless all do.
@@ -143,9 +121,6 @@ def patient_bootstrap(
         patients: M names; slices with the same name are drawn together.
         statistic: reads a confusion matrix int64 [classes, classes], returns a float, or NaN where
             a class is absent; for example `lambda counts: report(counts)["sensitivity"][2]`.
-
-    Raises:
-        ValueError: as `confusion`, or not one patient per slice.
     """
     confusion(labels, predictions, classes)  # checks both
     if len(patients) != len(labels):

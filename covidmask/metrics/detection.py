@@ -36,12 +36,7 @@ class CocoAP:
         self._metric = _mean_average_precision()
 
     def update(self, predictions: Sequence[Instances], targets: Sequence[Instances]) -> None:
-        """Add images: one prediction and one target for each, of the same height and width.
-
-        Raises:
-            ValueError: their numbers differ, an image lacks a key, the masks of its prediction and
-                target differ in size, or a score is NaN.
-        """
+        """Add images: one prediction and one target for each, of the same height and width."""
         for prediction, target in zip(predictions, targets, strict=True):
             _check_pair(prediction, target)
         self._metric.update(
@@ -54,14 +49,9 @@ class CocoAP:
         return {**plain, "masks": binary_masks(instances, self.mask_threshold).cpu()}
 
     def compute(self) -> dict[str, float]:
-        """The AP of all images added so far.
+        """mask_ap, mask_ap50, mask_ap75, box_ap, box_ap50 and box_ap75 of all images, 0..1.
 
-        Returns:
-            mask_ap, mask_ap50, mask_ap75, box_ap, box_ap50, box_ap75: 0..1. With `classes` also
-            mask_ap50_<class> and box_ap50_<class>. NaN (COCO's -1) where there is no target.
-
-        Raises:
-            ValueError: no image was added.
+        With `classes` also mask_ap50_<class> and box_ap50_<class>. NaN (COCO's -1): no target.
         """
         metric = self._metric
         if distributed.is_available() and distributed.is_initialized():
@@ -115,9 +105,6 @@ def author_ap(
     His script judges detections with a score above 0.05 by default, and above 0.75 where his README
     evaluates the light models, and targets of more than 100 pixels; give such (`box_score`,
     `min_area`). Both arguments may be generators, so that not all masks need be in memory at once.
-
-    Raises:
-        ValueError: no image, or not as many predictions as targets.
     """
     pairs = zip(predictions, targets, strict=True)
     rows = [author_image_ap(*pair, thresholds, mask_threshold) for pair in pairs]
@@ -140,9 +127,6 @@ def author_image_ap(
     - One curve of precision over recall is drawn for all classes together, in falling score; its
       precision is made monotonic and summed at each step of recall, as in PASCAL VOC 2010.
     - Without targets and without predictions the AP is 1; without one of them it is 0.
-
-    Raises:
-        ValueError: the masks of prediction and target differ in size, or a score is NaN.
     """
     _check_pair(prediction, target)
     n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
@@ -159,9 +143,9 @@ def author_image_ap(
     hits = iou.max(axis=0) > np.array(thresholds, dtype=np.float32)[:, None]  # [T, L]
     right = np.zeros((len(thresholds), n_predictions))  # 1 where a prediction is taken
     threshold, taken = np.nonzero(hits)
-    right[threshold, best[taken]] = 1
-    precision = right[:, ::-1].cumsum(1) / np.arange(1, n_predictions + 1)  # best score first
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)  # best precision from here on
+    right[threshold, -1 - best[taken]] = 1  # the best score first
+    precision = right.cumsum(1) / np.arange(1, n_predictions + 1)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # best from here on
     return (right * envelope).sum(1) / n_targets  # each hit is one step of recall
 
 
@@ -171,15 +155,11 @@ def semantic_mask(
     shape: tuple[int, int] | None = None,
     mask_threshold: float = 0.5,
 ) -> np.ndarray:
-    """Paint instances into one mask, in rising score, so that the best lies on top.
-
-    Args:
-        score_threshold: only detections that score above it are painted.
-        shape: (H, W) of the result; by default that of the masks.
+    """Paint instances that score above a threshold, in rising score: the best lies on top.
 
     Returns:
-        uint8 [H, W]: 0 background, else 1 + label, such as 2 GGO (or a lesion, if merged) and 3
-        consolidation. The codes of `mask_to_targets`, without the lung.
+        uint8 [H, W], by default of the masks' shape: 0 background, else 1 + label, such as 2 GGO
+        (or a lesion, if merged) and 3 consolidation: as `mask_to_targets`, without the lung.
     """
     masks = binary_masks(prediction, mask_threshold).cpu().numpy()
     scores, labels = (prediction[key].detach().cpu().numpy() for key in ("scores", "labels"))
@@ -201,11 +181,10 @@ class Overlap(NamedTuple):
 
 
 def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Overlap]:
-    """Compare fused maps with a mask: the infection, which is any lesion, then each class.
+    """Compare the `lesion_maps` with a mask of codes: first all lesions, then each class.
 
     Args:
-        maps: float32 [classes, H, W] of `lesion_maps`.
-        truth: uint8 [H, W], codes as in `semantic_mask`.
+        maps: float32 [classes, H, W]. truth: uint8 [H, W], codes as in `semantic_mask`.
     """
     truth, found = np.asarray(truth), fuse(maps, threshold)
     regions = [(found >= 2, truth >= 2, 1 - (1 - maps).prod(0))]
@@ -219,18 +198,13 @@ def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Over
 
 
 def overlap_means(table: ArrayLike) -> dict[str, float]:
-    """Means over slices of one region, in the convention of the published tables, and another.
-
-    COVID-SemiSeg's published tables take the mean over all slices, and a slice in which prediction
-    and truth share no pixel counts 0, also where the truth is empty (Inf-Net's evaluation code).
-    `dice_present` is the mean over the slices whose truth is not empty.
-
-    Args:
-        table: [slices, 5], rows of `Overlap`.
+    """Means over slices of one region: `table` [slices, 5] has rows of `Overlap`.
 
     Returns:
-        dice, sensitivity, specificity, mae (mean absolute error of the probability): 0..1;
-        dice_present, NaN without such a slice; and present, their number.
+        dice, sensitivity, specificity, mae (mean absolute error of the probability): 0..1. As in
+        COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts
+        0, also where the truth is empty (Inf-Net's evaluation code). Then dice_present, over the
+        slices whose truth is not empty (NaN without such), and present, their number.
     """
     both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
     with np.errstate(invalid="ignore", divide="ignore"):

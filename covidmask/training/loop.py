@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -42,24 +43,17 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote for the same `run`: settings that must not be mixed.
-
-    Raises:
-        CheckpointError: truncated, with foreign classes, or of a run with other settings.
-    """
-    remedy = "delete it and start again, or name another checkpoint"
+    """Read what `save_checkpoint` wrote for the same `run`: settings that must not be mixed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = dict(state["run"])
     except (PermissionError, MemoryError):
         raise  # the file may be whole
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        reason = f"truncated or damaged ({(str(error) or repr(error)).splitlines()[0]})"
+        reason = f"truncated, or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})"
         if isinstance(error, pickle.UnpicklingError):
             reason = "holds more than plain data and is not read"
-        raise CheckpointError(f"{path}: {reason}; {remedy}") from error
-    saved = state.get("run") if isinstance(state, dict) else None
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{path}: not a checkpoint of a covidmask training; {remedy}")
+        raise CheckpointError(f"{path}: {reason}; delete it, or name another checkpoint") from error
     changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in run.items() if saved.get(k) != v]
     if changed:
         raise CheckpointError(
@@ -81,7 +75,7 @@ def make_fabric(
         precision: Lightning Fabric's names, such as "32-true" or "bf16-mixed".
         device: "auto" is CUDA when present, else CPU; MPS is used only when asked for.
         find_unused_parameters: for models of which some parameter gets no gradient ("full").
-        log_dir: folder for TensorBoard, or None.
+        log_dir: folder for TensorBoard.
     """
     # Lightning advises on each new GPU to give up digits for speed; that choice is the reader's
     for name in ("fabric", "pytorch"):  # the one that was imported last speaks for both
@@ -90,20 +84,14 @@ def make_fabric(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    loggers, strategy = [], "auto"
-    if world > 1:
-        strategy = DDPStrategy(find_unused_parameters=find_unused_parameters)
-    if log_dir is not None:
-        from lightning.fabric.loggers import TensorBoardLogger
-
-        loggers.append(TensorBoardLogger(log_dir, name="", version=""))
+    ddp = DDPStrategy(find_unused_parameters=find_unused_parameters)
     fabric = Fabric(
         accelerator=device,
         devices=local,
         num_nodes=world // local,
-        strategy=strategy,
+        strategy=ddp if world > 1 else "auto",
         precision=precision,
-        loggers=loggers,
+        loggers=TensorBoardLogger(log_dir, name="", version="") if log_dir else [],
     )
     fabric.launch()
     return fabric
@@ -129,8 +117,6 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train what requires a gradient in `model`, in place, with Adam; it ends in eval mode.
 
-    Its convolutions are laid out channels last.
-
     Args:
         dataset: its items are given to `losses` as a list. An `endless` one (see `Augmented`) gives
             new items in every epoch.
@@ -138,13 +124,11 @@ def fit(
         checkpoint: file to write after every epoch, and to go on from when it is there.
         run: settings that a resumed run must share, besides `training`, seed, names of the data
             and the weights of `model` before the first step.
-        accuracy: judges `model`, in eval mode, after each epoch; the weights with the highest value
-            are kept. Not together with `training.average`, whose weights it does not see.
-        images: the first part of an item is an image, to be looked at (see `check_images`) before
-            it goes to a GPU, where a look makes it wait.
-        singly: differentiate the items of a batch one by one and add up their gradients, which is
-            the same step for less memory where a loss is a mean over items that do not touch each
-            other (no batch statistics).
+        accuracy: judges `model` after each epoch; the weights with the highest value are kept. Not
+            together with `training.average`, whose weights it does not see.
+        images: items begin with an image, to be looked at before a GPU would have to wait for that.
+        singly: differentiate the items of a batch one by one and add up their gradients: the same
+            step for less memory where items do not touch each other (no batch statistics).
         workers: processes that read slices; 0 reads in this one.
         memory: MiB for slices that are decoded once, before the first step; see `InMemory`.
 
@@ -153,10 +137,9 @@ def fit(
         the end of an epoch also the `accuracy`.
 
     Raises:
-        ValueError: both `accuracy` and `training.average`.
         DataError: fewer slices than one batch, or a batch that the processes cannot share.
         TrainingError: the loss, or a weight after an epoch, is not finite, or the accuracy is NaN.
-        CheckpointError, OutputError: see `load_checkpoint` and `atomic_path`.
+        CheckpointError: `checkpoint` is damaged, or of another run.
     """
     if accuracy and training.average:
         raise ValueError("best weights and average weights: choose one of the two")

@@ -212,11 +212,12 @@ def test_batches_of_an_epoch_use_each_slice_at_most_once():
 
 def test_copies_to_the_cpu_have_arrived(monkeypatch):
     """Only a copy to a GPU may still be under way when it is used."""
-    asked = []
+    asked, fabric = [], loop.make_fabric(device="cpu")
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **options: asked.append(options))
     for device in ("cpu", "cuda"):
-        loop.to_device({"boxes": (torch.zeros(1),)}, torch.device(device))
-    assert [options["non_blocking"] for options in asked] == [False, True]
+        monkeypatch.setattr(type(fabric), "device", torch.device(device))
+        fabric.to_device([{"boxes": (torch.zeros(1),)}])
+    assert [options.get("non_blocking", False) for options in asked] == [False, True]
 
 
 def test_pinnable_batches_share_no_memory():
