@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def train_s(
     training: TrainingConfig,
     *,
     validation: tuple[Tensor, Tensor] | None = None,
-    names: list[str] | None = None,
+    names: Sequence[str] | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
     """Train S alone on ranked boxes that were computed before.
@@ -106,7 +107,7 @@ def train_classifier(
         dataset: items (image, label) of `SliceImages`.
         validation: with it the epoch of the best accuracy is kept ("return the best model").
         cache: folder for the ranked boxes of "heads"; see `cache_ranked_boxes`.
-        workers, memory, options: as in `fit`; options are `seed` and `checkpoint`.
+        options: `seed` and `checkpoint`; they and the others as in `fit`.
     """
     fabric = fabric or make_fabric(training.precision, find_unused_parameters=regime == "full")
     for part in (dataset, validation):
@@ -122,13 +123,13 @@ def train_classifier(
     options |= {"fabric": fabric, "run": run, "progress": progress}
     if regime == "heads":
 
-        def ranked(part: Dataset, title: str) -> tuple[Tensor, Tensor]:
-            settings = {"fabric": fabric, "folder": cache, "progress": progress, "title": title}
+        def ranked(part: Dataset) -> tuple[Tensor, Tensor]:
+            settings = {"fabric": fabric, "folder": cache, "progress": progress}
             return cache_ranked_boxes(model, part, **settings), torch.tensor(part.labels)
 
-        rows, labels = ranked(dataset, "ranking boxes")
-        held_out = None if validation is None else ranked(validation, "ranking validation")
-        options |= {"validation": held_out, "names": dataset.names}
+        rows, labels = ranked(dataset)
+        options["names"] = item_names(dataset)
+        options["validation"] = None if validation is None else ranked(validation)
         return train_s(model.s, rows, labels, training, **options)
 
     def losses(wrapped, items: list) -> dict[str, Tensor]:
@@ -166,11 +167,7 @@ def evaluate_classifier(
     Returns:
         `probabilities` float32 [M,C] (a sigmoid each, so rows need not sum to 1), `predictions`
         and `labels` int64 [M], `confusion` int64 [C,C] and everything in `report(confusion)`, for
-        the C classes of `model.config`.
-
-    Raises:
-        DataError: the data set has other classes.
-        TrainingError: a logit is no number.
+        the C classes of `model.config`, which the data set must have.
     """
     check_classes(model, dataset)
     options = {"fabric": fabric, "batch_size": batch_size, "progress": progress}

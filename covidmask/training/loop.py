@@ -7,6 +7,7 @@ GPU adds up in any order, so there the rounding differs from run to run.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import logging
@@ -171,19 +172,16 @@ def fit(
         "weights at the start": digest(model),  # now the same in all processes
     }
     history: list[dict[str, float]] = []
-    best, best_weights, average = -math.inf, None, None
-    if training.average:
-        average = {k: v.clone() for k, v in model.state_dict().items()}
+    best, best_weights = -math.inf, None
+    average = copy.deepcopy(model.state_dict()) if training.average else None
+    parts = {"model": model, "optimizer": optimizer, "precision": precision}
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_checkpoint(checkpoint, run)
         if bad := not_finite(state["model"]):
-            raise CheckpointError(
-                f"{checkpoint}: holds NaN or infinity in {some(bad)}; delete it and start again, "
-                "with a lower learning rate"
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        precision.load_state_dict(state["precision"])
+            remedy = "delete it and start again, with a lower learning rate"
+            raise CheckpointError(f"{checkpoint}: holds NaN or infinity in {some(bad)}; {remedy}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         history, best, best_weights = state["history"], state["best"], state["best_weights"]
         average = fabric.to_device(state["average"])
 
@@ -203,7 +201,6 @@ def fit(
     )
     with tqdm(total=total, initial=start, desc=title, disable=hidden) as bar:
         for step, items in enumerate(loader, start):
-            epoch = step // steps_per_epoch
             torch.manual_seed(step_seed(seed, step, rank))
             lr = learning_rate(training, step, total)
             for group in optimizer.param_groups:
@@ -215,14 +212,12 @@ def fit(
             items = fabric.to_device(items)
             pieces = [[item] for item in items] if singly else [items]
             values: Any = 0
-            for number, piece in enumerate(pieces, 1):
-                last = number == len(pieces)
-                with fabric.no_backward_sync(wrapped, enabled=world > 1 and not last):
+            for left, piece in enumerate(pieces, 1 - len(pieces)):
+                with fabric.no_backward_sync(wrapped, enabled=world > 1 and left < 0):
                     named = losses(wrapped, piece)
                     loss = sum(named.values())
                     fabric.backward(loss * (1 / len(pieces)))
-                every = torch.stack([loss, *named.values()]).detach()
-                values = values + every * (1 / len(pieces))
+                values += torch.stack([loss, *named.values()]).detach() * (1 / len(pieces))
             if world > 1:
                 values = fabric.all_reduce(values, reduce_op="mean")
             values = dict(zip(["loss", *named], values.tolist(), strict=True))
@@ -237,6 +232,7 @@ def fit(
                 for name, value in model.state_dict().items():
                     floats = value.is_floating_point()
                     average[name].lerp_(value, 1 - decay) if floats else average[name].copy_(value)
+            epoch = step // steps_per_epoch
             history.append({"step": step, "epoch": epoch, "lr": lr, **values})
             bar.update()
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
@@ -252,24 +248,16 @@ def fit(
                     history[-1]["accuracy"] = value = accuracy()
                     model.train()
                     if value > best:
-                        best, weights = value, model.state_dict()
-                        best_weights = {k: v.cpu().clone() for k, v in weights.items()}
+                        best = value
+                        best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
                     if best_weights is None:
                         raise TrainingError(
-                            f"accuracy is {value} after epoch {epoch}, so no epoch can be the "
-                            "best; look at the validation data"
+                            f"accuracy is {value} after epoch {epoch}; look at the validation data"
                         )
                 if checkpoint is not None and rank == 0:
-                    state = {
-                        "run": run,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "precision": precision.state_dict(),
-                        "history": history,
-                        "best": best,
-                        "best_weights": best_weights,
-                        "average": average,
-                    }
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    state |= {"run": run, "history": history, "average": average}
+                    state |= {"best": best, "best_weights": best_weights}
                     save_checkpoint(checkpoint, state)
             fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
     if accuracy and best_weights is not None:  # those of a checkpoint may be unwanted

@@ -10,6 +10,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,6 @@ def cache_ranked_boxes(
     batch_size: int = 8,
     folder: str | Path | None = None,
     progress: bool = True,
-    title: str = "ranking boxes",
 ) -> Tensor:
     """Run the detector once on each slice.
 
@@ -51,7 +51,6 @@ def cache_ranked_boxes(
         float32 [M,N,columns] on the CPU, in the order of the data set; with `folder` memory-mapped.
 
     Raises:
-        OutputError: `folder` cannot be written.
         TrainingError: a box holds NaN.
     """
     fabric = fabric or loop.make_fabric()
@@ -63,12 +62,12 @@ def cache_ranked_boxes(
         found = _read(path, shape)
         if fabric.broadcast(found is not None):  # the first process decides
             return _there(found, path)
-        check_writable(path.parent)
+        check_writable(folder)
         process = f"{fabric.global_rank}of{fabric.world_size}"
         started = path.with_name(f".{path.stem}.{process}.part")
     rows = torch.full((len(loop.share(shape[0], fabric)), *shape[1:]), torch.nan)
     done = _read_part(started, rows) if started else 0
-    fast = for_inference(model.to(fabric.device).eval())
+    fast, title = for_inference(model.to(fabric.device).eval()), "ranking boxes"
     for _, _, images in loop.read_batches(dataset, fabric, batch_size, title, progress, done):
         part = rows[done : done + len(images)]
         with fabric.autocast():
@@ -97,43 +96,38 @@ def cache_ranked_boxes(
 
 def _there(rows: Tensor | None, path: Path) -> Tensor:
     if rows is None:
-        raise OutputError(
-            f"{path}: cannot be read back; name a folder that all processes share, with space left"
-        )
+        raise OutputError(f"{path}: cannot be read; name a folder that all processes share")
     return rows
 
 
 def settings_digest(detector: nn.Module) -> str:
     """A short hash of all but weights that decides what a detector gives, whoever built it.
 
-    That is the plain attributes of its modules, such as thresholds and numbers of proposals, and
-    those of their helpers that are no modules, such as the weights of the box coder.
+    That is the plain attributes of its modules, such as thresholds, and of their helpers that are
+    no modules, such as the weights of the box coder.
     """
     total = hashlib.sha256()
     for name, part in detector.named_modules():
         for place, owner in (("", part), *sorted(vars(part).items())):
             for key, value in sorted(getattr(owner, "__dict__", {}).items()):
-                # a forward pass writes `scales`
-                if key not in ("training", "scales") and "hooks" not in key:
-                    with suppress(TypeError, ValueError):  # what is no JSON is no setting
-                        setting = json.dumps([name, str(type(part)), place, key, value])
-                        total.update(setting.encode())
+                if key in ("training", "scales") or "hooks" in key:
+                    continue  # a forward pass writes `scales`
+                with suppress(TypeError, ValueError):  # what is no JSON is no setting
+                    setting = json.dumps([name, str(type(part)), place, key, value])
+                    total.update(setting.encode())
     return total.hexdigest()[:12]
 
 
 def _key(model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric) -> str:
-    encoder = getattr(model, "encoder", None)  # the reader's own may stand in a notebook
     facts = {
         "versions": [covidmask.__version__, torch.__version__, torchvision.__version__],
         "weights": loop.digest(model.detector),
         "detector": settings_digest(model.detector),
         "classifier": asdict(model.config),
         "precision": fabric.strategy.precision.precision,
-        "encoder": str(getattr(encoder, "__dict__", encoder)),
+        "encoder": _text(getattr(model, "encoder", None)),
     }
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    with suppress(OSError, TypeError):
-        total.update(inspect.getsource(type(encoder)).encode())
     package = Path(covidmask.__file__).parent
     for file in sorted([*package.glob("models/*.py"), *package.glob("datasets/*.py")]):
         total.update(file.read_bytes())
@@ -147,6 +141,23 @@ def _key(model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric) -> str:
             image = dataset[index][0]
             total.update(str((image.dtype, image.shape)).encode() + loop.as_bytes(image))
     return total.hexdigest()[:16]
+
+
+def _text(part: Any) -> str:
+    """What a row encoder, perhaps of a reader's notebook, is made of: values and source code."""
+    if isinstance(part, (tuple, list)):
+        return str([_text(one) for one in part])
+    if isinstance(part, Tensor):
+        return str(loop.as_bytes(part))
+    try:
+        if isinstance(part, nn.Module):
+            return inspect.getsource(type(part)) + settings_digest(part) + loop.digest(part)
+        if inspect.isfunction(part):
+            inside = [cell.cell_contents for cell in part.__closure__ or ()]
+            return inspect.getsource(part) + _text([part.__defaults__, *inside])
+        return inspect.getsource(type(part)) + _text([*vars(part).values()])
+    except (OSError, TypeError):  # a plain value; or it shows its address, and is never found again
+        return repr(part)
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
@@ -163,8 +174,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 def _records(rows: np.ndarray, first: int) -> np.ndarray:
     """How slices stand in the file of a run that is not finished: their rows, each with a sum.
 
-    The sum tells rows from the zeros that a crash can leave in a file. It is of the place, too: two
-    runs at once append to one file, each all that it computes.
+    The sum knows zeros that a crash can leave, and the place: two runs may append to one file.
     """
     records = np.empty(len(rows), [("rows", "<f4", rows.shape[1:]), ("sum", "<u4")])
     records["rows"] = rows

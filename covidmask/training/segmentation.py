@@ -63,12 +63,9 @@ def pretrain_segmenter(
     progress: bool = True,
     **options: Any,
 ) -> list[dict[str, float]]:
-    """Train on random copies of a preset's phantoms, which are drawn where they are absent.
+    """Train on random copies of a preset's phantoms, which are drawn where `folder` lacks them.
 
-    Args:
-        preset: one with `augment` and `pretraining`.
-        folder: of the phantoms.
-        options: as in `train_segmenter`.
+    The preset has `augment` and `pretraining`; options are those of `train_segmenter`.
     """
     fabric = fabric or make_fabric(preset.pretraining.precision)
     if fabric.global_rank == 0:
@@ -95,11 +92,8 @@ def predict_lesions(
 
     With several processes each yields the slices of its share. Slices of different sizes never
     share a batch, because padding changes the result; so where sizes mix, indices come out of
-    order.
-
-    Args:
-        fused: add `maps`, as `models.detector.detect` does.
-        mirror: as there; needs `fused`.
+    order. With `fused` predictions have `maps`, as those of `models.detector.detect`, which may be
+    the mean with those of the mirror image.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
@@ -138,11 +132,6 @@ def evaluate_segmenter(
         where there is none). `overlap` holds `overlap_means` of "infection" and of each class in
         the fused maps; `slices`, how many were judged; and `table`, float64 [M, regions, 5], the
         `Overlap` of each slice, in the order of the data set.
-
-    Raises:
-        DataError: `score` or `threshold` is not in 0..1, or an image is refused by `check_images`.
-        TrainingError: a weight is NaN or infinite.
-        ValueError: the data set is empty.
     """
     for name, value in (("score", score), ("threshold", threshold)):
         if not 0 <= value <= 1:
@@ -152,32 +141,31 @@ def evaluate_segmenter(
     fabric = fabric or make_fabric()
     classes = lesion_classes(model.config.lesions)
     regions, coco, rows = ("infection", *classes), CocoAP(classes), {}
-    for index, prediction, target in predict_lesions(
-        model, dataset, fabric=fabric, fused=True, **options
-    ):
+    found = predict_lesions(model, dataset, fabric=fabric, fused=True, **options)
+    for index, prediction, target in found:
         maps = prediction.pop("maps")
         prediction.pop("semantic", None)
         coco.update([prediction], [target])
         kept = prediction["scores"] > score
         author = detection.author_image_ap({k: v[kept] for k, v in prediction.items()}, target)
-        found = semantic_mask(prediction, score)
+        painted = semantic_mask(prediction, score)
         truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
         codes = range(2, 2 + len(classes))
-        painted = (detection.dice(found == code, truth == code) for code in codes)
+        dices = [detection.dice(painted == code, truth == code) for code in codes]
         counts = chain.from_iterable(detection.overlap(maps, truth, threshold))
-        rows[index] = [*author, *painted, *counts]
+        rows[index] = [*author, *dices, *counts]
     columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
     ordered = [rows[index] for index in sorted(rows)]  # as `gather` expects them
     part = torch.tensor(ordered, dtype=torch.float64).reshape(-1, sum(columns))
-    author, painted, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
-    author, painted = author.mean(0), painted.nanmean(0)
+    author, dices, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
+    author, dices = author.mean(0), dices.nanmean(0)
     table = counts.reshape(-1, len(regions), 5)  # [M, regions, 5]
     return {
         **coco.compute(),
         "author_ap": float(author.mean()),
         "author_ap50": float(author[IOU_THRESHOLDS.index(0.5)]),
         "author_ap75": float(author[IOU_THRESHOLDS.index(0.75)]),
-        **{f"dice_{name}": float(v) for name, v in zip(classes, painted, strict=True)},
+        **{f"dice_{name}": float(v) for name, v in zip(classes, dices, strict=True)},
         "overlap": {name: detection.overlap_means(table[:, i]) for i, name in enumerate(regions)},
         "slices": len(dataset),
         "table": table,
