@@ -6,6 +6,7 @@ __all__, __getattr__ = open_room(
     __name__,
     {
         "classification": (
+            "bootstrap",
             "confusion",
             "patient_bootstrap",
             "report",

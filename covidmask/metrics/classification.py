@@ -2,99 +2,106 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from covidmask.config import IMAGE_CLASSES
 
-def confusion(labels: ArrayLike, predictions: ArrayLike, classes: int = 3) -> np.ndarray:
-    """Count slices by true and predicted class.
 
-    Args:
-        labels, predictions: int [M], values 0..classes-1; lists, arrays or CPU tensors.
+def confusion(
+    labels: ArrayLike, predictions: ArrayLike, classes: int = len(IMAGE_CLASSES)
+) -> np.ndarray:
+    """Count slices by true and predicted class: int64 [classes, classes], true ones in rows.
 
-    Returns:
-        int64 [classes, classes]: true classes in rows, predicted ones in columns.
-
-    Raises:
-        ValueError: different lengths, no slice, or a class outside 0..classes-1.
+    Labels and predictions are int [M], 0..classes-1: lists, arrays or CPU tensors, not empty.
     """
     from sklearn.metrics import confusion_matrix
 
-    labels, predictions = _int_vector(labels), _int_vector(predictions)
-    both = np.concatenate([labels, predictions])
-    if labels.shape != predictions.shape or not labels.size:
-        raise ValueError(
-            f"{labels.size} labels and {predictions.size} predictions: give one of each per slice"
-        )
-    if both.min() < 0 or both.max() >= classes:  # scikit-learn would leave them out silently
-        raise ValueError(f"class {both.min()}..{both.max()}: classes are 0..{classes - 1}")
-    return confusion_matrix(labels, predictions, labels=range(classes)).astype(np.int64)
+    both = [np.asarray(values) for values in (labels, predictions)]
+    if any(values.ndim != 1 or values.dtype.kind not in "iu" for values in both):
+        shapes = " and ".join(f"{values.dtype} {list(values.shape)}" for values in both)
+        raise ValueError(f"labels and predictions are {shapes}: give one whole number per slice")
+    if len(both[0]) != len(both[1]) or not len(both[0]):
+        raise ValueError(f"{len(both[0])} labels and {len(both[1])} predictions: give as many")
+    low, high = np.min(both), np.max(both)
+    if low < 0 or high >= classes:  # scikit-learn would leave them out silently
+        raise ValueError(f"class {low}..{high}: classes are 0..{classes - 1}")
+    return confusion_matrix(*both, labels=range(classes)).astype(np.int64)
 
 
 def report(confusion: ArrayLike) -> dict:
-    """The numbers of Table 2 from a confusion matrix.
-
-    Args:
-        confusion: counts [C, C], true classes in rows, predicted ones in columns.
+    """The numbers of Table 2 from a confusion matrix: counts [C, C], true classes in rows.
 
     Returns:
-        A dict with
-
         - accuracy: float, 0..1: share of all slices that are classified correctly.
         - sensitivity: C floats, 0..1: share of the slices of a class that are found; NaN for a
           class without slices.
         - ppv: C floats, 0..1: share of the predictions of a class that are right (positive
           predictive value, precision); NaN for a class that is never predicted.
-        - support: C ints: slices of each class.
-        - n: int: slices in all.
-
-    Raises:
-        ValueError: not a square matrix of counts, or no slice in it.
+        - support: C ints: slices of each class. n: int: slices in all.
     """
     counts = np.asarray(confusion)
-    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
-        raise ValueError(f"confusion matrix of shape {counts.shape}: it must be square")
-    if not np.isfinite(counts).all() or (counts < 0).any() or (counts != np.round(counts)).any():
-        raise ValueError("confusion matrix: its elements must be counts, so whole and >= 0")
-    if counts.sum() == 0:
-        raise ValueError("confusion matrix: it counts no slice")
-    right = np.diag(counts)
-    true, predicted = counts.sum(axis=1), counts.sum(axis=0)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN
-        sensitivity, ppv = right / true, right / predicted
-    return {
-        "accuracy": float(right.sum() / counts.sum()),
-        "sensitivity": sensitivity.tolist(),
-        "ppv": ppv.tolist(),
-        "support": [int(count) for count in true],
-        "n": int(counts.sum()),
-    }
+    square = counts.ndim == 2 and counts.shape[0] == counts.shape[1]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN; so is inf % 1
+        if not square or (counts < 0).any() or (counts % 1 != 0).any() or not counts.any():
+            raise ValueError("confusion matrix: it must be square, of whole counts, and not empty")
+        right, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+        return {
+            "accuracy": float(right.sum() / counts.sum()),
+            "sensitivity": (right / true).tolist(),
+            "ppv": (right / predicted).tolist(),
+            "support": [int(count) for count in true],
+            "n": int(counts.sum()),
+        }
 
 
 def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a proportion, as fractions.
+    """Wilson's interval of a proportion, as fractions; (nan, nan) when `total` is 0.
 
     It holds for independent trials. The slices of one patient are not independent, so on slices it
-    is too narrow: see `patient_bootstrap`. (nan, nan) when `total` is 0.
-
-    Raises:
-        ValueError: `successes` is not in 0..`total`, one of them is not whole, or `level` is not
-            in 0..1.
+    is too narrow: see `patient_bootstrap`.
     """
     from scipy.stats import binomtest
 
     whole = float(successes).is_integer() and float(total).is_integer()
     if not whole or not 0 <= successes <= total or not 0 < level < 1:  # scipy may not say so
-        raise ValueError(
-            f"{successes} of {total} at level {level}: give 0 <= successes <= total, both whole, "
-            "and 0 < level < 1"
-        )
+        given = f"{successes} of {total} at level {level}"
+        raise ValueError(f"{given}: give 0 <= successes <= total, both whole, and 0 < level < 1")
     if total == 0:
         return float("nan"), float("nan")
-    interval = binomtest(int(successes), int(total)).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
+    low, high = binomtest(int(successes), int(total)).proportion_ci(level, method="wilson")
+    return float(low), float(high)
+
+
+def bootstrap(
+    groups: int,
+    statistic: Callable[[np.ndarray], ArrayLike],
+    level: float = 0.95,
+    repeats: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Percentile interval of a statistic when groups, such as patients, are drawn with replacement.
+
+    scipy's has no answer where a draw gives NaN, or where there is one group.
+
+    Args:
+        groups: how many there are; so many are drawn, `repeats` times.
+        statistic: reads int64 [groups], the numbers of those drawn; gives a number, or an array.
+
+    Returns:
+        float64 [2, ...]: low and high. Draws that give NaN are left out, unless all do.
+    """
+    if not 0 < level < 1 or repeats < 1:
+        raise ValueError(f"level {level}, repeats {repeats}: level is in 0..1, repeats at least 1")
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(groups, size=groups) for _ in range(repeats))
+    values = np.array([statistic(draw) for draw in draws], dtype=float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN: so is the interval
+        return np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def patient_bootstrap(
@@ -105,49 +112,23 @@ def patient_bootstrap(
     level: float = 0.95,
     repeats: int = 1000,
     seed: int = 0,
-    classes: int = 3,
+    classes: int = len(IMAGE_CLASSES),
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic when patients, not slices, are drawn with replacement.
+    """Interval of a statistic by `bootstrap`: patients, not slices, are drawn with replacement.
 
     Args:
         labels, predictions: int [M], 0..classes-1.
         patients: M names; slices with the same name are drawn together.
-        statistic: reads a confusion matrix int64 [classes, classes], returns a float; for example
-            `lambda counts: report(counts)["sensitivity"][2]`.
-        level: of the interval, between 0 and 1.
-        repeats: how many times all patients are drawn.
-        classes: number of image classes.
-
-    Returns:
-        (low, high). Draws in which the statistic is NaN, because a class is absent from them, are
-        left out; both are NaN when nothing is left.
-
-    Raises:
-        ValueError: as `confusion`, or not one patient per slice.
+        statistic: reads a confusion matrix int64 [classes, classes], returns a float, or NaN where
+            a class is absent; for example `lambda counts: report(counts)["sensitivity"][2]`.
     """
-    labels, predictions = _int_vector(labels), _int_vector(predictions)
-    total = confusion(labels, predictions, classes)  # checks both
-    if len(patients) != labels.size:
-        raise ValueError(f"{len(patients)} patients for {labels.size} slices: give one per slice")
-    if not 0 < level < 1 or repeats < 1:
-        raise ValueError(f"level {level}, repeats {repeats}: level is in 0..1, repeats at least 1")
+    confusion(labels, predictions, classes)  # checks both
+    if len(patients) != len(labels):
+        raise ValueError(f"{len(patients)} patients for {len(labels)} slices: give one per slice")
     names, owner = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    counts = np.zeros((len(names), *total.shape), dtype=np.int64)  # [P, C, C]
-    np.add.at(counts, (owner, labels, predictions), 1)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(names), size=len(names)) for _ in range(repeats))
-    values = np.array([statistic(counts[draw].sum(axis=0)) for draw in draws], dtype=float)
-    values = values[~np.isnan(values)]
-    if not values.size:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    counts = np.zeros((len(names), classes, classes), dtype=np.int64)
+    np.add.at(counts, (owner, np.asarray(labels), np.asarray(predictions)), 1)
+    low, high = bootstrap(
+        len(names), lambda drawn: statistic(counts[drawn].sum(0)), level, repeats, seed
+    )
     return float(low), float(high)
-
-
-def _int_vector(values: ArrayLike) -> np.ndarray:
-    vector = np.asarray(values)
-    if vector.ndim != 1:
-        raise ValueError(f"classes of shape {vector.shape}: give one number for each slice")
-    if vector.size and not np.issubdtype(vector.dtype, np.integer):
-        raise ValueError(f"classes of type {vector.dtype}: they must be integers")
-    return vector.astype(np.int64)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, distributed
 
 from covidmask.models.detector import Instances, binary_masks, fuse
 
@@ -32,17 +32,11 @@ class CocoAP:
     """
 
     def __init__(self, classes: Sequence[str] = (), mask_threshold: float = 0.5) -> None:
-        self.classes = tuple(classes)
-        self.mask_threshold = mask_threshold
+        self.classes, self.mask_threshold = tuple(classes), mask_threshold
         self._metric = _mean_average_precision()
 
     def update(self, predictions: Sequence[Instances], targets: Sequence[Instances]) -> None:
-        """Add images: one prediction and one target for each, of the same height and width.
-
-        Raises:
-            ValueError: their numbers differ, an image lacks a key, the masks of its prediction and
-                target differ in size, or a score is NaN.
-        """
+        """Add images: one prediction and one target for each, of the same height and width."""
         for prediction, target in zip(predictions, targets, strict=True):
             _check_pair(prediction, target)
         self._metric.update(
@@ -50,240 +44,36 @@ class CocoAP:
             [self._plain(target) for target in targets],
         )
 
-    def compute(self) -> dict[str, float]:
-        """The AP of all images added so far.
-
-        Returns:
-            mask_ap, mask_ap50, mask_ap75, box_ap, box_ap50, box_ap75: 0..1. With `classes` also
-            mask_ap50_<class> and box_ap50_<class>. NaN (COCO's -1) where there is no target.
-
-        Raises:
-            ValueError: no image was added.
-        """
-        metric = _joined(self._metric)
-        if not metric.groundtruth_labels:
-            raise ValueError("average precision of no image: add at least one by `update`")
-        values = metric.compute()
-        labels = values["classes"].reshape(-1).tolist()
-        result = {}
-        for name, prefix in (("mask", "segm"), ("box", "bbox")):
-            result[f"{name}_ap"] = _nan(values[f"{prefix}_map"])
-            result[f"{name}_ap50"] = _nan(values[f"{prefix}_map_50"])
-            result[f"{name}_ap75"] = _nan(values[f"{prefix}_map_75"])
-            # precision [10 IoU, 101 recalls, classes, 4 areas (0: all), 3 limits (2: 100 boxes)]
-            ap50 = values[f"{prefix}_precision"][0, :, :, 0, 2].mean(dim=0)
-            for label, lesion in enumerate(self.classes, start=1):
-                found = label in labels
-                result[f"{name}_ap50_{lesion}"] = (
-                    _nan(ap50[labels.index(label)]) if found else float("nan")
-                )
-        return result
-
     def _plain(self, instances: Instances, *more: str) -> Instances:
         plain = {key: instances[key].detach().cpu() for key in ("boxes", "labels", *more)}
         return {**plain, "masks": binary_masks(instances, self.mask_threshold).cpu()}
 
+    def compute(self) -> dict[str, float]:
+        """mask_ap, mask_ap50, mask_ap75, box_ap, box_ap50 and box_ap75 of all images, 0..1.
 
-def author_ap(
-    predictions: Iterable[Instances],
-    targets: Iterable[Instances],
-    thresholds: Sequence[float] = IOU_THRESHOLDS,
-    mask_threshold: float = 0.5,
-) -> np.ndarray:
-    """AP of masks by the rule of the released code: the mean of `author_image_ap` over images.
-
-    It is not COCO's: see `author_image_ap`. His script judges detections with a score above 0.05
-    by default, and above 0.75 where his README evaluates the light models, and targets of more than
-    100 pixels; give such (`box_score`, `min_area`). Both arguments may be
-    generators, so that a data set's masks need not be in memory at once.
-
-    Returns:
-        float64 [T], 0..1: one value per IoU threshold.
-
-    Raises:
-        ValueError: no image, or not as many predictions as targets.
-    """
-    rows = [
-        author_image_ap(prediction, target, thresholds, mask_threshold)
-        for prediction, target in zip(predictions, targets, strict=True)
-    ]
-    if not rows:
-        raise ValueError("average precision of no image: give at least one")
-    return np.mean(rows, axis=0)
-
-
-def author_image_ap(
-    prediction: Instances,
-    target: Instances,
-    thresholds: Sequence[float] = IOU_THRESHOLDS,
-    mask_threshold: float = 0.5,
-) -> np.ndarray:
-    """AP of one image by the rule of the released code.
-
-    - Each target takes the prediction of its own class with the largest mask IoU above the
-      threshold, whatever its score (of equals, the one that scores least). COCO lets predictions
-      choose, in falling score. Two targets may take the same prediction, which counts once.
-    - One curve of precision over recall is drawn for all classes together, in falling score; its
-      precision is made monotonic and summed at each step of recall, as in PASCAL VOC 2010.
-    - Without targets and without predictions the AP is 1; without one of them it is 0.
-
-    Returns:
-        float64 [T], 0..1: one value per IoU threshold.
-
-    Raises:
-        ValueError: the masks of prediction and target differ in size, or a score is NaN.
-    """
-    _check_pair(prediction, target)
-    n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
-    if not n_predictions or not n_targets:
-        return np.full(len(thresholds), float(n_predictions == n_targets))
-    order = prediction["scores"].detach().argsort(stable=True)  # rising
-    masks = binary_masks(prediction, mask_threshold)[order]
-    iou = _mask_iou(masks, binary_masks(target, mask_threshold))  # [K, targets]
-    same_class = prediction["labels"][order][:, None] == target["labels"]
-    iou = iou.where(same_class, 0).cpu().numpy()
-    best = iou.argmax(axis=0)  # the first of equals
-    hits = iou.max(axis=0) > np.array(thresholds, dtype=np.float32)[:, None]  # [T, targets]
-    result = []
-    for hit in hits:
-        true_positive = np.zeros(n_predictions)
-        true_positive[best[hit]] = 1
-        result.append(_average_precision(true_positive[::-1], n_targets))
-    return np.array(result)
-
-
-def semantic_mask(
-    prediction: Instances,
-    score_threshold: float = 0.75,
-    shape: tuple[int, int] | None = None,
-    mask_threshold: float = 0.5,
-) -> np.ndarray:
-    """Paint instances into one mask, in rising score, so that the best lies on top.
-
-    Args:
-        score_threshold: only detections that score above it are painted.
-        shape: (H, W) of the result; by default that of the masks.
-
-    Returns:
-        uint8 [H, W]: 0 background, 2 GGO (label 1; or a lesion, if merged), 3 consolidation
-        (label 2). The codes of `mask_to_targets`, without the lung.
-    """
-    masks = binary_masks(prediction, mask_threshold).cpu().numpy()
-    scores = prediction["scores"].detach().cpu().numpy()
-    labels = prediction["labels"].cpu().numpy()
-    codes = np.zeros(shape or masks.shape[1:], dtype=np.uint8)
-    for i in np.argsort(scores, kind="stable"):
-        if scores[i] > score_threshold:
-            codes[masks[i]] = labels[i] + 1
-    return codes
-
-
-class Overlap(NamedTuple):
-    """What measures of overlap need of one region in one slice: counts of pixels."""
-
-    both: float  # in the prediction and in the truth
-    predicted: float
-    true: float
-    pixels: float  # of the slice
-    error: float  # sum of |probability - truth|
-
-
-def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Overlap]:
-    """Compare fused maps with a mask: the infection, which is any lesion, then each class.
-
-    Args:
-        maps: float32 [classes, H, W] of `lesion_maps`.
-        truth: uint8 [H, W], codes as in `semantic_mask`.
-    """
-    truth, found = np.asarray(truth), fuse(maps, threshold)
-    whole = 1 - (1 - maps).prod(0)
-    regions = [(found >= 2, truth >= 2, whole)]
-    regions += [(found == c + 2, truth == c + 2, part) for c, part in enumerate(maps)]
-    return [
-        Overlap(
-            float((predicted & true).sum()),
-            float(predicted.sum()),
-            float(true.sum()),
-            float(true.size),
-            float(np.abs(probability.numpy() - true).sum()),
-        )
-        for predicted, true, probability in regions
-    ]
-
-
-def overlap_means(table: ArrayLike) -> dict[str, float]:
-    """Means over slices of one region, in the convention of the published tables, and another.
-
-    COVID-SemiSeg's published tables take the mean over all slices, and a slice in which prediction
-    and truth share no pixel counts 0, also where the truth is empty (Inf-Net's evaluation code).
-    `dice_present` is the mean over the slices whose truth is not empty.
-
-    Args:
-        table: [slices, 5], rows of `Overlap`.
-
-    Returns:
-        dice, sensitivity, specificity, mae (mean absolute error of the probability): 0..1;
-        dice_present, NaN without such a slice; and present, their number.
-    """
-    both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
-    shared = both > 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rows = {
-            "dice": 2 * both / (predicted + true),
-            "sensitivity": both / true,
-            "specificity": (pixels - predicted - true + both) / (pixels - true),
-        }
-    means = {name: float(np.where(shared, row, 0).mean()) for name, row in rows.items()}
-    present = true > 0
-    dice_present = 2 * both[present] / (predicted + true)[present]
-    return {
-        **means,
-        "mae": float((error / pixels).mean()),
-        "dice_present": float(dice_present.mean()) if present.any() else float("nan"),
-        "present": int(present.sum()),
-    }
-
-
-def dice(predicted: ArrayLike, true: ArrayLike) -> float:
-    """Dice's coefficient of two bool masks of one shape: `2 |A and B| / (|A| + |B|)`, 0..1.
-
-    NaN when both are empty: there was nothing to find, and nothing was found. Whoever takes a mean
-    decides whether such a slice counts (as 1) or not.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    predicted, true = np.asarray(predicted, dtype=bool), np.asarray(true, dtype=bool)
-    if predicted.shape != true.shape:
-        raise ValueError(f"masks of shapes {predicted.shape} and {true.shape}: they must agree")
-    total = int(predicted.sum()) + int(true.sum())
-    return 2 * int((predicted & true).sum()) / total if total else float("nan")
-
-
-def _check_pair(prediction: Instances, target: Instances) -> None:
-    if prediction["scores"].isnan().any():
-        raise ValueError("scores of detections must not be NaN")
-    found, true = (one["masks"].shape for one in (prediction, target))
-    if found[0] and true[0] and found[-2:] != true[-2:]:
-        raise ValueError(
-            f"masks of shapes {tuple(found)} and {tuple(true)}: height and width must agree"
-        )
-
-
-def _mask_iou(first: Tensor, second: Tensor) -> Tensor:
-    """bool [K, H, W] and [L, H, W] -> float32 [K, L]; 0 where both are empty."""
-    first, second = first.flatten(1).float(), second.flatten(1).float()
-    intersection = first @ second.T  # [K, L]
-    union = first.sum(1)[:, None] + second.sum(1) - intersection
-    return intersection / union.clamp(min=1)
-
-
-def _average_precision(true_positive: np.ndarray, n_targets: int) -> float:
-    """Area under the monotonic precision-recall curve; true_positive 0 or 1 [K], best first."""
-    found = true_positive.cumsum()
-    precision = found / np.arange(1, len(found) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # best precision from here on
-    return float((true_positive * envelope).sum() / n_targets)  # each hit is one step of recall
+        With `classes` also mask_ap50_<class> and box_ap50_<class>. NaN (COCO's -1): no target.
+        """
+        metric = self._metric
+        if distributed.is_available() and distributed.is_initialized():
+            states = [None] * distributed.get_world_size()
+            distributed.all_gather_object(states, metric.metric_state)
+            metric = _mean_average_precision()
+            for name in metric.metric_state:
+                setattr(metric, name, [image for state in states for image in state[name]])
+            metric._update_count = 1  # else torchmetrics warns that nothing was added
+        if not metric.groundtruth_labels:
+            raise ValueError("average precision of no image: add at least one by `update`")
+        values, result = metric.compute(), {}
+        labels = values["classes"].reshape(-1).tolist()
+        for name, prefix in (("mask", "segm"), ("box", "bbox")):
+            for ours, theirs in (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75")):
+                result[f"{name}_{ours}"] = float(values[f"{prefix}_{theirs}"])
+            # precision [10 IoU, 101 recalls, classes, 4 areas (0: all), 3 limits (2: 100 boxes)]
+            ap50 = values[f"{prefix}_precision"][0, :, :, 0, 2].mean(dim=0).tolist()
+            ap50 = dict(zip(labels, ap50, strict=True))
+            for label, lesion in enumerate(self.classes, start=1):
+                result[f"{name}_ap50_{lesion}"] = ap50.get(label, -1.0)
+        return {name: value if value >= 0 else float("nan") for name, value in result.items()}
 
 
 def _mean_average_precision():
@@ -304,20 +94,150 @@ def _mean_average_precision():
     return metric
 
 
-def _joined(metric):
-    """The metric with the images of all processes; itself when there is but one."""
-    from torch import distributed
+def author_ap(
+    predictions: Iterable[Instances],
+    targets: Iterable[Instances],
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
+    mask_threshold: float = 0.5,
+) -> np.ndarray:
+    """AP of masks by the rule of the released code: the mean of `author_image_ap` over images.
 
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return metric
-    states = [None] * distributed.get_world_size()
-    distributed.all_gather_object(states, metric.metric_state)
-    joined = _mean_average_precision()
-    for name in metric.metric_state:
-        setattr(joined, name, [image for state in states for image in state[name]])
-    joined._update_count = 1  # else torchmetrics warns that nothing was added
-    return joined
+    His script judges detections with a score above 0.05 by default, and above 0.75 where his README
+    evaluates the light models, and targets of more than 100 pixels; give such (`box_score`,
+    `min_area`). Both arguments may be generators, so that not all masks need be in memory at once.
+    """
+    pairs = zip(predictions, targets, strict=True)
+    rows = [author_image_ap(*pair, thresholds, mask_threshold) for pair in pairs]
+    if not rows:
+        raise ValueError("average precision of no image: give at least one")
+    return np.mean(rows, axis=0)
 
 
-def _nan(value: Tensor) -> float:
-    return float(value) if value >= 0 else float("nan")
+def author_image_ap(
+    prediction: Instances,
+    target: Instances,
+    thresholds: Sequence[float] = IOU_THRESHOLDS,
+    mask_threshold: float = 0.5,
+) -> np.ndarray:
+    """AP of one image by the rule of the released code: float64 [T], 0..1, one per IoU threshold.
+
+    - Each target takes the prediction of its own class with the largest mask IoU above the
+      threshold, whatever its score (of equals, the one that scores least). COCO lets predictions
+      choose, in falling score. Two targets may take the same prediction, which counts once.
+    - One curve of precision over recall is drawn for all classes together, in falling score; its
+      precision is made monotonic and summed at each step of recall, as in PASCAL VOC 2010.
+    - Without targets and without predictions the AP is 1; without one of them it is 0.
+    """
+    _check_pair(prediction, target)
+    n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
+    if not n_predictions or not n_targets:
+        return np.full(len(thresholds), float(n_predictions == n_targets))
+    order = prediction["scores"].detach().argsort(stable=True)  # rising
+    masks = binary_masks(prediction, mask_threshold)[order].flatten(1).float()  # [K, H*W]
+    true = binary_masks(target, mask_threshold).flatten(1).float()  # [L, H*W]
+    both = masks @ true.T  # [K, L]
+    iou = both / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)  # 0 if both are empty
+    same_class = prediction["labels"][order][:, None] == target["labels"]
+    iou = iou.where(same_class, 0).cpu().numpy()
+    best = iou.argmax(axis=0)  # [L], the first of equals
+    hits = iou.max(axis=0) > np.array(thresholds, dtype=np.float32)[:, None]  # [T, L]
+    right = np.zeros((len(thresholds), n_predictions))  # 1 where a prediction is taken
+    threshold, taken = np.nonzero(hits)
+    right[threshold, -1 - best[taken]] = 1  # the best score first
+    precision = right.cumsum(1) / np.arange(1, n_predictions + 1)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # best from here on
+    return (right * envelope).sum(1) / n_targets  # each hit is one step of recall
+
+
+def semantic_mask(
+    prediction: Instances,
+    score_threshold: float = 0.75,
+    shape: tuple[int, int] | None = None,
+    mask_threshold: float = 0.5,
+) -> np.ndarray:
+    """Paint instances that score above a threshold, in rising score: the best lies on top.
+
+    Returns:
+        uint8 [H, W], by default of the masks' shape: 0 background, else 1 + label, such as 2 GGO
+        (or a lesion, if merged) and 3 consolidation: as `mask_to_targets`, without the lung.
+    """
+    masks = binary_masks(prediction, mask_threshold).cpu().numpy()
+    scores, labels = (prediction[key].detach().cpu().numpy() for key in ("scores", "labels"))
+    codes = np.zeros(shape or masks.shape[1:], dtype=np.uint8)
+    for i in np.argsort(scores, kind="stable"):
+        if scores[i] > score_threshold:
+            codes[masks[i]] = labels[i] + 1
+    return codes
+
+
+class Overlap(NamedTuple):
+    """What measures of overlap need of one region in one slice: counts of pixels."""
+
+    both: float  # in the prediction and in the truth
+    predicted: float
+    true: float
+    pixels: float  # of the slice
+    error: float  # sum of |probability - truth|
+
+
+def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Overlap]:
+    """Compare the `lesion_maps` with a mask of codes: first all lesions, then each class.
+
+    Args:
+        maps: float32 [classes, H, W]. truth: uint8 [H, W], codes as in `semantic_mask`.
+    """
+    truth, found = np.asarray(truth), fuse(maps, threshold)
+    regions = [(found >= 2, truth >= 2, 1 - (1 - maps).prod(0))]
+    regions += [(found == c, truth == c, part) for c, part in enumerate(maps, start=2)]
+    result = []
+    for predicted, true, probability in regions:
+        error = np.abs(probability.numpy() - true).sum()
+        counts = (predicted & true).sum(), predicted.sum(), true.sum(), true.size, error
+        result.append(Overlap(*map(float, counts)))
+    return result
+
+
+def overlap_means(table: ArrayLike) -> dict[str, float]:
+    """Means over slices of one region: `table` [slices, 5] has rows of `Overlap`.
+
+    Returns:
+        dice, sensitivity, specificity, mae (mean absolute error of the probability): 0..1. As in
+        COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts
+        0, also where the truth is empty (Inf-Net's evaluation code). Then dice_present, over the
+        slices whose truth is not empty (NaN without such), and present, their number.
+    """
+    both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rows = {
+            "dice": 2 * both / (predicted + true),
+            "sensitivity": both / true,
+            "specificity": (pixels - predicted - true + both) / (pixels - true),
+        }
+    present = true > 0
+    return {
+        **{name: float(np.where(both > 0, row, 0).mean()) for name, row in rows.items()},
+        "mae": float((error / pixels).mean()),
+        "dice_present": float(rows["dice"][present].mean()) if present.any() else float("nan"),
+        "present": int(present.sum()),
+    }
+
+
+def dice(predicted: ArrayLike, true: ArrayLike) -> float:
+    """Dice's coefficient of two bool masks of one shape: `2 |A and B| / (|A| + |B|)`, 0..1.
+
+    NaN when both are empty: there was nothing to find, and nothing was found. Whoever takes a mean
+    decides whether such a slice counts (as 1) or not.
+    """
+    predicted, true = np.asarray(predicted, dtype=bool), np.asarray(true, dtype=bool)
+    if predicted.shape != true.shape:
+        raise ValueError(f"masks of shapes {predicted.shape} and {true.shape}: they must agree")
+    total = int(predicted.sum()) + int(true.sum())
+    return 2 * int((predicted & true).sum()) / total if total else float("nan")
+
+
+def _check_pair(prediction: Instances, target: Instances) -> None:
+    if prediction["scores"].isnan().any():
+        raise ValueError("scores of detections must not be NaN")
+    found, true = (tuple(one["masks"].shape) for one in (prediction, target))
+    if found[0] and true[0] and found[-2:] != true[-2:]:
+        raise ValueError(f"masks of shapes {found} and {true}: height and width must agree")

@@ -7,20 +7,23 @@ GPU adds up in any order, so there the rounding differs from run to run.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,14 +32,11 @@ from covidmask.config import TrainingConfig
 from covidmask.datasets.memory import InMemory
 from covidmask.errors import CheckpointError, DataError, TrainingError
 from covidmask.files import atomic_path, some
+from covidmask.models.detector import check_images, to_model
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) so that a crash leaves the old file or the new one.
-
-    Raises:
-        OutputError: no permission or a full disk.
-    """
+    """Write `state` (tensors and plain values) so that a crash leaves the old file or the new."""
     content = io.BytesIO()  # torch, writing to a file, turns Ctrl-C into a RuntimeError
     torch.save(state, content)
     with atomic_path(path) as temporary:
@@ -44,39 +44,21 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote for the same run.
-
-    Args:
-        run: the settings that must be the same, else resuming would mix two runs.
-
-    Raises:
-        CheckpointError: truncated, with foreign classes, or of a run with other settings.
-    """
+    """Read what `save_checkpoint` wrote for the same `run`: settings that must not be mixed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than plain data and is not read; "
-            "delete it and start again, or name another checkpoint"
-        ) from error
+        saved = dict(state["run"])
     except (PermissionError, MemoryError):
         raise  # the file may be whole
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: truncated or damaged ({reason}); "
-            "delete it and start again, or name another checkpoint"
-        ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of a covidmask training; name another file"
-        )
-    saved = state["run"]
-    changed = [key for key in run if saved.get(key) != run[key]]
+        reason = f"truncated, or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "holds more than plain data and is not read"
+        raise CheckpointError(f"{path}: {reason}; delete it, or name another checkpoint") from error
+    changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in run.items() if saved.get(k) != v]
     if changed:
-        details = ", ".join(f"{key} was {saved.get(key)!r}, is {run[key]!r}" for key in changed)
         raise CheckpointError(
-            f"{path}: belongs to another run ({details}); "
+            f"{path}: belongs to another run ({', '.join(changed)}); "
             "resume with the same settings, or name another checkpoint"
         )
     return state
@@ -94,136 +76,114 @@ def make_fabric(
         precision: Lightning Fabric's names, such as "32-true" or "bf16-mixed".
         device: "auto" is CUDA when present, else CPU; MPS is used only when asked for.
         find_unused_parameters: for models of which some parameter gets no gradient ("full").
-        log_dir: folder for TensorBoard, or None.
+        log_dir: folder for TensorBoard.
     """
     # Lightning advises on each new GPU to give up digits for speed; that choice is the reader's
     for name in ("fabric", "pytorch"):  # the one that was imported last speaks for both
         logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    accelerator = device
     if device == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    loggers = []
-    if log_dir is not None:
-        from lightning.fabric.loggers import TensorBoardLogger
-
-        loggers.append(TensorBoardLogger(log_dir, name="", version=""))
+    ddp = DDPStrategy(find_unused_parameters=find_unused_parameters)
     fabric = Fabric(
-        accelerator=accelerator,
+        accelerator=device,
         devices=local,
         num_nodes=world // local,
-        strategy=DDPStrategy(find_unused_parameters=find_unused_parameters)
-        if world > 1
-        else "auto",
+        strategy=ddp if world > 1 else "auto",
         precision=precision,
-        loggers=loggers,
+        loggers=TensorBoardLogger(log_dir, name="", version="") if log_dir else [],
     )
     fabric.launch()
     return fabric
 
 
 def fit(
-    fabric: Fabric,
     model: nn.Module,
-    parameters: Iterable[nn.Parameter],
     dataset: Dataset,
     losses: Callable[[nn.Module, list], dict[str, Tensor]],
     training: TrainingConfig,
     *,
-    names: Sequence[str],
+    fabric: Fabric | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     run: dict[str, Any] | None = None,
-    after_epoch: Callable[[int], dict[str, float]] | None = None,
-    best: str | None = None,
-    part: int | None = None,
-    check: Callable[[list, list[str]], None] | None = None,
+    accuracy: Callable[[], float] | None = None,
+    images: bool = True,
+    singly: bool = False,
     workers: int = 0,
     memory: float = 0,
     progress: bool = True,
     title: str = "training",
 ) -> list[dict[str, float]]:
-    """Train `model` in place with Adam. Its convolutions are laid out channels last.
+    """Train what requires a gradient in `model`, in place, with Adam; it ends in eval mode.
 
     Args:
-        parameters: those to train.
         dataset: its items are given to `losses` as a list. An `endless` one (see `Augmented`) gives
             new items in every epoch.
         losses: (model, items) -> named losses; their sum is minimised.
-        names: the name of each item, for the message when a loss is not finite.
         checkpoint: file to write after every epoch, and to go on from when it is there.
         run: settings that a resumed run must share, besides `training`, seed, names of the data
             and the weights of `model` before the first step.
-        after_epoch: values to add to the last step of an epoch, such as a validation metric.
-        best: name of a value of `after_epoch`; the weights with the highest one are kept. Not
-            together with `training.average`, whose weights `after_epoch` does not see.
-        part: differentiate so many items of a batch at a time and add up their gradients, which
-            is the same step for less memory where a loss is a mean over items that do not touch
-            each other (no batch statistics). None is the whole batch at once.
-        check: (items, names) -> None looks at the items of a step before they go to a GPU, where a
-            look makes it wait.
+        accuracy: judges `model` after each epoch; the weights with the highest value are kept. Not
+            together with `training.average`, whose weights it does not see.
+        images: items begin with an image, to be looked at before a GPU would have to wait for that.
+        singly: differentiate the items of a batch one by one and add up their gradients: the same
+            step for less memory where items do not touch each other (no batch statistics).
         workers: processes that read slices; 0 reads in this one.
         memory: MiB for slices that are decoded once, before the first step; see `InMemory`.
 
     Returns:
         One dict a step: step, epoch, lr, loss and each named loss, averaged over processes; at
-        the end of an epoch also what `after_epoch` gave.
+        the end of an epoch also the `accuracy`.
 
     Raises:
-        ValueError: both `best` and `training.average`.
         DataError: fewer slices than one batch, or a batch that the processes cannot share.
-        TrainingError: the loss, or a weight after an epoch, is not finite, or `best` is NaN after
-            the first epoch.
-        CheckpointError, OutputError: see `checkpoints`.
+        TrainingError: the loss, or a weight after an epoch, is not finite, or the accuracy is NaN.
+        CheckpointError: `checkpoint` is damaged, or of another run.
     """
-    if best is not None and training.average:
+    if accuracy and training.average:
         raise ValueError("best weights and average weights: choose one of the two")
-    world, rank = fabric.world_size, fabric.global_rank
-    size = training.batch_size
+    fabric = fabric or make_fabric(training.precision)
+    world, rank, size = fabric.world_size, fabric.global_rank, training.batch_size
+    hidden = not (progress and rank == 0)
     if size < 1 or size % world:
         raise DataError(f"batch size {size}: give a multiple of the number of processes, {world}")
     if len(dataset) < size:
         raise DataError(f"{len(dataset)} slices: less than one batch of {size}; give more slices")
     steps_per_epoch = len(dataset) // size  # the rest of an epoch's order waits for another epoch
     total = steps_per_epoch * training.epochs
-    endless = getattr(dataset, "endless", False)
+    names, endless = item_names(dataset), getattr(dataset, "endless", False)
     if memory and not endless:
-        dataset = InMemory(dataset, memory, progress=progress and rank == 0)
+        dataset = InMemory(dataset, memory, progress=not hidden)
+
+    model.train().to(memory_format=torch.channels_last)  # same numbers but for rounding; faster
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    precision = fabric.strategy.precision  # with 16-mixed it adapts the scale of the loss
     run = {
-        "training": plain(asdict(training)),
+        "training": asdict(training),
         "seed": seed,
         "slices": len(dataset),
         "data": hashlib.sha256("\n".join(names).encode()).hexdigest()[:12],
         "processes": world,
         **(run or {}),
+        "weights at the start": digest(model),  # now the same in all processes
     }
-
-    parameters = list(parameters)
-    model.to(memory_format=torch.channels_last)  # same numbers but for rounding; faster
-    optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
-    wrapped, optimizer = fabric.setup(model, optimizer)
-    run["weights at the start"] = digest(model)  # now the same in all processes
-    precision = fabric.strategy.precision  # with 16-mixed it adapts the scale of the loss
     history: list[dict[str, float]] = []
-    best_value, best_weights = -math.inf, None
-    average = None
-    if training.average:
-        average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    best, best_weights = -math.inf, None
+    average = copy.deepcopy(model.state_dict()) if training.average else None
+    parts = {"model": model, "optimizer": optimizer, "precision": precision}
     if checkpoint is not None and Path(checkpoint).exists():
         state = load_checkpoint(checkpoint, run)
         if bad := not_finite(state["model"]):
-            raise CheckpointError(
-                f"{checkpoint}: holds NaN or infinity in {some(bad)}; delete it and start again, "
-                "with a lower learning rate"
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        precision.load_state_dict(state["precision"])
-        history = state["history"]
-        best_value, best_weights = state["best_value"], state["best_weights"]
-        if average is not None:
-            average = to_device(state["average"], fabric.device)
+            remedy = "delete it and start again, with a lower learning rate"
+            raise CheckpointError(f"{checkpoint}: holds NaN or infinity in {some(bad)}; {remedy}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        history, best, best_weights = state["history"], state["best"], state["best_weights"]
+        average = fabric.to_device(state["average"])
 
     start = len(history)
     order = [
@@ -238,9 +198,7 @@ def fit(
         collate_fn=pinnable if cuda else list,
         num_workers=workers,
         pin_memory=cuda,
-        persistent_workers=False,
     )
-    hidden = not (progress and rank == 0)
     with tqdm(total=total, initial=start, desc=title, disable=hidden) as bar:
         for step, items in enumerate(loader, start):
             torch.manual_seed(step_seed(seed, step, rank))
@@ -249,30 +207,31 @@ def fit(
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
             batch = [names[i % len(names)] for i in order[step - start]]
-            if check is not None:
-                check(items, batch[rank::world])
-            items = [to_device(item, fabric.device) for item in items]
-            report: Any = 0
-            for first in range(0, len(items), part or len(items)):
-                piece = items[first : first + (part or len(items))]
-                last = first + len(piece) == len(items)
-                with fabric.no_backward_sync(wrapped, enabled=world > 1 and not last):
+            if images:
+                check_images([image for image, *_ in items], names=batch[rank::world])
+            items = fabric.to_device(items)
+            pieces = [[item] for item in items] if singly else [items]
+            values: Any = 0
+            for left, piece in enumerate(pieces, 1 - len(pieces)):
+                with fabric.no_backward_sync(wrapped, enabled=world > 1 and left < 0):
                     named = losses(wrapped, piece)
                     loss = sum(named.values())
-                    fabric.backward(loss * (len(piece) / len(items)))
-                values = torch.stack([loss, *named.values()]).detach()
-                report = report + values * (len(piece) / len(items))
+                    fabric.backward(loss * (1 / len(pieces)))
+                values += torch.stack([loss, *named.values()]).detach() * (1 / len(pieces))
             if world > 1:
-                report = fabric.all_reduce(report, reduce_op="mean")
-            values = dict(zip(["loss", *named], report.tolist(), strict=True))
+                values = fabric.all_reduce(values, reduce_op="mean")
+            values = dict(zip(["loss", *named], values.tolist(), strict=True))
             if not math.isfinite(values["loss"]):
                 raise TrainingError(
                     f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}; "
                     "look at these slices, or lower the learning rate"
                 )
             optimizer.step()
-            if average is not None:
-                follow(average, model, min(training.average, (step + 1) / (step + 10)))
+            if average is not None:  # of weights and batch-norm statistics; counters are copied
+                decay = min(training.average, (step + 1) / (step + 10))
+                for name, value in model.state_dict().items():
+                    floats = value.is_floating_point()
+                    average[name].lerp_(value, 1 - decay) if floats else average[name].copy_(value)
             epoch = step // steps_per_epoch
             history.append({"step": step, "epoch": epoch, "lr": lr, **values})
             bar.update()
@@ -284,34 +243,24 @@ def fit(
                         f"step {step}: weights that are not finite: {some(bad)}; lower the "
                         "learning rate, or look for extreme slices"
                     )
-                if after_epoch is not None:
-                    history[-1].update(after_epoch(epoch))
-                if best is not None and history[-1].get(best, -math.inf) > best_value:
-                    best_value = history[-1][best]
-                    best_weights = {
-                        k: v.detach().cpu().clone() for k, v in model.state_dict().items()
-                    }
-                if best is not None and best_weights is None:
-                    raise TrainingError(
-                        f"{best} is {history[-1].get(best)} after epoch {epoch}, so no epoch can "
-                        "be the best; look at the validation data"
-                    )
+                if accuracy:
+                    model.eval()
+                    history[-1]["accuracy"] = value = accuracy()
+                    model.train()
+                    if value > best:
+                        best = value
+                        best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
+                    if best_weights is None:
+                        raise TrainingError(
+                            f"accuracy is {value} after epoch {epoch}; look at the validation data"
+                        )
                 if checkpoint is not None and rank == 0:
-                    save_checkpoint(
-                        checkpoint,
-                        {
-                            "run": run,
-                            "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                            "precision": precision.state_dict(),
-                            "history": history,
-                            "best_value": best_value,
-                            "best_weights": best_weights,
-                            "average": average,
-                        },
-                    )
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    state |= {"run": run, "history": history, "average": average}
+                    state |= {"best": best, "best_weights": best_weights}
+                    save_checkpoint(checkpoint, state)
             fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
-    if best is not None and best_weights is not None:  # those of a checkpoint may be unwanted
+    if accuracy and best_weights is not None:  # those of a checkpoint may be unwanted
         model.load_state_dict(best_weights)
     if average is not None:
         model.load_state_dict(average)
@@ -365,13 +314,19 @@ def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
     return training.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def follow(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """Move the running average of weights and batch-norm statistics towards those of `model`."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[name].lerp_(value, 1 - decay)
-        else:
-            average[name].copy_(value)
+def read_batches(
+    dataset: Dataset, fabric: Fabric, size: int, title: str, progress: bool = True, done: int = 0
+) -> Iterator[tuple[list[int], list, list[Tensor]]]:
+    """Each item once, those of this process: (indices, items, their images on the device)."""
+    indices, names = share(len(dataset), fabric), item_names(dataset)
+    hidden = not (progress and fabric.global_rank == 0)
+    with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
+        for start in range(done, len(indices), size):
+            part = list(indices[start : start + size])
+            items = [dataset[i] for i in part]
+            images = [image for image, *_ in items]
+            yield part, items, to_model(images, fabric.device, [names[i] for i in part])
+            bar.update(len(part))
 
 
 def share(n: int, fabric: Fabric) -> range:
@@ -398,29 +353,6 @@ def _share_buffers(model: nn.Module, world: int) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def to_device(item: Any, device: torch.device) -> Any:
-    """The tensors of `item`, which may hold them in dicts, tuples and lists, on `device`."""
-    # never without blocking from a GPU: the CPU would read the copy before it is there
-    return _each(item, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-
-
 def pinnable(items: list) -> list:
     """A batch whose memory can be pinned; that of an image repeated by `expand` cannot."""
-    return [_each(item, Tensor.contiguous) for item in items]
-
-
-def _each(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(item, Tensor):
-        return change(item)
-    if isinstance(item, dict):
-        return {key: _each(value, change) for key, value in item.items()}
-    if isinstance(item, (tuple, list)):
-        return type(item)(_each(value, change) for value in item)
-    return item
-
-
-def plain(value: Any) -> Any:
-    """Tuples become lists, as they do in a file."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+    return apply_to_collection(items, Tensor, Tensor.contiguous)

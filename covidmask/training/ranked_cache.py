@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import zlib
@@ -17,15 +18,14 @@ import torchvision
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import covidmask
 from covidmask.datasets.classes import SliceImages
 from covidmask.errors import OutputError, TrainingError
 from covidmask.files import atomic_path, check_writable
 from covidmask.models.classifier import CovidCTMaskNet
-from covidmask.models.detector import for_inference, to_model
-from covidmask.training.loop import as_bytes, digest, gather, item_names, make_fabric, share
+from covidmask.models.detector import for_inference
+from covidmask.training import loop
 
 
 @torch.no_grad()
@@ -37,7 +37,6 @@ def cache_ranked_boxes(
     batch_size: int = 8,
     folder: str | Path | None = None,
     progress: bool = True,
-    title: str = "ranking boxes",
 ) -> Tensor:
     """Run the detector once on each slice.
 
@@ -49,47 +48,42 @@ def cache_ranked_boxes(
             was killed goes on.
 
     Returns:
-        float32 [M,N,5] on the CPU, in the order of the data set; with `folder` memory-mapped.
+        float32 [M,N,columns] on the CPU, in the order of the data set; with `folder` memory-mapped.
 
     Raises:
-        OutputError: `folder` cannot be written.
         TrainingError: a box holds NaN.
     """
-    fabric = fabric or make_fabric()
-    shape = (len(dataset), model.config.n_boxes, 5)
-    path = None if folder is None else Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
-    if path is not None and fabric.broadcast(_read(path, shape) is not None):  # the first decides
-        return _kept(path, shape)
-    indices = share(len(dataset), fabric)
-    names = item_names(dataset)
-    rows = torch.full((len(indices), *shape[1:]), torch.nan)
-    started, done = None, 0
-    if path is not None:
-        check_writable(path.parent)
+    fabric = fabric or loop.make_fabric()
+    columns = getattr(model.config, "columns", range(5))
+    shape = (len(dataset), model.config.n_boxes, len(columns))
+    path = started = None
+    if folder is not None:
+        path = Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
+        found = _read(path, shape)
+        if fabric.broadcast(found is not None):  # the first process decides
+            return _there(found, path)
+        check_writable(folder)
         process = f"{fabric.global_rank}of{fabric.world_size}"
         started = path.with_name(f".{path.stem}.{process}.part")
-        done = _read_part(started, rows)
-    fast = for_inference(model.to(fabric.device).eval())
-    hidden = not (progress and fabric.global_rank == 0)
-    with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
-        for start in range(done, len(indices), batch_size):
-            part = slice(start, start + batch_size)
-            images = [dataset[i][0] for i in indices[part]]
-            images = to_model(images, fabric.device, [names[i] for i in indices[part]])
-            with fabric.autocast():
-                rows[part] = fast.ranked_boxes(images).cpu()
-            if started is not None:
-                _append(started, rows[part], start)
-            bar.update(len(images))
-    whole = gather(rows, len(dataset), fabric)
+    rows = torch.full((len(loop.share(shape[0], fabric)), *shape[1:]), torch.nan)
+    done = _read_part(started, rows) if started else 0
+    fast, title = for_inference(model.to(fabric.device).eval()), "ranking boxes"
+    for _, _, images in loop.read_batches(dataset, fabric, batch_size, title, progress, done):
+        part = rows[done : done + len(images)]
+        with fabric.autocast():
+            part.copy_(fast.ranked_boxes(images))
+        if started:
+            _append(started, part, done)
+        done += len(images)
+    whole = loop.gather(rows, shape[0], fabric)
     if bad := torch.where(whole.flatten(1).isnan().any(1))[0].tolist():
-        if started is not None:
+        if started:
             started.unlink(missing_ok=True)
         raise TrainingError(
-            f"{names[bad[0]]}: the detector gives boxes that are not numbers, here and on "
-            f"{len(bad) - 1} other slices; look at these slices and at the detector's weights"
+            f"{loop.item_names(dataset)[bad[0]]}: the detector gives boxes that are not numbers, "
+            f"here and on {len(bad) - 1} other slices; look at these slices and at its weights"
         )
-    if path is None:
+    if not started:
         return whole
     if fabric.global_rank == 0:
         with atomic_path(path) as temporary:
@@ -97,64 +91,73 @@ def cache_ranked_boxes(
     fabric.barrier()  # now the file is there for all
     with suppress(OSError):
         started.unlink()
-    return _kept(path, shape)
+    return _there(_read(path, shape), path)
+
+
+def _there(rows: Tensor | None, path: Path) -> Tensor:
+    if rows is None:
+        raise OutputError(f"{path}: cannot be read; name a folder that all processes share")
+    return rows
 
 
 def settings_digest(detector: nn.Module) -> str:
     """A short hash of all but weights that decides what a detector gives, whoever built it.
 
-    That is the plain attributes of its modules, such as thresholds and numbers of proposals, and
-    those of their helpers that are no modules, such as the weights of the box coder.
+    That is the plain attributes of its modules, such as thresholds, and of their helpers that are
+    no modules, such as the weights of the box coder.
     """
-    ours = [
-        (name, str(type(part)), place, key, value)
-        for name, part in detector.named_modules()
-        for place, owner in (("", part), *sorted(vars(part).items()))
-        for key, value in sorted(getattr(owner, "__dict__", {}).items())
-        if key not in ("training", "scales") and _is_plain(value)  # a forward pass writes `scales`
-    ]
-    return hashlib.sha256(repr(ours).encode()).hexdigest()[:12]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return bool(value) and all(map(_is_plain, [*value, *value.values()]))
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str))
+    total = hashlib.sha256()
+    for name, part in detector.named_modules():
+        for place, owner in (("", part), *sorted(vars(part).items())):
+            for key, value in sorted(getattr(owner, "__dict__", {}).items()):
+                if key in ("training", "scales") or "hooks" in key:
+                    continue  # a forward pass writes `scales`
+                with suppress(TypeError, ValueError):  # what is no JSON is no setting
+                    setting = json.dumps([name, str(type(part)), place, key, value])
+                    total.update(setting.encode())
+    return total.hexdigest()[:12]
 
 
 def _key(model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric) -> str:
     facts = {
         "versions": [covidmask.__version__, torch.__version__, torchvision.__version__],
-        "weights": digest(model.detector),
+        "weights": loop.digest(model.detector),
         "detector": settings_digest(model.detector),
         "classifier": asdict(model.config),
         "precision": fabric.strategy.precision.precision,
+        "encoder": _text(getattr(model, "encoder", None)),
     }
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     package = Path(covidmask.__file__).parent
-    for file in sorted([*package.glob("models/*.py"), *package.glob("data/*.py")]):
+    for file in sorted([*package.glob("models/*.py"), *package.glob("datasets/*.py")]):
         total.update(file.read_bytes())
     # the files say it all only where nothing comes between, such as a crop in a subclass
     files = type(dataset).__getitem__ is SliceImages.__getitem__
-    for index, name in enumerate(item_names(dataset)):
+    for index, name in enumerate(loop.item_names(dataset)):
         total.update(str(name).encode())
         if files:
             total.update((dataset.root / name).read_bytes())
         else:
             image = dataset[index][0]
-            total.update(str((image.dtype, image.shape)).encode() + as_bytes(image))
+            total.update(str((image.dtype, image.shape)).encode() + loop.as_bytes(image))
     return total.hexdigest()[:16]
 
 
-def _kept(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The rows in a file that the first process has found or written."""
-    if (rows := _read(path, shape)) is None:
-        raise OutputError(
-            f"{path}: cannot be read back; name a folder that all processes share, with space left"
-        )
-    return rows
+def _text(part: Any) -> str:
+    """What a row encoder, perhaps of a reader's notebook, is made of: values and source code."""
+    if isinstance(part, (tuple, list)):
+        return str([_text(one) for one in part])
+    if isinstance(part, Tensor):
+        return str(loop.as_bytes(part))
+    try:
+        if isinstance(part, nn.Module):
+            return inspect.getsource(type(part)) + settings_digest(part) + loop.digest(part)
+        if inspect.isfunction(part):
+            inside = [cell.cell_contents for cell in part.__closure__ or ()]
+            return inspect.getsource(part) + _text([part.__defaults__, *inside])
+        return inspect.getsource(type(part)) + _text([*vars(part).values()])
+    except (OSError, TypeError):  # a plain value; or it shows its address, and is never found again
+        return repr(part)
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
@@ -168,38 +171,34 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     return torch.from_numpy(rows)
 
 
-def _record(rows: Tensor) -> np.dtype:
-    """How a slice stands in the file of a run that is not finished: its rows, and their sum.
+def _records(rows: np.ndarray, first: int) -> np.ndarray:
+    """How slices stand in the file of a run that is not finished: their rows, each with a sum.
 
-    The sum is of the place, too: two runs at once append to one file, each all that it computes.
+    The sum knows zeros that a crash can leave, and the place: two runs may append to one file.
     """
-    return np.dtype([("rows", "<f4", tuple(rows.shape[1:])), ("sum", "<u4")])
+    records = np.empty(len(rows), [("rows", "<f4", rows.shape[1:]), ("sum", "<u4")])
+    records["rows"] = rows
+    records["sum"] = [zlib.crc32(one.tobytes(), i) for i, one in enumerate(records["rows"], first)]
+    return records
 
 
 def _read_part(path: Path, rows: Tensor) -> int:
-    """Put the slices that a killed run has finished into `rows`; cut off what is damaged.
-
-    Returns:
-        how many they are. The sum tells rows from the zeros that a crash can leave in a file.
-    """
-    record = _record(rows)
+    """Put the slices that a killed run has finished into `rows`; cut off what is damaged."""
     if not path.exists():
         return 0
-    found = np.fromfile(path, record)[: len(rows)]
-    good = [zlib.crc32(one["rows"].tobytes(), i) == one["sum"] for i, one in enumerate(found)]
-    done = [*good, False].index(False)
+    kind = _records(rows[:0].numpy(), 0).dtype
+    found = np.fromfile(path, kind)[: len(rows)]
+    good = found["sum"] == _records(found["rows"], 0)["sum"]
+    done = [*good.tolist(), False].index(False)
     rows[:done] = torch.from_numpy(found["rows"][:done])
-    os.truncate(path, done * record.itemsize)
+    os.truncate(path, done * kind.itemsize)
     return done
 
 
 def _append(path: Path, rows: Tensor, first: int) -> None:
-    records = np.empty(len(rows), _record(rows))
-    records["rows"] = rows.numpy()
-    records["sum"] = [zlib.crc32(one.tobytes(), i) for i, one in enumerate(records["rows"], first)]
     try:
         with open(path, "ab") as file:
-            file.write(records.tobytes())
+            file.write(_records(rows.numpy(), first).tobytes())
     except OSError as error:
         raise OutputError(
             f"{path}: ranked boxes cannot be kept ({error.strerror or error}); free some space, "

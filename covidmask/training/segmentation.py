@@ -13,101 +13,44 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from tqdm import tqdm
 
-from covidmask.config import LESION_CLASSES, Preset, TrainingConfig
+from covidmask.config import Preset, TrainingConfig, lesion_classes
 from covidmask.datasets.augmentation import Augmented
 from covidmask.datasets.lesions import LesionSlices
 from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.errors import DataError, TrainingError
 from covidmask.files import some
-from covidmask.metrics.detection import (
-    IOU_THRESHOLDS,
-    CocoAP,
-    author_image_ap,
-    dice,
-    overlap,
-    overlap_means,
-    semantic_mask,
-)
-from covidmask.models.detector import (
-    check_images,
-    detect,
-    for_inference,
-    same_size_groups,
-    to_model,
-)
-from covidmask.training.loop import (
-    fit,
-    gather,
-    item_names,
-    make_fabric,
-    not_finite,
-    plain,
-    share,
-    to_device,
-)
+from covidmask.metrics import detection
+from covidmask.metrics.detection import IOU_THRESHOLDS, CocoAP, semantic_mask
+from covidmask.models.detector import detect, for_inference, same_size_groups
+from covidmask.training.loop import fit, gather, make_fabric, not_finite, read_batches
 
 
 def train_segmenter(
-    model: GeneralizedRCNN,
-    dataset: Dataset,
-    training: TrainingConfig,
-    *,
-    fabric: Fabric | None = None,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    workers: int = 0,
-    memory: float = 0,
-    progress: bool = True,
-    title: str = "segmenter",
+    model: GeneralizedRCNN, dataset: Dataset, training: TrainingConfig, **options: Any
 ) -> list[dict[str, float]]:
-    """Minimise the sum of the five losses of Mask R-CNN, in place.
+    """Minimise the sum of the five losses of Mask R-CNN, in place; see `fit`.
 
     Args:
         dataset: items (image, target) of `LesionSlices`.
-        checkpoint: written after each epoch; an existing one is resumed.
-        workers, memory: as in `fit`.
-
-    Returns:
-        One dict a step; see `fit`. The model ends in eval mode.
+        options: `fabric`, `seed`, `checkpoint`, `workers`, `memory`, `progress`, `title` of `fit`.
     """
-    fabric = fabric or make_fabric(training.precision)
 
     def losses(wrapped, items: list) -> dict[str, Tensor]:
         images, targets = zip(*items, strict=True)
         return wrapped(list(images), list(targets))
 
-    model.train().requires_grad_(True)
-    return fit(
-        fabric,
-        model,
-        model.parameters(),
-        dataset,
-        losses,
-        training,
-        names=dataset.names,
-        seed=seed,
-        checkpoint=checkpoint,
-        run={"segmenter": plain(asdict(model.config)), **_item_settings(dataset)},
-        check=lambda items, names: check_images([image for image, _ in items], names=names),
-        workers=workers,
-        memory=memory,
-        progress=progress,
-        title=title,
-    )
-
-
-def _item_settings(dataset: Dataset) -> dict[str, Any]:
-    """What decides the items besides their names; None where a data set does not say."""
     augment, lesions = None, dataset
     if isinstance(dataset, Augmented):
         augment, lesions = asdict(dataset.config) | {"seed": dataset.seed}, dataset.dataset
-    return {
+    run = {  # what decides the items besides their names; None where a data set does not say
+        "segmenter": asdict(model.config),
         "augment": augment,
         "lesions": getattr(lesions, "lesions", None),
-        "min_area": getattr(lesions, "min_area", None) if augment is None else augment["min_area"],
+        "min_area": augment["min_area"] if augment else getattr(lesions, "min_area", None),
     }
+    model.requires_grad_(True)
+    return fit(model, dataset, losses, training, run=run, **{"title": "segmenter"} | options)
 
 
 def pretrain_segmenter(
@@ -117,35 +60,21 @@ def pretrain_segmenter(
     *,
     fabric: Fabric | None = None,
     seed: int = 0,
-    checkpoint: str | Path | None = None,
-    workers: int = 0,
     progress: bool = True,
+    **options: Any,
 ) -> list[dict[str, float]]:
-    """Train on random copies of a preset's phantoms, which are drawn where they are absent.
+    """Train on random copies of a preset's phantoms, which are drawn where `folder` lacks them.
 
-    Args:
-        preset: one with `augment` and `pretraining`.
-        folder: of the phantoms.
-
-    Returns:
-        As `train_segmenter`.
+    The preset has `augment` and `pretraining`; options are those of `train_segmenter`.
     """
     fabric = fabric or make_fabric(preset.pretraining.precision)
     if fabric.global_rank == 0:
         write_phantoms(folder, preset.phantoms, progress=progress)
     fabric.barrier()
     phantoms = LesionSlices(Path(folder) / "lesions", "train", preset.detector.lesions)
-    return train_segmenter(
-        model,
-        Augmented(phantoms, replace(preset.augment, copies=1, paste=0), seed),
-        preset.pretraining,
-        fabric=fabric,
-        seed=seed,
-        checkpoint=checkpoint,
-        workers=workers,
-        progress=progress,
-        title="phantoms first",
-    )
+    copies = Augmented(phantoms, replace(preset.augment, copies=1, paste=0), seed)
+    options |= {"fabric": fabric, "seed": seed, "progress": progress, "title": "phantoms first"}
+    return train_segmenter(model, copies, preset.pretraining, **options)
 
 
 @torch.no_grad()
@@ -163,31 +92,20 @@ def predict_lesions(
 
     With several processes each yields the slices of its share. Slices of different sizes never
     share a batch, because padding changes the result; so where sizes mix, indices come out of
-    order.
-
-    Args:
-        fused: add `maps`, as `metrics.detection.detect` does.
-        mirror: as there; needs `fused`.
+    order. With `fused` predictions have `maps`, as those of `models.detector.detect`, which may be
+    the mean with those of the mirror image.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
-    classes = model.config.num_classes - 1
-    indices = list(share(len(dataset), fabric))
-    names = item_names(dataset)
-    hidden = not (progress and fabric.global_rank == 0)
-    with tqdm(total=len(indices), desc="detecting", disable=hidden) as bar:
-        for start in range(0, len(indices), batch_size):
-            part = indices[start : start + batch_size]
-            items = [dataset[i] for i in part]
-            images = [image for image, _ in items]
-            images = to_model(images, fabric.device, [names[i] for i in part])
-            for group in same_size_groups(images):
-                same = [images[i] for i in group]
-                with fabric.autocast():
-                    predictions = detect(fast, same, classes, mirror) if fused else fast(same)
-                for i, prediction in zip(group, predictions, strict=True):
-                    yield part[i], to_device(prediction, torch.device("cpu")), items[i][1]
-            bar.update(len(part))
+    classes = len(lesion_classes(model.config.lesions))
+    for part, items, images in read_batches(dataset, fabric, batch_size, "detecting", progress):
+        for group in same_size_groups(images):
+            same = [images[i] for i in group]
+            with fabric.autocast():
+                predictions = detect(fast, same, classes, mirror) if fused else fast(same)
+            for i, found in zip(group, predictions, strict=True):
+                # not without blocking: the CPU would read a copy before it is there
+                yield part[i], {key: value.cpu() for key, value in found.items()}, items[i][1]
 
 
 def evaluate_segmenter(
@@ -195,11 +113,9 @@ def evaluate_segmenter(
     dataset: Dataset,
     *,
     fabric: Fabric | None = None,
-    batch_size: int = 8,
     score: float = 0.75,
     threshold: float = 0.5,
-    mirror: bool = False,
-    progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Judge a segmenter; one detector pass for all thresholds, each slice once.
 
@@ -207,7 +123,7 @@ def evaluate_segmenter(
         score: the released code's AP and Dice take detections that score above it (0.75 in the
             paper); COCO's AP takes all.
         threshold: pixels whose probability in the fused maps is above it are lesion; see `fuse`.
-        mirror: judge the mean of the maps of each slice and of its mirror image.
+        options: `batch_size`, `mirror` and `progress` of `predict_lesions`.
 
     Returns:
         Values in 0..1: those of `CocoAP.compute`, with one AP50 a class; `author_ap` (mean over
@@ -216,11 +132,6 @@ def evaluate_segmenter(
         where there is none). `overlap` holds `overlap_means` of "infection" and of each class in
         the fused maps; `slices`, how many were judged; and `table`, float64 [M, regions, 5], the
         `Overlap` of each slice, in the order of the data set.
-
-    Raises:
-        DataError: `score` or `threshold` is not in 0..1, or an image is refused by `check_images`.
-        TrainingError: a weight is NaN or infinite.
-        ValueError: the data set is empty.
     """
     for name, value in (("score", score), ("threshold", threshold)):
         if not 0 <= value <= 1:
@@ -228,42 +139,34 @@ def evaluate_segmenter(
     if bad := not_finite(model.state_dict()):  # they would detect nothing, without a word
         raise TrainingError(f"weights that are not finite: {some(bad)}; train the segmenter again")
     fabric = fabric or make_fabric()
-    classes = LESION_CLASSES[model.config.lesions]
-    coco, rows = CocoAP(classes), {}  # index -> what is measured of the slice
-    for index, prediction, target in predict_lesions(
-        model,
-        dataset,
-        fabric=fabric,
-        batch_size=batch_size,
-        fused=True,
-        mirror=mirror,
-        progress=progress,
-    ):
+    classes = lesion_classes(model.config.lesions)
+    regions, coco, rows = ("infection", *classes), CocoAP(classes), {}
+    found = predict_lesions(model, dataset, fabric=fabric, fused=True, **options)
+    for index, prediction, target in found:
         maps = prediction.pop("maps")
         prediction.pop("semantic", None)
         coco.update([prediction], [target])
         kept = prediction["scores"] > score
-        author = author_image_ap({key: v[kept] for key, v in prediction.items()}, target)
-        found = semantic_mask(prediction, score)
+        author = detection.author_image_ap({k: v[kept] for k, v in prediction.items()}, target)
+        painted = semantic_mask(prediction, score)
         truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
-        painted = (dice(found == c + 2, truth == c + 2) for c in range(len(classes)))
-        counts = chain.from_iterable(overlap(maps, truth, threshold))
-        rows[index] = [*author, *painted, *counts]
-    regions = ("infection", *classes)
-    width = len(IOU_THRESHOLDS) + len(classes) + 5 * len(regions)
-    ordered = [rows[index] for index in sorted(rows)]  # as `gather` expects them
-    part = torch.tensor(ordered, dtype=torch.float64).reshape(-1, width)
+        codes = range(2, 2 + len(classes))
+        dices = [detection.dice(painted == code, truth == code) for code in codes]
+        counts = chain.from_iterable(detection.overlap(maps, truth, threshold))
+        rows[index] = [*author, *dices, *counts]
     columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
-    author, painted, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
-    author, painted = author.mean(0), painted.nanmean(0)
+    ordered = [rows[index] for index in sorted(rows)]  # as `gather` expects them
+    part = torch.tensor(ordered, dtype=torch.float64).reshape(-1, sum(columns))
+    author, dices, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
+    author, dices = author.mean(0), dices.nanmean(0)
     table = counts.reshape(-1, len(regions), 5)  # [M, regions, 5]
     return {
         **coco.compute(),
         "author_ap": float(author.mean()),
         "author_ap50": float(author[IOU_THRESHOLDS.index(0.5)]),
         "author_ap75": float(author[IOU_THRESHOLDS.index(0.75)]),
-        **{f"dice_{name}": float(v) for name, v in zip(classes, painted, strict=True)},
-        "overlap": {name: overlap_means(table[:, i]) for i, name in enumerate(regions)},
+        **{f"dice_{name}": float(v) for name, v in zip(classes, dices, strict=True)},
+        "overlap": {name: detection.overlap_means(table[:, i]) for i, name in enumerate(regions)},
         "slices": len(dataset),
         "table": table,
     }

@@ -5,9 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import accuracy_score, precision_score, recall_score
 
-from covidmask.metrics.classification import confusion, patient_bootstrap, report, wilson
+from covidmask.metrics.classification import (
+    bootstrap,
+    confusion,
+    patient_bootstrap,
+    report,
+    wilson,
+)
 
 MERGED = [[9236, 188, 26], [116, 7150, 129], [20, 298, 4028]]  # of the released code's README
 TWO_MASKS = [[9158, 278, 14], [204, 7030, 161], [15, 251, 4080]]
@@ -151,6 +158,19 @@ def test_bootstrap_refuses():
             patient_bootstrap([0, 1], [0, 1], ["a", "b"], accuracy, **wrong)
 
 
+def test_bootstrap_of_any_statistic():
+    """As scipy's, where that has an answer; an array of statistics, each with an interval."""
+    values = np.random.default_rng(1).normal(size=40)
+    low, high = bootstrap(40, lambda drawn: values[drawn].mean(), 0.9, 500, seed=3)
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=500, method="percentile", confidence_level=0.9,
+        random_state=np.random.default_rng(3),
+    ).confidence_interval  # fmt: skip
+    assert (low, high) == pytest.approx(tuple(expected))
+    both = bootstrap(40, lambda drawn: [values[drawn].mean(), np.nan], 0.9, 500, seed=3)
+    assert both[:, 0].tolist() == [low, high] and np.isnan(both[:, 1]).all()
+
+
 def test_bootstrap_of_other_numbers_of_classes():
     def accuracy(counts):
         assert counts.shape == (4, 4)
@@ -163,7 +183,7 @@ def test_bootstrap_of_other_numbers_of_classes():
 
 
 def test_tables_of_labels_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(2, 3\): give one number for each slice"):
+    with pytest.raises(ValueError, match=r"int64 \[2, 3\] .* one whole number per slice"):
         confusion([[0, 1, 2], [0, 1, 2]], [[0, 0], [1, 1], [2, 2]])
 
 

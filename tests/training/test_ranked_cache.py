@@ -196,13 +196,18 @@ def test_other_code_is_another_file(model, dataset, folder, tmp_path, monkeypatc
     """After an edit of `encoded_rows`, say, the old rows may not come back."""
     rank(model, dataset, folder)
     package = tmp_path / "covidmask"
-    shutil.copytree(Path(covidmask.__file__).parent / "models", package / "models")
-    with open(package / "models" / "ranked_boxes.py", "a") as file:
-        file.write("# edited\n")
+    for part in ("models", "datasets"):
+        shutil.copytree(Path(covidmask.__file__).parent / part, package / part)
     monkeypatch.setattr(covidmask, "__file__", str(package / "__init__.py"))
     dataset.reads.clear()
     rank(model, dataset, folder)
-    assert len(dataset.reads) == 6 and len(list(folder.iterdir())) == 2
+    assert dataset.reads == []
+    for number, name in enumerate(("models/ranked_boxes.py", "datasets/scans.py"), 2):
+        with open(package / name, "a") as file:
+            file.write("# edited\n")
+        dataset.reads.clear()
+        rank(model, dataset, folder)
+        assert len(dataset.reads) == 6 and len(list(folder.iterdir())) == number
 
 
 def test_a_setting_changed_by_hand_is_another_file(dataset, folder):
@@ -217,6 +222,37 @@ def test_a_setting_changed_by_hand_is_another_file(dataset, folder):
     other.detector.roi_heads.box_coder.weights = (1.0, 1.0, 1.0, 1.0)  # of a helper, no module
     rank(other, dataset, folder)
     assert len(list(folder.iterdir())) == 3
+
+
+def test_another_row_encoder_is_another_file():
+    """Also a function of the reader's that differs in a number alone, wherever that stands."""
+
+    class Rows:
+        def __init__(self, *parts):
+            self.parts = parts
+
+    class Learned(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([weight]))
+
+    def times(factor):
+        return lambda boxes: boxes * factor
+
+    def plus(boxes, more=1):
+        return boxes + more
+
+    def plus_two(boxes, more=2):
+        return boxes + more
+
+    def same():
+        yield from (None, Rows("score"), Rows("score", "dx"), Rows("score", times(2)))
+        yield from (Rows(times(2)), Rows(times(3)), Rows(plus), Rows(plus_two))
+        yield from (Learned(1.0), Learned(2.0), Rows(torch.ones(2)), Rows(torch.zeros(2)))
+
+    texts = [ranked_cache._text(encoder) for encoder in same()]
+    assert texts == [ranked_cache._text(encoder) for encoder in same()]
+    assert len(set(texts)) == len(texts)
 
 
 def test_slices_that_are_no_files(model, dataset, folder):

@@ -27,6 +27,7 @@ from covidmask.training.classification import (
     cache_ranked_boxes,
     evaluate_classifier,
     train_classifier,
+    train_s,
 )
 from covidmask.training.loop import load_checkpoint, save_checkpoint
 from covidmask.training.segmentation import evaluate_segmenter, predict_lesions, train_segmenter
@@ -112,6 +113,22 @@ def test_validation_keeps_the_best_epoch(tiny_slices):
     result = evaluate_classifier(model, tiny_slices, progress=False)
     assert result["accuracy"] == pytest.approx(max(accuracies))
     assert result["confusion"].sum() == 12 and result["probabilities"].shape == (12, 3)
+
+
+def test_another_s_is_judged_in_eval_mode():
+    """As one with dropout needs it."""
+    seen = set()
+
+    class Own(torch.nn.Linear):
+        def forward(self, rows):
+            seen.add((len(rows), self.training))
+            return super().forward(rows.flatten(1))
+
+    rows, labels = torch.rand(8, 2, 7), torch.arange(8) % 4
+    held_out = rows[:3], labels[:3]
+    s = Own(14, 4)
+    train_s(s, rows, labels, tiny_training(), validation=held_out, progress=False)
+    assert seen == {(4, True), (3, False)} and not s.training
 
 
 def test_average_of_the_weights(tiny_lesions, tmp_path, monkeypatch):
@@ -212,11 +229,12 @@ def test_batches_of_an_epoch_use_each_slice_at_most_once():
 
 def test_copies_to_the_cpu_have_arrived(monkeypatch):
     """Only a copy to a GPU may still be under way when it is used."""
-    asked = []
+    asked, fabric = [], loop.make_fabric(device="cpu")
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **options: asked.append(options))
     for device in ("cpu", "cuda"):
-        loop.to_device({"boxes": (torch.zeros(1),)}, torch.device(device))
-    assert [options["non_blocking"] for options in asked] == [False, True]
+        monkeypatch.setattr(type(fabric), "device", torch.device(device))
+        fabric.to_device([{"boxes": (torch.zeros(1),)}])
+    assert [options.get("non_blocking", False) for options in asked] == [False, True]
 
 
 def test_pinnable_batches_share_no_memory():
