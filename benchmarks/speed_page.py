@@ -7,8 +7,8 @@ by hand; `python benchmarks/speed.py --page` fills what stands between its marks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial, reduce
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ CODE_MARKS = ("# speed, from results/benchmarks.json\n", "# end of speed\n")
 MODELS = LIGHT, LARGE = "ResNet-18 cut 1", "ResNet-50"
 EXACT, ROUGH = "32-true", "bf16-mixed"
 PRECISIONS = {EXACT: "float32", ROUGH: "bfloat16"}
-STAGES = ("backbone", "RPN", "RoIAlign and box head")
 REGIMES = {"heads_bn": "heads + BN", "full": "full"}
 ASKED = {  # of the CPU, before it was measured: at least and aim, of both models
     "heads": ((150, 200), (150, 200)),
@@ -70,7 +69,7 @@ def rows(result: dict) -> list[Row]:
         Row(short, work, model, values, *limits)
         for short, work, precision, path in works
         for model, limits in zip(MODELS, asked.get(short, ((None, None),) * 2), strict=True)
-        for values in [reduce(dict.__getitem__, path.split("/"), result[precision][model])]
+        for values in [find(result[precision][model], path)]
     ]
 
 
@@ -93,13 +92,13 @@ def factor(value: float | None) -> str:
     return f"{value:.3g}x" if value < 1000 else f"{number(value)}x"
 
 
-def small(value: float | None) -> str:
-    """A difference, as a power of ten."""
-    return "-" if value is None else f"{value:.1e}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def show(value: object) -> str:
+    """A cell: text and counts as they are, other numbers with two or three digits."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return number(value) if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
 
 
 def made(result: dict, file: str) -> str:
@@ -120,175 +119,135 @@ def exact(result: dict, part: str) -> list[tuple[str, dict]]:
     return [(name, result[EXACT][name][part]) for name in MODELS]
 
 
-def grid(rows: Iterable[tuple], columns: dict[str, Callable | None]) -> list[str]:
-    """A table. What a row holds goes into the columns without a function, its last through them."""
-    shows = [show for show in columns.values() if show]
-    return table(list(columns), [[*cells, *(s(last) for s in shows)] for *cells, last in rows])
+def find(values: dict, path: str) -> object:
+    return reduce(dict.__getitem__, path.split("/"), values)
+
+
+def grid(heads: str, rows: Iterable[tuple], columns: dict[str, str]) -> list[str]:
+    """A table: what a row holds before its last element, then paths (of slashes) into that."""
+    body = [[*cells, *(show(find(v, path)) for path in columns.values())] for *cells, v in rows]
+    return table([*heads.split(", "), *columns], body)
 
 
 def ratio_table(result: dict) -> list[str]:
-    body = [(row.work, row.model, row) for row in rows(result)]
-    return grid(
-        body,
-        {
-            "work": None,
-            "model": None,
-            "baseline": lambda row: duration(row.values["baseline"]),
-            "ours": lambda row: duration(row.values["ours"]),
-            "ratio": lambda row: f"**{factor(row.values['ratio'])}**",
-            "lowest, highest": lambda row: (
-                ", ".join(f"{value:.3g}" for value in row.values.get("ratio_lowest_highest", ()))
-                or "extrapolated"
-            ),
-            "repeats": lambda row: str({**row.values.get("measured", {}), **row.values}["repeats"]),
-            "at least": lambda row: factor(row.least),
-            "aim": lambda row: factor(row.aim),
-        },
-    )
-
-
-def fair_table(result: dict) -> list[str]:
-    """The released code itself, timed earlier, and our baseline."""
+    head = ["work", "model", "baseline", "ours", "ratio", "lowest, highest", "repeats"]
     body = []
-    for name, (inference, step) in result["released_code_seconds"].items():
-        found = result[EXACT][name]
-        body.append((name, "inference of a slice", (inference, found["inference"]["baseline"])))
-        body.append((name, "step of 8", (step, found["step"]["heads_bn"]["baseline"])))
-    columns = {"released code": lambda pair: duration(pair[0])}
-    columns["baseline"] = lambda pair: duration(pair[1])
-    columns["difference"] = lambda pair: f"{100 * (pair[1] / pair[0] - 1):+.0f} %"
-    return grid(body, {"model": None, "work": None, **columns})
-
-
-def prediction_table(result: dict) -> list[str]:
-    return grid(
-        [(*cells, values["inference"]) for *cells, values in each(result)],
-        {
-            "model": None,
-            "precision": None,
-            "logits, same order": lambda v: small(v["logits_difference_same_order"]),
-            "slices with another order": lambda v: f"{v['order_changed_slices']} of {v['slices']}",
-            "boxes changed": lambda v: f"{number(v['boxes_changed'])} of {v['boxes']}",
-            "probability, mean": lambda v: small(v["probability_change"]["mean"]),
-            "probability, largest": lambda v: small(v["probability_change"]["max"]),
-        },
-    )
+    for row in rows(result):
+        values, spread = row.values, row.values.get("ratio_lowest_highest")
+        times = [duration(values[key]) for key in ("baseline", "ours")]
+        cells = [row.work, row.model, *times, f"**{factor(values['ratio'])}**"]
+        cells += [", ".join(f"{v:.3g}" for v in spread) if spread else "extrapolated"]
+        cells += [str(values["repeats"] if spread else values["measured"]["repeats"])]
+        body.append([*cells, factor(row.least), factor(row.aim)])
+    return table([*head, "at least", "aim"], body)
 
 
 def stage_table(result: dict) -> list[str]:
-    """Time of each stage, in brackets the share of the roofline; and the machine's best speeds."""
-
-    def stage(name: str, values: dict) -> str:
-        part = values["stages"][name]
-        return f"{duration(part['seconds'])} ({100 * part['share_of_roofline']:.0f} %)"
-
-    def rest(values: dict) -> str:
-        spent = sum(values["stages"][name]["seconds"] for name in STAGES)
-        return duration(max(values["inference"]["ours"] - spent, 0))
-
-    columns = {name: partial(stage, name) for name in STAGES} | {"rest": rest}
-    columns["product, GFLOP/s"] = lambda v: number(v["stages"]["peak_flops"] / 1e9)
-    columns["copy, GB/s"] = lambda v: number(v["stages"]["peak_bytes"] / 1e9)
-    return grid(each(result), {"model": None, "precision": None, **columns})
+    stages = {"backbone and FPN": "backbone", "RPN": "RPN", "box head": "RoIAlign and box head"}
+    columns = {"all, s": "inference/ours"}
+    for name, key in stages.items():
+        columns[f"{name}, s"] = f"stages/{key}/seconds"
+        columns[f"roofline, {name}"] = f"stages/{key}/share_of_roofline"
+    columns |= {"product, FLOP/s": "stages/peak_flops", "copy, B/s": "stages/peak_bytes"}
+    return grid("model, precision", each(result), columns)
 
 
 def memory_table(result: dict) -> list[str]:
-    body = [
-        (label, name, peaks[key])
-        for name, peaks in exact(result, "peak_megabytes")
-        for key, label in REGIMES.items()
-    ]
-    columns = {who: lambda v, who=who: number(v[who]) for who in ("baseline", "ours")}
-    columns["share"] = lambda v: f"{100 * v['ours'] / v['baseline']:.0f} %"
-    return grid(body, {"regime": None, "model": None, **columns})
+    peaks = exact(result, "peak_megabytes")
+    body = [(label, name, peak[key]) for name, peak in peaks for key, label in REGIMES.items()]
+    return grid("regime, model", body, {"baseline, MB": "baseline", "ours, MB": "ours"})
 
 
 def tried_table(result: dict) -> list[str]:
-    keys = exact(result, "tried")[1][1]["milliseconds"]
-    body = [
-        (key.replace("(in use)", "(**in use**)"), [f["milliseconds"].get(key) for _, f in found])
-        for found in [exact(result, "tried")]
-        for key in keys
-    ]
-    compiling = [found["compile_seconds"] for _, found in exact(result, "tried")]
-    body.append(("torch.compile itself, once", [s and 1000 * s for s in compiling]))
-    for key, what in (("ours", "eight slices at once"), ("one by one", "one by one")):
-        seconds = [found[key] for _, found in exact(result, "inference")]
-        body.append((f"inference of a slice, {what}", [1000 * value for value in seconds]))
-    show = {name: lambda v, i=i: number(v[i]) if v[i] else "-" for i, name in enumerate(MODELS)}
-    return grid(body, {"what, in ms": None, **show})
+    columns = []
+    for name in MODELS:
+        tried, inference = (result[EXACT][name][key] for key in ("tried", "inference"))
+        seconds = {
+            "torch.compile itself, once": tried["compile_seconds"],
+            "inference, eight slices at once": inference["ours"],
+            "inference, one by one": inference["one by one"],
+        }
+        more = {key: value and 1000 * value for key, value in seconds.items()}
+        columns.append({**tried["milliseconds"], **more})
+    body = [[key, *(show(column.get(key)) for column in columns)] for key in columns[1]]
+    return table(["what, in ms", *MODELS], body)
 
 
 def page_tables(cpu: dict, cuda: dict) -> dict[str, list[str]]:
     """What stands between the marks of book/fast.md, by their names."""
-    model = {"model": None, "precision": None}
-    judged = [(PRECISIONS[p], cpu["trained"][p]) for p in PRECISIONS]
+    judged = [(name, cpu["trained"][precision]) for precision, name in PRECISIONS.items()]
     growth = {
         "inference of one slice, its side": "side",
         "heads + BN step of 8, N": "n_boxes",
         "ranking a set, its slices": "slices",
     }
+    fair = []
+    for name, released in cpu["released_code_seconds"].items():
+        for path, then in zip(("inference", "step/heads_bn"), released, strict=True):
+            fair.append((name, path, {"then": then, **find(cpu[EXACT][name], path)}))
+    change = {
+        "probability, mean": "probability_change/mean",
+        "largest": "probability_change/max",
+    }
     return {
         "ratios": [*ratio_table(cpu), "", made(cpu, "`results/benchmarks.json`")],
-        "fair": fair_table(cpu),
+        "fair": grid("model, work", fair, {"released code, s": "then", "baseline, s": "baseline"}),
         "gradients": grid(
+            "model",
             exact(cpu, "gradients"),
+            {"gradient": "same_layout", "gradient, channels last": "as_trained"},
+        ),
+        "predictions": grid(
+            "model, precision",
+            [(*cells, values["inference"]) for *cells, values in each(cpu)],
             {
-                "model": None,
-                "loss": lambda v: small(abs(v["loss_same_layout"] / v["loss"] - 1)),
-                "gradient": lambda v: small(v["same_layout"]),
-                "gradient, channels last": lambda v: small(v["as_trained"]),
+                "logits, same order": "logits_difference_same_order",
+                "slices with another order, of 8": "order_changed_slices",
+                "boxes changed": "boxes_changed",
+                "of": "boxes",
+                **change,
             },
         ),
-        "predictions": prediction_table(cpu),
         "trained": grid(
+            "precision",
             judged,
-            {
-                "precision": None,
-                "accuracy": lambda v: f"{v['accuracy']:.3f}",
-                "predictions changed": lambda v: str(v["predictions_changed"]),
-                "probability, mean": lambda v: small(v["probability_change"]["mean"]),
-                "largest": lambda v: small(v["probability_change"]["max"]),
-            },
+            {"accuracy": "accuracy", "predictions changed": "predictions_changed", **change},
         ),
         "stages": stage_table(cpu),
         "reading": grid(
+            "machine",
             [(result["hardware"], result["reading"]) for result in (cpu, cuda)],
             {
-                "machine": None,
-                "from file": lambda v: duration(v["file"]),
-                "from memory": lambda v: duration(v["memory"]),
-                "of a step, from file": lambda v: percent(v["share_of_a_step_from_file"]),
-                "of inference, from file": lambda v: percent(v["share_of_inference_from_file"]),
-                "from memory ": lambda v: percent(v["share_of_inference_from_memory"]),
+                "from file, s": "file",
+                "share of a step": "share_of_a_step_from_file",
+                "of inference": "share_of_inference_from_file",
+                "from memory, s": "memory",
+                "share of inference": "share_of_inference_from_memory",
             },
         ),
         "tried": tried_table(cpu),
         "memory": memory_table(cpu),
         "growth": grid(
-            [(what, str(v["x"]), v) for what, key in growth.items() for v in cpu["growth"][key]],
-            {
-                "what is measured, and what grows": None,
-                "to": None,
-                "time": lambda v: duration(v["seconds"]),
-                "MB": lambda v: number(v["megabytes"]),
-            },
+            "what is measured",
+            [(what, point) for what, key in growth.items() for point in cpu["growth"][key]],
+            {"at": "x", "s": "seconds", "MB": "megabytes"},
         ),
         "gpu ratios": [*ratio_table(cuda), "", made(cuda, "`results/benchmarks-cuda.json`")],
         "gpu stages": stage_table(cuda),
         "gpu memory": memory_table(cuda),
         "gpu batches": grid(  # a run may have been stopped before
-            [(*cells, one) for *cells, v in each(cuda) for one in v.get("batches", ())],
-            {
-                **model,
-                "batch": lambda v: str(v["batch"]),
-                "time of a slice": lambda v: duration(v["seconds_a_slice"]),
-                "MB": lambda v: number(v["megabytes"]),
-            },
+            "model, precision",
+            [(*cells, one) for *cells, values in each(cuda) for one in values.get("batches", ())],
+            {"batch": "batch", "s a slice": "seconds_a_slice", "MB": "megabytes"},
         ),
         "gpu waiting": grid(
-            [(*cells, *pair) for *cells, v in each(cuda) for pair in v.get("waiting", {}).items()],
-            {**model, "slices from": None, "share": percent},
+            "model, precision",
+            [(*cells, v["waiting"]) for *cells, v in each(cuda) if "waiting" in v],
+            {
+                f"{source}, {count} workers": f"{source}, {count} workers"
+                for source in ("file", "memory")
+                for count in (0, 4)
+            },
         ),
     }
 

@@ -7,10 +7,11 @@ import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import psutil
 import released_loop
@@ -54,42 +55,33 @@ SLICES, EPOCHS = 3000, 50  # the paper's
 SAME_BOX = 0.9  # IoU above which two boxes of one class are the same box
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Sizes and numbers of repeats."""
-
-    phantoms: PhantomConfig = PhantomConfig(512, 5, (1, 1, 2), (4, 1, 1))
-    changes: tuple[tuple[str, int], ...] = ()  # to the detector
-    repeats: int = 5
-    slow: int = 3  # for the full step of ResNet-50 and the AP of ResNet-18
-    slowest: int = 1  # for the AP of ResNet-50: the baseline takes minutes
-    ranked: int = 48  # slices whose ranking is timed
-    rows: int = SLICES  # slices on which S is timed
-    ap_slices: int = 10
-    sides: tuple[int, ...] = (128, 256, 512, 1024)
-    n_boxes: tuple[int, ...] = (16, 64, 256, 1024)
-    slices: tuple[int, ...] = (8, 16, 32, 60)
-
-
-FULL = Scale()
-SMOKE = Scale(
-    phantoms=PhantomConfig(128, 2, (1, 1, 1), (2, 1, 1)),
-    changes=(("image_size", 128), ("max_size", 256), ("rpn_test_proposals", 60)),
-    repeats=1,
-    slow=1,
-    ranked=4,
-    rows=64,
-    ap_slices=2,
-    sides=(64, 128),
-    n_boxes=(4, 16),
-    slices=(2, 4),
+SIZES = {  # full, and toy ones that say whether it runs
+    "phantoms": (
+        PhantomConfig(512, 5, (1, 1, 2), (4, 1, 1)),
+        PhantomConfig(128, 2, (1, 1, 1), (2, 1, 1)),
+    ),
+    "changes": ({}, {"image_size": 128, "max_size": 256, "rpn_test_proposals": 60}),  # detector
+    "repeats": (5, 1),
+    "slow": (3, 1),  # for the full step of ResNet-50 and the AP of ResNet-18
+    "slowest": (1, 1),  # for the AP of ResNet-50: the baseline takes minutes
+    "ranked": (48, 4),  # slices whose ranking is timed
+    "rows": (SLICES, 64),  # slices on which S is timed
+    "ap_slices": (10, 2),
+    "sides": ((128, 256, 512, 1024), (64, 128)),
+    "n_boxes": ((16, 64, 256, 1024), (4, 16)),
+    "slices": ((8, 16, 32, 60), (2, 4)),
+}
+FULL, SMOKE = (
+    SimpleNamespace(**{key: sizes[toy] for key, sizes in SIZES.items()}) for toy in (0, 1)
 )
 
 
 class Bench:
     """Device, precision, sizes and the clock."""
 
-    def __init__(self, device: str, precision: str = "32-true", scale: Scale = FULL) -> None:
+    def __init__(
+        self, device: str, precision: str = "32-true", scale: SimpleNamespace = FULL
+    ) -> None:
         self.device = torch.device(device)
         self.precision = precision
         self.scale = scale
@@ -147,7 +139,7 @@ def segmenter(name: str, bench: Bench, **changes) -> nn.Module:
     Without such statistics the features grow from layer to layer and every sigmoid is 0 or 1.
     """
     torch.manual_seed(0)
-    model = lesion_mask_rcnn(replace(MODELS[name][0], **{**dict(bench.scale.changes), **changes}))
+    model = lesion_mask_rcnn(replace(MODELS[name][0], **{**bench.scale.changes, **changes}))
     slices = [torch.from_numpy(make_slice(seed, seed % 3, 128)[0]) for seed in range(8)]
     images = torch.stack(slices)[:, None].expand(-1, 3, -1, -1)  # [8, 3, 128, 128], 0..1
     for layer in model.backbone.modules():
@@ -218,11 +210,11 @@ def measure_peak(
 ) -> float:
     """The most memory that one inference (`side`), ranking (`slices`) or step has at a time."""
     torch.manual_seed(1)
-    pixels = side or dict(bench.scale.changes).get("image_size", 512)
+    pixels = side or bench.scale.changes.get("image_size", 512)
     images = [torch.rand(3, pixels, pixels, device=bench.device) for _ in range(BATCH)]
     labels = torch.arange(BATCH, device=bench.device) % 3
     if side:
-        fast = sized(side, bench)
+        fast = for_inference(build(name, bench, image_size=side, max_size=2 * side))
         work = torch.no_grad()(partial(fast, images[:1]))
     elif slices:
         many = [(images[i % BATCH], 0) for i in range(slices)]
@@ -257,11 +249,6 @@ def resident(work: Callable[[], object]) -> float:
         finally:
             done.set()
     return (max(seen) - seen[0]) / 1e6
-
-
-def sized(side: int, bench: Bench) -> CovidCTMaskNet:
-    """The small model for slices of another side."""
-    return for_inference(build(SMALL, bench, image_size=side, max_size=2 * side))
 
 
 # ---- the parts ---------------------------------------------------------------------------------
@@ -542,7 +529,8 @@ def tried(name: str, images: list[Tensor], bench: Bench) -> dict:
             compile_seconds = bench.seconds(partial(compiled, last))
         except Exception as error:  # no compiler on this machine, for example
             print(f"torch.compile: {error}"[:200], flush=True)
-            compile_seconds = works.pop("backbone, both and torch.compile", None) and None
+            compile_seconds = None
+            del works["backbone, both and torch.compile"]
         times = bench.medians(works)
     chosen = [part[: MODELS[name][1].n_boxes] for part in boxes[0]]
     maps = {key: map.detach().requires_grad_(True) for key, map in features.items()}
@@ -643,7 +631,8 @@ def growth(dataset: SliceImages, bench: Bench) -> dict:
 
     for side in scale.sides:
         image = nn.functional.interpolate(dataset[0][0][None], size=side)[0].to(bench.device)
-        add("side", side, torch.no_grad()(partial(sized(side, bench), [image])))
+        fast = for_inference(build(SMALL, bench, image_size=side, max_size=2 * side))
+        add("side", side, torch.no_grad()(partial(fast, [image])))
     images = [dataset[i % len(dataset)][0].to(bench.device) for i in range(BATCH)]
     labels = torch.arange(BATCH, device=bench.device) % 3
     for n in scale.n_boxes:
