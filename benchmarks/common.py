@@ -43,7 +43,7 @@ def environment() -> dict:
                 "that the results can name the code (or set ALLOW_DIRTY=1 for a trial)"
             )
         commit += "-dirty"
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).resolve()
     return {
         "command": " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
         "commit": commit,

@@ -301,10 +301,12 @@ def draw(result: dict, path: Path) -> None:
     settings = {"svg.fonttype": "none", "svg.hashsalt": "speed", "font.size": 13}
     with plt.rc_context(settings), atomic_path(path) as temporary:
         figure, ax = plt.subplots(figsize=(5.4, 5.4), layout="constrained")
-        bars = ax.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours)
-        ax.bar_label(bars, [factor(ratio) for ratio in ratios], padding=6)
+        ax.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours)
+        for row, name in zip(found, names, strict=True):  # the number stands right of bar and aim
+            right = max(row.values["ratio"], row.aim or 1)
+            ax.text(1.2 * right, name, factor(row.values["ratio"]), va="center")
         ax.plot([row.aim for row in found], names, "k|", ms=16, mew=3, label="aim")
-        ax.set(xscale="log", xlim=(0.9, 3 * max(ratios)), xlabel="Times faster than the baseline")
+        ax.set(xscale="log", xlim=(0.9, 4 * max(ratios)), xlabel="Times faster than the baseline")
         ax.invert_yaxis()
         ax.legend()
         figure.savefig(temporary, metadata={"Date": None})
