@@ -12,16 +12,13 @@ All data are synthetic.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from marks import commented, fill
-from quick_preset import environment
+from common import RESULTS, ROOT, environment, fill, gain, origin, save, table
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
@@ -29,7 +26,6 @@ from covidmask.config import IMAGE_CLASSES, PRESETS
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import mask_to_targets
 from covidmask.datasets.phantom_sets import phantom_mask, write_phantoms
-from covidmask.files import atomic_path
 from covidmask.metrics.classification import confusion, report, wilson
 from covidmask.models.baselines import area_features, fit_area_classifier
 from covidmask.models.classifier import ClassificationModule
@@ -38,7 +34,7 @@ from covidmask.models.ranked_boxes import encoded_rows, pad_rows, propose, rank_
 from covidmask.models.weights import ShippedWeights
 from covidmask.training.classification import train_s
 
-ROOT = Path(__file__).resolve().parents[1]
+OUT = RESULTS / "ablations.json"
 TWIN = ROOT / "book" / "py" / "08_what_makes_it_work.py"
 PRESET = PRESETS["quick"]
 N = PRESET.classifier.n_boxes
@@ -196,33 +192,29 @@ def true_features(names: list[str], seed: int) -> dict[str, np.ndarray]:
     return {"true areas": areas, "true areas and counts": np.hstack([areas, counts])}
 
 
-def summary(predictions: list[dict[str, np.ndarray]], labels: dict) -> dict:
-    """Accuracy of each seed, their mean and range; means of the other splits, sensitivities."""
-    accuracies = {
-        split: [float(np.mean(p[split] == labels[split].numpy())) for p in predictions]
-        for split in predictions[0]
+def judge(predictions: list[dict], base: list[dict], labels: dict, patients: list[str]) -> dict:
+    """Accuracy of each seed, their mean and range, means of the other splits, sensitivities.
+
+    The difference is to the accuracy of `base`, the paper's vector, on the same slices.
+    """
+    right = {
+        split: np.array([p[split] == labels[split].numpy() for p in predictions])  # [S, M]
+        for split in SPLITS
     }
+    test = right["test"].mean(1).tolist()
     reports = [report(confusion(labels["test"], p["test"])) for p in predictions]
-    test = accuracies.pop("test")
+    before = np.array([p["test"] == labels["test"].numpy() for p in base])
+    means = right["test"].mean(0), before.mean(0)
+    more, *limits = gain(*means, patients, len(base), repeats=2000)
     return {
         "accuracies": test,
         "mean": float(np.mean(test)),
         "range": [min(test), max(test)],
-        **{f"mean_{split}": float(np.mean(values)) for split, values in accuracies.items()},
+        **{f"mean_{split}": float(right[split].mean()) for split in SPLITS[:2]},
         "sensitivity": np.mean([r["sensitivity"] for r in reports], axis=0).tolist(),
+        "difference": more,
+        "difference_interval": limits,
     }
-
-
-def difference(ours: list[dict], base: list[dict], labels: np.ndarray, patients: list[str]) -> dict:
-    """Mean accuracy less that of the paper's vector, with an interval over patients."""
-    right = [np.mean([p["test"] == labels for p in part], axis=0) for part in (ours, base)]
-    gain = right[0] - right[1]
-    _, owner = np.unique(patients, return_inverse=True)
-    sums = np.bincount(owner, gain)
-    sizes = np.bincount(owner)
-    draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
-    low, high = np.quantile(sums[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
-    return {"difference": float(gain.mean()), "difference_interval": [float(low), float(high)]}
 
 
 def run(seeds: list[int], data: Path, test_data: Path, test_seed: int) -> dict:
@@ -240,42 +232,28 @@ def run(seeds: list[int], data: Path, test_data: Path, test_seed: int) -> dict:
     print(f"boxes ranked after {time.perf_counter() - start:.0f} s", flush=True)
 
     entries, base = [], None
-    for variant in VARIANTS:
-        source = random_rows if variant.random_detector else rows
-        predictions = [
-            predict_with_s(variant, source[variant.setting], labels, seed) for seed in seeds
-        ]
-        base = base or predictions
-        entry = {
-            "group": variant.group,
-            "name": variant.name,
-            "n": variant.n,
-            "columns": len(variant.columns),
-            **summary(predictions, labels),
-            **difference(predictions, base, truth, patients),
-        }
-        entries.append(entry)
-        clock = f"{time.perf_counter() - start:.0f} s"
-        print(f"{clock:>7} {variant.name:45} {entry['mean']:.3f}", flush=True)
 
+    def add(group: str, name: str, n: int | None, columns: int, predictions: list[dict]) -> None:
+        nonlocal base
+        base = base or predictions
+        entry = {"group": group, "name": name, "n": n, "columns": columns}
+        entries.append({**entry, **judge(predictions, base, labels, patients)})
+        clock = f"{time.perf_counter() - start:.0f} s"
+        print(f"{clock:>7} {name:45} {entries[-1]['mean']:.3f}", flush=True)
+
+    for variant in VARIANTS:
+        source = (random_rows if variant.random_detector else rows)[variant.setting]
+        predictions = [predict_with_s(variant, source, labels, seed) for seed in seeds]
+        add(variant.group, variant.name, variant.n, len(variant.columns), predictions)
     features = {
         split: simple_features({setting: rows[setting][split] for setting in NMS})
         | true_features(slices[split].names, test_seed if split == "test" else 0)
         for split in SPLITS
     }
-    for name in features["train"]:
-        model = fit_area_classifier(features["train"][name], labels["train"].numpy())
+    for name, values in features["train"].items():
+        model = fit_area_classifier(values, labels["train"].numpy())
         predictions = [{split: model.predict(features[split][name]) for split in SPLITS}]
-        entries.append(
-            {
-                "group": "Logistic regression",
-                "name": name,
-                "n": None,
-                "columns": features["train"][name].shape[1],
-                **summary(predictions, labels),
-                **difference(predictions, base, truth, patients),
-            }
-        )
+        add("Logistic regression", name, None, values.shape[1], predictions)
     few = {
         name: float(np.mean([len(r) < N for split in SPLITS for r in parts[split]]))
         for name, parts in rows.items()
@@ -302,28 +280,22 @@ def run(seeds: list[int], data: Path, test_data: Path, test_seed: int) -> dict:
 
 def markdown(result: dict) -> str:
     """The table of chapter 8."""
-    lines = [
-        "| what S reads (phantoms) | accuracy: mean (range) | difference (95 %) | training "
-        "| control | pneumonia | COVID-19 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    group = None
+    head = ["what S reads (phantoms)", "accuracy: mean (range)", "difference (95 %)", "training"]
+    head += ["control", "pneumonia", "COVID-19"]
+    body, group = [], None
     for entry in result["variants"]:
         if entry["group"] != group:
             group = entry["group"]
-            lines.append(f"| **{group}** | | | | | | |")
+            body.append([f"**{group}**" + " |" * 6])
         low, high = entry["range"]
         span = f" ({low:.3f} to {high:.3f})" if len(entry["accuracies"]) > 1 else ""
         left, right = entry["difference_interval"]
-        gain = f"{entry['difference']:+.3f} ({left:+.3f} to {right:+.3f})"
-        if entry is result["variants"][0]:
-            gain = "0"
-        each = " | ".join(f"{value:.2f}" for value in entry["sensitivity"])
-        lines.append(
-            f"| {entry['name']} | {entry['mean']:.3f}{span} | {gain} | {entry['mean_train']:.2f} "
-            f"| {each} |"
-        )
-    lines += [
+        more = f"{entry['difference']:+.3f} ({left:+.3f} to {right:+.3f})"
+        cells = [entry["name"], f"{entry['mean']:.3f}{span}", more if len(body) > 1 else "0"]
+        shares = entry["mean_train"], *entry["sensitivity"]
+        body.append([*cells, *(f"{value:.2f}" for value in shares)])
+    lines = [
+        *table(head, body),
         "",
         f"Synthetic phantoms: {result['train_slices']:,} slices train, {result['val_slices']} "
         f"choose the epoch, {result['test_slices']} slices of {result['test_patients']} other "
@@ -332,45 +304,38 @@ def markdown(result: dict) -> str:
         "training slices; the last three columns are sensitivities on the test slices. Logistic "
         "regression has no seed and reads the numbers named.",
         "",
-        f"Command: `{result['command']}`; {result['hardware']}, {result['threads']} thread(s); "
-        f"torch {result['torch']}; {result['date']}; commit {result['commit']}; all numbers in "
-        "`results/ablations.json`.",
+        origin(result, "`results/ablations.json`"),
     ]
     return "\n".join(lines)
 
 
-def fill_twin(path: Path, text: str) -> None:
-    """Put `text`, as comments, between the two marks of the chapter's twin."""
-    marks = "# <!-- ablations -->", "# <!-- /ablations -->"
-    fill(path, marks, f"#\n{commented(text)}\n#")
+def show(result: dict, twin: Path = TWIN) -> None:
+    """Fill the chapter."""
+    fill(twin, "ablations", f"\n{markdown(result)}\n\n")
 
 
 def main() -> None:
     """Read the command line, run, write the results."""
-    default = ROOT / "results" / "ablations.json"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--data", type=Path, default=Path("data/phantoms-quick"))
     parser.add_argument("--test-data", type=Path, default=Path("data/phantoms-quick-seed1"))
     parser.add_argument("--test-seed", type=int, default=1, help="data seed of the test patients")
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    origin = environment()  # first, so that the commit is that of the code which runs
-    origin["command"] = " ".join(["python", "benchmarks/ablations.py", *sys.argv[1:]])
+    source = environment()  # first, so that the commit is that of the code which runs
     write_phantoms(arguments.data, PRESET.phantoms, 0)
     write_phantoms(arguments.test_data, TEST_PATIENTS, arguments.test_seed)
     result = {
         "about": "variants of the ranked boxes on synthetic phantoms; no figure of real CT",
-        **origin,
+        **source,
         "preset": asdict(PRESET),
         **run(arguments.seeds, arguments.data, arguments.test_data, arguments.test_seed),
     }
-    with atomic_path(arguments.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
-    print(markdown(result))
-    if arguments.out == default and TWIN.is_file():
-        fill_twin(TWIN, markdown(result))
-    print(f"written: {arguments.out}")
+    save(arguments.out, result)
+    print(f"{markdown(result)}\nwritten: {arguments.out}")
+    if arguments.out == OUT:
+        show(result)
 
 
 if __name__ == "__main__":

@@ -12,35 +12,36 @@ as the classifier. All data are synthetic.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 
 import torch
-import torchvision
-from marks import fill
+from common import RESULTS, ROOT, environment, fill, origin, save, table
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import PRESETS
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionSlices
 from covidmask.datasets.phantom_sets import phantom_mask, write_phantoms
-from covidmask.files import atomic_path
 from covidmask.metrics.classification import wilson
 from covidmask.metrics.detection import CocoAP
 from covidmask.models.baselines import area_features, fit_area_classifier, threshold_detections
-from covidmask.models.classifier import covid_ct_mask_net
+from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESET = PRESETS["quick"]
+OUT = RESULTS / "quick_preset.json"
+
+
+def train_heads(detector: GeneralizedRCNN, slices: dict, seed: int) -> CovidCTMaskNet:
+    """S on the ranked boxes of a detector that stays as it is."""
+    model = covid_ct_mask_net(detector, PRESET.classifier)
+    training, val = PRESET.classifier_training, slices["val"]
+    train_classifier(model, slices["train"], "heads", training, validation=val, seed=seed)
+    return model
 
 
 def one_seed(seed: int, root: Path) -> dict:
@@ -55,31 +56,12 @@ def one_seed(seed: int, root: Path) -> dict:
     clock = [time.process_time()]
     train_segmenter(segmenter, lesions[0], PRESET.segmenter, seed=seed)
     clock.append(time.process_time())
-    model = covid_ct_mask_net(segmenter, PRESET.classifier)
-    train_classifier(
-        model,
-        slices["train"],
-        "heads",
-        PRESET.classifier_training,
-        validation=slices["val"],
-        seed=seed,
-    )
+    model = train_heads(segmenter, slices, seed)
     clock.append(time.process_time())
     detection = evaluate_segmenter(segmenter, lesions[1])
     classified = evaluate_classifier(model, slices["test"])
-
     torch.manual_seed(seed)
-    random_model = covid_ct_mask_net(lesion_mask_rcnn(PRESET.detector), PRESET.classifier)
-    train_classifier(
-        random_model,
-        slices["train"],
-        "heads",
-        PRESET.classifier_training,
-        validation=slices["val"],
-        seed=seed,
-    )
-    untrained = evaluate_classifier(random_model, slices["test"])
-    correct = int(classified["confusion"].trace())
+    untrained = train_heads(lesion_mask_rcnn(PRESET.detector), slices, seed)
     return {
         "seed": seed,
         "core_seconds_segmenter": clock[1] - clock[0],
@@ -89,11 +71,11 @@ def one_seed(seed: int, root: Path) -> dict:
         **{key: detection[key] for key in ("mask_ap", "mask_ap50", "box_ap", "box_ap50")},
         "class_test_slices": len(slices["test"]),
         "accuracy": classified["accuracy"],
-        "accuracy_interval": wilson(correct, len(slices["test"])),
+        "accuracy_interval": wilson(int(classified["confusion"].trace()), len(slices["test"])),
         "sensitivity": list(classified["sensitivity"]),
         "ppv": list(classified["ppv"]),
         "confusion": classified["confusion"].tolist(),
-        "accuracy_random_detector": untrained["accuracy"],
+        "accuracy_random_detector": evaluate_classifier(untrained, slices["test"])["accuracy"],
     }
 
 
@@ -126,53 +108,19 @@ def area_classifier(root: Path, seed: int) -> float:
     return float(model.score(features["test"], labels["test"]))
 
 
-def environment() -> dict:
-    """Where and from what the figures came.
-
-    Raises:
-        SystemExit: the code that runs is in no commit. Results, chapters and README may differ:
-            an earlier benchmark fills them.
-    """
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    commit = git("describe", "--always", "--exclude", "*")
-    if git("status", "--porcelain", "--", "benchmarks", "covidmask"):
-        if not os.environ.get("ALLOW_DIRTY"):
-            sys.exit(
-                "benchmarks/ or covidmask/ holds changes that are in no commit: commit them, so "
-                "that the results can name the code (or set ALLOW_DIRTY=1 for a trial)"
-            )
-        commit += "-dirty"
-    return {
-        "command": " ".join(["python", "benchmarks/quick_preset.py", *sys.argv[1:]]),
-        "commit": commit,
-        "date": date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used",
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def markdown(result: dict) -> str:
     """The table of README.md."""
-    lines = [
-        "| seed | core minutes | mask AP50 | mask AP | accuracy (95 %) | same, random detector |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["seed", "core minutes", "mask AP50", "mask AP", "accuracy (95 %)"]
+    body = []
     for row in result["seeds"]:
         low, high = row["accuracy_interval"]
-        lines.append(
-            f"| {row['seed']} | {row['core_seconds_total'] / 60:.1f} | {row['mask_ap50']:.2f} "
-            f"| {row['mask_ap']:.2f} | {row['accuracy']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['accuracy_random_detector']:.2f} |"
-        )
+        cells = [str(row["seed"]), f"{row['core_seconds_total'] / 60:.1f}"]
+        cells += [f"{row[key]:.2f}" for key in ("mask_ap50", "mask_ap")]
+        cells += [f"{row['accuracy']:.2f} ({low:.2f} to {high:.2f})"]
+        body.append([*cells, f"{row['accuracy_random_detector']:.2f}"])
     first = result["seeds"][0]
-    lines += [
+    lines = [
+        *table([*head, "same, random detector"], body),
         "",
         f"Synthetic phantoms of unseen patients: {first['lesion_test_slices']} slices for the AP, "
         f'{first["class_test_slices"]} for the accuracy of S alone ("heads"), three classes. '
@@ -187,9 +135,7 @@ def markdown(result: dict) -> str:
         "its reach), and logistic regression on the true GGO and C areas of a "
         f"slice an accuracy of {result['area_classifier_accuracy']:.2f}.",
         "",
-        f"Command: `{result['command']}`; {result['hardware']}, {result['threads']} thread(s); "
-        f"torch {result['torch']}; {result['date']}; commit {result['commit']}; all numbers in "
-        "[results/quick_preset.json](results/quick_preset.json).",
+        origin(result, "[results/quick_preset.json](results/quick_preset.json)"),
     ]
     return "\n".join(lines)
 
@@ -200,26 +146,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=Path("data/phantoms-quick"))
     parser.add_argument("--data-seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "quick_preset.json")
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    origin = environment()  # first, so that the commit is that of the code which runs
+    source = environment()  # first, so that the commit is that of the code which runs
     root = write_phantoms(arguments.data, PRESET.phantoms, arguments.data_seed)
     result = {
         "about": "quick preset on synthetic phantoms; nothing here is a figure of real CT",
-        **origin,
+        **source,
         "preset": asdict(PRESET),
         "seeds": [one_seed(seed, root) for seed in arguments.seeds],
         "threshold_detector": threshold_detector(root),
         "area_classifier_accuracy": area_classifier(root, arguments.data_seed),
     }
-    with atomic_path(arguments.out) as temporary:
-        text = json.dumps(result, indent=1) + "\n"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    print(markdown(result))
-    if arguments.out == ROOT / "results" / "quick_preset.json":
-        marks = "<!-- results -->", "<!-- /results -->"
-        fill(ROOT / "README.md", marks, markdown(result))
-    print(f"written: {arguments.out}")
+    save(arguments.out, result)
+    print(f"{markdown(result)}\nwritten: {arguments.out}")
+    if arguments.out == OUT:
+        fill(ROOT / "README.md", "results", markdown(result))
 
 
 if __name__ == "__main__":

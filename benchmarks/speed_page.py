@@ -1,586 +1,325 @@
-"""The page book/fast.md, and the places of chapter 6 and README.md that show times.
+"""The tables and the figure of book/fast.md, and the places of chapter 6 and README.md with times.
 
-All from results/benchmarks.json and, where there is one, results/benchmarks-cuda.json; the same
-files give the same text. `python benchmarks/speed.py --page` calls it.
+All from results/benchmarks.json and results/benchmarks-cuda.json. The text of the page is written
+by hand; `python benchmarks/speed.py --page` fills what stands between its marks.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
-from marks import commented, fill
-from speed_figures import describe_growth, describe_ratios, growth_figure, ratio_figure
-from speed_rows import (
-    EXACT,
-    GROWTH,
-    LARGE,
-    LIGHT,
-    PRECISIONS,
-    REGIMES,
-    ROUGH,
-    Row,
-    duration,
-    factor,
-    number,
-    rows,
-    small,
-)
+from common import RESULTS, ROOT, fill, origin, read, replace_between, table
 
 from covidmask.files import atomic_path
+from covidmask.plotting import BLUE, ORANGE
 
-COMMANDS = {
-    "cpu": "python benchmarks/speed.py",
-    "cuda": "python benchmarks/speed.py --device cuda",
+PAGE, README = ROOT / "book" / "fast.md", ROOT / "README.md"
+FIGURE = ROOT / "book" / "_static" / "speed_ratios.svg"
+TWIN = ROOT / "book" / "py" / "06_three_regimes.py"
+CODE_MARKS = ("# speed, from results/benchmarks.json\n", "# end of speed\n")
+MODELS = LIGHT, LARGE = "ResNet-18 cut 1", "ResNet-50"
+EXACT, ROUGH = "32-true", "bf16-mixed"
+PRECISIONS = {EXACT: "float32", ROUGH: "bfloat16"}
+REGIMES = {"heads_bn": "heads + BN", "full": "full"}
+ASKED = {  # of the CPU, before it was measured: at least and aim, of both models
+    "heads": ((150, 200), (150, 200)),
+    "heads + BN": ((2.8, 3.5), (1.7, 2.3)),
+    "full": ((2, 2.5), (1.3, 1.6)),
+    "inference": ((1.2, 1.5), (1.2, 1.5)),
+    "inference, bf16": ((None, 1.6), (1.8, 2.5)),
+    "AP": ((8, 12), (8, 12)),
 }
-TOLERANCE = 0.25  # between the baseline's times and those of the released code
-# Of the released code's seconds a slice: backbone and FPN, which are torchvision's in both.
-RELEASED_BACKBONE = {LARGE: 0.33, LIGHT: 0.089}
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(cells) + " |" for cells in body]
+class Row(NamedTuple):
+    """One work, timed both ways."""
+
+    short: str
+    work: str
+    model: str
+    values: dict  # baseline, ours (seconds), ratio
+    least: float | None
+    aim: float | None
 
 
-def ratio_table(found: Sequence[Row]) -> list[str]:
-    asked = any(row.least or row.aim for row in found)
+def rows(result: dict) -> list[Row]:
+    """One for each work that was timed and each model."""
+    heads, ap = (result[EXACT][LIGHT][key] for key in ("heads_only", "ap"))
+    schedule = f"heads, {heads['slices']:,} slices x {heads['epochs']} epochs"
+    judging = f"AP, {ap['thresholds']} thresholds, {ap['slices']} slices"
+    works = [
+        ("heads", schedule, EXACT, "heads_only"),
+        ("heads + BN", "heads + BN, step of 8", EXACT, "step/heads_bn"),
+        ("full", "full, step of 8", EXACT, "step/full"),
+        ("inference", "inference of a slice", EXACT, "inference"),
+        ("inference, bf16", "inference of a slice, bfloat16", ROUGH, "inference"),
+        ("AP", judging, EXACT, "ap"),
+    ]
+    asked = ASKED
+    if "step" in result[ROUGH][LIGHT]:  # a GPU, where one number was asked for
+        asked = {"heads + BN, bf16": ((None, None), (8, None))}
+        for regime, name in REGIMES.items():
+            work = f"{name}, step of 8, bfloat16"
+            works.append((f"{name}, bf16", work, ROUGH, f"step/{regime}"))
+    return [
+        Row(short, work, model, values, *limits)
+        for short, work, precision, path in works
+        for model, limits in zip(MODELS, asked.get(short, ((None, None),) * 2), strict=True)
+        for values in [find(result[precision][model], path)]
+    ]
+
+
+def number(value: float) -> str:
+    """Two or three digits, without an exponent."""
+    digits = max(0, 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(digits, 6)}f}"
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 1.5 * size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(1000 * seconds)} ms"
+
+
+def factor(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}x" if value < 1000 else f"{number(value)}x"
+
+
+def show(value: object) -> str:
+    """A cell: text and counts as they are, other numbers with two or three digits."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return number(value) if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.1e}"
+
+
+def made(result: dict, file: str) -> str:
+    """The line below a table that says how it came about."""
+    threads = f"{result['threads']} thread{'s' * (result['threads'] != 1)}"
+    machine = f"{result['hardware']}, {result['processor']}, {threads}"
+    minutes = f"` (about {result['minutes']:.0f} minutes);"
+    return origin(result, file, machine).replace("`;", minutes, 1)
+
+
+def each(result: dict) -> list[tuple[str, str, dict]]:
+    """Model, precision and what was measured with them."""
+    return [(m, PRECISIONS[p], result[p][m]) for m in MODELS for p in PRECISIONS]
+
+
+def exact(result: dict, part: str) -> list[tuple[str, dict]]:
+    """Model, and a part of what was measured in float32."""
+    return [(name, result[EXACT][name][part]) for name in MODELS]
+
+
+def find(values: dict, path: str) -> object:
+    return reduce(dict.__getitem__, path.split("/"), values)
+
+
+def grid(heads: str, rows: Iterable[tuple], columns: dict[str, str]) -> list[str]:
+    """A table: what a row holds before its last element, then paths (of slashes) into that."""
+    body = [[*cells, *(show(find(v, path)) for path in columns.values())] for *cells, v in rows]
+    return table([*heads.split(", "), *columns], body)
+
+
+def ratio_table(result: dict) -> list[str]:
     head = ["work", "model", "baseline", "ours", "ratio", "lowest, highest", "repeats"]
     body = []
-    for row in found:
-        values = row.values
-        spread = values.get("ratio_lowest_highest")
-        cells = [
-            row.work,
-            row.model,
-            duration(values["baseline"]),
-            duration(values["ours"]),
-            f"**{factor(values['ratio'])}**",
-            ", ".join(f"{v:.3g}" for v in spread) if spread else "extrapolated",
-            str(values["repeats"] if spread else values["measured"]["repeats"]),
-        ]
-        if asked:
-            cells += [factor(v) if v else "-" for v in (row.least, row.aim)]
-        body.append(cells)
-    return table([*head, "at least", "aim"] if asked else head, body)
+    for row in rows(result):
+        values, spread = row.values, row.values.get("ratio_lowest_highest")
+        times = [duration(values[key]) for key in ("baseline", "ours")]
+        cells = [row.work, row.model, *times, f"**{factor(values['ratio'])}**"]
+        cells += [", ".join(f"{v:.3g}" for v in spread) if spread else "extrapolated"]
+        cells += [str(values["repeats"] if spread else values["measured"]["repeats"])]
+        body.append([*cells, factor(row.least), factor(row.aim)])
+    return table([*head, "at least", "aim"], body)
 
 
-def origin(result: dict, name: str) -> str:
-    threads = f"{result['threads']} thread{'s' * (result['threads'] != 1)}"
-    return (
-        f"Command: `{result['command']}` (about {result['minutes']:.0f} minutes); "
-        f"{result['hardware']}, {result['processor']}, {threads}; torch {result['torch']}; "
-        f"{result['date']}; commit {result['commit']}; all numbers in `results/{name}`."
-    )
+def stage_table(result: dict) -> list[str]:
+    stages = {"backbone and FPN": "backbone", "RPN": "RPN", "box head": "RoIAlign and box head"}
+    columns = {"all, s": "inference/ours"}
+    for name, key in stages.items():
+        columns[f"{name}, s"] = f"stages/{key}/seconds"
+        columns[f"roofline, {name}"] = f"stages/{key}/share_of_roofline"
+    columns |= {"product, FLOP/s": "stages/peak_flops", "copy, B/s": "stages/peak_bytes"}
+    return grid("model, precision", each(result), columns)
 
 
-# ---- the page ----------------------------------------------------------------------------------
-
-HEAD = """# What makes it fast
-
-The released code is clear, and slow in a few known places. This page says where, what the
-package does instead, and how much that gives on the same machine, the same weights and the same
-slices. `python benchmarks/speed.py` measures everything below and writes this page.
-
-## The baseline
-
-`benchmarks/released_loop.py` does what the released loops do, on our own modules:
-
-- slices go through the network one at a time;
-- every parameter requires a gradient, whatever trains;
-- all proposals are differentiated, and the graphs of a batch are held until its end;
-- evaluation builds graphs, too;
-- the detector runs again in each epoch, and again for each IoU threshold;
-- RoIAlign is that of torchvision.
-
-## What we do instead
-
-- **Heads: rank once.** The detector is constant, so the ranked boxes of a slice are constants.
-  They are computed once and kept, in memory or in a file whose name is a hash of weights,
-  configuration and data. $S$ trains on them.
-- **Heads + BN and full: rank first, then differentiate.** The $N$ boxes are chosen without a
-  gradient. Box head and RoIAlign then run again, with a gradient, for these $N$ alone. The
-  gradient is the same, because the other boxes have none.
-- **No graph where nothing learns.** The proposals, the ranking and all evaluation build none.
-- **RoIAlign as matrix products** on a CPU. The bins of a box are one matrix times a patch of the
-  map. The rows go to the box head in parts that stay in the processor's cache.
-- **Batch norm folded** into the convolutions for prediction, and channels last in memory.
-- **One pass for all thresholds.** The detections of a slice serve all ten.
-- **Slices decoded once**, and kept as 8-bit numbers within a stated budget.
-"""
+def memory_table(result: dict) -> list[str]:
+    peaks = exact(result, "peak_megabytes")
+    body = [(label, name, peak[key]) for name, peak in peaks for key, label in REGIMES.items()]
+    return grid("regime, model", body, {"baseline, MB": "baseline", "ours, MB": "ours"})
 
 
-def page(cpu: dict | None, cuda: dict | None) -> str:
-    """The whole of book/fast.md."""
-    parts = [HEAD]
-    if cpu is None:
-        parts.append(
-            f"## On a CPU\n\nNot measured. One command does it:\n\n    {COMMANDS['cpu']}\n"
-        )
-    else:
-        sections = (ratios, same_numbers, stages, tried, memory, growth)
-        parts += ["\n".join(section(cpu)) + "\n" for section in sections]
-    parts.append("\n".join(on_gpu(cuda)))
-    return "\n".join(parts) + "\n"
+def tried_table(result: dict) -> list[str]:
+    columns = []
+    for name in MODELS:
+        tried, inference = (result[EXACT][name][key] for key in ("tried", "inference"))
+        seconds = {
+            "torch.compile itself, once": tried["compile_seconds"],
+            "inference, eight slices at once": inference["ours"],
+            "inference, one by one": inference["one by one"],
+        }
+        more = {key: value and 1000 * value for key, value in seconds.items()}
+        columns.append({**tried["milliseconds"], **more})
+    body = [[key, *(show(column.get(key)) for column in columns)] for key in columns[1]]
+    return table(["what, in ms", *MODELS], body)
 
 
-def ratios(result: dict) -> list[str]:
-    found = rows(result)
-    missed = [row for row in found if row.least and row.values["ratio"] < row.least]
-    heads = [result[EXACT][name]["heads_only"] for name in (LIGHT, LARGE)]
-    measured = heads[0]["measured"]
-    uncached = " and ".join(factor(values["ratio_to_uncached_no_grad"]) for values in heads)
-    what = "All of them meet" if not missed else f"{len(found) - len(missed)} of them meet"
-    lines = [
-        "## How much faster",
-        "",
-        "```{figure} _static/speed_ratios.svg",
-        f":alt: {describe_ratios(found)}",
-        ":width: 100%",
-        ":name: fig-speed-ratios",
-        "",
-        "Time of the baseline over ours, on a logarithmic scale. A mark shows the aim that was set "
-        "before.",
-        "```",
-        "",
-        f'Medians of runs in turn, after a warm-up. "At least" and "aim" were set before. {what} '
-        "the least"
-        + (f"; not: {'; '.join(f'{r.work}, {r.model}' for r in missed)}." if missed else "."),
-        "",
-        *ratio_table(found),
-        "",
-        origin(result, "benchmarks.json"),
-        "",
-        "Slices are synthetic phantoms of 512 x 512, weights are random. ResNet-50 has four FPN "
-        f"levels and N = {result[EXACT][LARGE]['inference']['boxes']}, ResNet-18 is cut by one "
-        f"block and has N = {result[EXACT][LIGHT]['inference']['boxes']}.",
-        "",
-        f"The row of *heads* is extrapolated, linearly in slices and epochs: the baseline from its "
-        f"step of 8, the ranking from {measured['ranked_slices']} slices, $S$ from "
-        f"{measured['epochs']} epochs on {measured['rows']:,} rows. A loop without gradients that "
-        f"runs our detector in each epoch, too, is the harder rival: keeping the boxes is "
-        f"{uncached} as fast as it.",
-        "",
-        "### Is the baseline fair?",
-        "",
-        "The released code itself, timed earlier on two cores of this kind, and our baseline:",
-        "",
-    ]
-    body, far = [], []
-    for name, (slice_, step) in result["released_code_seconds"].items():
-        values = result[EXACT][name]
-        for what, theirs, ours in (
-            ("inference of a slice", slice_, values["inference"]["baseline"]),
-            ("step of 8", step, values["step"]["heads_bn"]["baseline"]),
-        ):
-            difference = ours / theirs - 1
-            far += [f"{what}, {name}"] if abs(difference) > TOLERANCE else []
-            body.append(
-                [name, what, duration(theirs), duration(ours), f"{100 * difference:+.0f} %"]
-            )
-    lines += table(["model", "work", "released code", "baseline", "difference"], body)
-    verdict = f"All lie within {TOLERANCE:.0%}."
-    if far:
-        layers = "; ".join(
-            f"{name}: {duration(then)} then, {duration(now)} here"
-            for name, then in RELEASED_BACKBONE.items()
-            for now in [backbone_seconds(result, name)]
-        )
-        verdict = (
-            f"{len(far)} of {len(body)} differ by more than {TOLERANCE:.0%} ({'; '.join(far)}). "
-            "Machine and build of torch differ, too: backbone and FPN of one slice, which are "
-            f"torchvision's layers in both loops: {layers}."
-        )
-    return [*lines, "", verdict]
-
-
-def backbone_seconds(result: dict, name: str) -> float:
-    """Of the baseline, as `tried` in speed.py timed it."""
-    return result[EXACT][name]["tried"]["milliseconds"]["backbone, as torchvision has it"] / 1000
-
-
-def same_numbers(result: dict) -> list[str]:
-    body = []
-    for name in (LIGHT, LARGE):
-        values = result[EXACT][name]["gradients"]
-        loss = abs(values["loss_same_layout"] / values["loss"] - 1)
-        body.append([name, small(loss), small(values["same_layout"]), small(values["as_trained"])])
-    lines = [
-        "## The same numbers",
-        "",
-        'One step of "full", from the same weights, in float32: relative differences of the loss '
-        "and of the whole gradient.",
-        "",
-        *table(["model", "loss", "gradient", "gradient, channels last"], body),
-        "",
-        "The third column is the claim: to rank first and to differentiate the N kept boxes alone "
-        "changes nothing. The last column adds channels-last convolutions, as we train. They sum "
-        "in another order. Where two boxes score the same but for rounding, that can swap them, "
-        "and S reads another vector. With random weights many scores are nearly equal.",
-        "",
-        "Predictions, against the baseline in float32. A box is changed when none of ours, of the "
-        "same class, overlaps it with an IoU above 0.9.",
-        "",
-    ]
-    body = []
-    for precision in (EXACT, ROUGH):
-        for name in (LIGHT, LARGE):
-            values = result[precision][name]["inference"]
-            same = values["logits_difference_same_order"]
-            body.append(
-                [
-                    name,
-                    PRECISIONS[precision],
-                    "-" if same is None else small(same),
-                    f"{values['order_changed_slices']} of {values['slices']}",
-                    f"{number(values['boxes_changed'])} of {values['boxes']}",
-                    small(values["probability_change"]["mean"]),
-                    small(values["probability_change"]["max"]),
-                ]
-            )
-    head = ["model", "precision", "logits, same order", "slices with another order"]
-    head += ["boxes changed", "probability, mean", "probability, largest"]
-    trained = result["trained"]
-    lines += [
-        *table(head, body),
-        "",
-        "Random weights are the hardest case for rounding. The shipped classifier, on "
-        f"{trained['slices']} test phantoms of the preset quick, where the baseline reaches an "
-        f"accuracy of {trained['accuracy_baseline']:.3f}:",
-        "",
-        *table(
-            ["precision", "accuracy", "predictions changed", "probability, mean", "largest"],
-            [
-                [
-                    PRECISIONS[precision],
-                    f"{trained[precision]['accuracy']:.3f}",
-                    str(trained[precision]["predictions_changed"]),
-                    small(trained[precision]["probability_change"]["mean"]),
-                    small(trained[precision]["probability_change"]["max"]),
-                ]
-                for precision in (EXACT, ROUGH)
-            ],
+def page_tables(cpu: dict, cuda: dict) -> dict[str, list[str]]:
+    """What stands between the marks of book/fast.md, by their names."""
+    judged = [(name, cpu["trained"][precision]) for precision, name in PRECISIONS.items()]
+    growth = {
+        "inference of one slice, its side": "side",
+        "heads + BN step of 8, N": "n_boxes",
+        "ranking a set, its slices": "slices",
+    }
+    fair = []
+    for name, released in cpu["released_code_seconds"].items():
+        for path, then in zip(("inference", "step/heads_bn"), released, strict=True):
+            fair.append((name, path, {"then": then, **find(cpu[EXACT][name], path)}))
+    change = {
+        "probability, mean": "probability_change/mean",
+        "largest": "probability_change/max",
+    }
+    return {
+        "ratios": [*ratio_table(cpu), "", made(cpu, "`results/benchmarks.json`")],
+        "fair": grid("model, work", fair, {"released code, s": "then", "baseline, s": "baseline"}),
+        "gradients": grid(
+            "model",
+            exact(cpu, "gradients"),
+            {"gradient": "same_layout", "gradient, channels last": "as_trained"},
         ),
-        "",
-        "Here the change of a slice is that of its most changed class. bfloat16 is therefore never "
-        "the default: ask for it with `precision`, and judge the model with it.",
-    ]
-    return lines
-
-
-def stages(result: dict) -> list[str]:
-    body = []
-    for name in (LIGHT, LARGE):
-        for precision in (EXACT, ROUGH):
-            values, total = result[precision][name]["stages"], result[precision][name]["inference"]
-            parts = {key: part for key, part in values.items() if isinstance(part, dict)}
-            spent = sum(part["seconds"] for part in parts.values())
-            cells = [
-                f"{duration(part['seconds'])} ({100 * part['share_of_roofline']:.0f} %)"
-                for part in parts.values()
-            ]
-            rest = duration(max(total["ours"] - spent, 0))
-            body.append([name, PRECISIONS[precision], *cells, rest])
-    values = result[EXACT][LIGHT]["stages"]
-    head = ["model", "precision", "backbone and FPN", "RPN", "RoIAlign and box head", "rest"]
-    reading = result.get("reading")
-    lines = [
-        "## Where the time goes",
-        "",
-        "Our inference of one slice by stage. In brackets the share of the roofline: the least "
-        "time that the stage's multiplications and bytes need, at the best speed of a matrix "
-        f"product ({number(values['peak_flops'] / 1e9)} GFLOP/s in float32) and of a copy "
-        f"({number(values['peak_bytes'] / 1e9)} GB/s) on this machine, over the time that it took. "
-        "Small matrices, NMS and copies between layouts take the rest. More than 100 % says that "
-        "convolutions of this stage multiply faster than that one product.",
-        "",
-        *table(head, body),
-    ]
-    if reading:
-        lines += [
-            "",
-            f"Reading a slice takes {duration(reading['file'])} from its file and "
-            f"{duration(reading['memory'])} from memory, where it takes "
-            f"{number(reading['kilobytes_a_slice'])} kB. Decoding from files would be "
-            f"{100 * reading['share_of_a_step_from_file']:.1f} % of a heads + BN step of ResNet-18 "
-            f"and {100 * reading['share_of_inference_from_file']:.1f} % of its inference; from "
-            f"memory it is {100 * reading['share_of_inference_from_memory']:.1f} %.",
-        ]
-    return lines
-
-
-def tried(result: dict) -> list[str]:
-    found = {name: result[EXACT][name]["tried"]["milliseconds"] for name in (LIGHT, LARGE)}
-    body = []
-    for key in found[LARGE]:
-        cells = [number(found[name][key]) if key in found[name] else "-" for name in found]
-        body.append([key.replace("(in use)", "(**in use**)"), *cells])
-    compiling = [
-        f"{number(seconds)} s ({name})"
-        for name in found
-        if (seconds := result[EXACT][name]["tried"]["compile_seconds"]) is not None
-    ]
-    one = result[EXACT][LARGE]["inference"]
-    lines = [
-        "## What was tried",
-        "",
-        "Milliseconds for one slice, in turn:",
-        "",
-        *table(["what", *found], body),
-        "",
-        "What did not pay, or not enough:",
-        "",
-    ]
-    if compiling:
-        lines.append(
-            f"- `torch.compile` of the backbone. Compiling takes {' and '.join(compiling)}, anew "
-            "for each size of image, and what it gains afterwards is in the table."
-        )
-    lines += [
-        f"- Batching alone. Eight slices at once take {duration(one['ours'])} a slice with "
-        f"ResNet-50, one by one {duration(one['one by one'])}. A CPU step therefore takes its "
-        "slices one by one, which needs the memory of one.",
-        "- RoIAlign as a sum of embeddings (`embedding_bag`): exact, and faster than torchvision's "
-        "in a first look. The matrix products took its place; it is not timed here.",
-        "- bfloat16 in training on a CPU. It changes probabilities (above), so it is left to those "
-        "who ask for it.",
-    ]
-    return lines
-
-
-def memory(result: dict) -> list[str]:
-    verdict, lines = memory_table(result)
-    return [
-        "## Memory of a step",
-        "",
-        "Most memory at a time during the first step of 8, above what model and slices take, in "
-        f"MB; gradients and Adam's averages are included. Each in a process of its own. {verdict}",
-        "",
-        *lines,
-    ]
-
-
-def memory_table(result: dict) -> tuple[str, list[str]]:
-    """Where ours is above the baseline, in words, and the table."""
-    body, above = [], []
-    for name in (LIGHT, LARGE):
-        for regime, label in REGIMES.items():
-            values = result[EXACT][name]["peak_megabytes"][regime]
-            above += [f"{label}, {name}"] if values["ours"] > values["baseline"] else []
-            share = f"{100 * values['ours'] / values['baseline']:.0f} %"
-            cells = [number(values[key]) for key in ("baseline", "ours")]
-            body.append([label, name, *cells, share])
-    verdict = (
-        f"Ours is above the baseline in: {'; '.join(above)}." if above else "Ours is below in all."
-    )
-    return verdict, table(["regime", "model", "baseline", "ours", "share"], body)
-
-
-def growth(result: dict) -> list[str]:
-    body = []
-    for key, (what, timed, _) in GROWTH.items():
-        first, last = result["growth"][key][0], result["growth"][key][-1]
-        more = last["x"] / first["x"]
-        body.append(
-            [
-                f"{what}, {first['x']} to {last['x']}",
-                timed,
-                factor(more),
-                factor(last["seconds"] / first["seconds"]),
-                factor(last["megabytes"] / first["megabytes"]),
-            ]
-        )
-    worse = [
-        GROWTH[key][0]
-        for key in ("n_boxes", "slices")
-        if (points := result["growth"][key])
-        and points[-1]["seconds"] / points[0]["seconds"] > 1.1 * points[-1]["x"] / points[0]["x"]
-    ]
-    verdict = (
-        f"Worse than linear: {', '.join(worse)}."
-        if worse
-        else "In N and in the number of slices nothing grows worse than linearly."
-    )
-    return [
-        "## How cost grows",
-        "",
-        "```{figure} _static/speed_growth.svg",
-        f":alt: {describe_growth(result)}",
-        ":width: 100%",
-        ":name: fig-speed-growth",
-        "",
-        f"Seconds and memory of {result['growth']['model']} against the side of a slice, N and the "
-        "number of slices; both axes are logarithmic. Dashed: growth in proportion.",
-        "```",
-        "",
-        f"{verdict} The pixels of a slice grow with the square of its side.",
-        "",
-        *table(["what grows", "what is measured", "it grows", "time", "memory"], body),
-    ]
-
-
-def on_gpu(result: dict | None) -> list[str]:
-    if result is None:
-        return [
-            "## On a GPU",
-            "",
-            "Not measured: no GPU was at hand. One command measures the same table in float32 and "
-            "bfloat16 against the baseline on the same GPU, the share of the roofline, the batch "
-            "size that the memory allows, and how long the GPU waits for slices:",
-            "",
-            f"    {COMMANDS['cuda']}",
-        ]
-    body, waiting = [], []
-    for name in (LIGHT, LARGE):
-        for precision in (EXACT, ROUGH):
-            values = result[precision][name]
-            start = [name, PRECISIONS[precision]]
-            for entry in values.get("batches", ()):  # a run may have been stopped before
-                cells = [str(entry["batch"]), duration(entry["seconds_a_slice"])]
-                body.append([*start, *cells, number(entry["megabytes"])])
-            for source, share in values.get("waiting", {}).items():
-                waiting.append([*start, source, f"{100 * share:.0f} %"])
-    found = rows(result, "cuda")
-    asked = [row for row in found if row.least]
-    missed = "; ".join(
-        f"{row.work}, {row.model}, is {factor(row.values['ratio'])} and not {factor(row.least)}"
-        for row in asked
-        if row.values["ratio"] < row.least
-    )
-    rpn = result[EXACT][LARGE]["stages"]["RPN"]
-    share = rpn["seconds"] / result[EXACT][LARGE]["inference"]["ours"]
-    verdict, peaks = memory_table(result)
-    lines = [
-        "## On a GPU",
-        "",
-        "The baseline runs in float32, as the released code does; convolutions in float32 are "
-        "those of PyTorch's default (TF32) in both. "
-        + (f"What was asked for is missed: {missed}." if missed else "What was asked for is met."),
-        "",
-        *ratio_table([row._replace(least=None) for row in found]),
-        "",
-        origin(result, "benchmarks-cuda.json"),
-        "",
-        "A GPU multiplies so fast that the steps between the multiplications decide, and those are "
-        "much the same in both loops. The RPN takes "
-        f"{100 * share:.0f} % of our inference with ResNet-50, at "
-        f"{100 * rpn['share_of_roofline']:.0f} % of its roofline. The likely reason is NMS, which "
-        "goes through the boxes of a slice one after the other; it was not profiled.",
-        "",
-        *stages(result)[2:],
-        "",
-        f"Most memory at a time during the first step of 8, in MB. {verdict} Here a step takes its "
-        "eight slices at once.",
-        "",
-        *peaks,
-        "",
-        "A heads + BN step with more slices at once, until the memory is full or 128 are reached:",
-        "",
-        *table(["model", "precision", "batch", "time of a slice", "MB"], body),
-        "",
-        "Share of an epoch in which the GPU waits for slices:",
-        "",
-        *table(["model", "precision", "slices from", "share"], waiting),
-    ]
-    if "not_measured" in result:
-        lines += ["", f"Not measured: {result['not_measured']}."]
-    return lines
-
-
-# ---- chapter 6 and README.md -------------------------------------------------------------------
+        "predictions": grid(
+            "model, precision",
+            [(*cells, values["inference"]) for *cells, values in each(cpu)],
+            {
+                "logits, same order": "logits_difference_same_order",
+                "slices with another order, of 8": "order_changed_slices",
+                "boxes changed": "boxes_changed",
+                "of": "boxes",
+                **change,
+            },
+        ),
+        "trained": grid(
+            "precision",
+            judged,
+            {"accuracy": "accuracy", "predictions changed": "predictions_changed", **change},
+        ),
+        "stages": stage_table(cpu),
+        "reading": grid(
+            "machine",
+            [(result["hardware"], result["reading"]) for result in (cpu, cuda)],
+            {
+                "from file, s": "file",
+                "share of a step": "share_of_a_step_from_file",
+                "of inference": "share_of_inference_from_file",
+                "from memory, s": "memory",
+                "share of inference": "share_of_inference_from_memory",
+            },
+        ),
+        "tried": tried_table(cpu),
+        "memory": memory_table(cpu),
+        "growth": grid(
+            "what is measured",
+            [(what, point) for what, key in growth.items() for point in cpu["growth"][key]],
+            {"at": "x", "s": "seconds", "MB": "megabytes"},
+        ),
+        "gpu ratios": [*ratio_table(cuda), "", made(cuda, "`results/benchmarks-cuda.json`")],
+        "gpu stages": stage_table(cuda),
+        "gpu memory": memory_table(cuda),
+        "gpu batches": grid(  # a run may have been stopped before
+            "model, precision",
+            [(*cells, one) for *cells, values in each(cuda) for one in values.get("batches", ())],
+            {"batch": "batch", "s a slice": "seconds_a_slice", "MB": "megabytes"},
+        ),
+        "gpu waiting": grid(
+            "model, precision",
+            [(*cells, v["waiting"]) for *cells, v in each(cuda) if "waiting" in v],
+            {
+                f"{source}, {count} workers": f"{source}, {count} workers"
+                for source in ("file", "memory")
+                for count in (0, 4)
+            },
+        ),
+    }
 
 
 def chapter_table(result: dict) -> str:
-    """What chapter 6 says about times, as Markdown."""
-    found = [row for row in rows(result) if row.short in ("heads", *REGIMES.values())]
-    body = [
-        [
-            row.work,
-            row.model,
-            duration(row.values["baseline"]),
-            duration(row.values["ours"]),
-            factor(row.values["ratio"]),
-        ]
-        for row in found
-    ]
+    """What chapter 6 says about times."""
+    body = []
+    for row in rows(result)[:6]:
+        times = [duration(row.values[key]) for key in ("baseline", "ours")]
+        body.append([row.work, row.model, *times, factor(row.values["ratio"])])
     lines = table(["regime and work", "model", "baseline", "ours", "ratio"], body)
-    return "\n".join([*lines, "", origin(result, "benchmarks.json")])
+    return "\n".join([*lines, "", made(result, "`results/benchmarks.json`")])
 
 
 def chapter_code(result: dict) -> str:
     """The same ratios, as the dictionary that the chapter's figure draws."""
-    found = [row for row in rows(result) if row.short in ("heads", *REGIMES.values())]
-    lines = ["speed = {  # (regime, model): times faster than the baseline"]
-    for row in found:
-        lines.append(f'    ("{row.short}", "{row.model}"): {row.values["ratio"]:.3g},')
-    return "\n".join([*lines, "}"])
+    lines = [f'    ("{r.short}", "{r.model}"): {r.values["ratio"]:.3g},' for r in rows(result)[:6]]
+    head = "speed = {  # (regime, model): times faster than the baseline"
+    return "\n".join([head, *lines, "}\n"])
 
 
-def readme_text(result: dict, cuda: dict | None) -> str:
+def readme_text(cpu: dict, cuda: dict) -> str:
     """The paragraph of README.md."""
 
-    def both(short: str, found: Sequence[Row]) -> str:
-        ratio = {row.model: factor(row.values["ratio"]) for row in found if row.short == short}
-        return f"{ratio[LIGHT]} (ResNet-18) and {ratio[LARGE]} (ResNet-50)"
+    def both(short: str, result: dict) -> str:
+        first, second = (factor(r.values["ratio"]) for r in rows(result) if r.short == short)
+        return f"{first} (ResNet-18) and {second} (ResNet-50)"
 
-    cpu = rows(result)
-    gpu = ""
-    if cuda is not None:
-        found = rows(cuda, "cuda")
-        gpu = (
-            f"That is on a CPU. On a GPU ({cuda['hardware'].split(',')[0]}) *heads* is "
-            f"{both('heads', found)} as fast, a step of *heads + BN* {both('heads + BN', found)}, "
-            f"and inference {both('inference', found)}. "
-        )
-    heads = result[EXACT][LIGHT]["heads_only"]
-    lines = [
+    heads, file = cpu[EXACT][LIGHT]["heads_only"], "results/benchmarks.json"
+    return (
         f"Against a loop that works as the released code does, at 512 x 512: training in *heads* "
         f"({heads['slices']:,} slices, {heads['epochs']} epochs, extrapolated) is "
         f"{both('heads', cpu)} as fast, a step of *heads + BN* {both('heads + BN', cpu)}, a step "
         f"of *full* {both('full', cpu)}, inference {both('inference', cpu)}, and the AP over ten "
-        f"thresholds {both('AP', cpu)}. "
-        + gpu
-        + "What makes it so, with accuracy, memory and what did not pay: "
-        "[book/fast.md](book/fast.md).",
-        "",
-        origin(result, "benchmarks.json").replace(
-            "`results/benchmarks.json`", "[results/benchmarks.json](results/benchmarks.json)"
-        ),
-    ]
-    return "\n".join(lines)
+        f"thresholds {both('AP', cpu)}. That is on a CPU. On a GPU "
+        f"({cuda['hardware'].split(',')[0]}) *heads* is {both('heads', cuda)} as fast, a step of "
+        f"*heads + BN* {both('heads + BN', cuda)}, and inference {both('inference', cuda)}. What "
+        "makes it so, with accuracy, memory and what did not pay: [book/fast.md](book/fast.md)."
+        f"\n\n{made(cpu, f'[{file}]({file})')}"
+    )
 
 
-TABLE_MARKS = ("# <!-- speed -->", "# <!-- /speed -->")
-CODE_MARKS = ("# speed, from results/benchmarks.json", "# end of speed")
-README_MARKS = ("<!-- speed -->", "<!-- /speed -->")
+def draw(result: dict, path: Path) -> None:
+    """One bar a row, on a logarithmic axis; a mark at the aim."""
+    import matplotlib.pyplot as plt
+
+    found = rows(result)
+    names = [f"{r.short}, {r.model.replace(' cut 1', '').replace('ResNet-', 'R')}" for r in found]
+    ratios = [row.values["ratio"] for row in found]
+    colours = [BLUE if row.model == LIGHT else ORANGE for row in found]
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "speed", "font.size": 13}
+    with plt.rc_context(settings), atomic_path(path) as temporary:
+        figure, ax = plt.subplots(figsize=(5.4, 5.4), layout="constrained")
+        ax.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours)
+        for row, name in zip(found, names, strict=True):  # the number stands right of bar and aim
+            right = max(row.values["ratio"], row.aim or 1)
+            ax.text(1.2 * right, name, factor(row.values["ratio"]), va="center")
+        ax.plot([row.aim for row in found], names, "k|", ms=16, mew=3, label="aim")
+        ax.set(xscale="log", xlim=(0.9, 4 * max(ratios)), xlabel="Times faster than the baseline")
+        ax.invert_yaxis()
+        ax.legend()
+        figure.savefig(temporary, metadata={"Date": None})
+        plt.close(figure)
 
 
-def load(root: Path, device: str = "cpu") -> dict | None:
-    """The results of a device; None where it was not measured."""
-    suffix = "" if device == "cpu" else f"-{device}"
-    path = root / "results" / f"benchmarks{suffix}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def files(cpu: dict | None, cuda: dict | None) -> dict[str, str]:
-    """Path below the root -> text, of every file that is written as a whole."""
-    result = {"book/fast.md": page(cpu, cuda)}
-    if cpu is not None:
-        result["book/_static/speed_ratios.svg"] = ratio_figure(rows(cpu))
-        result["book/_static/speed_growth.svg"] = growth_figure(cpu)
-    return result
-
-
-def write(root: Path) -> None:
-    """Write the page and its figures, fill chapter 6 and README.md."""
-    cpu, cuda = load(root), load(root, "cuda")
-    for name, content in files(cpu, cuda).items():
-        with atomic_path(root / name) as temporary:
-            temporary.write_text(content, encoding="utf-8", newline="\n")
-    if cpu is not None:
-        twin = root / "book" / "py" / "06_three_regimes.py"
-        fill(twin, TABLE_MARKS, commented(chapter_table(cpu)))
-        fill(twin, CODE_MARKS, chapter_code(cpu))
-        fill(root / "README.md", README_MARKS, readme_text(cpu, cuda))
-    print("written: book/fast.md, its figures, chapter 6 and README.md")
+def write() -> None:
+    """Fill the page, chapter 6 and README.md, and draw the figure."""
+    cpu, cuda = (read(RESULTS / f"benchmarks{name}.json") for name in ("", "-cuda"))
+    for name, lines in page_tables(cpu, cuda).items():
+        fill(PAGE, name, "\n".join(["", *lines, "\n"]))
+    fill(TWIN, "speed", chapter_table(cpu))
+    replace_between(TWIN, CODE_MARKS, chapter_code(cpu))
+    fill(README, "speed", readme_text(cpu, cuda))
+    draw(cpu, FIGURE)
+    print("written: book/fast.md, its figure, chapter 6 and README.md")

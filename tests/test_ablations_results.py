@@ -33,7 +33,7 @@ def test_chapter_shows_the_results_file(benchmark):
 def test_filling_the_chapter_again_changes_nothing(benchmark, tmp_path):
     copy = tmp_path / "twin.py"
     copy.write_text(benchmark.TWIN.read_text(encoding="utf-8"), encoding="utf-8")
-    benchmark.fill_twin(copy, benchmark.markdown(RESULT))
+    benchmark.show(RESULT, copy)
     assert copy.read_text(encoding="utf-8") == benchmark.TWIN.read_text(encoding="utf-8")
 
 

@@ -27,11 +27,12 @@ def benchmark(monkeypatch):
     return module
 
 
-def test_chapter_shows_the_results_file(benchmark):
+def test_chapter_shows_the_results_file(benchmark, tmp_path):
     table = benchmark.markdown(RESULT)
-    twin = benchmark.TWIN.read_text(encoding="utf-8")
-    start, end = benchmark.MARKS
-    assert f"{start}\n{benchmark.commented(table)}\n{end}" in twin, (
+    copy = tmp_path / "twin.py"
+    copy.write_bytes(benchmark.TWIN.read_bytes())
+    benchmark.fill(copy, "regimes", table)
+    assert copy.read_text("utf-8") == benchmark.TWIN.read_text("utf-8"), (
         "run `python benchmarks/regimes.py --table`, then `make notebooks`"
     )
     notebook = ROOT / "book" / "06_three_regimes.ipynb"
@@ -40,11 +41,11 @@ def test_chapter_shows_the_results_file(benchmark):
 
 
 def test_filling_the_chapter_twice_changes_nothing(benchmark, tmp_path):
-    start, end = benchmark.MARKS
+    start, end = "# <!-- regimes -->", "# <!-- /regimes -->"
     twin = tmp_path / "twin.py"
     twin.write_text(f"# before\n{start}\n# old\n{end}\n# after\n", encoding="utf-8")
     for _ in range(2):
-        benchmark.fill_twin(twin, "| new |\n\ntext")
+        benchmark.fill(twin, "regimes", "| new |\n\ntext")
         expected = f"# before\n{start}\n# | new |\n#\n# text\n{end}\n# after\n"
         assert twin.read_text(encoding="utf-8") == expected
 
@@ -90,6 +91,16 @@ def test_rows_agree_with_themselves(benchmark):
             assert row["detection"]["box_ap50"] == pytest.approx(
                 RESULT["detection_before"]["box_ap50"]
             )
+
+
+def test_minus_heads_is_a_difference_on_the_same_slices(benchmark):
+    class Test:
+        labels, patients = [0, 1, 2, 2], ["a", "a", "b", "c"]
+
+    rows = [{"predictions": "0100"}, {"predictions": "0122"}, {"predictions": "0100"}]
+    assert benchmark.difference(rows[:1], Test, 0) is None
+    assert benchmark.difference(rows[:2], Test, 0) == (0.5, 0.0, 1.0)
+    assert benchmark.difference(rows, Test, 0) == (0, 0, 0)
 
 
 def test_what_the_chapter_says_about_the_results():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,15 +35,16 @@ def test_no_results_of_code_that_is_in_no_commit(benchmark, monkeypatch, tmp_pat
         file.write_text("1\n", encoding="utf-8")
     for words in (("init", "-q"), ("add", "-A"), (*who, "commit", "-qm", "test")):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    common = sys.modules["common"]
+    monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.delenv("ALLOW_DIRTY", raising=False)
     page.write_text("2\n", encoding="utf-8")  # filled by another benchmark
-    assert "dirty" not in benchmark.environment()["commit"]
+    assert "dirty" not in common.environment()["commit"]
     code.write_text("2\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="in no commit: commit them"):
-        benchmark.environment()
+        common.environment()
     monkeypatch.setenv("ALLOW_DIRTY", "1")
-    assert benchmark.environment()["commit"].endswith("-dirty")
+    assert common.environment()["commit"].endswith("-dirty")
 
 
 def test_results_name_their_origin():

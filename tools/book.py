@@ -3,6 +3,7 @@
     python tools/book.py notebooks            twins -> book/*.ipynb, executed in place
     python tools/book.py notebooks --only 04_ranked_boxes          (one chapter or several)
     python tools/book.py notebooks --stored   only text has changed: the stored outputs stay
+    python tools/book.py notebooks --stored --keep-outputs   also where code was only renamed
     python tools/book.py execute              twins -> _build/executed, only what has changed
     python tools/book.py html OUT             OUT/_build/html from _build/executed
     python tools/book.py html OUT --stored    the same from the outputs stored in book/*.ipynb
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jupytext
@@ -30,7 +32,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-import covidmask  # noqa: F401  sets what the kernels inherit: see its __init__.py
+from covidmask.files import atomic_path  # its __init__.py sets what the kernels inherit
 
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing ends by the clock, since a busy machine may take ten times as long: a kernel may take a
@@ -105,36 +107,31 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})  # drops the Python version
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # wall-clock times
-        if "remove-output" in cell.metadata.get("tags", []):
-            cell.outputs = []  # a live widget: dead in a file
-        elif cell.cell_type == "code":  # progress bars are for the one who waits, not for the page
-            cell.outputs = joined(output for output in cell.outputs if not is_progress(output))
+        if cell.cell_type == "code":  # a live widget is dead in a file
+            live = "remove-output" in cell.metadata.get("tags", [])
+            cell.outputs = [] if live else tidy(cell.outputs)
 
 
-def joined(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Neighbouring prints as one output; where the kernel cuts them is a matter of chance."""
+def tidy(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs without tqdm's bars, which are for the one who waits, not for the page.
+
+    Neighbouring prints become one; where the kernel cuts them is a matter of chance.
+    """
     result: list[nbformat.NotebookNode] = []
     for output in outputs:
-        if output.output_type == "stream" and result and result[-1].get("name") == output.name:
+        name = output.get("name") if output.output_type == "stream" else None
+        if name == "stderr" and not re.sub(r"[^\r\n]*\d+%\|[^\r\n]*", "", output.text).strip():
+            continue
+        if name and result and result[-1].get("name") == name:
             result[-1].text += output.text
         else:
             result.append(output)
     return result
 
 
-def is_progress(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is nothing but tqdm's bars, which it redraws on standard error."""
-    if output.output_type != "stream" or output.name != "stderr":
-        return False
-    return not re.sub(r"[^\r\n]*\d+%\|[^\r\n]*", "", output.text).strip()
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that an interrupted run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def holds(path: Path, text: str) -> bool:
@@ -171,11 +168,15 @@ def run_chapter(twin: Path, target: Path) -> bool:
     return True
 
 
-def keep_outputs(twin: Path, stored: Path) -> bool:
-    """Write `stored` from its twin with the outputs that it has; False if its code has changed."""
+def keep_outputs(twin: Path, stored: Path, renamed: bool = False) -> bool:
+    """Write `stored` from its twin with the outputs that it has; False if its code has changed.
+
+    With `renamed`, changed code is taken on trust where there are as many code cells as before.
+    """
     notebook, old = read_twin(twin), nbformat.read(stored, as_version=4)
     pairs = [[c for c in n.cells if c.cell_type == "code"] for n in (notebook, old)]
-    if [cell.source for cell in pairs[0]] != [cell.source for cell in pairs[1]]:
+    same = [cell.source for cell in pairs[0]] == [cell.source for cell in pairs[1]]
+    if not same and not (renamed and len(pairs[0]) == len(pairs[1])):
         print(f"  {twin.stem}: its code has changed, so run it", flush=True)
         return False
     for cell, before in zip(*pairs, strict=True):
@@ -184,13 +185,11 @@ def keep_outputs(twin: Path, stored: Path) -> bool:
     return True
 
 
-def run_chapters(
-    target: Path, use_cache: bool, only: Sequence[str] = (), stored: bool = False
-) -> None:
+def run_chapters(target: Path, use_cache: bool, only: Sequence[str] = (), keep=None) -> None:
     """Execute every chapter, or those named in `only`, into the folder `target`.
 
     With `use_cache`, a chapter runs only when its twin or anything in the package has changed
-    since its last good run. With `stored` nothing runs: see `keep_outputs`.
+    since its last good run. With `keep(twin, notebook)` nothing runs: see `keep_outputs`.
 
     Raises:
         SystemExit: a chapter failed; the others have run. Or `only` names one that is not there.
@@ -202,13 +201,10 @@ def run_chapters(
     for number, twin in enumerate(chapters, 1):
         print(f"[{number}/{len(chapters)}] {twin.stem}", flush=True)
         notebook, stamp = target / f"{twin.stem}.ipynb", target / f"{twin.stem}.key"
-        key = digest([twin, Path(__file__), *package_files()])
-        if stored:
-            if not keep_outputs(twin, notebook):
-                failed.append(twin.stem)
-        elif use_cache and notebook.exists() and holds(stamp, key):
+        key = digest([twin, Path(__file__), *package_files()]) if use_cache else ""
+        if use_cache and notebook.exists() and holds(stamp, key):
             print("  unchanged, not run again", flush=True)
-        elif not run_chapter(twin, notebook):
+        elif not (keep or run_chapter)(twin, notebook):
             failed.append(twin.stem)
         elif use_cache:
             write_text(stamp, key)
@@ -216,10 +212,8 @@ def run_chapters(
         again = f"{sys.executable} tools/book.py "
         if not use_cache:
             again += f"notebooks --only {' '.join(failed)}"
-        elif "MAKELEVEL" in os.environ:
-            again = "make book"
         else:
-            again += "execute"
+            again = "make book" if "MAKELEVEL" in os.environ else f"{again}execute"
         sys.exit(
             f"Chapters that failed: {', '.join(failed)}. Their errors stand above. "
             f"To go on (no other chapter runs again):\n\n    {again}\n"
@@ -233,12 +227,11 @@ def copy_source(source: Path, stored: bool) -> None:
     shutil.copytree(ROOT / "book", source / "book", ignore=skip)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source)
-    if not stored:
-        for twin in twins():
-            executed = ROOT / "_build" / "executed" / f"{twin.stem}.ipynb"
-            if not executed.exists():
-                sys.exit(f"{executed} is missing: run `python tools/book.py execute` first.")
-            shutil.copy(executed, source / "book")
+    for twin in [] if stored else twins():
+        executed = ROOT / "_build" / "executed" / f"{twin.stem}.ipynb"
+        if not executed.exists():
+            sys.exit(f"{executed} is missing: run `python tools/book.py execute` first.")
+        shutil.copy(executed, source / "book")
 
 
 def build_html(out: Path, stored: bool, strict: bool) -> None:
@@ -280,11 +273,15 @@ def main() -> None:
         action="store_true",
         help="html: use book/*.ipynb as they are; notebooks: run nothing, keep their outputs",
     )
+    parser.add_argument(
+        "--keep-outputs", action="store_true", help="with --stored: where code is renamed, too"
+    )
     parser.add_argument("--strict", action="store_true", help="html: warnings are errors")
     arguments = parser.parse_args()
     if arguments.command == "notebooks":
         os.environ["COVIDMASK_SEMISEG"] = ""  # what is committed shows phantoms, never a patient
-        run_chapters(ROOT / "book", False, arguments.only, arguments.stored)
+        keep = partial(keep_outputs, renamed=arguments.keep_outputs) if arguments.stored else None
+        run_chapters(ROOT / "book", False, arguments.only, keep)
     elif arguments.command == "execute":
         run_chapters(ROOT / "_build" / "executed", use_cache=True)
     else:

@@ -128,3 +128,28 @@ def test_text_alone_keeps_the_outputs(tmp_path, capsys):
     twin.write_text("# %%\nprint(2)\n")
     assert not book.keep_outputs(twin, stored)
     assert stored.read_bytes() == before and "code has changed" in capsys.readouterr().out
+
+
+def test_renamed_code_keeps_the_outputs_on_request(tmp_path, capsys):
+    twin, stored = tmp_path / "a.py", tmp_path / "a.ipynb"
+    twin.write_text("# %%\nimport old\n")
+    notebook = book.read_twin(twin)
+    notebook.cells[0].outputs = [nbformat.v4.new_output("stream", text="1\n")]
+    stored.write_text(nbformat.writes(notebook))
+    twin.write_text("# %%\nimport new\n")
+    assert not book.keep_outputs(twin, stored)
+    assert book.keep_outputs(twin, stored, renamed=True)
+    (cell,) = nbformat.read(stored, as_version=4).cells
+    assert cell.source == "import new" and cell.outputs[0].text == "1\n"
+    twin.write_text("# %%\nimport new\n\n# %%\n1\n")
+    assert not book.keep_outputs(twin, stored, renamed=True)
+
+
+def test_bars_go_and_neighbouring_prints_are_one():
+    def stream(text, name="stdout"):
+        return nbformat.v4.new_output("stream", text=text, name=name)
+
+    bar = stream("\r 50%|#####     | 1/2\r100%|##########| 2/2\n", "stderr")
+    outputs = [stream("a\n"), bar, stream("b\n"), stream("trouble\n", "stderr"), stream("c\n")]
+    shown = [(output.name, output.text) for output in book.tidy(outputs)]
+    assert shown == [("stdout", "a\nb\n"), ("stderr", "trouble\n"), ("stdout", "c\n")]
