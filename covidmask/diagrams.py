@@ -113,7 +113,7 @@ def model_diagram(model: CovidCTMaskNet) -> str:
     """
     detector, s, config = model.detector, model.s, model.detector.config
     roi = detector.roi_heads
-    strides = [2 << layer for layer in config.layers]
+    strides = detector.strides
     stride = f"stride{'s' * (len(strides) > 1)} {', '.join(map(str, strides))}"
     side, channels = detector.transform.min_size[-1], detector.backbone.out_channels
     anchors, proposals = detector.rpn.head.cls_logits.out_channels, detector.rpn.post_nms_top_n()

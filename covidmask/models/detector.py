@@ -1,9 +1,9 @@
-"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1).
+"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1), top to bottom.
 
-Everything is torchvision's but small subclasses: `LesionRPN` ranks proposals on raw logits, it and
-`LesionRoIHeads` take the shape of their box loss from the configuration, boxes and scores stay
-float32 in mixed precision, and `LesionRoIAlign` is RoIAlign made faster on CPUs. For small sets of
-real CT there is a branch that the paper does not have, `SemanticBranch`.
+Backbone, RPN, RoIAlign, heads, the assembled detector, and how it is run. Everything is
+torchvision's but small subclasses: proposals are ranked on raw logits, the box losses take their
+shape from the configuration, boxes and scores stay float32 in mixed precision, and RoIAlign is
+faster on CPUs. For small sets of real CT there is a branch that the paper lacks, `SemanticBranch`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -19,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import resnet
+from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -31,6 +31,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import (
+    FeaturePyramidNetwork,
     MultiScaleRoIAlign,
     batched_nms,
     clip_boxes_to_image,
@@ -38,115 +39,180 @@ from torchvision.ops import (
     roi_align,
 )
 
-from covidmask.config import DetectorConfig
+from covidmask.config import LESION_CLASSES, DetectorConfig, lesion_classes
 from covidmask.errors import DataError
 from covidmask.models.semantic import SemanticBranch
 
-SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
-ROWS = 128  # boxes at a time: few enough to stay in the processor's cache
-LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
-Model = TypeVar("Model", bound=nn.Module)
-# Where a batch norm is known to read the convolution that stands before it, and nothing else does.
-# Elsewhere the order of attributes says nothing about the order of calls.
-IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
 Instances = dict[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+
+# Backbone ---------------------------------------------------------------------------------------
+
+STAGES = {  # torchvision's: layers that give a map, of half the size each; the last of stride 32
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50"), ("layer1", "layer2", "layer3", "layer4")),
+    "mobilenet_v2": ("1", "3", "6", "13", "17"),
+}
 
 
-def check_images(
-    images: Sequence[Tensor],
-    model: nn.Module | None = None,
-    names: Sequence[str] | None = None,
-) -> None:
-    """Refuse images that a network would take without a word, and answer with nonsense.
+class FPNBackbone(nn.Module):
+    """A network that gives maps, and the feature pyramid on them, with no pooled level on top."""
 
-    Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
-
-    Args:
-        images: B tensors.
-        model: its weights must not be float64 either.
-        names: what messages call the images, such as their files; else "image 0" and so on.
-
-    Raises:
-        DataError: no image; no tensor; another shape than [3,H,W], or no pixel; whole numbers,
-            float64; values outside 0..1, or NaN.
-    """
-    if len(images) == 0:
-        raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
-    weights = None if model is None else next(model.parameters(), None)
-    if weights is not None and weights.dtype == torch.float64:
-        raise DataError(
-            f"the model's weights are {weights.dtype}; use model.float(), and autocast for speed"
-        )
-    for number, image in enumerate(images):
-        name = names[number] if names else f"image {number}"
-        if not isinstance(image, Tensor):
-            raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
-        kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
-        shaped = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
-        if not shaped or image.dtype not in kinds:
-            raise DataError(
-                f"{name}: {image.dtype} {list(image.shape)}; give torch.float32 [3, H, W]"
-            )
-        if image.device.type != "cpu":
-            continue
-        low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
-        if not (low >= -SLACK and high <= 1 + SLACK):
-            raise DataError(
-                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; "
-                "divide 8-bit grey by 255, and map Hounsfield units by "
-                "covidmask.datasets.medical.hounsfield_to_unit"
-            )
-
-
-def to_model(
-    images: Sequence[Tensor], device: torch.device, names: Sequence[str] | None = None
-) -> list[Tensor]:
-    """The images on `device`, after `check_images`, which costs no wait before they are there."""
-    check_images(images, names=names)
-    return [image.to(device) for image in images]
-
-
-def same_size_groups(images: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of the images, grouped by shape, in order of first appearance."""
-    groups: dict[torch.Size, list[int]] = {}
-    for position, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(position)
-    return list(groups.values())
-
-
-class WithImage(BackboneWithFPN):
-    """Hands on the image, too, as the last of the maps: "image", float32 [B,3,H,W], normalised."""
+    def __init__(self, body: nn.Module, strides: list[int], widths: list[int], channels: int):
+        super().__init__()
+        self.body, self.fpn = body, FeaturePyramidNetwork(widths, channels)
+        self.strides, self.widths, self.out_channels = strides, widths, channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {**super().forward(x), "image": x}
+        """float32 [B,3,H,W] -> maps [B,out_channels,H/stride,W/stride], the finest first."""
+        maps = self.body(x)
+        if not isinstance(maps, dict):  # timm's are a list, and of some networks channels last
+            pairs = zip(maps, self.widths, strict=True)
+            maps = [m if m.shape[1] == width else m.permute(0, 3, 1, 2) for m, width in pairs]
+            maps = {str(index): map for index, map in enumerate(maps)}
+        return self.fpn(maps)
 
 
-def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> BackboneWithFPN:
-    """Build the feature extractor of the detector (section 3.1).
-
-    ResNet-50 gives four maps (layer1..4, strides 4, 8, 16, 32). ResNet-18 and -34 give one map,
-    of the last layer that `config.cut` leaves (stride 32, 16 or 8). `config.levels` asks for the
-    last so many instead. No pooled level is added and batch norm is trainable, not frozen, both
-    unlike torchvision's ready-made detectors.
+def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackbone:
+    """Build the feature extractor of the detector (section 3.1); its batch norm is trainable.
 
     Args:
         config: `backbone`, `cut`, `levels` and `fpn_channels` are read.
-        weights: a name of torchvision's weights, such as "IMAGENET1K_V1" (downloaded), or None
-            for random weights.
+        weights: of ImageNet (downloaded), or None for random ones. For torchvision's networks a
+            name such as "IMAGENET1K_V1"; for timm's "pretrained", or the tag of one of its sets.
 
-    Returns:
-        A module: float32 [B,3,H,W] -> ordered dict of maps [B,fpn_channels,H/stride,W/stride];
-        with `config.semantic` also the image, see `WithImage`.
+    Raises:
+        DataError: an unknown backbone, or a number that it does not have.
     """
-    body = getattr(resnet, config.backbone)(weights=weights)
-    channels = [body.inplanes // 2 ** (4 - layer) for layer in config.layers]
-    return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(config.layers)}
-    kind = WithImage if config.semantic else BackboneWithFPN
-    backbone = kind(body, return_layers, channels, config.fpn_channels)
-    backbone.fpn.extra_blocks = None  # torchvision would add a max-pooled level
-    return backbone
+    name, cut, levels = config.backbone, config.cut, config.levels
+    if cut not in (0, 1, 2) or (name == "resnet50" and cut):
+        raise DataError(f"cut {cut}: choose 0, 1 or 2, and 0 for resnet50")
+    if levels is None:  # the paper's choice: all of ResNet-50, one of the light models
+        levels = 4 if name == "resnet50" else 1
+    if name not in STAGES:
+        return _timm_backbone(config, levels, weights)
+    stages = STAGES[name][: len(STAGES[name]) - cut]
+    if not 1 <= levels <= len(stages):
+        raise DataError(f"levels {levels}: choose 1 to {len(stages)}")
+    body = get_model(name, weights=weights)
+    body = getattr(body, "features", body)
+    layers = {stage: str(index) for index, stage in enumerate(stages[-levels:])}
+    norms = [
+        [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
+        for stage in layers
+    ]
+    widths = [norm[-1].num_features for norm in norms]
+    strides = [32 >> cut + levels - 1 - index for index in range(levels)]
+    body = IntermediateLayerGetter(body, layers)
+    return FPNBackbone(body, strides, widths, config.fpn_channels)
+
+
+def _timm_backbone(config: DetectorConfig, levels: int, weights: str | None) -> FPNBackbone:
+    name, tag = config.backbone, "" if weights in (None, "pretrained") else f".{weights}"
+    try:
+        import timm
+    except ImportError:
+        raise DataError(
+            f"backbone {name!r}: choose {', '.join(STAGES)}, or run `pip install timm` if it is a "
+            "network of timm's"
+        ) from None
+    if not timm.is_model(name + tag):
+        raise DataError(f"backbone {name + tag!r}: choose {', '.join(STAGES)}, or a name of timm's")
+    wanted = tuple(range(-levels - config.cut, -config.cut))
+    options = {"features_only": True, "pretrained": weights is not None, "out_indices": wanted}
+    try:
+        body = timm.create_model(name + tag, **options)
+        info = body.feature_info
+        strides, widths = info.reduction(), info.channels()
+    except (AssertionError, IndexError):
+        raise DataError(f"levels {levels}, cut {config.cut}: {name} has fewer maps") from None
+    return FPNBackbone(body, strides, widths, config.fpn_channels)
+
+
+def _own_maps(backbone: nn.Module, config: DetectorConfig) -> tuple[list[str], list[float]]:
+    """Names and strides of the maps of the reader's own backbone, from an empty image."""
+    if config.cut:
+        raise DataError(f"cut {config.cut}: an own backbone is not cut; choose 0")
+    side = math.ceil(config.image_size / 32) * 32
+    with torch.no_grad():  # on a copy, whose batch norm may go into eval mode
+        maps = copy.deepcopy(backbone).cpu().eval()(torch.zeros(1, 3, side, side))
+    if isinstance(maps, Tensor):
+        maps = {"0": maps}
+    levels = len(maps) if config.levels is None else config.levels
+    if not 1 <= levels <= len(maps):
+        raise DataError(f"levels {levels}: choose 1 to {len(maps)}")
+    return list(maps)[-levels:], [side / map.shape[-1] for map in maps.values()][-levels:]
+
+
+def _with_image(backbone: nn.Module, inputs: tuple[Tensor], maps) -> dict[str, Tensor]:
+    """Hand on the image, too, as the last of the maps: float32 [B,3,H,W], normalised."""
+    return {**(maps if isinstance(maps, dict) else {"0": maps}), "image": inputs[0]}
+
+
+# Region proposals -------------------------------------------------------------------------------
+
+
+class LesionRPNHead(RPNHead):
+    """torchvision's, with results in float32: bfloat16 boxes end at every second pixel."""
+
+    def forward(self, x):
+        logits, deltas = super().forward(x)
+        return [map.float() for map in logits], [map.float() for map in deltas]
+
+
+class LesionRPN(RegionProposalNetwork):
+    """torchvision's RPN with two points of the released code that its own does not offer.
+
+    Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
+    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1. Only the maps
+    `names` are read.
+    """
+
+    def __init__(self, *args, names: list[str], min_size: float, box_beta: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.names, self.min_size, self.box_beta = names, min_size, box_beta
+
+    def forward(self, images, features, targets=None):
+        return super().forward(images, {name: features[name] for name in self.names}, targets)
+
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        objectness = objectness.detach().reshape(len(proposals), -1)  # [B, A]
+        counts = enumerate(num_anchors_per_level)
+        levels = torch.cat([objectness.new_full((count,), level) for level, count in counts])
+        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
+        kept = []
+        for boxes, logits, index, shape in zip(
+            proposals, objectness, best, image_shapes, strict=True
+        ):
+            boxes = clip_boxes_to_image(boxes[index], shape)
+            index = index[keep := remove_small_boxes(boxes, self.min_size)]
+            boxes, logits = boxes[keep], logits[index]
+            keep = batched_nms(boxes, logits, levels[index], self.nms_thresh)
+            keep = keep[: self.post_nms_top_n()]
+            kept.append((boxes[keep], logits[keep]))
+        return tuple(map(list, zip(*kept, strict=True)))
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        positive, negative = self.fg_bg_sampler(labels)
+        positive = torch.where(torch.cat(positive))[0]
+        sampled = torch.cat([positive, torch.where(torch.cat(negative))[0]])
+        box_loss = F.smooth_l1_loss(
+            pred_bbox_deltas[positive],
+            torch.cat(regression_targets)[positive],
+            beta=self.box_beta,
+            reduction="sum",
+        ) / max(sampled.numel(), 1)
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        )
+        return objectness_loss, box_loss
+
+
+# RoIAlign ---------------------------------------------------------------------------------------
+
+ROWS = 128  # boxes at a time: few enough to stay in the processor's cache
+LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
 
 
 class LesionRoIAlign(MultiScaleRoIAlign):
@@ -176,28 +242,24 @@ class LesionRoIAlign(MultiScaleRoIAlign):
         Yields:
             int64 [r], which rows of `forward`; and [r, C, output height, output width].
         """
-        maps = [x[name] for name in self.featmap_names if name in x]
         rois = torch.cat(boxes)
         if len(rois) == 0 or not _on_cpu(x):
             pooled = super().forward(x, boxes, image_shapes)
             yield torch.arange(len(rois), device=rois.device), pooled
             return
+        maps = [x[name] for name in self.featmap_names if name in x]
         image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
         height = max(shape[0] for shape in image_shapes)  # as torchvision, which looks at no width
-        scales = [2.0 ** round(math.log2(map.shape[-2] / height)) for map in maps]
-        level = self._levels(rois, scales)
-        for i, (map, scale) in enumerate(zip(maps, scales, strict=True)):
-            rows = torch.where(level == i)[0]
-            if len(rows):
-                for part, pooled in self._pool(map, rois[rows], image[rows], scale):
-                    yield rows[part], pooled
-
-    def _levels(self, rois: Tensor, scales: list[float]) -> Tensor:
-        """Which map a box is read from: equation 1 of the FPN paper, as torchvision has it."""
-        first, last = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
+        steps = [round(math.log2(map.shape[-2] / height)) for map in maps]
+        # which map a box is read from: equation 1 of the FPN paper, as torchvision has it
         side = ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).sqrt()
         level = self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
-        return level.floor().clamp(first, last).to(torch.int64) - first
+        level = level.floor().clamp(-steps[0], -steps[-1]).to(torch.int64) + steps[0]
+        for i, (map, step) in enumerate(zip(maps, steps, strict=True)):
+            rows = torch.where(level == i)[0]
+            if len(rows):
+                for part, pooled in self._pool(map, rois[rows], image[rows], 2.0**step):
+                    yield rows[part], pooled
 
     def _pool(
         self, map: Tensor, rois: Tensor, image: Tensor, scale: float
@@ -262,66 +324,7 @@ def _hat(points: Tensor, pixels: Tensor, length: int) -> Tensor:
     return ((1 - distance.abs()).clamp(min=0) * inside[..., None]).mean(2)
 
 
-class LesionRPN(RegionProposalNetwork):
-    """torchvision's RPN with two points of the released code that its own does not offer.
-
-    Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
-    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
-    """
-
-    def __init__(self, *args, min_size: float, box_beta: float, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.min_size = min_size
-        self.box_beta = box_beta
-
-    def forward(self, images, features, targets=None):
-        maps = {name: map for name, map in features.items() if name != "image"}
-        return super().forward(images, maps, targets)
-
-    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
-        objectness = objectness.detach().reshape(len(proposals), -1)  # [B, A]
-        levels = torch.cat(
-            [
-                torch.full((count,), level, device=objectness.device)
-                for level, count in enumerate(num_anchors_per_level)
-            ]
-        )
-        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
-        final_boxes, final_logits = [], []
-        for boxes, logits, index, shape in zip(
-            proposals, objectness, best, image_shapes, strict=True
-        ):
-            boxes, logits, level = boxes[index], logits[index], levels[index]
-            boxes = clip_boxes_to_image(boxes, shape)
-            keep = remove_small_boxes(boxes, self.min_size)
-            boxes, logits, level = boxes[keep], logits[keep], level[keep]
-            keep = batched_nms(boxes, logits, level, self.nms_thresh)[: self.post_nms_top_n()]
-            final_boxes.append(boxes[keep])
-            final_logits.append(logits[keep])
-        return final_boxes, final_logits
-
-    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
-        positive, negative = self.fg_bg_sampler(labels)
-        positive = torch.where(torch.cat(positive))[0]
-        sampled = torch.cat([positive, torch.where(torch.cat(negative))[0]])
-        box_loss = F.smooth_l1_loss(
-            pred_bbox_deltas[positive],
-            torch.cat(regression_targets)[positive],
-            beta=self.box_beta,
-            reduction="sum",
-        ) / max(sampled.numel(), 1)
-        objectness_loss = F.binary_cross_entropy_with_logits(
-            objectness.flatten()[sampled], torch.cat(labels)[sampled]
-        )
-        return objectness_loss, box_loss
-
-
-class LesionRPNHead(RPNHead):
-    """torchvision's, with results in float32: bfloat16 boxes end at every second pixel."""
-
-    def forward(self, x):
-        logits, deltas = super().forward(x)
-        return [map.float() for map in logits], [map.float() for map in deltas]
+# Heads ------------------------------------------------------------------------------------------
 
 
 class LesionPredictor(FastRCNNPredictor):
@@ -378,6 +381,9 @@ class LesionRoIHeads(RoIHeads):
         return [], losses
 
 
+# The detector -----------------------------------------------------------------------------------
+
+
 class LesionMaskRCNN(GeneralizedRCNN):
     """torchvision's detector, which looks at its images first; see `check_images`."""
 
@@ -387,7 +393,10 @@ class LesionMaskRCNN(GeneralizedRCNN):
 
 
 def lesion_mask_rcnn(
-    config: DetectorConfig, weights: str | None = None, masks: bool = True
+    config: DetectorConfig,
+    weights: str | None = None,
+    masks: bool = True,
+    backbone: nn.Module | None = None,
 ) -> GeneralizedRCNN:
     """Build the detector, with random weights but for an optional ImageNet backbone.
 
@@ -396,18 +405,37 @@ def lesion_mask_rcnn(
         weights: passed to `fpn_backbone`.
         masks: without masks the detector is the one inside the classifier: it can be run and
             ranked, not trained on lesions.
+        backbone: yours, in place of the one that `config` names. As torchvision wants it: it gives
+            one map or an ordered dict of maps, the finest first, and has `out_channels`. The last
+            `config.levels` are used, by default all. `model.config.backbone` is its class's name.
 
     Returns:
-        torchvision's `GeneralizedRCNN`, with the configuration as `model.config`. Input: a list
-        of float32 [3,H,W] in 0..1. In eval mode it returns, per image, `boxes` [K,4] (pixels of
-        the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and `masks` [K,1,H,W]
-        (probabilities). In train mode, given targets too, it returns the five losses. With
-        `config.semantic` see `LesionRoIHeads`.
+        torchvision's `GeneralizedRCNN`, with `config`, `classes` (names of labels 1, 2, ...) and
+        `strides` as attributes. Input: a list of float32 [3,H,W] in 0..1. In eval mode it returns,
+        per image, `boxes` [K,4] (pixels of the input image, xyxy), `labels` [K], `scores` [K] in
+        0..1 and `masks` [K,1,H,W] (probabilities). In train mode, given targets too, it returns
+        the five losses. With `config.semantic` see `LesionRoIHeads`.
+
+    Raises:
+        DataError: a setting that is none; maps of which one is not half the one before.
     """
-    backbone = fpn_backbone(config, weights)
-    levels = len(config.layers)
-    names = [str(level) for level in range(levels)]
-    channels = config.fpn_channels
+    classes = LESION_CLASSES.get(config.lesions) or lesion_classes(config.lesions)
+    if backbone is None:
+        backbone = fpn_backbone(config, weights)
+        strides = backbone.strides
+        names = [str(level) for level in range(len(strides))]
+    else:
+        names, strides = _own_maps(backbone, config)
+        config = replace(config, backbone=type(backbone).__name__)
+    powers = [math.log2(stride) for stride in strides]  # RoIAlign rounds them
+    if powers != [int(powers[0]) + level for level in range(len(powers))]:
+        raise DataError(
+            f"backbone {config.backbone!r}: strides {', '.join(f'{s:g}' for s in strides)}; "
+            "give powers of two, each twice the one before, or take fewer levels"
+        )
+    if config.semantic:
+        backbone.register_forward_hook(_with_image)
+    channels, levels = backbone.out_channels, len(names)
     anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
     rpn = LesionRPN(
         anchors,
@@ -415,16 +443,16 @@ def lesion_mask_rcnn(
         *config.rpn_iou,
         config.rpn_batch,
         config.rpn_positive,
-        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
-        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
+        *[{"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals}] * 2,
         config.rpn_nms,
+        names=names,
         min_size=config.rpn_min_size,
         box_beta=config.rpn_box_beta,
     )
     heads = LesionRoIHeads(
         LesionRoIAlign(names, output_size=7, sampling_ratio=2),
         TwoMLPHead(channels * 7 * 7, config.box_features),
-        LesionPredictor(config.box_features, config.num_classes),
+        LesionPredictor(config.box_features, 1 + len(classes)),
         *config.box_iou,
         config.box_batch,
         config.box_positive,
@@ -438,47 +466,82 @@ def lesion_mask_rcnn(
         widths = (128,) if config.light_mask_head else (256,) * 4
         heads.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
         heads.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
-        heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], config.num_classes)
+        heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], 1 + len(classes))
         if config.semantic:
-            heads.semantic = SemanticBranch(channels, config.num_classes)
+            heads.semantic = SemanticBranch(channels, 1 + len(classes))
     transform = GeneralizedRCNNTransform(
         config.image_size, config.max_size, IMAGENET_MEAN, IMAGENET_STD
     )
     model = LesionMaskRCNN(backbone, rpn, heads, transform)
-    model.config = config
+    model.config, model.classes, model.strides = config, classes, strides
     return model
 
 
-def for_inference(model: Model) -> Model:
-    """Copy a detector or classifier for prediction: fewer layers, channels last.
+# Running it -------------------------------------------------------------------------------------
 
-    In eval mode batch norm is a fixed scale and shift of each channel, so it is folded into the
-    convolution before it: one pass over the feature map less. The results differ by rounding.
-    That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
-    that carry an activation, stay as they are.
+SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
+
+
+def check_images(
+    images: Sequence[Tensor],
+    model: nn.Module | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Refuse images that a network would take without a word, and answer with nonsense.
+
+    Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
 
     Args:
-        model: any detector or classifier; it is left as it is, and later changes to it do not
-            reach the copy.
+        images: B tensors.
+        model: its weights must not be float64 either.
+        names: what messages call the images, such as their files; else "image 0" and so on.
 
-    Returns:
-        The copy, in eval mode, with no parameter that requires a gradient.
+    Raises:
+        DataError: no image; no tensor; another shape than [3,H,W], or no pixel; whole numbers,
+            float64; values outside 0..1, or NaN.
     """
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in list(fast.modules()):
-        if not any(type(module).forward is kind.forward for kind in IN_ORDER):
+    if len(images) == 0:
+        raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
+    weights = None if model is None else next(model.parameters(), None)
+    if weights is not None and weights.dtype == torch.float64:
+        raise DataError(
+            f"the model's weights are {weights.dtype}; use model.float(), and autocast for speed"
+        )
+    for number, image in enumerate(images):
+        name = names[number] if names else f"image {number}"
+        if not isinstance(image, Tensor):
+            raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
+        kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
+        shaped = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
+        if not shaped or image.dtype not in kinds:
+            raise DataError(
+                f"{name}: {image.dtype} {list(image.shape)}; give torch.float32 [3, H, W]"
+            )
+        if image.device.type != "cpu":
             continue
-        for (name, layer), (next_name, follower) in pairwise(list(module._modules.items())):
-            plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
-            if plain and follower.running_mean is not None and not _hooked(layer, follower):
-                setattr(module, name, fuse_conv_bn_eval(layer, follower))
-                setattr(module, next_name, nn.Identity())
-    return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            raise DataError(
+                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; "
+                "divide 8-bit grey by 255, and map Hounsfield units by "
+                "covidmask.datasets.medical.hounsfield_to_unit"
+            )
 
 
-def _hooked(*layers: nn.Module) -> bool:
-    """Whether there are hooks, which may change weights and results, or read them."""
-    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
+def to_model(
+    images: Sequence[Tensor], device: torch.device, names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """The images on `device`, after `check_images`, which costs no wait before they are there."""
+    check_images(images, names=names)
+    return [image.to(device) for image in images]
+
+
+def same_size_groups(images: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the images, grouped by shape, in order of first appearance."""
+    groups: dict[torch.Size, list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(position)
+    return list(groups.values())
 
 
 def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
@@ -571,3 +634,42 @@ def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
     """
     lesion = 1 - (1 - maps).prod(0) > threshold  # [H, W]
     return (lesion * (maps.argmax(0) + 2)).to(dtype=torch.uint8).numpy()
+
+
+# For prediction ---------------------------------------------------------------------------------
+
+# Where a batch norm is known to read the convolution that stands before it, and nothing else does.
+# Elsewhere the order of attributes says nothing about the order of calls.
+IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
+
+
+def for_inference(model: Model) -> Model:
+    """Copy a detector or classifier for prediction: fewer layers, channels last.
+
+    In eval mode batch norm is a fixed scale and shift of each channel, so it is folded into the
+    convolution before it: one pass over the feature map less. The results differ by rounding.
+    That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
+    that carry an activation, stay as they are.
+
+    Args:
+        model: any detector or classifier; it is left as it is, and later changes to it do not
+            reach the copy.
+
+    Returns:
+        The copy, in eval mode, with no parameter that requires a gradient.
+    """
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(fast.modules()):
+        if not any(type(module).forward is kind.forward for kind in IN_ORDER):
+            continue
+        for (name, layer), (next_name, follower) in pairwise(list(module._modules.items())):
+            plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
+            if plain and follower.running_mean is not None and not _hooked(layer, follower):
+                setattr(module, name, fuse_conv_bn_eval(layer, follower))
+                setattr(module, next_name, nn.Identity())
+    return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _hooked(*layers: nn.Module) -> bool:
+    """Whether there are hooks, which may change weights and results, or read them."""
+    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)

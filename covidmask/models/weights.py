@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
@@ -18,15 +19,15 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.errors import CheckpointError
+from covidmask.errors import CheckpointError, DataError
 from covidmask.files import atomic_path, is_there, weights_file
-from covidmask.models.classifier import CovidCTMaskNet
+from covidmask.models.classifier import REGIMES, ClassificationModule, CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.ranked_boxes import Boxes, Columns
 
 FORMAT = 2  # of the header; 1, which had no such entry, always read four levels of ResNet-50
 WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
 SHIPPED = Path(__file__).parent / "shipped"
-REGIMES = ("heads", "heads_bn", "full")
 
 
 def save_model(
@@ -37,6 +38,9 @@ def save_model(
     **card: Any,
 ) -> Path:
     """Write weights and configuration to one .safetensors file.
+
+    Parts of your own (backbone, encoder, S) are written by the names of their classes; loading the
+    file asks for such objects.
 
     Args:
         model: from `lesion_mask_rcnn` or `covid_ct_mask_net`.
@@ -63,6 +67,7 @@ def save_model(
         "kind": "classifier" if classifier else "segmenter",
         "detector": asdict(config),
         "classifier": asdict(model.config) if classifier else None,
+        "own": own_parts(model),
         "card": card,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -77,26 +82,61 @@ def save_model(
     return Path(path)
 
 
-def load_segmenter(path: str | Path, device: str | torch.device = "cpu") -> GeneralizedRCNN:
+def own_parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
+    """Which parts are not the package's: "backbone", "encoder", "s" -> name of the class."""
+    detector = getattr(model, "detector", model)
+    own = {}
+    config = getattr(detector, "config", None)
+    if config is not None and type(detector.backbone).__name__ == config.backbone:
+        own["backbone"] = detector.backbone
+    if detector is not model and not (
+        type(model.encoder) is Columns and model.encoder.parts == model.encoder.columns
+    ):
+        own["encoder"] = model.encoder
+    if detector is not model and type(model.s) is not ClassificationModule:
+        own["s"] = model.s
+    return {part: type(thing).__name__ for part, thing in own.items()}
+
+
+def load_segmenter(
+    path: str | Path, device: str | torch.device = "cpu", *, backbone: nn.Module | None = None
+) -> GeneralizedRCNN:
     """Read a segmenter that `save_model` wrote; eval mode.
+
+    Args:
+        backbone: your own, where the file's was one.
 
     Raises:
         CheckpointError: missing, truncated, no covidmask file, a classifier, or other weights
-            than its configuration asks for.
+            or parts than its configuration asks for.
     """
-    header, state = _read(path, "segmenter")
+    header, state = _read(path, "segmenter", backbone=backbone)
     with _building(path):
-        model = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]))
+        model = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]), backbone=backbone)
     load_state(model, state, path)
     return model.to(device).eval()
 
 
-def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> CovidCTMaskNet:
-    """Read a classifier that `save_model` wrote; eval mode. Raises as `load_segmenter`."""
-    header, state = _read(path, "classifier")
+def load_classifier(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    backbone: nn.Module | None = None,
+    encoder: Callable[[Boxes], Tensor] | None = None,
+    s: nn.Module | None = None,
+) -> CovidCTMaskNet:
+    """Read a classifier, as `load_segmenter`; `encoder` and `s` as in `covid_ct_mask_net`."""
+    header, state = _read(path, "classifier", backbone=backbone, encoder=encoder, s=s)
     with _building(path):
-        detector = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]), masks=False)
-        model = CovidCTMaskNet(detector, _config(ClassifierConfig, header["classifier"]))
+        detector_config = _config(DetectorConfig, header["detector"])
+        config = _config(ClassifierConfig, header["classifier"])
+        detector = lesion_mask_rcnn(detector_config, masks=False, backbone=backbone)
+        model = CovidCTMaskNet(detector, config, encoder, s)
+    if model.config != config:
+        raise CheckpointError(
+            f"{path}: its columns are {', '.join(config.columns)}, not "
+            f"{', '.join(encoder.columns)}; give the encoder that it was trained with"
+        )
     load_state(model, state, path)
     return model.to(device).eval()
 
@@ -110,47 +150,32 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     """Load weights, or say which names and sizes do not fit.
 
     Raises:
-        CheckpointError: names `path` and the first names and sizes that differ, or the first
-            weights that hold NaN or infinity.
+        CheckpointError: names `path` and what differs, or the first weights that hold NaN or
+            infinity.
     """
-    state = dict(state)
     if bad := [name for name, value in state.items() if not value.float().isfinite().all()]:
         raise CheckpointError(
-            f"{path}: {_first('holds NaN or infinity in', bad)[0].removeprefix('the file ')}; "
+            f"{path}: holds NaN or infinity in {', '.join(bad[:3])}{' and more' * (len(bad) > 3)}; "
             "train these weights again"
         )
     own = model.state_dict()
-    probe = dict(state)
-    # torchvision's layers rename the names of older versions while loading, so let them
-    result = model.load_state_dict(
-        {k: v for k, v in probe.items() if k not in own or own[k].shape == v.shape}, strict=False
-    )
-    shared = [(name, state[name], own[name]) for name in own if name in state]
-    unlike = [
-        f"{name} is {tuple(ours.shape)} in the file, {tuple(theirs.shape)} in the model"
-        for name, ours, theirs in shared
-        if ours.shape != theirs.shape
-    ] + [
-        f"{name} is {ours.dtype} in the file, {theirs.dtype} in the model"
-        for name, ours, theirs in shared  # which loading would turn into each other
-        if ours.is_floating_point() != theirs.is_floating_point()
-    ]
-    missing = [name for name in result.missing_keys if name not in state]
-    problems = _first("lacks", missing) + _first("has unknown", result.unexpected_keys)
-    problems += unlike[:3] + ([f"{len(unlike) - 3} more differ"] if len(unlike) > 3 else [])
-    if problems:
+    try:  # loading would turn other types into numbers without a word
+        for name in own.keys() & state.keys():
+            if own[name].is_floating_point() != state[name].is_floating_point():
+                raise RuntimeError(f"{name} is {state[name].dtype} in the file")
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        # torch's list, a line a problem, after its headline
+        problems = "; ".join(str(error).split("\n\t")[-9:])
         raise CheckpointError(
-            f"{path}: weights of another architecture: {'; '.join(problems)}; "
-            "build the model with the configuration that these weights were trained with"
-        )
+            f"{path}: weights of another architecture: {textwrap.shorten(problems, 600)}; build "
+            "the model with the configuration that these weights were trained with"
+        ) from error
 
 
-def _first(what: str, names: list[str], most: int = 3) -> list[str]:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"the file {what} {', '.join(names[:most])}{more}"] if names else []
-
-
-def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(
+    path: str | Path, kind: str | None = None, **given: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file; check the path, or train one first")
@@ -161,6 +186,7 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
             if "format" not in header and header["detector"]["backbone"] == "resnet50":
                 header["detector"]["levels"] = None
             found, _ = header["kind"], header["card"]
+            own = dict(header.get("own", {}))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
@@ -179,6 +205,13 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
         raise CheckpointError(f"{path}: written by a newer covidmask; install that version")
     if kind and found != kind:
         raise CheckpointError(f"{path}: holds a {found}; give a {kind} file here")
+    for part, thing in given.items():
+        name = None if thing is None else type(thing).__name__
+        if name != own.get(part):
+            raise CheckpointError(
+                f"{path}: its {part} is {own.get(part, 'of covidmask')}, not {name}; call "
+                f"load_{kind}(path, {part}=...) with such an object, or without it"
+            )
     return header, state
 
 
@@ -192,14 +225,13 @@ def _building(path: str | Path) -> Iterator[None]:
     """Blame the file for a configuration of which no model can be made."""
     try:
         yield
+    except DataError as error:  # says what to do
+        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from error
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: its configuration is not one of this version ({error}); "
             "train it again, or install the version that wrote it"
         ) from error
-
-
-_LOAD = {"segmenter": load_segmenter, "classifier": load_classifier}
 
 
 class ShippedWeights(Enum):
@@ -238,8 +270,8 @@ class ShippedWeights(Enum):
 
     def load(self, device: str | torch.device = "cpu") -> GeneralizedRCNN | CovidCTMaskNet:
         """The model, in eval mode. Raises as `checked`."""
-        kind = self.value[0].split("-")[0]
-        return _LOAD[kind](self.checked(), device)
+        load = load_segmenter if self is ShippedWeights.SEGMENTER_QUICK else load_classifier
+        return load(self.checked(), device)
 
     def card(self) -> dict[str, Any]:
         """Data, command, commit, metrics with intervals, limits. Raises as `checked`."""
@@ -302,7 +334,14 @@ def find_weights(
                 "one of the two out"
             )
         return Path(named), "named"
-    yours = {} if shipped and preset == "quick" else _yours(kind, preset)
+    yours = {}  # regime, "" for a segmenter -> file
+    if not (shipped and preset == "quick"):
+        plain = weights_file(kind, preset)
+        if is_there(plain):  # older files of classifiers have their regime in the card alone
+            yours["" if kind == "segmenter" else str(read_card(plain).get("regime"))] = plain
+        for each in REGIMES if kind == "classifier" else ():
+            if is_there(path := weights_file(kind, preset, each)):
+                yours[each] = path
     if regime is not None:
         yours = {key: path for key, path in yours.items() if key == regime}
     if len(yours) > 1:
@@ -314,25 +353,9 @@ def find_weights(
     if yours:
         return next(iter(yours.values())), "yours"
     if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
-        from covidmask.models.weights import ShippedWeights
-
         return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), WHOSE_SHIPPED
     raise CheckpointError(
         f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
         f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
         f"{f' --regime {regime}' if regime else ''}`"
     )
-
-
-def _yours(kind: str, preset: str) -> dict[str, Path]:
-    """Regime ("" for a segmenter) -> the file that training has written."""
-    plain = weights_file(kind, preset)
-    if kind == "segmenter":
-        return {"": plain} if is_there(plain) else {}
-    found = {}
-    if is_there(plain):  # older files have their regime in the card alone
-        from covidmask.models.weights import read_card
-
-        found[str(read_card(plain).get("regime"))] = plain
-    named = {regime: weights_file(kind, preset, regime) for regime in REGIMES}
-    return found | {regime: path for regime, path in named.items() if is_there(path)}

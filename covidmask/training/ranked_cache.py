@@ -25,6 +25,7 @@ from covidmask.errors import OutputError, TrainingError
 from covidmask.files import atomic_path, check_writable
 from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.detector import for_inference, to_model
+from covidmask.models.weights import own_parts
 from covidmask.training.loop import as_bytes, digest, gather, item_names, make_fabric, share
 
 
@@ -56,7 +57,9 @@ def cache_ranked_boxes(
         TrainingError: a box holds NaN.
     """
     fabric = fabric or make_fabric()
-    shape = (len(dataset), model.config.n_boxes, 5)
+    shape = (len(dataset), model.config.n_boxes, len(model.config.columns))
+    if "encoder" in own_parts(model):  # its code is not in the key
+        folder = None
     path = None if folder is None else Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
     if path is not None and fabric.broadcast(_read(path, shape) is not None):  # the first decides
         return _kept(path, shape)

@@ -171,7 +171,7 @@ def predict_lesions(
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
-    classes = model.config.num_classes - 1
+    classes = len(model.classes)
     indices = list(share(len(dataset), fabric))
     names = item_names(dataset)
     hidden = not (progress and fabric.global_rank == 0)
