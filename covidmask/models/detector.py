@@ -1,7 +1,7 @@
 """Mask R-CNN for ground-glass opacity and consolidation (section 3.1), top to bottom.
 
-Backbone, RPN, RoIAlign, heads, the assembled detector, and how it is run. Everything is
-torchvision's but small subclasses: proposals are ranked on raw logits, the box losses take their
+Backbone, RPN, RoIAlign, heads, the assembled detector, how it is run, its copy for prediction. All
+is torchvision's but small subclasses: proposals are ranked on raw logits, box losses take their
 shape from the configuration, boxes and scores stay float32 in mixed precision, and RoIAlign is
 faster on CPUs. For small sets of real CT there is a branch that the paper lacks, `SemanticBranch`.
 """
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision import ops
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -30,30 +31,24 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import (
-    FeaturePyramidNetwork,
-    MultiScaleRoIAlign,
-    batched_nms,
-    clip_boxes_to_image,
-    remove_small_boxes,
-    roi_align,
-)
 
 from covidmask.config import LESION_CLASSES, DetectorConfig, lesion_classes
 from covidmask.errors import DataError
 from covidmask.models.semantic import SemanticBranch
 
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_STD = [0.229, 0.224, 0.225]
-Instances = dict[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
-
-# Backbone ---------------------------------------------------------------------------------------
-
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 STAGES = {  # torchvision's: layers that give a map, of half the size each; the last of stride 32
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), ("layer1", "layer2", "layer3", "layer4")),
     "mobilenet_v2": ("1", "3", "6", "13", "17"),
 }
+ROWS = 128  # boxes that RoIAlign takes at a time: few enough to stay in the processor's cache
+LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
+SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
+# Where a batch norm is known to read the convolution that stands before it, and nothing else does.
+# Elsewhere the order of attributes says nothing about the order of calls.
+IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
+Instances = dict[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class FPNBackbone(nn.Module):
@@ -61,7 +56,7 @@ class FPNBackbone(nn.Module):
 
     def __init__(self, body: nn.Module, strides: list[int], widths: list[int], channels: int):
         super().__init__()
-        self.body, self.fpn = body, FeaturePyramidNetwork(widths, channels)
+        self.body, self.fpn = body, ops.FeaturePyramidNetwork(widths, channels)
         self.strides, self.widths, self.out_channels = strides, widths, channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -75,15 +70,11 @@ class FPNBackbone(nn.Module):
 
 
 def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackbone:
-    """Build the feature extractor of the detector (section 3.1); its batch norm is trainable.
+    """Build the feature extractor that `config` names; its batch norm is trainable.
 
     Args:
-        config: `backbone`, `cut`, `levels` and `fpn_channels` are read.
         weights: of ImageNet (downloaded), or None for random ones. For torchvision's networks a
             name such as "IMAGENET1K_V1"; for timm's "pretrained", or the tag of one of its sets.
-
-    Raises:
-        DataError: an unknown backbone, or a number that it does not have.
     """
     name, cut, levels = config.backbone, config.cut, config.levels
     if cut not in (0, 1, 2) or (name == "resnet50" and cut):
@@ -96,35 +87,30 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackb
     if not 1 <= levels <= len(stages):
         raise DataError(f"levels {levels}: choose 1 to {len(stages)}")
     body = get_model(name, weights=weights)
-    body = getattr(body, "features", body)
-    layers = {stage: str(index) for index, stage in enumerate(stages[-levels:])}
-    norms = [
-        [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
-        for stage in layers
-    ]
-    widths = [norm[-1].num_features for norm in norms]
-    strides = [32 >> cut + levels - 1 - index for index in range(levels)]
-    body = IntermediateLayerGetter(body, layers)
+    body, widths = getattr(body, "features", body), []
+    for stage in (stages := stages[-levels:]):
+        norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
+        widths.append(norms[-1].num_features)
+    body = IntermediateLayerGetter(body, {stage: str(i) for i, stage in enumerate(stages)})
+    strides = [32 >> cut + i for i in reversed(range(levels))]
     return FPNBackbone(body, strides, widths, config.fpn_channels)
 
 
 def _timm_backbone(config: DetectorConfig, levels: int, weights: str | None) -> FPNBackbone:
-    name, tag = config.backbone, "" if weights in (None, "pretrained") else f".{weights}"
+    name = config.backbone + ("" if weights in (None, "pretrained") else f".{weights}")
+    choice = f"backbone {name!r}: choose {', '.join(STAGES)}, or"
     try:
         import timm
     except ImportError:
-        raise DataError(
-            f"backbone {name!r}: choose {', '.join(STAGES)}, or run `pip install timm` if it is a "
-            "network of timm's"
-        ) from None
-    if not timm.is_model(name + tag):
-        raise DataError(f"backbone {name + tag!r}: choose {', '.join(STAGES)}, or a name of timm's")
+        raise DataError(f"{choice} run `pip install timm` for a network of timm's") from None
+    if not timm.is_model(name):
+        raise DataError(f"{choice} a name of timm's")
     wanted = tuple(range(-levels - config.cut, -config.cut))
-    options = {"features_only": True, "pretrained": weights is not None, "out_indices": wanted}
     try:
-        body = timm.create_model(name + tag, **options)
-        info = body.feature_info
-        strides, widths = info.reduction(), info.channels()
+        body = timm.create_model(
+            name, features_only=True, pretrained=weights is not None, out_indices=wanted
+        )
+        strides, widths = body.feature_info.reduction(), body.feature_info.channels()
     except (AssertionError, IndexError):
         raise DataError(f"levels {levels}, cut {config.cut}: {name} has fewer maps") from None
     return FPNBackbone(body, strides, widths, config.fpn_channels)
@@ -137,8 +123,7 @@ def _own_maps(backbone: nn.Module, config: DetectorConfig) -> tuple[list[str], l
     side = math.ceil(config.image_size / 32) * 32
     with torch.no_grad():  # on a copy, whose batch norm may go into eval mode
         maps = copy.deepcopy(backbone).cpu().eval()(torch.zeros(1, 3, side, side))
-    if isinstance(maps, Tensor):
-        maps = {"0": maps}
+    maps = {"0": maps} if isinstance(maps, Tensor) else maps
     levels = len(maps) if config.levels is None else config.levels
     if not 1 <= levels <= len(maps):
         raise DataError(f"levels {levels}: choose 1 to {len(maps)}")
@@ -147,10 +132,7 @@ def _own_maps(backbone: nn.Module, config: DetectorConfig) -> tuple[list[str], l
 
 def _with_image(backbone: nn.Module, inputs: tuple[Tensor], maps) -> dict[str, Tensor]:
     """Hand on the image, too, as the last of the maps: float32 [B,3,H,W], normalised."""
-    return {**(maps if isinstance(maps, dict) else {"0": maps}), "image": inputs[0]}
-
-
-# Region proposals -------------------------------------------------------------------------------
+    return {**({"0": maps} if isinstance(maps, Tensor) else maps), "image": inputs[0]}
 
 
 class LesionRPNHead(RPNHead):
@@ -162,15 +144,14 @@ class LesionRPNHead(RPNHead):
 
 
 class LesionRPN(RegionProposalNetwork):
-    """torchvision's RPN with two points of the released code that its own does not offer.
+    """torchvision's RPN on the maps `names`, with two points of the released code.
 
     Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
-    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1. Only the maps
-    `names` are read.
+    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
     """
 
-    def __init__(self, *args, names: list[str], min_size: float, box_beta: float, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, names: list[str], min_size: float, box_beta: float) -> None:
+        super().__init__(*args)
         self.names, self.min_size, self.box_beta = names, min_size, box_beta
 
     def forward(self, images, features, targets=None):
@@ -181,55 +162,41 @@ class LesionRPN(RegionProposalNetwork):
         counts = enumerate(num_anchors_per_level)
         levels = torch.cat([objectness.new_full((count,), level) for level, count in counts])
         best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
-        kept = []
+        kept_boxes, kept_logits = [], []
         for boxes, logits, index, shape in zip(
             proposals, objectness, best, image_shapes, strict=True
         ):
-            boxes = clip_boxes_to_image(boxes[index], shape)
-            index = index[keep := remove_small_boxes(boxes, self.min_size)]
-            boxes, logits = boxes[keep], logits[index]
-            keep = batched_nms(boxes, logits, levels[index], self.nms_thresh)
-            keep = keep[: self.post_nms_top_n()]
-            kept.append((boxes[keep], logits[keep]))
-        return tuple(map(list, zip(*kept, strict=True)))
+            boxes = ops.clip_boxes_to_image(boxes[index], shape)
+            large = ops.remove_small_boxes(boxes, self.min_size)
+            boxes, logits, level = boxes[large], logits[index[large]], levels[index[large]]
+            keep = ops.batched_nms(boxes, logits, level, self.nms_thresh)[: self.post_nms_top_n()]
+            kept_boxes.append(boxes[keep])
+            kept_logits.append(logits[keep])
+        return kept_boxes, kept_logits
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
-        positive, negative = self.fg_bg_sampler(labels)
-        positive = torch.where(torch.cat(positive))[0]
-        sampled = torch.cat([positive, torch.where(torch.cat(negative))[0]])
-        box_loss = F.smooth_l1_loss(
-            pred_bbox_deltas[positive],
-            torch.cat(regression_targets)[positive],
-            beta=self.box_beta,
-            reduction="sum",
-        ) / max(sampled.numel(), 1)
+        positive, negative = (torch.where(torch.cat(p))[0] for p in self.fg_bg_sampler(labels))
+        sampled = torch.cat([positive, negative])
+        deltas, wanted = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
+        box_loss = F.smooth_l1_loss(deltas, wanted, beta=self.box_beta, reduction="sum")
         objectness_loss = F.binary_cross_entropy_with_logits(
             objectness.flatten()[sampled], torch.cat(labels)[sampled]
         )
-        return objectness_loss, box_loss
+        return objectness_loss, box_loss / max(sampled.numel(), 1)
 
 
-# RoIAlign ---------------------------------------------------------------------------------------
-
-ROWS = 128  # boxes at a time: few enough to stay in the processor's cache
-LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
-
-
-class LesionRoIAlign(MultiScaleRoIAlign):
+class LesionRoIAlign(ops.MultiScaleRoIAlign):
     """torchvision's `MultiScaleRoIAlign`, by matrix products where the features lie on a CPU."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> Tensor:
-        """Pool every box.
+        """Pool every box: [sum K, C, output height, output width].
 
         Args:
             x: maps [B,C,h,w] by name; those of `featmap_names` are read.
             boxes: B tensors [K,4], xyxy in pixels of the images; inside them.
             image_shapes: B pairs (height, width).
-
-        Returns:
-            [sum K, C, output height, output width].
         """
-        if not _on_cpu(x):
+        if not next(iter(x.values())).is_cpu:
             return super().forward(x, boxes, image_shapes)
         index, pooled = zip(*self.parts(x, boxes, image_shapes), strict=True)
         return torch.cat(pooled)[torch.cat(index).argsort()]
@@ -237,13 +204,9 @@ class LesionRoIAlign(MultiScaleRoIAlign):
     def parts(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows of `forward` a few at a time, in an order that makes each part fast.
-
-        Yields:
-            int64 [r], which rows of `forward`; and [r, C, output height, output width].
-        """
+        """Yield int64 [r], which rows of `forward`, and these, in an order that is fast."""
         rois = torch.cat(boxes)
-        if len(rois) == 0 or not _on_cpu(x):
+        if len(rois) == 0 or not next(iter(x.values())).is_cpu:
             pooled = super().forward(x, boxes, image_shapes)
             yield torch.arange(len(rois), device=rois.device), pooled
             return
@@ -275,19 +238,16 @@ class LesionRoIAlign(MultiScaleRoIAlign):
         if is_large.any():
             part = torch.where(is_large)[0]
             boxes = torch.cat([image[part, None].to(rois), rois[part]], dim=1)  # [r, 5]
-            pooled = roi_align(  # has no bfloat16 on a CPU
-                map.float(), boxes, self.output_size, scale, self.sampling_ratio
-            )
+            options = self.output_size, scale, self.sampling_ratio
+            pooled = ops.roi_align(map.float(), boxes, *options)  # has no bfloat16 on a CPU
             yield part, pooled.to(map.dtype)
         small = torch.where(~is_large)[0]
         order = small[(patch_height * width + patch_width)[small].argsort()]  # like sizes together
         for part in order.split(ROWS) if len(order) else ():
-            h, w = int(patch_height[part].max()), int(patch_width[part].max())
-            columns = left[part, None] + torch.arange(w)  # [r, w]
-            rows = top[part, None] + torch.arange(h)  # [r, h]
-            weights = torch.einsum(
-                "rah,rbw->rhwab", _hat(y[part], rows, height), _hat(x[part], columns, width)
-            ).reshape(len(part), h * w, -1)  # [r, pixels of the patch, bins]
+            columns = left[part, None] + torch.arange(int(patch_width[part].max()))  # [r, w]
+            rows = top[part, None] + torch.arange(int(patch_height[part].max()))  # [r, h]
+            hats = _hat(y[part], rows, height), _hat(x[part], columns, width)
+            weights = torch.einsum("rah,rbw->rhwab", *hats).flatten(3).flatten(1, 2)
             place = (image[part, None] * height + rows.clamp(max=height - 1)) * width  # [r, h]
             place = place[:, :, None] + columns.clamp(max=width - 1)[:, None]  # [r, h, w]
             patch = F.embedding(place.flatten(1), pixels)  # [r, h*w, C]
@@ -302,10 +262,6 @@ class LesionRoIAlign(MultiScaleRoIAlign):
         return start[:, None, None] + bin * size + (point + 0.5) * size / n
 
 
-def _on_cpu(maps: dict[str, Tensor]) -> bool:
-    return next(iter(maps.values())).device.type == "cpu"
-
-
 def _patch(points: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """First pixel and number of pixels that the points of each box read: int64 [K], [K]."""
     points = points.clamp(0, length - 1)
@@ -316,15 +272,11 @@ def _patch(points: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _hat(points: Tensor, pixels: Tensor, length: int) -> Tensor:
     """Weights of linear interpolation, mean over a bin's points: [r, bins, pixels].
 
-    The weight of a pixel falls from 1 at its centre to 0 at its neighbours' centres. Points more
-    than a pixel outside the map count as 0; others outside are moved to its edge.
+    Points more than a pixel outside the map count as 0; others outside are moved to its edge.
     """
     inside = (points >= -1) & (points <= length)
     distance = points.clamp(0, length - 1)[..., None] - pixels[:, None, None]  # [r, bins, n, p]
     return ((1 - distance.abs()).clamp(min=0) * inside[..., None]).mean(2)
-
-
-# Heads ------------------------------------------------------------------------------------------
 
 
 class LesionPredictor(FastRCNNPredictor):
@@ -342,8 +294,8 @@ class LesionRoIHeads(RoIHeads):
     [classes - 1, h, w]: the probability of each lesion class at the stride of the finest map.
     """
 
-    def __init__(self, *args, box_beta: float, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, box_beta: float) -> None:
+        super().__init__(*args)
         self.box_beta = box_beta
         self.semantic: SemanticBranch | None = None
 
@@ -354,20 +306,18 @@ class LesionRoIHeads(RoIHeads):
                 maps = self.semantic.probabilities(features, image_shapes)
                 found = [{**one, "semantic": map} for one, map in zip(found, maps, strict=True)]
             return found, losses
-        proposals, matched, labels, regression_targets = self.select_training_samples(
-            proposals, targets
-        )
+        proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
         pooled = self.box_roi_pool(features, proposals, image_shapes)  # [R, C, 7, 7]
         class_logits, box_regression = self.box_predictor(self.box_head(pooled))  # [R,C], [R,4C]
         all_labels = torch.cat(labels)
         positive = torch.where(all_labels > 0)[0]
         deltas = box_regression.reshape(len(all_labels), -1, 4)[positive, all_labels[positive]]
         box_loss = F.smooth_l1_loss(
-            deltas, torch.cat(regression_targets)[positive], beta=self.box_beta, reduction="sum"
-        ) / max(all_labels.numel(), 1)
+            deltas, torch.cat(wanted)[positive], beta=self.box_beta, reduction="sum"
+        )
         losses = {
             "loss_classifier": F.cross_entropy(class_logits, all_labels),
-            "loss_box_reg": box_loss,
+            "loss_box_reg": box_loss / max(all_labels.numel(), 1),
         }
         lesions = [torch.where(label > 0)[0] for label in labels]  # masks learn on positive RoIs
         rois = [boxes[index] for boxes, index in zip(proposals, lesions, strict=True)]
@@ -379,9 +329,6 @@ class LesionRoIHeads(RoIHeads):
         if self.semantic is not None:
             losses["loss_semantic"] = self.semantic.loss(features, image_shapes, targets)
         return [], losses
-
-
-# The detector -----------------------------------------------------------------------------------
 
 
 class LesionMaskRCNN(GeneralizedRCNN):
@@ -403,8 +350,7 @@ def lesion_mask_rcnn(
     Args:
         config: every number of section 3.1 and of the released code.
         weights: passed to `fpn_backbone`.
-        masks: without masks the detector is the one inside the classifier: it can be run and
-            ranked, not trained on lesions.
+        masks: without masks it is the one inside the classifier: run and ranked, not trained.
         backbone: yours, in place of the one that `config` names. As torchvision wants it: it gives
             one map or an ordered dict of maps, the finest first, and has `out_channels`. The last
             `config.levels` are used, by default all. `model.config.backbone` is its class's name.
@@ -417,7 +363,7 @@ def lesion_mask_rcnn(
         the five losses. With `config.semantic` see `LesionRoIHeads`.
 
     Raises:
-        DataError: a setting that is none; maps of which one is not half the one before.
+        DataError: a setting that is none, or maps that are not each half the one before.
     """
     classes = LESION_CLASSES.get(config.lesions) or lesion_classes(config.lesions)
     if backbone is None:
@@ -437,13 +383,15 @@ def lesion_mask_rcnn(
         backbone.register_forward_hook(_with_image)
     channels, levels = backbone.out_channels, len(names)
     anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
+    proposals = {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals}
     rpn = LesionRPN(
         anchors,
         LesionRPNHead(channels, anchors.num_anchors_per_location()[0]),
         *config.rpn_iou,
         config.rpn_batch,
         config.rpn_positive,
-        *[{"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals}] * 2,
+        proposals,  # before NMS
+        proposals,  # after it
         config.rpn_nms,
         names=names,
         min_size=config.rpn_min_size,
@@ -469,62 +417,48 @@ def lesion_mask_rcnn(
         heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], 1 + len(classes))
         if config.semantic:
             heads.semantic = SemanticBranch(channels, 1 + len(classes))
-    transform = GeneralizedRCNNTransform(
-        config.image_size, config.max_size, IMAGENET_MEAN, IMAGENET_STD
-    )
+    sizes = config.image_size, config.max_size
+    transform = GeneralizedRCNNTransform(*sizes, IMAGENET_MEAN, IMAGENET_STD)
     model = LesionMaskRCNN(backbone, rpn, heads, transform)
     model.config, model.classes, model.strides = config, classes, strides
     return model
 
 
-# Running it -------------------------------------------------------------------------------------
-
-SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
-
-
 def check_images(
-    images: Sequence[Tensor],
-    model: nn.Module | None = None,
-    names: Sequence[str] | None = None,
+    images: Sequence[Tensor], model: nn.Module | None = None, names: Sequence[str] | None = None
 ) -> None:
     """Refuse images that a network would take without a word, and answer with nonsense.
 
     Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
 
     Args:
-        images: B tensors.
         model: its weights must not be float64 either.
         names: what messages call the images, such as their files; else "image 0" and so on.
 
     Raises:
-        DataError: no image; no tensor; another shape than [3,H,W], or no pixel; whole numbers,
-            float64; values outside 0..1, or NaN.
+        DataError: no image; one that is no tensor [3,H,W] of a float up to 32 bits, with values in
+            0..1, none NaN.
     """
     if len(images) == 0:
         raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
     weights = None if model is None else next(model.parameters(), None)
     if weights is not None and weights.dtype == torch.float64:
-        raise DataError(
-            f"the model's weights are {weights.dtype}; use model.float(), and autocast for speed"
-        )
+        raise DataError("the model's weights are torch.float64; use model.float()")
+    kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
     for number, image in enumerate(images):
         name = names[number] if names else f"image {number}"
         if not isinstance(image, Tensor):
             raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
-        kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
-        shaped = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
-        if not shaped or image.dtype not in kinds:
-            raise DataError(
-                f"{name}: {image.dtype} {list(image.shape)}; give torch.float32 [3, H, W]"
-            )
-        if image.device.type != "cpu":
+        if image.ndim != 3 or len(image) != 3 or not image.numel() or image.dtype not in kinds:
+            found = f"{image.dtype} {list(image.shape)}"
+            raise DataError(f"{name}: {found}; give torch.float32 [3, H, W]")
+        if not image.is_cpu:
             continue
         low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
         if not (low >= -SLACK and high <= 1 + SLACK):
             raise DataError(
-                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; "
-                "divide 8-bit grey by 255, and map Hounsfield units by "
-                "covidmask.datasets.medical.hounsfield_to_unit"
+                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; divide "
+                "8-bit grey by 255, and map Hounsfield units by medical.hounsfield_to_unit"
             )
 
 
@@ -561,32 +495,19 @@ def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
 
 
 def lesion_maps(prediction: Instances, classes: int) -> Tensor:
-    """For each class, how probable it is that a pixel belongs to a lesion.
+    """float32 [classes, H, W], 0..1: how probable it is that a pixel belongs to a lesion.
 
-    `1 - prod(1 - score * mask probability)` over the detections of the class: overlapping
+    `1 - prod(1 - score * mask probability)` over the detections of each class: overlapping
     detections support each other, as if each were right or wrong on its own, and weak ones still
-    count a little. No score threshold is needed. Where the prediction has `semantic`, too (see
-    `LesionRoIHeads`), the mean of both.
-
-    Args:
-        prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W] that are 0
-            away from their boxes.
-        classes: number of lesion classes.
-
-    Returns:
-        float32 [classes, H, W], 0..1.
+    count a little, so no threshold is needed. Where the prediction of the detector (in eval mode)
+    has `semantic`, too (see `LesionRoIHeads`), the mean of both.
     """
-    masks = prediction["masks"][:, 0]  # [K, H, W]
+    masks = prediction["masks"][:, 0]  # [K, H, W]; 0 away from their boxes
     shape = masks.shape[1:]
     missed = masks.new_ones(classes, *shape, dtype=torch.float32)  # masks may be bfloat16
-    for mask, box, label, score in zip(
-        masks,
-        prediction["boxes"].tolist(),
-        prediction["labels"].tolist(),
-        prediction["scores"].tolist(),
-        strict=True,
-    ):
-        rows, columns = _window(box[1], box[3]), _window(box[0], box[2])
+    facts = (prediction[key].tolist() for key in ("boxes", "labels", "scores"))
+    for mask, (x1, y1, x2, y2), label, score in zip(masks, *facts, strict=True):
+        rows, columns = _window(y1, y2), _window(x1, x2)
         missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns].float()
     maps = 1 - missed
     if "semantic" in prediction:
@@ -607,13 +528,8 @@ def detect(
 ) -> list[Instances]:
     """Run a detector on images of one size; add `maps`, the `lesion_maps`, to each prediction.
 
-    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`.
-
-    Args:
-        model: a detector in eval mode.
-        images: B tensors, float32 [3,H,W] in 0..1.
-        classes: number of lesion classes.
-        mirror: detect on the mirrored images, too; `maps` are the mean of both.
+    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`. With
+    `mirror` they are the mean of those of the images (float32 [3,H,W], 0..1) and mirrored ones.
     """
     predictions = model(images)
     for prediction in predictions:
@@ -626,21 +542,13 @@ def detect(
 
 
 def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
-    """One mask from the maps of `lesion_maps`: lesion or not, then the likelier class.
+    """uint8 [H, W] from the maps of `lesion_maps`, codes as in `semantic_mask`.
 
-    Returns:
-        uint8 [H, W]: codes as in `semantic_mask`. A pixel is a lesion where the probability of any
-        class, `1 - prod(1 - map)`, is above `threshold`.
+    A pixel is a lesion where the probability of any class, `1 - prod(1 - map)`, is above
+    `threshold`; then it is of the likelier class.
     """
     lesion = 1 - (1 - maps).prod(0) > threshold  # [H, W]
     return (lesion * (maps.argmax(0) + 2)).to(dtype=torch.uint8).numpy()
-
-
-# For prediction ---------------------------------------------------------------------------------
-
-# Where a batch norm is known to read the convolution that stands before it, and nothing else does.
-# Elsewhere the order of attributes says nothing about the order of calls.
-IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
 
 
 def for_inference(model: Model) -> Model:
@@ -651,12 +559,9 @@ def for_inference(model: Model) -> Model:
     That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
     that carry an activation, stay as they are.
 
-    Args:
-        model: any detector or classifier; it is left as it is, and later changes to it do not
-            reach the copy.
-
     Returns:
-        The copy, in eval mode, with no parameter that requires a gradient.
+        The copy, in eval mode, with no parameter that requires a gradient; later changes to the
+        model do not reach it.
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(fast.modules()):
@@ -664,12 +569,9 @@ def for_inference(model: Model) -> Model:
             continue
         for (name, layer), (next_name, follower) in pairwise(list(module._modules.items())):
             plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
-            if plain and follower.running_mean is not None and not _hooked(layer, follower):
+            # hooks may change weights and results, or read them
+            hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in (layer, follower) if plain]
+            if plain and follower.running_mean is not None and not any(map(any, hooks)):
                 setattr(module, name, fuse_conv_bn_eval(layer, follower))
                 setattr(module, next_name, nn.Identity())
     return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _hooked(*layers: nn.Module) -> bool:
-    """Whether there are hooks, which may change weights and results, or read them."""
-    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
