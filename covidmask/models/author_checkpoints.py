@@ -20,7 +20,6 @@ from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import load_state
 
-
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, torch < 1.6
 

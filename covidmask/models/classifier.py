@@ -72,14 +72,12 @@ class CovidCTMaskNet(nn.Module):
             ClassificationModule(config.n_boxes, config.hidden, width, classes) if s is None else s
         )
         self.eval()
-        if s is not None:
-            place = next(s.parameters(), torch.empty(0)).device
-            with torch.no_grad():
-                found = self.s(torch.zeros(2, config.n_boxes, width, device=place)).shape
-            if found != (2, classes):
-                raise ValueError(
-                    f"{type(s).__name__}: gives {list(found)} for two slices; give [2, {classes}]"
-                )
+        with torch.no_grad():  # a try on empty rows, where S lies
+            place = next(self.s.parameters(), torch.empty(0)).device
+            found = list(self.s(torch.zeros(2, config.n_boxes, width, device=place)).shape)
+        if found != [2, classes]:
+            name = type(s).__name__
+            raise ValueError(f"{name}: gives {found} for two slices; give [2, {classes}]")
 
     def train(self, mode: bool = True) -> CovidCTMaskNet:
         super().train(mode)

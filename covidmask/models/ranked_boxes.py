@@ -93,20 +93,17 @@ def ranked_boxes(
 
     The deltas are the raw outputs of the box predictor for the box's class, before they are
     divided by the box coder's weights. Gradients flow through scores and deltas into box head,
-    RoIAlign and backbone. They do not flow into the proposals, so the RPN never learns from S,
-    and the mask branch is not run. Where a gradient is needed, the boxes are first chosen
-    without one and only the N chosen RoIs are differentiated: the same gradient for less work.
-
-    Images of one size are run as one batch. Images of other sizes are run apart from them,
-    because the padding that a mixed batch needs would change features and proposals.
+    RoIAlign and backbone, not into the proposals, so the RPN never learns from S. Where one is
+    needed, the boxes are first chosen without it and only the N chosen RoIs are differentiated:
+    the same gradient for less work. Images of other sizes are run apart from each other, because
+    the padding that a mixed batch needs would change features and proposals.
 
     Args:
-        detector: in eval mode; see `lesion_mask_rcnn`. Any two-stage detector of torchvision will
-            do (Faster, Mask or Keypoint R-CNN); RoIAlign is slower there on a CPU.
+        detector: in eval mode; `lesion_mask_rcnn`, or any two-stage detector of torchvision
+            (Faster, Mask or Keypoint R-CNN; RoIAlign is slower there on a CPU).
         images: B tensors, float32 [3,H,W] in 0..1.
         config: N, score threshold and NMS threshold; without `encoder` the columns, too.
-        generator: fills missing rows by the author's random rule (`author_padding`); by default
-            they are filled by `even_padding`, which is deterministic.
+        generator: pads by the author's random rule; by default see `even_padding`.
         encoder: makes rows of boxes; see `Columns`.
 
     Returns:
@@ -154,11 +151,10 @@ def ranked_boxes(
 
 
 def propose(detector: GeneralizedRCNN, images: list[Tensor]):
-    """Run backbone and RPN.
+    """Run backbone and RPN: features, proposals, shapes.
 
-    Returns:
-        features: dict of maps [B,C,h,w]; proposals: B tensors [P,4], detached, pixels of the
-        resized image, xyxy; shapes: B pairs (height, width) of the resized images.
+    They are a dict of maps [B,C,h,w]; B tensors [P,4], detached, pixels of the resized image, xyxy;
+    and B pairs (height, width) of the resized images.
     """
     batch, _ = detector.transform(images)
     features = detector.backbone(batch.tensors)
@@ -171,11 +167,7 @@ def propose(detector: GeneralizedRCNN, images: list[Tensor]):
 
 
 def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], shapes):
-    """RoIAlign, box head and box predictor.
-
-    Returns:
-        Per image: class logits [P,C] and box regression [P,4C], class-major.
-    """
+    """RoIAlign, box head and predictor: per image logits [P,C] and deltas [P,4C], class-major."""
     heads = detector.roi_heads
     pool, rows, parts = heads.box_roi_pool, [], []
     if isinstance(pool, LesionRoIAlign):
@@ -203,18 +195,14 @@ def rank_boxes(
     class_logits: Tensor,
     box_regression: Tensor,
     proposals: Tensor,
-    image_shape: tuple[int, int],
+    image_shape: tuple[int, int],  # height and width of the resized image
     box_coder: BoxCoder,
     config: ClassifierConfig,
 ) -> Ranking:
-    """Choose and order the boxes of one image. Needs no gradient.
+    """Choose and order the boxes of one image: [P,C], [P,4C] class-major, [P,4] xyxy.
 
     Softmax over all classes; background dropped; boxes decoded and clipped; boxes of no area and
     of scores at or below `config.score` dropped; NMS per class on the decoded boxes; best N.
-
-    Args:
-        class_logits: [P,C]. box_regression: [P,4C], class-major. proposals: [P,4] xyxy.
-        image_shape: (height, width) of the resized image.
     """
     boxes = box_coder.decode(box_regression, [proposals])  # [P, C, 4]
     boxes = clip_boxes_to_image(boxes, image_shape)[:, 1:].reshape(-1, 4)  # [P*(C-1), 4] RoI-major
@@ -256,8 +244,7 @@ def even_padding(k: int, n: int) -> Tensor:
 def author_padding(k: int, n: int, generator: torch.Generator) -> Tensor:
     """The released code's rule: k - 1 random places at which the next box starts, 1 <= k < n.
 
-    Each box is used, in order, and the last one fills at least two rows. The result differs from
-    call to call unless the generator is seeded.
+    Each box is used, in order, and the last one fills at least two rows.
     """
     starts = torch.zeros(n, dtype=torch.int64)
     starts[torch.randperm(n - 2, generator=generator)[: k - 1] + 1] = 1

@@ -39,14 +39,11 @@ def save_model(
 ) -> Path:
     """Write weights and configuration to one .safetensors file.
 
-    Parts of your own (backbone, encoder, S) are written by the names of their classes; loading the
-    file asks for such objects.
-
     Args:
-        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`.
-        half: store what has two or more dimensions as float16, in half the space. Biases and
-            batch-norm values stay as they are, and so do weights that have a value beyond 65,504,
-            where float16 ends. Loading gives float32 either way.
+        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`. Parts of your own (backbone,
+            encoder, S) are named by their classes; loading the file asks for such objects.
+        half: store what has two or more dimensions as float16, unless it has a value beyond
+            65,504, where float16 ends. Loading gives float32 either way.
         card: plain values kept in the file, such as the command and the metrics.
 
     Raises:
@@ -85,26 +82,22 @@ def save_model(
 def own_parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
     """Which parts are not the package's: "backbone", "encoder", "s" -> name of the class."""
     detector = getattr(model, "detector", model)
-    own = {}
-    config = getattr(detector, "config", None)
-    if config is not None and type(detector.backbone).__name__ == config.backbone:
-        own["backbone"] = detector.backbone
-    if detector is not model and not (
-        type(model.encoder) is Columns and model.encoder.parts == model.encoder.columns
-    ):
-        own["encoder"] = model.encoder
-    if detector is not model and type(model.s) is not ClassificationModule:
-        own["s"] = model.s
-    return {part: type(thing).__name__ for part, thing in own.items()}
+    parts = {"backbone": type(detector.backbone).__name__}
+    if parts["backbone"] != getattr(getattr(detector, "config", None), "backbone", None):
+        del parts["backbone"]
+    if detector is not model:
+        encoder, s = model.encoder, model.s
+        if type(encoder) is not Columns or encoder.parts != encoder.columns:
+            parts["encoder"] = type(encoder).__name__
+        if type(s) is not ClassificationModule:
+            parts["s"] = type(s).__name__
+    return parts
 
 
 def load_segmenter(
     path: str | Path, device: str | torch.device = "cpu", *, backbone: nn.Module | None = None
 ) -> GeneralizedRCNN:
-    """Read a segmenter that `save_model` wrote; eval mode.
-
-    Args:
-        backbone: your own, where the file's was one.
+    """Read a segmenter that `save_model` wrote, on your own `backbone` if it had one; eval mode.
 
     Raises:
         CheckpointError: missing, truncated, no covidmask file, a classifier, or other weights
@@ -147,12 +140,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load weights, or say which names and sizes do not fit.
-
-    Raises:
-        CheckpointError: names `path` and what differs, or the first weights that hold NaN or
-            infinity.
-    """
+    """Load weights, or raise `CheckpointError`: what does not fit, or holds NaN or infinity."""
     if bad := [name for name, value in state.items() if not value.float().isfinite().all()]:
         raise CheckpointError(
             f"{path}: holds NaN or infinity in {', '.join(bad[:3])}{' and more' * (len(bad) > 3)}; "
@@ -164,12 +152,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
             if own[name].is_floating_point() != state[name].is_floating_point():
                 raise RuntimeError(f"{name} is {state[name].dtype} in the file")
         model.load_state_dict(state)
-    except RuntimeError as error:
-        # torch's list, a line a problem, after its headline
-        problems = "; ".join(str(error).split("\n\t")[-9:])
+    except RuntimeError as error:  # torch's is a list, a line a problem, after a headline
+        lines = [textwrap.shorten(line, 240).rstrip(".") for line in str(error).splitlines()]
         raise CheckpointError(
-            f"{path}: weights of another architecture: {textwrap.shorten(problems, 600)}; build "
-            "the model with the configuration that these weights were trained with"
+            f"{path}: weights of another architecture: {'; '.join(lines[1:6] or lines)}; "
+            "build the model with the configuration that these weights were trained with"
         ) from error
 
 
@@ -257,11 +244,7 @@ class ShippedWeights(Enum):
         return SHIPPED / self.value[0]
 
     def checked(self) -> Path:
-        """The file, after a look at its SHA-256.
-
-        Raises:
-            CheckpointError: the file is missing, or is not the one that was shipped.
-        """
+        """The file; a `CheckpointError` if it is missing, or not the one that was shipped."""
         found = hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path.is_file() else None
         if found != self.value[1]:
             state = f"has the SHA-256 {found}, not {self.value[1]}" if found else "is missing"
@@ -281,14 +264,7 @@ class ShippedWeights(Enum):
 def trained_segmenter(
     preset: str, device: str | torch.device = "cpu", *, shipped: bool = False
 ) -> GeneralizedRCNN:
-    """The segmenter of a preset: yours, else (preset quick) the shipped one; eval mode.
-
-    Args:
-        shipped: take the shipped one even where there is yours; see `find_weights`.
-
-    Raises:
-        CheckpointError: there is none yet; says which command trains one.
-    """
+    """The segmenter of a preset, in eval mode; which one, and what it raises: `find_weights`."""
     return load_segmenter(find_weights("segmenter", preset, shipped=shipped)[0], device)
 
 
@@ -299,7 +275,7 @@ def trained_classifier(
     regime: str | None = None,
     shipped: bool = False,
 ) -> CovidCTMaskNet:
-    """The classifier of a preset, as `trained_segmenter`; `regime` chooses among yours."""
+    """The classifier of a preset, as `trained_segmenter`."""
     path, _ = find_weights("classifier", preset, regime=regime, shipped=shipped)
     return load_classifier(path, device)
 
@@ -317,7 +293,6 @@ def find_weights(
 
     Args:
         kind: segmenter or classifier.
-        named: a file that the reader has named.
         regime: which of your classifiers; None takes the only one.
         shipped: prefer the shipped ones, as the book does, whose text has their numbers.
 
@@ -325,14 +300,14 @@ def find_weights(
         the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.
 
     Raises:
-        CheckpointError: there are none, several of yours, or `named` beside `regime`.
+        CheckpointError: there are none (and which command trains them), several of yours, or
+            `named` beside `regime`.
     """
+    if named is not None and regime is not None:
+        raise CheckpointError(
+            f"--regime {regime}: chooses among your own weights, but {named} is named; drop one"
+        )
     if named is not None:
-        if regime is not None:
-            raise CheckpointError(
-                f"--regime {regime}: chooses among your own weights, but {named} is named; leave "
-                "one of the two out"
-            )
         return Path(named), "named"
     yours = {}  # regime, "" for a segmenter -> file
     if not (shipped and preset == "quick"):
@@ -342,8 +317,7 @@ def find_weights(
         for each in REGIMES if kind == "classifier" else ():
             if is_there(path := weights_file(kind, preset, each)):
                 yours[each] = path
-    if regime is not None:
-        yours = {key: path for key, path in yours.items() if key == regime}
+    yours = {key: path for key, path in yours.items() if regime in (None, key)}
     if len(yours) > 1:
         found = ", ".join(f"{path} ({key})" for key, path in yours.items())
         raise CheckpointError(
