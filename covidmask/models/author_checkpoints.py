@@ -28,13 +28,10 @@ def load_author_checkpoint(path: str | Path) -> GeneralizedRCNN | CovidCTMaskNet
     """Build the model of one of the author's released .pth files, in eval mode.
 
     Backbone, cut, lesion classes, N, width of S and anchors are read off the file. It may be in
-    the format of torch 1.1, a pickle with a class of the author's own inside (nothing of that
-    class is imported or run: see `_InertUnpickler`), or a newer one of plain tensors, where
-    `anchor_generator` is a dict of `sizes` and `aspect_ratios`.
-
-    Returns:
-        `CovidCTMaskNet` where the file holds the module S, else the segmenter. A detector of one
-        lesion class is called "merged"; a file does not say whether it was trained on GGO alone.
+    the format of torch 1.1, a pickle with a class of the author's own inside (nothing of it is
+    imported or run), or a newer one of plain tensors, where `anchor_generator` is a dict of
+    `sizes` and `aspect_ratios`. A detector of one lesion class is called "merged", because the
+    file does not say whether it was trained on GGO alone.
 
     Raises:
         CheckpointError: not such a file, truncated, with foreign code, or of another architecture.
@@ -101,9 +98,7 @@ def _read_author_file(path: Path) -> Any:
         with open(path, "rb") as file:
             start = file.read(len(LEGACY_START))
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check the path"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check it") from error
     try:
         if start.startswith(ZIP_START):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -117,9 +112,7 @@ def _read_author_file(path: Path) -> Any:
     except Exception as error:  # a damaged file can fail anywhere in the reader
         line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if not isinstance(error, pickle.UnpicklingError):
-            raise CheckpointError(
-                f"{path}: truncated or damaged ({line}); download it again"
-            ) from error
+            raise CheckpointError(f"{path}: damaged ({line}); download it again") from error
         foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's message for zip files
         reason = f"it holds the foreign object {foreign[1]}" if foreign else line
         raise CheckpointError(

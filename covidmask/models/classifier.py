@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig
 from covidmask.errors import DataError
-from covidmask.models.ranked_boxes import Boxes, Columns, ranked_boxes
+from covidmask.models.ranked_boxes import Columns, Encoder, ranked_boxes
 
 REGIMES = ("heads", "heads_bn", "full")
 
@@ -52,7 +51,7 @@ class CovidCTMaskNet(nn.Module):
         self,
         detector: GeneralizedRCNN,
         config: ClassifierConfig,
-        encoder: Callable[[Boxes], Tensor] | None = None,
+        encoder: Encoder | None = None,
         s: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -67,17 +66,15 @@ class CovidCTMaskNet(nn.Module):
         self.detector = detector
         self.encoder = Columns(config.columns) if encoder is None else encoder
         width, classes = len(self.encoder.columns), len(config.classes)
-        self.config = config if encoder is None else replace(config, columns=tuple(encoder.columns))
-        self.s = (
-            ClassificationModule(config.n_boxes, config.hidden, width, classes) if s is None else s
-        )
+        self.config = replace(config, columns=tuple(self.encoder.columns))
+        self.s = s or ClassificationModule(config.n_boxes, config.hidden, width, classes)
         self.eval()
         with torch.no_grad():  # a try on empty rows, where S lies
             place = next(self.s.parameters(), torch.empty(0)).device
             found = list(self.s(torch.zeros(2, config.n_boxes, width, device=place)).shape)
         if found != [2, classes]:
-            name = type(s).__name__
-            raise ValueError(f"{name}: gives {found} for two slices; give [2, {classes}]")
+            wrong = f"{type(s).__name__}: gives {found} for two slices"
+            raise ValueError(f"{wrong}; give [2, {classes}]")
 
     def train(self, mode: bool = True) -> CovidCTMaskNet:
         super().train(mode)
@@ -96,16 +93,14 @@ class CovidCTMaskNet(nn.Module):
 def covid_ct_mask_net(
     segmenter: GeneralizedRCNN,
     config: ClassifierConfig,
-    encoder: Callable[[Boxes], Tensor] | None = None,
+    encoder: Encoder | None = None,
     s: nn.Module | None = None,
 ) -> CovidCTMaskNet:
     """Put a fresh S on a copy of a trained segmenter, less its masks (Algorithm 1, line 2).
 
-    The classifier lies on the segmenter's device.
-
     Args:
         segmenter: may be yours: any two-stage detector of torchvision (Faster, Mask or Keypoint
-            R-CNN), with any number of classes.
+            R-CNN), with any number of classes. The classifier lies on its device.
         encoder: what makes rows of boxes; by default `Columns(config.columns)`.
         s: any module [B,N,columns] -> logits [B,classes]; by default `ClassificationModule`.
 
@@ -133,13 +128,9 @@ def set_regime(model: CovidCTMaskNet, regime: str) -> list[nn.Parameter]:
     - "heads": S alone. The ranked boxes are then constants of a slice.
     - "heads_bn": S and the affine parameters of every batch-norm layer, those of the downsample
       branches included. (The released code misses the latter by the name that it looks for.)
-    - "full": every parameter. The RPN is among them, but no gradient reaches it, because
-      proposals are detached: it stays as it is.
+    - "full": every parameter, but no gradient reaches the RPN, because proposals are detached.
 
-    Batch-norm statistics are used and never updated in all three (see `CovidCTMaskNet`).
-
-    Returns:
-        The parameters that train.
+    Batch-norm statistics are never updated. Returns the parameters that train.
     """
     if regime not in REGIMES:
         raise ValueError(f"regime {regime!r}: choose one of {', '.join(REGIMES)}")

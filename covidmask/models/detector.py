@@ -147,12 +147,17 @@ class LesionRPN(RegionProposalNetwork):
     """torchvision's RPN on the maps `names`, with two points of the released code.
 
     Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
-    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
+    ties then decide. `config.rpn_box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
     """
 
-    def __init__(self, *args, names: list[str], min_size: float, box_beta: float) -> None:
-        super().__init__(*args)
-        self.names, self.min_size, self.box_beta = names, min_size, box_beta
+    def __init__(self, config: DetectorConfig, channels: int, names: list[str]) -> None:
+        sizes, ratios = ((c,) * len(names) for c in (config.anchor_sizes, config.anchor_ratios))
+        anchors = AnchorGenerator(sizes, ratios)
+        head = LesionRPNHead(channels, anchors.num_anchors_per_location()[0])
+        sampling = (*config.rpn_iou, config.rpn_batch, config.rpn_positive)
+        kept = {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals}
+        super().__init__(anchors, head, *sampling, kept, {**kept}, config.rpn_nms)
+        self.names, self.min_size, self.box_beta = names, config.rpn_min_size, config.rpn_box_beta
 
     def forward(self, images, features, targets=None):
         return super().forward(images, {name: features[name] for name in self.names}, targets)
@@ -288,16 +293,30 @@ class LesionPredictor(FastRCNNPredictor):
 
 
 class LesionRoIHeads(RoIHeads):
-    """torchvision's RoI heads; `box_beta` sets the smooth L1 loss of the boxes.
+    """torchvision's RoI heads; `config.box_beta` sets the smooth L1 loss of the boxes.
 
-    With `semantic` there is a sixth loss, and each prediction has `semantic`, float32
-    [classes - 1, h, w]: the probability of each lesion class at the stride of the finest map.
+    With `config.semantic` there is a sixth loss, and each prediction has `semantic`, float32
+    [classes - 1, h, w]: the probability of each lesion class at half the size of the image.
     """
 
-    def __init__(self, *args, box_beta: float) -> None:
-        super().__init__(*args)
-        self.box_beta = box_beta
+    def __init__(
+        self, config: DetectorConfig, channels: int, names: list[str], classes: int, masks: bool
+    ) -> None:
+        pool = LesionRoIAlign(names, output_size=7, sampling_ratio=2)
+        box_head = TwoMLPHead(channels * 7 * 7, config.box_features)
+        predictor = LesionPredictor(config.box_features, classes)
+        sampling = (*config.box_iou, config.box_batch, config.box_positive)
+        kept = config.box_score, config.box_nms, config.box_detections
+        super().__init__(pool, box_head, predictor, *sampling, None, *kept)  # None: (10, 10, 5, 5)
+        self.box_beta = config.box_beta
         self.semantic: SemanticBranch | None = None
+        if masks:
+            widths = (128,) if config.light_mask_head else (256,) * 4
+            self.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
+            self.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
+            self.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], classes)
+            if config.semantic:
+                self.semantic = SemanticBranch(channels, classes)
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
@@ -345,10 +364,9 @@ def lesion_mask_rcnn(
     masks: bool = True,
     backbone: nn.Module | None = None,
 ) -> GeneralizedRCNN:
-    """Build the detector, with random weights but for an optional ImageNet backbone.
+    """Build the detector (section 3.1), with random weights but for an optional ImageNet backbone.
 
     Args:
-        config: every number of section 3.1 and of the released code.
         weights: passed to `fpn_backbone`.
         masks: without masks it is the one inside the classifier: run and ranked, not trained.
         backbone: yours, in place of the one that `config` names. As torchvision wants it: it gives
@@ -357,10 +375,9 @@ def lesion_mask_rcnn(
 
     Returns:
         torchvision's `GeneralizedRCNN`, with `config`, `classes` (names of labels 1, 2, ...) and
-        `strides` as attributes. Input: a list of float32 [3,H,W] in 0..1. In eval mode it returns,
-        per image, `boxes` [K,4] (pixels of the input image, xyxy), `labels` [K], `scores` [K] in
-        0..1 and `masks` [K,1,H,W] (probabilities). In train mode, given targets too, it returns
-        the five losses. With `config.semantic` see `LesionRoIHeads`.
+        `strides`. Input: a list of float32 [3,H,W] in 0..1. In eval mode it returns, per image,
+        `boxes` [K,4] (pixels of the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and
+        `masks` [K,1,H,W] (probabilities); in train mode, given targets too, the five losses.
 
     Raises:
         DataError: a setting that is none, or maps that are not each half the one before.
@@ -381,42 +398,9 @@ def lesion_mask_rcnn(
         )
     if config.semantic:
         backbone.register_forward_hook(_with_image)
-    channels, levels = backbone.out_channels, len(names)
-    anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
-    proposals = {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals}
-    rpn = LesionRPN(
-        anchors,
-        LesionRPNHead(channels, anchors.num_anchors_per_location()[0]),
-        *config.rpn_iou,
-        config.rpn_batch,
-        config.rpn_positive,
-        proposals,  # before NMS
-        proposals,  # after it
-        config.rpn_nms,
-        names=names,
-        min_size=config.rpn_min_size,
-        box_beta=config.rpn_box_beta,
-    )
-    heads = LesionRoIHeads(
-        LesionRoIAlign(names, output_size=7, sampling_ratio=2),
-        TwoMLPHead(channels * 7 * 7, config.box_features),
-        LesionPredictor(config.box_features, 1 + len(classes)),
-        *config.box_iou,
-        config.box_batch,
-        config.box_positive,
-        None,  # the box coder's usual weights, (10, 10, 5, 5)
-        config.box_score,
-        config.box_nms,
-        config.box_detections,
-        box_beta=config.box_beta,
-    )
-    if masks:
-        widths = (128,) if config.light_mask_head else (256,) * 4
-        heads.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
-        heads.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
-        heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], 1 + len(classes))
-        if config.semantic:
-            heads.semantic = SemanticBranch(channels, 1 + len(classes))
+    channels = backbone.out_channels
+    rpn = LesionRPN(config, channels, names)
+    heads = LesionRoIHeads(config, channels, names, 1 + len(classes), masks)
     sizes = config.image_size, config.max_size
     transform = GeneralizedRCNNTransform(*sizes, IMAGENET_MEAN, IMAGENET_STD)
     model = LesionMaskRCNN(backbone, rpn, heads, transform)
@@ -431,13 +415,9 @@ def check_images(
 
     Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
 
-    Args:
-        model: its weights must not be float64 either.
-        names: what messages call the images, such as their files; else "image 0" and so on.
-
     Raises:
-        DataError: no image; one that is no tensor [3,H,W] of a float up to 32 bits, with values in
-            0..1, none NaN.
+        DataError: no image; one (called by `names`) that is no tensor [3,H,W] of a float up to 32
+            bits, with values in 0..1, none NaN; a `model` whose weights are float64.
     """
     if len(images) == 0:
         raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
@@ -458,7 +438,7 @@ def check_images(
         if not (low >= -SLACK and high <= 1 + SLACK):
             raise DataError(
                 f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; divide "
-                "8-bit grey by 255, and map Hounsfield units by medical.hounsfield_to_unit"
+                "8-bit grey by 255; for CT see covidmask.datasets.medical.hounsfield_to_unit"
             )
 
 

@@ -39,6 +39,7 @@ class Boxes(NamedTuple):
     place: Tensor  # float32 [K,4], xyxy as shares of the resized image, 0..1
 
 
+Encoder = Callable[[Boxes], Tensor]  # with the names of its columns as `columns`; see `Columns`
 COLUMNS: dict[str, Callable[[Boxes], Tensor]] = {  # name -> [K]; one line makes a column
     "score": lambda boxes: boxes.score,
     "dx": lambda boxes: boxes.deltas[:, 0],
@@ -67,9 +68,7 @@ class Columns:
 
     def __init__(self, columns: Iterable[str | Callable[[Boxes], Tensor]]) -> None:
         self.parts = tuple(columns)
-        self.columns = tuple(
-            part if isinstance(part, str) else part.__name__ for part in self.parts
-        )
+        self.columns = tuple(p if isinstance(p, str) else p.__name__ for p in self.parts)
         unknown = [part for part in self.parts if isinstance(part, str) and part not in COLUMNS]
         if unknown or not self.parts:
             raise DataError(
@@ -87,7 +86,7 @@ def ranked_boxes(
     images: list[Tensor],
     config: ClassifierConfig,
     generator: torch.Generator | None = None,
-    encoder: Callable[[Boxes], Tensor] | None = None,
+    encoder: Encoder | None = None,
 ) -> Tensor:
     """Rank the boxes of each image by score; keep the N best, as [score, dx, dy, dw, dh].
 
@@ -102,9 +101,8 @@ def ranked_boxes(
         detector: in eval mode; `lesion_mask_rcnn`, or any two-stage detector of torchvision
             (Faster, Mask or Keypoint R-CNN; RoIAlign is slower there on a CPU).
         images: B tensors, float32 [3,H,W] in 0..1.
-        config: N, score threshold and NMS threshold; without `encoder` the columns, too.
+        config: N, score threshold, NMS threshold and, where no `encoder` makes them, columns.
         generator: pads by the author's random rule; by default see `even_padding`.
-        encoder: makes rows of boxes; see `Columns`.
 
     Returns:
         float32 [B,N,columns]. An image with no box at all gives zeros: score 0 and no shift.
@@ -140,7 +138,7 @@ def ranked_boxes(
         ):
             values = encoded_rows(row[roi], delta[roi], ranking.label)  # [K, 5]
             place = ranking.box / ranking.box.new_tensor([width, height, width, height])
-            encoded = encoder(Boxes(values[:, 0], values[:, 1:], ranking.label, place))
+            encoded = encoder(Boxes(values[:, 0], values[:, 1:], ranking.label, place)).float()
             if encoded.shape != (len(roi), len(encoder.columns)):
                 raise ValueError(
                     f"the encoder gives {list(encoded.shape)} for {len(roi)} boxes; give a row "

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -23,7 +21,7 @@ from covidmask.errors import CheckpointError, DataError
 from covidmask.files import atomic_path, is_there, weights_file
 from covidmask.models.classifier import REGIMES, ClassificationModule, CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.ranked_boxes import Boxes, Columns
+from covidmask.models.ranked_boxes import Columns, Encoder
 
 FORMAT = 2  # of the header; 1, which had no such entry, always read four levels of ResNet-50
 WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
@@ -31,11 +29,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 def save_model(
-    model: GeneralizedRCNN | CovidCTMaskNet,
-    path: str | Path,
-    *,
-    half: bool = False,
-    **card: Any,
+    model: GeneralizedRCNN | CovidCTMaskNet, path: str | Path, *, half: bool = False, **card: Any
 ) -> Path:
     """Write weights and configuration to one .safetensors file.
 
@@ -103,11 +97,7 @@ def load_segmenter(
         CheckpointError: missing, truncated, no covidmask file, a classifier, or other weights
             or parts than its configuration asks for.
     """
-    header, state = _read(path, "segmenter", backbone=backbone)
-    with _building(path):
-        model = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]), backbone=backbone)
-    load_state(model, state, path)
-    return model.to(device).eval()
+    return _load(path, "segmenter", device, backbone)
 
 
 def load_classifier(
@@ -115,23 +105,38 @@ def load_classifier(
     device: str | torch.device = "cpu",
     *,
     backbone: nn.Module | None = None,
-    encoder: Callable[[Boxes], Tensor] | None = None,
+    encoder: Encoder | None = None,
     s: nn.Module | None = None,
 ) -> CovidCTMaskNet:
     """Read a classifier, as `load_segmenter`; `encoder` and `s` as in `covid_ct_mask_net`."""
-    header, state = _read(path, "classifier", backbone=backbone, encoder=encoder, s=s)
-    with _building(path):
-        detector_config = _config(DetectorConfig, header["detector"])
-        config = _config(ClassifierConfig, header["classifier"])
-        detector = lesion_mask_rcnn(detector_config, masks=False, backbone=backbone)
-        model = CovidCTMaskNet(detector, config, encoder, s)
-    if model.config != config:
+    return _load(path, "classifier", device, backbone, encoder=encoder, s=s)
+
+
+def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **parts: Any) -> Any:
+    header, state = _read(path, kind, backbone=backbone, **parts)
+    try:
+        config = _config(DetectorConfig, header["detector"])
+        model = lesion_mask_rcnn(config, masks=kind == "segmenter", backbone=backbone)
+        if kind == "classifier":
+            config = _config(ClassifierConfig, header["classifier"])
+            model = CovidCTMaskNet(model, config, **parts)
+            if model.config != config:
+                wanted, given = (", ".join(c.columns) for c in (config, model.config))
+                raise DataError(f"its columns are {wanted}; the encoder's are {given}")
+    except DataError as error:  # says what to do
+        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: its columns are {', '.join(config.columns)}, not "
-            f"{', '.join(encoder.columns)}; give the encoder that it was trained with"
-        )
+            f"{path}: its configuration is not one of this version ({error}); "
+            "train it again, or install the version that wrote it"
+        ) from error
     load_state(model, state, path)
     return model.to(device).eval()
+
+
+def _config(kind: type, values: dict[str, Any]) -> Any:
+    """A configuration from JSON, which has lists where the dataclass has tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
@@ -200,25 +205,6 @@ def _read(
                 f"load_{kind}(path, {part}=...) with such an object, or without it"
             )
     return header, state
-
-
-def _config(kind: type, values: dict[str, Any]) -> Any:
-    """A configuration from JSON, which has lists where the dataclass has tuples."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-@contextmanager
-def _building(path: str | Path) -> Iterator[None]:
-    """Blame the file for a configuration of which no model can be made."""
-    try:
-        yield
-    except DataError as error:  # says what to do
-        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from error
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: its configuration is not one of this version ({error}); "
-            "train it again, or install the version that wrote it"
-        ) from error
 
 
 class ShippedWeights(Enum):
@@ -291,10 +277,7 @@ def find_weights(
 
     Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights.
 
-    Args:
-        kind: segmenter or classifier.
-        regime: which of your classifiers; None takes the only one.
-        shipped: prefer the shipped ones, as the book does, whose text has their numbers.
+    With `shipped` the shipped ones come first, as in the book, whose text has their numbers.
 
     Returns:
         the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.

@@ -164,6 +164,7 @@ def test_stock_box_loss_at_the_stock_beta():
 def test_proposals_are_ranked_on_raw_logits():
     """Logits of 30 and 40 have the same sigmoid in float32; the stronger one must come first."""
     rpn = lesion_mask_rcnn(SMALL).rpn.eval()
+    assert rpn._pre_nms_top_n is not rpn._post_nms_top_n  # each can be set alone
     boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 60, 60]]])
     kept, logits = rpn.filter_proposals(boxes, torch.tensor([[30.0, 40.0, -5.0]]), [(64, 64)], [3])
     assert logits[0].tolist() == [40.0, 30.0, -5.0]
