@@ -42,19 +42,18 @@ def load_author_checkpoint(path: str | Path) -> GeneralizedRCNN | CovidCTMaskNet
             f"{path}: holds no `model_weights`; give one of the author's released checkpoints"
         )
     state = {str(k): v for k, v in content["model_weights"].items() if isinstance(v, Tensor)}
+    s = state.get("s2new.fc_scores.weight")
     try:
         config = _infer_detector(state, content.get("anchor_generator"))
+        model, own = lesion_mask_rcnn(config, masks=s is None), state
     except (KeyError, ValueError, TypeError, IndexError) as error:  # others under the same names
         raise CheckpointError(
             f"{path}: not a Mask R-CNN of the author's ({error}); "
             "give a checkpoint with his ResNet-18, -34 or -50 backbone"
         ) from error
-    if "s2new.fc_scores.weight" not in state:
-        model, own = lesion_mask_rcnn(config), state
-    else:
-        hidden, features = state["s2new.fc_scores.weight"].shape
-        classifier = ClassifierConfig(n_boxes=features // 5, hidden=hidden)
-        model = CovidCTMaskNet(lesion_mask_rcnn(config, masks=False), classifier)
+    if s is not None:
+        hidden, features = s.shape
+        model = CovidCTMaskNet(model, ClassifierConfig(n_boxes=features // 5, hidden=hidden))
         own = {
             name.replace("s2new.", "s.") if name.startswith("s2new.") else f"detector.{name}": value
             for name, value in state.items()

@@ -341,7 +341,14 @@ def test_odd_anchors_of_an_author_file(segmenter, tmp_path, anchors):
         author_checkpoints.load_author_checkpoint(tmp_path / "odd.pth")
 
 
-@pytest.mark.parametrize("change", [{5: torch.zeros(1)}, {CLS_SCORE: torch.tensor(1.0)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {5: torch.zeros(1)},
+        {CLS_SCORE: torch.tensor(1.0)},
+        {"backbone.body.layer1.0.conv3.weight": torch.zeros(1)},  # a ResNet-50 that is cut
+    ],
+)
 def test_odd_weights_of_an_author_file(segmenter, tmp_path, change):
     content = {
         "model_weights": {**author_names(segmenter.state_dict()), **change},
