@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from covidmask.errors import DataError
+
 IMAGE_CLASSES = ("Control", "Common pneumonia", "COVID-19")  # labels 0, 1, 2
 LESION_CLASSES = {  # what the detector tells apart; label 0 is background
     "both": ("GGO", "C"),
@@ -17,17 +19,32 @@ LESION_CLASSES = {  # what the detector tells apart; label 0 is background
 
 
 def lesion_classes(lesions: str) -> tuple[str, ...]:
-    """Names of the classes that a detector tells apart: a key of LESION_CLASSES, or your own names with commas between."""
-    return LESION_CLASSES.get(lesions) or tuple(name.strip() for name in lesions.split(","))
+    """Names of the detector's labels 1, 2, ...: those of LESION_CLASSES, or your own.
+
+    Yours are joined by commas ("nodule,cyst"; one alone is "nodule,", so that a slip of the pen is
+    no class); in masks they have the codes 2, 3, ... in this order, because 1 is lung.
+
+    Raises:
+        DataError: neither.
+    """
+    if lesions in LESION_CLASSES:
+        return LESION_CLASSES[lesions]
+    names = tuple(name.strip() for name in lesions.removesuffix(",").split(","))
+    if "," not in lesions or not all(names) or len(set(names)) < len(names):
+        raise DataError(
+            f"lesions {lesions!r}: choose one of {', '.join(LESION_CLASSES)}, or give your own "
+            'names with commas, such as "nodule,cyst", or "nodule," alone'
+        )
+    return names
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
     """Mask R-CNN of the paper (section 3.1). Lengths are pixels of the resized image."""
 
-    backbone: str = "resnet50"  # resnet50 | resnet34 | resnet18
-    cut: int = 0  # resnet18/34 only: last residual layers removed, 0 | 1 | 2 -> stride 32 | 16 | 8
-    lesions: str = "both"  # both | ggo | merged
+    backbone: str = "resnet50"  # or resnet34, resnet18, mobilenet_v2, or a network of timm's
+    cut: int = 0  # not of resnet50: last stages removed, 0 | 1 | 2 -> stride 32 | 16 | 8
+    lesions: str = "both"  # both | ggo | merged | your own names; see `lesion_classes`
     image_size: int = 512  # shorter side after resizing
     max_size: int = 1024  # longer side, at most
     fpn_channels: int = 256
@@ -53,34 +70,8 @@ class DetectorConfig:
     box_detections: int = 100  # detections per image of the segmenter
     light_mask_head: bool = False  # one 3x3 convolution, as in the author's light models
     # not in the paper
-    levels: int | None = None  # FPN levels, of the last residual layers that are left; see `layers`
+    levels: int | None = None  # the last maps, a level each; None: 4 of resnet50, 1 of the others
     semantic: bool = False  # a branch that labels every pixel, beside the boxes
-
-    def __post_init__(self) -> None:
-        if self.backbone not in ("resnet50", "resnet34", "resnet18"):
-            raise ValueError(f"backbone {self.backbone!r}: choose resnet50, resnet34 or resnet18")
-        if self.cut not in (0, 1, 2) or (self.backbone == "resnet50" and self.cut):
-            raise ValueError(f"cut {self.cut}: choose 0, 1 or 2, and 0 for resnet50")
-        if self.levels is not None and not 1 <= self.levels <= 4 - self.cut:
-            raise ValueError(f"levels {self.levels}: choose 1 to {4 - self.cut}")
-        if self.lesions not in LESION_CLASSES:
-            raise ValueError(f"lesions {self.lesions!r}: choose one of {', '.join(LESION_CLASSES)}")
-
-    @property
-    def layers(self) -> range:
-        """Numbers of the residual layers that feed the FPN, a level each.
-
-        `levels` says how many. None is the paper's choice: all four of ResNet-50, one of the light
-        models.
-        """
-        last = 4 - self.cut
-        levels = self.levels or (4 if self.backbone == "resnet50" else 1)
-        return range(last - levels + 1, last + 1)
-
-    @property
-    def num_classes(self) -> int:
-        """Lesion classes and the background."""
-        return 1 + len(LESION_CLASSES[self.lesions])
 
 
 @dataclass(frozen=True)
@@ -92,10 +83,7 @@ class ClassifierConfig:
     score: float = -0.01  # keeps every box: a softmax is never below 0
     nms: float = 0.75
     classes: tuple[str, ...] = IMAGE_CLASSES  # names of labels 0, 1, ...
-
-    def __post_init__(self) -> None:
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"classes {self.classes}: give two or more different names")
+    columns: tuple[str, ...] = ("score", "dx", "dy", "dw", "dh")  # see models.ranked_boxes.COLUMNS
 
 
 @dataclass(frozen=True)

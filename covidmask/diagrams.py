@@ -40,9 +40,7 @@ def model_diagram(model: CovidCTMaskNet) -> str:
         raise ValueError(f"the picture shows an S of three linear layers, not {model.s}")
     detector, roi, classes = model.detector, model.detector.roi_heads, model.config.classes
     side, flat, many = detector.transform.min_size[-1], layers[0].in_features, len(classes)
-    # on the device without numbers: nothing is computed, and no statistics move
-    maps = deepcopy(detector.backbone).to("meta")(torch.empty(1, 3, side, side, device="meta"))
-    strides = [side // each.shape[-1] for name, each in maps.items() if name != "image"]
+    strides = detector.strides
     widths, x, boxes = (108, 212, 136), 14, ""
     if classes != IMAGE_CLASSES:
         widths = [(492 - 18 * (many - 1)) / many] * many

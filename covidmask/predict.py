@@ -113,7 +113,7 @@ def predict(
     detector = for_inference(load_segmenter(segmenter, device))
     model = for_inference(load_classifier(classifier, device))
     classes, lesions = model.config.classes, detector.config.lesions
-    lesion_classes = LESION_CLASSES.get(lesions) or tuple(lesions.split(","))
+    lesion_classes = detector.classes
     names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
     names += [*lesion_classes, *classes]
     if len(set(names)) < len(names):

@@ -321,7 +321,7 @@ def other_shape(here):
     state["roi_heads.box_head.fc7.weight"] = torch.zeros(3, 5)
     del state["rpn.head.cls_logits.bias"]
     save_file(state, here / "seg.safetensors", header)
-    words = ("fc7.weight is (3, 5)", "(32, 32) in the model", "rpn.head.cls_logits.bias")
+    words = ("fc7.weight: copying", "Size([3, 5])", "Size([32, 32])", "rpn.head.cls_logits.bias")
     return (EVALUATE.format("segmenter", "seg"), "seg.safetensors", *words)
 
 
@@ -379,7 +379,7 @@ def author_other_shape(here):
     segmenter.roi_heads.box_head.fc7 = torch.nn.Linear(32, 33)
     anchors = TINY_DETECTOR.anchor_sizes, TINY_DETECTOR.anchor_ratios
     author_file(here / "author.pth", segmenter, *anchors)
-    return CONVERT, "author.pth", "fc7.weight is (33, 32) in the file, (32, 32) in the model"
+    return CONVERT, "author.pth", "fc7.weight: copying a param with shape torch.Size([33, 32])"
 
 
 def author_not_his(here):

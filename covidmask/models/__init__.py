@@ -22,6 +22,7 @@ __all__, __getattr__ = open_room(
             "IMAGENET_MEAN",
             "IMAGENET_STD",
             "binary_masks",
+            "fpn_backbone",
             "lesion_mask_rcnn",
         ),
         "parameters": (
@@ -30,6 +31,9 @@ __all__, __getattr__ = open_room(
             "count_trainable",
         ),
         "ranked_boxes": (
+            "Boxes",
+            "COLUMNS",
+            "Columns",
             "author_padding",
             "encoded_rows",
             "even_padding",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig
-from covidmask.models.ranked_boxes import ranked_boxes
+from covidmask.errors import DataError
+from covidmask.models.ranked_boxes import Columns, Encoder, ranked_boxes
 
 REGIMES = ("heads", "heads_bn", "full")
 
@@ -30,22 +32,28 @@ class ClassificationModule(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """float32 [B,N,5] -> logits [B,classes]: control, common pneumonia, COVID-19."""
-        x = rows.flatten(1)  # [B, 5N]
+        """float32 [B,N,columns] -> logits [B,classes]: control, common pneumonia, COVID-19."""
+        x = rows.flatten(1)  # [B, N * columns]
         x = self.fc_scores(x).relu()  # [B, hidden]
         x = self.fc_scores_2(x).relu()  # [B, hidden]
         return self.fc_scores_img(x)  # [B, classes]
 
 
 class CovidCTMaskNet(nn.Module):
-    """Detector + S: `model(images)` gives logits [B,classes], `ranked_boxes(images)` [B,N,5].
+    """Detector + S: `model(images)` gives logits [B,classes]; see `covid_ct_mask_net`.
 
     The detector stays in eval mode, also while the classifier trains: batch norm uses and never
     updates its running statistics, no sampler runs, and an image's result does not depend on
     the others in its batch.
     """
 
-    def __init__(self, detector: GeneralizedRCNN, config: ClassifierConfig) -> None:
+    def __init__(
+        self,
+        detector: GeneralizedRCNN,
+        config: ClassifierConfig,
+        encoder: Encoder | None = None,
+        s: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(detector, GeneralizedRCNN):
             raise ValueError(
@@ -53,10 +61,20 @@ class CovidCTMaskNet(nn.Module):
                 "give a Faster, Mask or Keypoint R-CNN of torchvision, or `lesion_mask_rcnn`, "
                 "without a wrapper such as torch.compile or DataParallel"
             )
+        if len(config.classes) < 2 or len(set(config.classes)) < len(config.classes):
+            raise DataError(f"classes {config.classes}: give two or more different names")
         self.detector = detector
-        self.config = config
-        self.s = ClassificationModule(config.n_boxes, config.hidden, classes=len(config.classes))
+        self.encoder = Columns(config.columns) if encoder is None else encoder
+        width, classes = len(self.encoder.columns), len(config.classes)
+        self.config = replace(config, columns=tuple(self.encoder.columns))
+        self.s = s or ClassificationModule(config.n_boxes, config.hidden, width, classes)
         self.eval()
+        with torch.no_grad():  # a try on empty rows, where S lies
+            place = next(self.s.parameters(), torch.empty(0)).device
+            found = list(self.s(torch.zeros(2, config.n_boxes, width, device=place)).shape)
+        if found != [2, classes]:
+            wrong = f"{type(s).__name__}: gives {found} for two slices"
+            raise ValueError(f"{wrong}; give [2, {classes}]")
 
     def train(self, mode: bool = True) -> CovidCTMaskNet:
         super().train(mode)
@@ -64,29 +82,38 @@ class CovidCTMaskNet(nn.Module):
         return self
 
     def ranked_boxes(self, images: list[Tensor], generator: torch.Generator | None = None):
-        """B images, float32 [3,H,W] in 0..1 -> float32 [B,N,5]; see `ranked_boxes`."""
-        return ranked_boxes(self.detector, images, self.config, generator)
+        """B images, float32 [3,H,W] in 0..1 -> float32 [B,N,columns]; see `ranked_boxes`."""
+        return ranked_boxes(self.detector, images, self.config, generator, self.encoder)
 
     def forward(self, images: list[Tensor]) -> Tensor:
         """B images, float32 [3,H,W] in 0..1 -> logits [B,classes]."""
         return self.s(self.ranked_boxes(images))
 
 
-def covid_ct_mask_net(segmenter: GeneralizedRCNN, config: ClassifierConfig) -> CovidCTMaskNet:
+def covid_ct_mask_net(
+    segmenter: GeneralizedRCNN,
+    config: ClassifierConfig,
+    encoder: Encoder | None = None,
+    s: nn.Module | None = None,
+) -> CovidCTMaskNet:
     """Put a fresh S on a copy of a trained segmenter, less its masks (Algorithm 1, line 2).
 
-    The segmenter may be yours: any two-stage detector of torchvision (Faster, Mask or Keypoint
-    R-CNN), with any number of classes. The classifier lies on its device.
+    Args:
+        segmenter: may be yours: any two-stage detector of torchvision (Faster, Mask or Keypoint
+            R-CNN), with any number of classes. The classifier lies on its device.
+        encoder: what makes rows of boxes; by default `Columns(config.columns)`.
+        s: any module [B,N,columns] -> logits [B,classes]; by default `ClassificationModule`.
 
     Raises:
-        ValueError: a detector without proposals, such as RetinaNet.
+        ValueError: a detector without proposals, such as RetinaNet, or an S of another shape.
     """
     detector = copy.deepcopy(segmenter)
     if isinstance(detector, GeneralizedRCNN):
         heads = detector.roi_heads
         heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.semantic = None
         heads.keypoint_roi_pool = heads.keypoint_head = heads.keypoint_predictor = None
-    return CovidCTMaskNet(detector, config).to(next(detector.parameters()).device)
+    model = CovidCTMaskNet(detector, config, encoder, s)
+    return model.to(next(detector.parameters()).device)
 
 
 def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -101,13 +128,9 @@ def set_regime(model: CovidCTMaskNet, regime: str) -> list[nn.Parameter]:
     - "heads": S alone. The ranked boxes are then constants of a slice.
     - "heads_bn": S and the affine parameters of every batch-norm layer, those of the downsample
       branches included. (The released code misses the latter by the name that it looks for.)
-    - "full": every parameter. The RPN is among them, but no gradient reaches it, because
-      proposals are detached: it stays as it is.
+    - "full": every parameter, but no gradient reaches the RPN, because proposals are detached.
 
-    Batch-norm statistics are used and never updated in all three (see `CovidCTMaskNet`).
-
-    Returns:
-        The parameters that train.
+    Batch-norm statistics are never updated. Returns the parameters that train.
     """
     if regime not in REGIMES:
         raise ValueError(f"regime {regime!r}: choose one of {', '.join(REGIMES)}")

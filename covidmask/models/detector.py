@@ -1,9 +1,9 @@
-"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1).
+"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1), top to bottom.
 
-Everything is torchvision's but small subclasses: `LesionRPN` ranks proposals on raw logits, it and
-`LesionRoIHeads` take the shape of their box loss from the configuration, boxes and scores stay
-float32 in mixed precision, and `LesionRoIAlign` is RoIAlign made faster on CPUs. For small sets of
-real CT there is a branch that the paper does not have, `SemanticBranch`.
+Backbone, RPN, RoIAlign, heads, the assembled detector, how it is run, its copy for prediction. All
+is torchvision's but small subclasses: proposals are ranked on raw logits, box losses take their
+shape from the configuration, boxes and scores stay float32 in mixed precision, and RoIAlign is
+faster on CPUs. For small sets of real CT there is a branch that the paper lacks, `SemanticBranch`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -19,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import resnet
+from torchvision import ops
+from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -30,140 +31,177 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import (
-    MultiScaleRoIAlign,
-    batched_nms,
-    clip_boxes_to_image,
-    remove_small_boxes,
-    roi_align,
-)
 
-from covidmask.config import DetectorConfig
+from covidmask.config import LESION_CLASSES, DetectorConfig, lesion_classes
 from covidmask.errors import DataError
 from covidmask.models.semantic import SemanticBranch
 
-SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
-ROWS = 128  # boxes at a time: few enough to stay in the processor's cache
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+STAGES = {  # torchvision's: layers that give a map, of half the size each; the last of stride 32
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50"), ("layer1", "layer2", "layer3", "layer4")),
+    "mobilenet_v2": ("1", "3", "6", "13", "17"),
+}
+ROWS = 128  # boxes that RoIAlign takes at a time: few enough to stay in the processor's cache
 LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_STD = [0.229, 0.224, 0.225]
-Model = TypeVar("Model", bound=nn.Module)
+SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
 # Where a batch norm is known to read the convolution that stands before it, and nothing else does.
 # Elsewhere the order of attributes says nothing about the order of calls.
 IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
 Instances = dict[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def check_images(
-    images: Sequence[Tensor],
-    model: nn.Module | None = None,
-    names: Sequence[str] | None = None,
-) -> None:
-    """Refuse images that a network would take without a word, and answer with nonsense.
+class FPNBackbone(nn.Module):
+    """A network that gives maps, and the feature pyramid on them, with no pooled level on top."""
 
-    Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
-
-    Args:
-        images: B tensors.
-        model: its weights must not be float64 either.
-        names: what messages call the images, such as their files; else "image 0" and so on.
-
-    Raises:
-        DataError: no image; no tensor; another shape than [3,H,W], or no pixel; whole numbers,
-            float64; values outside 0..1, or NaN.
-    """
-    if len(images) == 0:
-        raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
-    weights = None if model is None else next(model.parameters(), None)
-    if weights is not None and weights.dtype == torch.float64:
-        raise DataError(
-            f"the model's weights are {weights.dtype}; use model.float(), and autocast for speed"
-        )
-    for number, image in enumerate(images):
-        name = names[number] if names else f"image {number}"
-        if not isinstance(image, Tensor):
-            raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
-        kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
-        shaped = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
-        if not shaped or image.dtype not in kinds:
-            raise DataError(
-                f"{name}: {image.dtype} {list(image.shape)}; give torch.float32 [3, H, W]"
-            )
-        if image.device.type != "cpu":
-            continue
-        low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
-        if not (low >= -SLACK and high <= 1 + SLACK):
-            raise DataError(
-                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; "
-                "divide 8-bit grey by 255, and map Hounsfield units by "
-                "covidmask.datasets.medical.hounsfield_to_unit"
-            )
-
-
-def to_model(
-    images: Sequence[Tensor], device: torch.device, names: Sequence[str] | None = None
-) -> list[Tensor]:
-    """The images on `device`, after `check_images`, which costs no wait before they are there."""
-    check_images(images, names=names)
-    return [image.to(device) for image in images]
-
-
-def same_size_groups(images: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of the images, grouped by shape, in order of first appearance."""
-    groups: dict[torch.Size, list[int]] = {}
-    for position, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(position)
-    return list(groups.values())
-
-
-class WithImage(BackboneWithFPN):
-    """Hands on the image, too, as the last of the maps: "image", float32 [B,3,H,W], normalised."""
+    def __init__(self, body: nn.Module, strides: list[int], widths: list[int], channels: int):
+        super().__init__()
+        self.body, self.fpn = body, ops.FeaturePyramidNetwork(widths, channels)
+        self.strides, self.widths, self.out_channels = strides, widths, channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {**super().forward(x), "image": x}
+        """float32 [B,3,H,W] -> maps [B,out_channels,H/stride,W/stride], the finest first."""
+        maps = self.body(x)
+        if not isinstance(maps, dict):  # timm's are a list, and of some networks channels last
+            pairs = zip(maps, self.widths, strict=True)
+            maps = [m if m.shape[1] == width else m.permute(0, 3, 1, 2) for m, width in pairs]
+            maps = {str(index): map for index, map in enumerate(maps)}
+        return self.fpn(maps)
 
 
-def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> BackboneWithFPN:
-    """Build the feature extractor of the detector (section 3.1).
-
-    ResNet-50 gives four maps (layer1..4, strides 4, 8, 16, 32). ResNet-18 and -34 give one map,
-    of the last layer that `config.cut` leaves (stride 32, 16 or 8). `config.levels` asks for the
-    last so many instead. No pooled level is added and batch norm is trainable, not frozen, both
-    unlike torchvision's ready-made detectors.
+def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackbone:
+    """Build the feature extractor that `config` names; its batch norm is trainable.
 
     Args:
-        config: `backbone`, `cut`, `levels` and `fpn_channels` are read.
-        weights: a name of torchvision's weights, such as "IMAGENET1K_V1" (downloaded), or None
-            for random weights.
-
-    Returns:
-        A module: float32 [B,3,H,W] -> ordered dict of maps [B,fpn_channels,H/stride,W/stride];
-        with `config.semantic` also the image, see `WithImage`.
+        weights: of ImageNet (downloaded), or None for random ones. For torchvision's networks a
+            name such as "IMAGENET1K_V1"; for timm's "pretrained", or the tag of one of its sets.
     """
-    body = getattr(resnet, config.backbone)(weights=weights)
-    channels = [body.inplanes // 2 ** (4 - layer) for layer in config.layers]
-    return_layers = {f"layer{layer}": str(index) for index, layer in enumerate(config.layers)}
-    kind = WithImage if config.semantic else BackboneWithFPN
-    backbone = kind(body, return_layers, channels, config.fpn_channels)
-    backbone.fpn.extra_blocks = None  # torchvision would add a max-pooled level
-    return backbone
+    name, cut, levels = config.backbone, config.cut, config.levels
+    if cut not in (0, 1, 2) or (name == "resnet50" and cut):
+        raise DataError(f"cut {cut}: choose 0, 1 or 2, and 0 for resnet50")
+    if levels is None:  # the paper's choice: all of ResNet-50, one of the light models
+        levels = 4 if name == "resnet50" else 1
+    if name not in STAGES:
+        return _timm_backbone(config, levels, weights)
+    stages = STAGES[name][: len(STAGES[name]) - cut]
+    if not 1 <= levels <= len(stages):
+        raise DataError(f"levels {levels}: choose 1 to {len(stages)}")
+    body = get_model(name, weights=weights)
+    body, widths = getattr(body, "features", body), []
+    for stage in (stages := stages[-levels:]):
+        norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
+        widths.append(norms[-1].num_features)
+    body = IntermediateLayerGetter(body, {stage: str(i) for i, stage in enumerate(stages)})
+    strides = [32 >> cut + i for i in reversed(range(levels))]
+    return FPNBackbone(body, strides, widths, config.fpn_channels)
 
 
-class LesionRoIAlign(MultiScaleRoIAlign):
+def _timm_backbone(config: DetectorConfig, levels: int, weights: str | None) -> FPNBackbone:
+    name = config.backbone + ("" if weights in (None, "pretrained") else f".{weights}")
+    choice = f"backbone {name!r}: choose {', '.join(STAGES)}, or"
+    try:
+        import timm
+    except ImportError:
+        raise DataError(f"{choice} run `pip install timm` for a network of timm's") from None
+    if not timm.is_model(name):
+        raise DataError(f"{choice} a name of timm's")
+    wanted = tuple(range(-levels - config.cut, -config.cut))
+    try:
+        body = timm.create_model(
+            name, features_only=True, pretrained=weights is not None, out_indices=wanted
+        )
+        strides, widths = body.feature_info.reduction(), body.feature_info.channels()
+    except (AssertionError, IndexError):
+        raise DataError(f"levels {levels}, cut {config.cut}: {name} has fewer maps") from None
+    return FPNBackbone(body, strides, widths, config.fpn_channels)
+
+
+def _own_maps(backbone: nn.Module, config: DetectorConfig) -> tuple[list[str], list[float]]:
+    """Names and strides of the maps of the reader's own backbone, from an empty image."""
+    if config.cut:
+        raise DataError(f"cut {config.cut}: an own backbone is not cut; choose 0")
+    side = math.ceil(config.image_size / 32) * 32
+    with torch.no_grad():  # on a copy, whose batch norm may go into eval mode
+        maps = copy.deepcopy(backbone).cpu().eval()(torch.zeros(1, 3, side, side))
+    maps = {"0": maps} if isinstance(maps, Tensor) else maps
+    levels = len(maps) if config.levels is None else config.levels
+    if not 1 <= levels <= len(maps):
+        raise DataError(f"levels {levels}: choose 1 to {len(maps)}")
+    return list(maps)[-levels:], [side / map.shape[-1] for map in maps.values()][-levels:]
+
+
+def _with_image(backbone: nn.Module, inputs: tuple[Tensor], maps) -> dict[str, Tensor]:
+    """Hand on the image, too, as the last of the maps: float32 [B,3,H,W], normalised."""
+    return {**({"0": maps} if isinstance(maps, Tensor) else maps), "image": inputs[0]}
+
+
+class LesionRPNHead(RPNHead):
+    """torchvision's, with results in float32: bfloat16 boxes end at every second pixel."""
+
+    def forward(self, x):
+        logits, deltas = super().forward(x)
+        return [map.float() for map in logits], [map.float() for map in deltas]
+
+
+class LesionRPN(RegionProposalNetwork):
+    """torchvision's RPN on the maps `names`, with two points of the released code.
+
+    Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
+    ties then decide. `config.rpn_box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
+    """
+
+    def __init__(self, config: DetectorConfig, channels: int, names: list[str]) -> None:
+        sizes, ratios = ((c,) * len(names) for c in (config.anchor_sizes, config.anchor_ratios))
+        anchors = AnchorGenerator(sizes, ratios)
+        head = LesionRPNHead(channels, anchors.num_anchors_per_location()[0])
+        sampling = (*config.rpn_iou, config.rpn_batch, config.rpn_positive)
+        kept = {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals}
+        super().__init__(anchors, head, *sampling, kept, {**kept}, config.rpn_nms)
+        self.names, self.min_size, self.box_beta = names, config.rpn_min_size, config.rpn_box_beta
+
+    def forward(self, images, features, targets=None):
+        return super().forward(images, {name: features[name] for name in self.names}, targets)
+
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        objectness = objectness.detach().reshape(len(proposals), -1)  # [B, A]
+        counts = enumerate(num_anchors_per_level)
+        levels = torch.cat([objectness.new_full((count,), level) for level, count in counts])
+        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
+        kept_boxes, kept_logits = [], []
+        for boxes, logits, index, shape in zip(
+            proposals, objectness, best, image_shapes, strict=True
+        ):
+            boxes = ops.clip_boxes_to_image(boxes[index], shape)
+            large = ops.remove_small_boxes(boxes, self.min_size)
+            boxes, logits, level = boxes[large], logits[index[large]], levels[index[large]]
+            keep = ops.batched_nms(boxes, logits, level, self.nms_thresh)[: self.post_nms_top_n()]
+            kept_boxes.append(boxes[keep])
+            kept_logits.append(logits[keep])
+        return kept_boxes, kept_logits
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        positive, negative = (torch.where(torch.cat(p))[0] for p in self.fg_bg_sampler(labels))
+        sampled = torch.cat([positive, negative])
+        deltas, wanted = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
+        box_loss = F.smooth_l1_loss(deltas, wanted, beta=self.box_beta, reduction="sum")
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        )
+        return objectness_loss, box_loss / max(sampled.numel(), 1)
+
+
+class LesionRoIAlign(ops.MultiScaleRoIAlign):
     """torchvision's `MultiScaleRoIAlign`, by matrix products where the features lie on a CPU."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> Tensor:
-        """Pool every box.
+        """Pool every box: [sum K, C, output height, output width].
 
         Args:
             x: maps [B,C,h,w] by name; those of `featmap_names` are read.
             boxes: B tensors [K,4], xyxy in pixels of the images; inside them.
             image_shapes: B pairs (height, width).
-
-        Returns:
-            [sum K, C, output height, output width].
         """
-        if not _on_cpu(x):
+        if not next(iter(x.values())).is_cpu:
             return super().forward(x, boxes, image_shapes)
         index, pooled = zip(*self.parts(x, boxes, image_shapes), strict=True)
         return torch.cat(pooled)[torch.cat(index).argsort()]
@@ -171,33 +209,25 @@ class LesionRoIAlign(MultiScaleRoIAlign):
     def parts(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows of `forward` a few at a time, in an order that makes each part fast.
-
-        Yields:
-            int64 [r], which rows of `forward`; and [r, C, output height, output width].
-        """
-        maps = [x[name] for name in self.featmap_names if name in x]
+        """Yield int64 [r], which rows of `forward`, and these, in an order that is fast."""
         rois = torch.cat(boxes)
-        if len(rois) == 0 or not _on_cpu(x):
+        if len(rois) == 0 or not next(iter(x.values())).is_cpu:
             pooled = super().forward(x, boxes, image_shapes)
             yield torch.arange(len(rois), device=rois.device), pooled
             return
+        maps = [x[name] for name in self.featmap_names if name in x]
         image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
         height = max(shape[0] for shape in image_shapes)  # as torchvision, which looks at no width
-        scales = [2.0 ** round(math.log2(map.shape[-2] / height)) for map in maps]
-        level = self._levels(rois, scales)
-        for i, (map, scale) in enumerate(zip(maps, scales, strict=True)):
-            rows = torch.where(level == i)[0]
-            if len(rows):
-                for part, pooled in self._pool(map, rois[rows], image[rows], scale):
-                    yield rows[part], pooled
-
-    def _levels(self, rois: Tensor, scales: list[float]) -> Tensor:
-        """Which map a box is read from: equation 1 of the FPN paper, as torchvision has it."""
-        first, last = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
+        steps = [round(math.log2(map.shape[-2] / height)) for map in maps]
+        # which map a box is read from: equation 1 of the FPN paper, as torchvision has it
         side = ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).sqrt()
         level = self.canonical_level + torch.log2(side / self.canonical_scale) + 1e-6
-        return level.floor().clamp(first, last).to(torch.int64) - first
+        level = level.floor().clamp(-steps[0], -steps[-1]).to(torch.int64) + steps[0]
+        for i, (map, step) in enumerate(zip(maps, steps, strict=True)):
+            rows = torch.where(level == i)[0]
+            if len(rows):
+                for part, pooled in self._pool(map, rois[rows], image[rows], 2.0**step):
+                    yield rows[part], pooled
 
     def _pool(
         self, map: Tensor, rois: Tensor, image: Tensor, scale: float
@@ -213,19 +243,16 @@ class LesionRoIAlign(MultiScaleRoIAlign):
         if is_large.any():
             part = torch.where(is_large)[0]
             boxes = torch.cat([image[part, None].to(rois), rois[part]], dim=1)  # [r, 5]
-            pooled = roi_align(  # has no bfloat16 on a CPU
-                map.float(), boxes, self.output_size, scale, self.sampling_ratio
-            )
+            options = self.output_size, scale, self.sampling_ratio
+            pooled = ops.roi_align(map.float(), boxes, *options)  # has no bfloat16 on a CPU
             yield part, pooled.to(map.dtype)
         small = torch.where(~is_large)[0]
         order = small[(patch_height * width + patch_width)[small].argsort()]  # like sizes together
         for part in order.split(ROWS) if len(order) else ():
-            h, w = int(patch_height[part].max()), int(patch_width[part].max())
-            columns = left[part, None] + torch.arange(w)  # [r, w]
-            rows = top[part, None] + torch.arange(h)  # [r, h]
-            weights = torch.einsum(
-                "rah,rbw->rhwab", _hat(y[part], rows, height), _hat(x[part], columns, width)
-            ).reshape(len(part), h * w, -1)  # [r, pixels of the patch, bins]
+            columns = left[part, None] + torch.arange(int(patch_width[part].max()))  # [r, w]
+            rows = top[part, None] + torch.arange(int(patch_height[part].max()))  # [r, h]
+            hats = _hat(y[part], rows, height), _hat(x[part], columns, width)
+            weights = torch.einsum("rah,rbw->rhwab", *hats).flatten(3).flatten(1, 2)
             place = (image[part, None] * height + rows.clamp(max=height - 1)) * width  # [r, h]
             place = place[:, :, None] + columns.clamp(max=width - 1)[:, None]  # [r, h, w]
             patch = F.embedding(place.flatten(1), pixels)  # [r, h*w, C]
@@ -240,10 +267,6 @@ class LesionRoIAlign(MultiScaleRoIAlign):
         return start[:, None, None] + bin * size + (point + 0.5) * size / n
 
 
-def _on_cpu(maps: dict[str, Tensor]) -> bool:
-    return next(iter(maps.values())).device.type == "cpu"
-
-
 def _patch(points: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """First pixel and number of pixels that the points of each box read: int64 [K], [K]."""
     points = points.clamp(0, length - 1)
@@ -254,74 +277,11 @@ def _patch(points: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _hat(points: Tensor, pixels: Tensor, length: int) -> Tensor:
     """Weights of linear interpolation, mean over a bin's points: [r, bins, pixels].
 
-    The weight of a pixel falls from 1 at its centre to 0 at its neighbours' centres. Points more
-    than a pixel outside the map count as 0; others outside are moved to its edge.
+    Points more than a pixel outside the map count as 0; others outside are moved to its edge.
     """
     inside = (points >= -1) & (points <= length)
     distance = points.clamp(0, length - 1)[..., None] - pixels[:, None, None]  # [r, bins, n, p]
     return ((1 - distance.abs()).clamp(min=0) * inside[..., None]).mean(2)
-
-
-class LesionRPN(RegionProposalNetwork):
-    """torchvision's RPN with two points of the released code that its own does not offer.
-
-    Proposals are ranked on raw logits: a sigmoid rounds strong logits to the same number, and
-    ties then decide. `box_beta` sets the smooth L1 loss of the boxes; 0 is plain L1.
-    """
-
-    def __init__(self, *args, min_size: float, box_beta: float, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.min_size = min_size
-        self.box_beta = box_beta
-
-    def forward(self, images, features, targets=None):
-        maps = {name: map for name, map in features.items() if name != "image"}
-        return super().forward(images, maps, targets)
-
-    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
-        objectness = objectness.detach().reshape(len(proposals), -1)  # [B, A]
-        levels = torch.cat(
-            [
-                torch.full((count,), level, device=objectness.device)
-                for level, count in enumerate(num_anchors_per_level)
-            ]
-        )
-        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
-        final_boxes, final_logits = [], []
-        for boxes, logits, index, shape in zip(
-            proposals, objectness, best, image_shapes, strict=True
-        ):
-            boxes, logits, level = boxes[index], logits[index], levels[index]
-            boxes = clip_boxes_to_image(boxes, shape)
-            keep = remove_small_boxes(boxes, self.min_size)
-            boxes, logits, level = boxes[keep], logits[keep], level[keep]
-            keep = batched_nms(boxes, logits, level, self.nms_thresh)[: self.post_nms_top_n()]
-            final_boxes.append(boxes[keep])
-            final_logits.append(logits[keep])
-        return final_boxes, final_logits
-
-    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
-        positive, negative = self.fg_bg_sampler(labels)
-        positive = torch.where(torch.cat(positive))[0]
-        sampled = torch.cat([positive, torch.where(torch.cat(negative))[0]])
-        box_loss = F.smooth_l1_loss(
-            pred_bbox_deltas[positive],
-            torch.cat(regression_targets)[positive],
-            beta=self.box_beta,
-            reduction="sum",
-        ) / max(sampled.numel(), 1)
-        objectness_loss = F.binary_cross_entropy_with_logits(
-            objectness.flatten()[sampled], torch.cat(labels)[sampled]
-        )
-        return objectness_loss, box_loss
-
-
-class LesionRPNHead(RPNHead):
-    """torchvision's, with results in float32: bfloat16 boxes end at every second pixel."""
-
-    def forward(self, x):
-        logits, deltas = super().forward(x)
-        return [map.float() for map in logits], [map.float() for map in deltas]
 
 
 class LesionPredictor(FastRCNNPredictor):
@@ -333,16 +293,30 @@ class LesionPredictor(FastRCNNPredictor):
 
 
 class LesionRoIHeads(RoIHeads):
-    """torchvision's RoI heads; `box_beta` sets the smooth L1 loss of the boxes.
+    """torchvision's RoI heads; `config.box_beta` sets the smooth L1 loss of the boxes.
 
-    With `semantic` there is a sixth loss, and each prediction has `semantic`, float32
-    [classes - 1, h, w]: the probability of each lesion class at the stride of the finest map.
+    With `config.semantic` there is a sixth loss, and each prediction has `semantic`, float32
+    [classes - 1, h, w]: the probability of each lesion class at half the size of the image.
     """
 
-    def __init__(self, *args, box_beta: float, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.box_beta = box_beta
+    def __init__(
+        self, config: DetectorConfig, channels: int, names: list[str], classes: int, masks: bool
+    ) -> None:
+        pool = LesionRoIAlign(names, output_size=7, sampling_ratio=2)
+        box_head = TwoMLPHead(channels * 7 * 7, config.box_features)
+        predictor = LesionPredictor(config.box_features, classes)
+        sampling = (*config.box_iou, config.box_batch, config.box_positive)
+        kept = config.box_score, config.box_nms, config.box_detections
+        super().__init__(pool, box_head, predictor, *sampling, None, *kept)  # None: (10, 10, 5, 5)
+        self.box_beta = config.box_beta
         self.semantic: SemanticBranch | None = None
+        if masks:
+            widths = (128,) if config.light_mask_head else (256,) * 4
+            self.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
+            self.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
+            self.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], classes)
+            if config.semantic:
+                self.semantic = SemanticBranch(channels, classes)
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
@@ -351,20 +325,18 @@ class LesionRoIHeads(RoIHeads):
                 maps = self.semantic.probabilities(features, image_shapes)
                 found = [{**one, "semantic": map} for one, map in zip(found, maps, strict=True)]
             return found, losses
-        proposals, matched, labels, regression_targets = self.select_training_samples(
-            proposals, targets
-        )
+        proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
         pooled = self.box_roi_pool(features, proposals, image_shapes)  # [R, C, 7, 7]
         class_logits, box_regression = self.box_predictor(self.box_head(pooled))  # [R,C], [R,4C]
         all_labels = torch.cat(labels)
         positive = torch.where(all_labels > 0)[0]
         deltas = box_regression.reshape(len(all_labels), -1, 4)[positive, all_labels[positive]]
         box_loss = F.smooth_l1_loss(
-            deltas, torch.cat(regression_targets)[positive], beta=self.box_beta, reduction="sum"
-        ) / max(all_labels.numel(), 1)
+            deltas, torch.cat(wanted)[positive], beta=self.box_beta, reduction="sum"
+        )
         losses = {
             "loss_classifier": F.cross_entropy(class_logits, all_labels),
-            "loss_box_reg": box_loss,
+            "loss_box_reg": box_loss / max(all_labels.numel(), 1),
         }
         lesions = [torch.where(label > 0)[0] for label in labels]  # masks learn on positive RoIs
         rois = [boxes[index] for boxes, index in zip(proposals, lesions, strict=True)]
@@ -387,98 +359,103 @@ class LesionMaskRCNN(GeneralizedRCNN):
 
 
 def lesion_mask_rcnn(
-    config: DetectorConfig, weights: str | None = None, masks: bool = True
+    config: DetectorConfig,
+    weights: str | None = None,
+    masks: bool = True,
+    backbone: nn.Module | None = None,
 ) -> GeneralizedRCNN:
-    """Build the detector, with random weights but for an optional ImageNet backbone.
+    """Build the detector (section 3.1), with random weights but for an optional ImageNet backbone.
 
     Args:
-        config: every number of section 3.1 and of the released code.
         weights: passed to `fpn_backbone`.
-        masks: without masks the detector is the one inside the classifier: it can be run and
-            ranked, not trained on lesions.
+        masks: without masks it is the one inside the classifier: run and ranked, not trained.
+        backbone: yours, in place of the one that `config` names. As torchvision wants it: it gives
+            one map or an ordered dict of maps, the finest first, and has `out_channels`. The last
+            `config.levels` are used, by default all. `model.config.backbone` is its class's name.
 
     Returns:
-        torchvision's `GeneralizedRCNN`, with the configuration as `model.config`. Input: a list
-        of float32 [3,H,W] in 0..1. In eval mode it returns, per image, `boxes` [K,4] (pixels of
-        the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and `masks` [K,1,H,W]
-        (probabilities). In train mode, given targets too, it returns the five losses. With
-        `config.semantic` see `LesionRoIHeads`.
+        torchvision's `GeneralizedRCNN`, with `config`, `classes` (names of labels 1, 2, ...) and
+        `strides`. Input: a list of float32 [3,H,W] in 0..1. In eval mode it returns, per image,
+        `boxes` [K,4] (pixels of the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and
+        `masks` [K,1,H,W] (probabilities); in train mode, given targets too, the five losses.
+
+    Raises:
+        DataError: a setting that is none, or maps that are not each half the one before.
     """
-    backbone = fpn_backbone(config, weights)
-    levels = len(config.layers)
-    names = [str(level) for level in range(levels)]
-    channels = config.fpn_channels
-    anchors = AnchorGenerator((config.anchor_sizes,) * levels, (config.anchor_ratios,) * levels)
-    rpn = LesionRPN(
-        anchors,
-        LesionRPNHead(channels, anchors.num_anchors_per_location()[0]),
-        *config.rpn_iou,
-        config.rpn_batch,
-        config.rpn_positive,
-        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
-        {"training": config.rpn_train_proposals, "testing": config.rpn_test_proposals},
-        config.rpn_nms,
-        min_size=config.rpn_min_size,
-        box_beta=config.rpn_box_beta,
-    )
-    heads = LesionRoIHeads(
-        LesionRoIAlign(names, output_size=7, sampling_ratio=2),
-        TwoMLPHead(channels * 7 * 7, config.box_features),
-        LesionPredictor(config.box_features, config.num_classes),
-        *config.box_iou,
-        config.box_batch,
-        config.box_positive,
-        None,  # the box coder's usual weights, (10, 10, 5, 5)
-        config.box_score,
-        config.box_nms,
-        config.box_detections,
-        box_beta=config.box_beta,
-    )
-    if masks:
-        widths = (128,) if config.light_mask_head else (256,) * 4
-        heads.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
-        heads.mask_head = MaskRCNNHeads(channels, widths, dilation=1)
-        heads.mask_predictor = MaskRCNNPredictor(widths[-1], widths[-1], config.num_classes)
-        if config.semantic:
-            heads.semantic = SemanticBranch(channels, config.num_classes)
-    transform = GeneralizedRCNNTransform(
-        config.image_size, config.max_size, IMAGENET_MEAN, IMAGENET_STD
-    )
+    classes = LESION_CLASSES.get(config.lesions) or lesion_classes(config.lesions)
+    if backbone is None:
+        backbone = fpn_backbone(config, weights)
+        strides = backbone.strides
+        names = [str(level) for level in range(len(strides))]
+    else:
+        names, strides = _own_maps(backbone, config)
+        config = replace(config, backbone=type(backbone).__name__)
+    powers = [math.log2(stride) for stride in strides]  # RoIAlign rounds them
+    if powers != [int(powers[0]) + level for level in range(len(powers))]:
+        raise DataError(
+            f"backbone {config.backbone!r}: strides {', '.join(f'{s:g}' for s in strides)}; "
+            "give powers of two, each twice the one before, or take fewer levels"
+        )
+    if config.semantic:
+        backbone.register_forward_hook(_with_image)
+    channels = backbone.out_channels
+    rpn = LesionRPN(config, channels, names)
+    heads = LesionRoIHeads(config, channels, names, 1 + len(classes), masks)
+    sizes = config.image_size, config.max_size
+    transform = GeneralizedRCNNTransform(*sizes, IMAGENET_MEAN, IMAGENET_STD)
     model = LesionMaskRCNN(backbone, rpn, heads, transform)
-    model.config = config
+    model.config, model.classes, model.strides = config, classes, strides
     return model
 
 
-def for_inference(model: Model) -> Model:
-    """Copy a detector or classifier for prediction: fewer layers, channels last.
+def check_images(
+    images: Sequence[Tensor], model: nn.Module | None = None, names: Sequence[str] | None = None
+) -> None:
+    """Refuse images that a network would take without a word, and answer with nonsense.
 
-    In eval mode batch norm is a fixed scale and shift of each channel, so it is folded into the
-    convolution before it: one pass over the feature map less. The results differ by rounding.
-    That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
-    that carry an activation, stay as they are.
+    Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
 
-    Args:
-        model: any detector or classifier; it is left as it is, and later changes to it do not
-            reach the copy.
-
-    Returns:
-        The copy, in eval mode, with no parameter that requires a gradient.
+    Raises:
+        DataError: no image; one (called by `names`) that is no tensor [3,H,W] of a float up to 32
+            bits, with values in 0..1, none NaN; a `model` whose weights are float64.
     """
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in list(fast.modules()):
-        if not any(type(module).forward is kind.forward for kind in IN_ORDER):
+    if len(images) == 0:
+        raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
+    weights = None if model is None else next(model.parameters(), None)
+    if weights is not None and weights.dtype == torch.float64:
+        raise DataError("the model's weights are torch.float64; use model.float()")
+    kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
+    for number, image in enumerate(images):
+        name = names[number] if names else f"image {number}"
+        if not isinstance(image, Tensor):
+            raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
+        if image.ndim != 3 or len(image) != 3 or not image.numel() or image.dtype not in kinds:
+            found = f"{image.dtype} {list(image.shape)}"
+            raise DataError(f"{name}: {found}; give torch.float32 [3, H, W]")
+        if not image.is_cpu:
             continue
-        for (name, layer), (next_name, follower) in pairwise(list(module._modules.items())):
-            plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
-            if plain and follower.running_mean is not None and not _hooked(layer, follower):
-                setattr(module, name, fuse_conv_bn_eval(layer, follower))
-                setattr(module, next_name, nn.Identity())
-    return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            raise DataError(
+                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; divide "
+                "8-bit grey by 255; for CT see covidmask.datasets.medical.hounsfield_to_unit"
+            )
 
 
-def _hooked(*layers: nn.Module) -> bool:
-    """Whether there are hooks, which may change weights and results, or read them."""
-    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
+def to_model(
+    images: Sequence[Tensor], device: torch.device, names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """The images on `device`, after `check_images`, which costs no wait before they are there."""
+    check_images(images, names=names)
+    return [image.to(device) for image in images]
+
+
+def same_size_groups(images: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the images, grouped by shape, in order of first appearance."""
+    groups: dict[torch.Size, list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(position)
+    return list(groups.values())
 
 
 def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
@@ -498,32 +475,19 @@ def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
 
 
 def lesion_maps(prediction: Instances, classes: int) -> Tensor:
-    """For each class, how probable it is that a pixel belongs to a lesion.
+    """float32 [classes, H, W], 0..1: how probable it is that a pixel belongs to a lesion.
 
-    `1 - prod(1 - score * mask probability)` over the detections of the class: overlapping
+    `1 - prod(1 - score * mask probability)` over the detections of each class: overlapping
     detections support each other, as if each were right or wrong on its own, and weak ones still
-    count a little. No score threshold is needed. Where the prediction has `semantic`, too (see
-    `LesionRoIHeads`), the mean of both.
-
-    Args:
-        prediction: of a detector in eval mode, with mask probabilities [K, 1, H, W] that are 0
-            away from their boxes.
-        classes: number of lesion classes.
-
-    Returns:
-        float32 [classes, H, W], 0..1.
+    count a little, so no threshold is needed. Where the prediction of the detector (in eval mode)
+    has `semantic`, too (see `LesionRoIHeads`), the mean of both.
     """
-    masks = prediction["masks"][:, 0]  # [K, H, W]
+    masks = prediction["masks"][:, 0]  # [K, H, W]; 0 away from their boxes
     shape = masks.shape[1:]
     missed = masks.new_ones(classes, *shape, dtype=torch.float32)  # masks may be bfloat16
-    for mask, box, label, score in zip(
-        masks,
-        prediction["boxes"].tolist(),
-        prediction["labels"].tolist(),
-        prediction["scores"].tolist(),
-        strict=True,
-    ):
-        rows, columns = _window(box[1], box[3]), _window(box[0], box[2])
+    facts = (prediction[key].tolist() for key in ("boxes", "labels", "scores"))
+    for mask, (x1, y1, x2, y2), label, score in zip(masks, *facts, strict=True):
+        rows, columns = _window(y1, y2), _window(x1, x2)
         missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns].float()
     maps = 1 - missed
     if "semantic" in prediction:
@@ -544,13 +508,8 @@ def detect(
 ) -> list[Instances]:
     """Run a detector on images of one size; add `maps`, the `lesion_maps`, to each prediction.
 
-    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`.
-
-    Args:
-        model: a detector in eval mode.
-        images: B tensors, float32 [3,H,W] in 0..1.
-        classes: number of lesion classes.
-        mirror: detect on the mirrored images, too; `maps` are the mean of both.
+    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`. With
+    `mirror` they are the mean of those of the images (float32 [3,H,W], 0..1) and mirrored ones.
     """
     predictions = model(images)
     for prediction in predictions:
@@ -563,11 +522,36 @@ def detect(
 
 
 def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
-    """One mask from the maps of `lesion_maps`: lesion or not, then the likelier class.
+    """uint8 [H, W] from the maps of `lesion_maps`, codes as in `semantic_mask`.
 
-    Returns:
-        uint8 [H, W]: codes as in `semantic_mask`. A pixel is a lesion where the probability of any
-        class, `1 - prod(1 - map)`, is above `threshold`.
+    A pixel is a lesion where the probability of any class, `1 - prod(1 - map)`, is above
+    `threshold`; then it is of the likelier class.
     """
     lesion = 1 - (1 - maps).prod(0) > threshold  # [H, W]
     return (lesion * (maps.argmax(0) + 2)).to(dtype=torch.uint8).numpy()
+
+
+def for_inference(model: Model) -> Model:
+    """Copy a detector or classifier for prediction: fewer layers, channels last.
+
+    In eval mode batch norm is a fixed scale and shift of each channel, so it is folded into the
+    convolution before it: one pass over the feature map less. The results differ by rounding.
+    That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
+    that carry an activation, stay as they are.
+
+    Returns:
+        The copy, in eval mode, with no parameter that requires a gradient; later changes to the
+        model do not reach it.
+    """
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(fast.modules()):
+        if not any(type(module).forward is kind.forward for kind in IN_ORDER):
+            continue
+        for (name, layer), (next_name, follower) in pairwise(list(module._modules.items())):
+            plain = type(layer) is nn.Conv2d and type(follower) is nn.BatchNorm2d  # no subclass
+            # hooks may change weights and results, or read them
+            hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in (layer, follower) if plain]
+            if plain and follower.running_mean is not None and not any(map(any, hooks)):
+                setattr(module, name, fuse_conv_bn_eval(layer, follower))
+                setattr(module, next_name, nn.Identity())
+    return fast.eval().requires_grad_(False).to(memory_format=torch.channels_last)

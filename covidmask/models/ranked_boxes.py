@@ -7,6 +7,7 @@ the network wrote it: its score and four encoded deltas, best score first.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from covidmask.config import ClassifierConfig
+from covidmask.errors import DataError
 from covidmask.models.detector import LesionRoIAlign, check_images, same_size_groups
 
 
@@ -28,42 +30,92 @@ class Ranking(NamedTuple):
     box: Tensor  # float32 [K,4], decoded and clipped, pixels of the resized image, xyxy
 
 
+class Boxes(NamedTuple):
+    """What an encoder reads: the K boxes of one image, best first. Gradients flow through two."""
+
+    score: Tensor  # float32 [K], 0..1; with gradient
+    deltas: Tensor  # float32 [K,4], raw outputs of the box predictor; with gradient
+    label: Tensor  # int64 [K], 1..
+    place: Tensor  # float32 [K,4], xyxy as shares of the resized image, 0..1
+
+
+Encoder = Callable[[Boxes], Tensor]  # with the names of its columns as `columns`; see `Columns`
+COLUMNS: dict[str, Callable[[Boxes], Tensor]] = {  # name -> [K]; one line makes a column
+    "score": lambda boxes: boxes.score,
+    "dx": lambda boxes: boxes.deltas[:, 0],
+    "dy": lambda boxes: boxes.deltas[:, 1],
+    "dw": lambda boxes: boxes.deltas[:, 2],
+    "dh": lambda boxes: boxes.deltas[:, 3],
+    "label": lambda boxes: boxes.label,  # one number, 1, 2, ...
+    "x1": lambda boxes: boxes.place[:, 0],
+    "y1": lambda boxes: boxes.place[:, 1],
+    "x2": lambda boxes: boxes.place[:, 2],
+    "y2": lambda boxes: boxes.place[:, 3],
+    "cx": lambda boxes: boxes.place[:, 0::2].mean(1),
+    "cy": lambda boxes: boxes.place[:, 1::2].mean(1),
+    "w": lambda boxes: boxes.place[:, 2] - boxes.place[:, 0],
+    "h": lambda boxes: boxes.place[:, 3] - boxes.place[:, 1],
+    "area": lambda boxes: (boxes.place[:, 2:] - boxes.place[:, :2]).prod(1),
+}
+
+
+class Columns:
+    """Turns `Boxes` into rows, a column for each name of `COLUMNS` or function of yours.
+
+    Any other object will do that has names in `columns` and, called with `Boxes`, gives float32
+    [K, len(columns)]; a module with weights of its own trains in the regime "full".
+    """
+
+    def __init__(self, columns: Iterable[str | Callable[[Boxes], Tensor]]) -> None:
+        self.parts = tuple(columns)
+        self.columns = tuple(p if isinstance(p, str) else p.__name__ for p in self.parts)
+        unknown = [part for part in self.parts if isinstance(part, str) and part not in COLUMNS]
+        if unknown or not self.parts:
+            raise DataError(
+                f"columns {', '.join(unknown) or 'none'}: choose among {', '.join(COLUMNS)}, or "
+                "pass an encoder with functions of your own"
+            )
+
+    def __call__(self, boxes: Boxes) -> Tensor:
+        found = (COLUMNS[p] if isinstance(p, str) else p for p in self.parts)
+        return torch.stack([column(boxes).to(boxes.score.dtype) for column in found], dim=1)
+
+
 def ranked_boxes(
     detector: GeneralizedRCNN,
     images: list[Tensor],
     config: ClassifierConfig,
     generator: torch.Generator | None = None,
+    encoder: Encoder | None = None,
 ) -> Tensor:
-    """Rank the boxes of each image by score; keep the N best as [score, dx, dy, dw, dh].
+    """Rank the boxes of each image by score; keep the N best, as [score, dx, dy, dw, dh].
 
     The deltas are the raw outputs of the box predictor for the box's class, before they are
     divided by the box coder's weights. Gradients flow through scores and deltas into box head,
-    RoIAlign and backbone. They do not flow into the proposals, so the RPN never learns from S,
-    and the mask branch is not run. Where a gradient is needed, the boxes are first chosen
-    without one and only the N chosen RoIs are differentiated: the same gradient for less work.
-
-    Images of one size are run as one batch. Images of other sizes are run apart from them,
-    because the padding that a mixed batch needs would change features and proposals.
+    RoIAlign and backbone, not into the proposals, so the RPN never learns from S. Where one is
+    needed, the boxes are first chosen without it and only the N chosen RoIs are differentiated:
+    the same gradient for less work. Images of other sizes are run apart from each other, because
+    the padding that a mixed batch needs would change features and proposals.
 
     Args:
-        detector: in eval mode; see `lesion_mask_rcnn`. Any two-stage detector of torchvision will
-            do (Faster, Mask or Keypoint R-CNN); RoIAlign is slower there on a CPU.
+        detector: in eval mode; `lesion_mask_rcnn`, or any two-stage detector of torchvision
+            (Faster, Mask or Keypoint R-CNN; RoIAlign is slower there on a CPU).
         images: B tensors, float32 [3,H,W] in 0..1.
-        config: N, score threshold and NMS threshold.
-        generator: fills missing rows by the author's random rule (`author_padding`); by default
-            they are filled by `even_padding`, which is deterministic.
+        config: N, score threshold, NMS threshold and, where no `encoder` makes them, columns.
+        generator: pads by the author's random rule; by default see `even_padding`.
 
     Returns:
-        float32 [B,N,5]. An image with no box at all gives zeros: score 0 and no shift.
+        float32 [B,N,columns]. An image with no box at all gives zeros: score 0 and no shift.
 
     Raises:
-        DataError: see `check_images`.
-        ValueError: the detector is in train mode, or its box predictor does not give four deltas
-            for each of two or more classes.
+        DataError: see `check_images`; an unknown column.
+        ValueError: the detector is in train mode, its box predictor does not give four deltas for
+            each of two or more classes, or the encoder gives another shape than [K, columns].
     """
     check_images(images, detector)
     if detector.training:  # batch norm would learn from these images
         raise ValueError("the detector is in train mode; call its eval() first")
+    encoder = Columns(config.columns) if encoder is None else encoder
     learned = (*detector.parameters(), *images)  # a saliency map asks for the image's gradient
     with_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in learned)
     rows: list[Tensor | None] = [None] * len(images)
@@ -81,20 +133,26 @@ def ranked_boxes(
             kept = [boxes[roi] for boxes, roi in zip(proposals, chosen, strict=True)]  # [K, 4]
             logits, deltas = run_box_head(detector, features, kept, shapes)
             chosen = [torch.arange(len(roi), device=roi.device) for roi in chosen]
-        for i, row, delta, roi, ranking in zip(
-            group, logits, deltas, chosen, rankings, strict=True
+        for i, row, delta, roi, ranking, (height, width) in zip(
+            group, logits, deltas, chosen, rankings, shapes, strict=True
         ):
-            kept_rows = encoded_rows(row[roi], delta[roi], ranking.label)  # [K, 5]
-            rows[i] = pad_rows(kept_rows, config.n_boxes, generator)  # [N, 5]
-    return torch.stack(rows)  # [B, N, 5]
+            values = encoded_rows(row[roi], delta[roi], ranking.label)  # [K, 5]
+            place = ranking.box / ranking.box.new_tensor([width, height, width, height])
+            encoded = encoder(Boxes(values[:, 0], values[:, 1:], ranking.label, place)).float()
+            if encoded.shape != (len(roi), len(encoder.columns)):
+                raise ValueError(
+                    f"the encoder gives {list(encoded.shape)} for {len(roi)} boxes; give a row "
+                    f"of {len(encoder.columns)} columns for each"
+                )
+            rows[i] = pad_rows(encoded, config.n_boxes, generator)  # [N, columns]
+    return torch.stack(rows)  # [B, N, columns]
 
 
 def propose(detector: GeneralizedRCNN, images: list[Tensor]):
-    """Run backbone and RPN.
+    """Run backbone and RPN: features, proposals, shapes.
 
-    Returns:
-        features: dict of maps [B,C,h,w]; proposals: B tensors [P,4], detached, pixels of the
-        resized image, xyxy; shapes: B pairs (height, width) of the resized images.
+    They are a dict of maps [B,C,h,w]; B tensors [P,4], detached, pixels of the resized image, xyxy;
+    and B pairs (height, width) of the resized images.
     """
     batch, _ = detector.transform(images)
     features = detector.backbone(batch.tensors)
@@ -107,11 +165,7 @@ def propose(detector: GeneralizedRCNN, images: list[Tensor]):
 
 
 def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], shapes):
-    """RoIAlign, box head and box predictor.
-
-    Returns:
-        Per image: class logits [P,C] and box regression [P,4C], class-major.
-    """
+    """RoIAlign, box head and predictor: per image logits [P,C] and deltas [P,4C], class-major."""
     heads = detector.roi_heads
     pool, rows, parts = heads.box_roi_pool, [], []
     if isinstance(pool, LesionRoIAlign):
@@ -139,18 +193,14 @@ def rank_boxes(
     class_logits: Tensor,
     box_regression: Tensor,
     proposals: Tensor,
-    image_shape: tuple[int, int],
+    image_shape: tuple[int, int],  # height and width of the resized image
     box_coder: BoxCoder,
     config: ClassifierConfig,
 ) -> Ranking:
-    """Choose and order the boxes of one image. Needs no gradient.
+    """Choose and order the boxes of one image: [P,C], [P,4C] class-major, [P,4] xyxy.
 
     Softmax over all classes; background dropped; boxes decoded and clipped; boxes of no area and
     of scores at or below `config.score` dropped; NMS per class on the decoded boxes; best N.
-
-    Args:
-        class_logits: [P,C]. box_regression: [P,4C], class-major. proposals: [P,4] xyxy.
-        image_shape: (height, width) of the resized image.
     """
     boxes = box_coder.decode(box_regression, [proposals])  # [P, C, 4]
     boxes = clip_boxes_to_image(boxes, image_shape)[:, 1:].reshape(-1, 4)  # [P*(C-1), 4] RoI-major
@@ -174,7 +224,7 @@ def encoded_rows(class_logits: Tensor, box_regression: Tensor, label: Tensor) ->
 
 
 def pad_rows(rows: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """[K,5] -> [n,5]: repeat rows in place when K < n, so that the order by score stays."""
+    """[K,F] -> [n,F]: repeat rows in place when K < n, so that the order by score stays."""
     k = len(rows)
     if k == 0:
         return rows.new_zeros(n, rows.shape[1])
@@ -192,8 +242,7 @@ def even_padding(k: int, n: int) -> Tensor:
 def author_padding(k: int, n: int, generator: torch.Generator) -> Tensor:
     """The released code's rule: k - 1 random places at which the next box starts, 1 <= k < n.
 
-    Each box is used, in order, and the last one fills at least two rows. The result differs from
-    call to call unless the generator is seeded.
+    Each box is used, in order, and the last one fills at least two rows.
     """
     starts = torch.zeros(n, dtype=torch.int64)
     starts[torch.randperm(n - 2, generator=generator)[: k - 1] + 1] = 1

@@ -13,10 +13,10 @@ from torchvision.ops.misc import Conv2dNormActivation
 class SemanticBranch(nn.Module):
     """A class for each pixel, from the finest map of the pyramid, as in Panoptic FPN.
 
-    Not in the paper. Lesions of real CT fray and merge: where one instance ends is often a matter
-    of taste, which pixels are ground glass is less so. Every pixel teaches the backbone here, not
-    just those of the sampled boxes. The image itself, at half its size, joins the map, as in the
-    top level of a U-Net: it has the grey values and the borders that strides have blurred.
+    Lesions of real CT fray and merge: where one instance ends is often a matter of taste, which
+    pixels are ground glass is less so. Every pixel teaches the backbone here, not just those of
+    the sampled boxes. The image itself, at half its size, joins the map, as in the top level of a
+    U-Net: it has the grey values and the borders that strides have blurred.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -30,10 +30,7 @@ class SemanticBranch(nn.Module):
         )
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Maps, the finest first, and "image" [B,3,H,W] -> logits [B,classes,H/2,W/2].
-
-        Class 0 is background.
-        """
+        """Maps, the finest first, and "image" [B,3,H,W] -> logits [B,classes,H/2,W/2]; 0: none."""
         image = F.avg_pool2d(features["image"], 2)  # [B, 3, H/2, W/2]
         coarse = self.coarse(next(iter(features.values())))  # [B, 64, h, w]
         coarse = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear")
@@ -60,17 +57,14 @@ class SemanticBranch(nn.Module):
         shares, true = (torch.cat([1 - map[:, :1], map[:, 1:]], dim=1) for map in (shares, true))
         both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
         slack = 0.002 * height * width
-        dice = (2 * both + slack) / (total + slack)
-        return F.cross_entropy(logits, truth) + (1 - dice).mean()
+        return F.cross_entropy(logits, truth) + (1 - (2 * both + slack) / (total + slack)).mean()
 
     def probabilities(self, features: dict[str, Tensor], image_shapes) -> list[Tensor]:
         """For each image float32 [classes - 1, h, w]: its part of the padded map."""
         shares = self(features).float().softmax(1)[:, 1:]
         side = _stride(shares, image_shapes)
-        return [
-            map[:, : math.ceil(height / side), : math.ceil(width / side)]
-            for map, (height, width) in zip(shares, image_shapes, strict=True)
-        ]
+        parts = [[math.ceil(length / side) for length in shape] for shape in image_shapes]
+        return [map[:, :h, :w] for map, (h, w) in zip(shares, parts, strict=True)]
 
 
 def _stride(map: Tensor, image_shapes) -> int:

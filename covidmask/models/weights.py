@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import textwrap
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -18,31 +17,27 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.errors import CheckpointError
+from covidmask.errors import CheckpointError, DataError
 from covidmask.files import atomic_path, is_there, weights_file
-from covidmask.models.classifier import CovidCTMaskNet
+from covidmask.models.classifier import REGIMES, ClassificationModule, CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.ranked_boxes import Columns, Encoder
 
 FORMAT = 2  # of the header; 1, which had no such entry, always read four levels of ResNet-50
 WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
 SHIPPED = Path(__file__).parent / "shipped"
-REGIMES = ("heads", "heads_bn", "full")
 
 
 def save_model(
-    model: GeneralizedRCNN | CovidCTMaskNet,
-    path: str | Path,
-    *,
-    half: bool = False,
-    **card: Any,
+    model: GeneralizedRCNN | CovidCTMaskNet, path: str | Path, *, half: bool = False, **card: Any
 ) -> Path:
     """Write weights and configuration to one .safetensors file.
 
     Args:
-        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`.
-        half: store what has two or more dimensions as float16, in half the space. Biases and
-            batch-norm values stay as they are, and so do weights that have a value beyond 65,504,
-            where float16 ends. Loading gives float32 either way.
+        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`. Parts of your own (backbone,
+            encoder, S) are named by their classes; loading the file asks for such objects.
+        half: store what has two or more dimensions as float16, unless it has a value beyond
+            65,504, where float16 ends. Loading gives float32 either way.
         card: plain values kept in the file, such as the command and the metrics.
 
     Raises:
@@ -63,6 +58,7 @@ def save_model(
         "kind": "classifier" if classifier else "segmenter",
         "detector": asdict(config),
         "classifier": asdict(model.config) if classifier else None,
+        "own": own_parts(model),
         "card": card,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -77,28 +73,70 @@ def save_model(
     return Path(path)
 
 
-def load_segmenter(path: str | Path, device: str | torch.device = "cpu") -> GeneralizedRCNN:
-    """Read a segmenter that `save_model` wrote; eval mode.
+def own_parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
+    """Which parts are not the package's: "backbone", "encoder", "s" -> name of the class."""
+    detector = getattr(model, "detector", model)
+    parts = {"backbone": type(detector.backbone).__name__}
+    if parts["backbone"] != getattr(getattr(detector, "config", None), "backbone", None):
+        del parts["backbone"]
+    if detector is not model:
+        encoder, s = model.encoder, model.s
+        if type(encoder) is not Columns or encoder.parts != encoder.columns:
+            parts["encoder"] = type(encoder).__name__
+        if type(s) is not ClassificationModule:
+            parts["s"] = type(s).__name__
+    return parts
+
+
+def load_segmenter(
+    path: str | Path, device: str | torch.device = "cpu", *, backbone: nn.Module | None = None
+) -> GeneralizedRCNN:
+    """Read a segmenter that `save_model` wrote, on your own `backbone` if it had one; eval mode.
 
     Raises:
         CheckpointError: missing, truncated, no covidmask file, a classifier, or other weights
-            than its configuration asks for.
+            or parts than its configuration asks for.
     """
-    header, state = _read(path, "segmenter")
-    with _building(path):
-        model = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]))
+    return _load(path, "segmenter", device, backbone)
+
+
+def load_classifier(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    backbone: nn.Module | None = None,
+    encoder: Encoder | None = None,
+    s: nn.Module | None = None,
+) -> CovidCTMaskNet:
+    """Read a classifier, as `load_segmenter`; `encoder` and `s` as in `covid_ct_mask_net`."""
+    return _load(path, "classifier", device, backbone, encoder=encoder, s=s)
+
+
+def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **parts: Any) -> Any:
+    header, state = _read(path, kind, backbone=backbone, **parts)
+    try:
+        config = _config(DetectorConfig, header["detector"])
+        model = lesion_mask_rcnn(config, masks=kind == "segmenter", backbone=backbone)
+        if kind == "classifier":
+            config = _config(ClassifierConfig, header["classifier"])
+            model = CovidCTMaskNet(model, config, **parts)
+            if model.config != config:
+                wanted, given = (", ".join(c.columns) for c in (config, model.config))
+                raise DataError(f"its columns are {wanted}; the encoder's are {given}")
+    except DataError as error:  # says what to do
+        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: its configuration is not one of this version ({error}); "
+            "train it again, or install the version that wrote it"
+        ) from error
     load_state(model, state, path)
     return model.to(device).eval()
 
 
-def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> CovidCTMaskNet:
-    """Read a classifier that `save_model` wrote; eval mode. Raises as `load_segmenter`."""
-    header, state = _read(path, "classifier")
-    with _building(path):
-        detector = lesion_mask_rcnn(_config(DetectorConfig, header["detector"]), masks=False)
-        model = CovidCTMaskNet(detector, _config(ClassifierConfig, header["classifier"]))
-    load_state(model, state, path)
-    return model.to(device).eval()
+def _config(kind: type, values: dict[str, Any]) -> Any:
+    """A configuration from JSON, which has lists where the dataclass has tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
@@ -107,50 +145,29 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load weights, or say which names and sizes do not fit.
-
-    Raises:
-        CheckpointError: names `path` and the first names and sizes that differ, or the first
-            weights that hold NaN or infinity.
-    """
-    state = dict(state)
+    """Load weights, or raise `CheckpointError`: what does not fit, or holds NaN or infinity."""
     if bad := [name for name, value in state.items() if not value.float().isfinite().all()]:
         raise CheckpointError(
-            f"{path}: {_first('holds NaN or infinity in', bad)[0].removeprefix('the file ')}; "
+            f"{path}: holds NaN or infinity in {', '.join(bad[:3])}{' and more' * (len(bad) > 3)}; "
             "train these weights again"
         )
     own = model.state_dict()
-    probe = dict(state)
-    # torchvision's layers rename the names of older versions while loading, so let them
-    result = model.load_state_dict(
-        {k: v for k, v in probe.items() if k not in own or own[k].shape == v.shape}, strict=False
-    )
-    shared = [(name, state[name], own[name]) for name in own if name in state]
-    unlike = [
-        f"{name} is {tuple(ours.shape)} in the file, {tuple(theirs.shape)} in the model"
-        for name, ours, theirs in shared
-        if ours.shape != theirs.shape
-    ] + [
-        f"{name} is {ours.dtype} in the file, {theirs.dtype} in the model"
-        for name, ours, theirs in shared  # which loading would turn into each other
-        if ours.is_floating_point() != theirs.is_floating_point()
-    ]
-    missing = [name for name in result.missing_keys if name not in state]
-    problems = _first("lacks", missing) + _first("has unknown", result.unexpected_keys)
-    problems += unlike[:3] + ([f"{len(unlike) - 3} more differ"] if len(unlike) > 3 else [])
-    if problems:
+    try:  # loading would turn other types into numbers without a word
+        for name in own.keys() & state.keys():
+            if own[name].is_floating_point() != state[name].is_floating_point():
+                raise RuntimeError(f"{name} is {state[name].dtype} in the file")
+        model.load_state_dict(state)
+    except RuntimeError as error:  # torch's is a list, a line a problem, after a headline
+        lines = [textwrap.shorten(line, 240).rstrip(".") for line in str(error).splitlines()]
         raise CheckpointError(
-            f"{path}: weights of another architecture: {'; '.join(problems)}; "
+            f"{path}: weights of another architecture: {'; '.join(lines[1:6] or lines)}; "
             "build the model with the configuration that these weights were trained with"
-        )
+        ) from error
 
 
-def _first(what: str, names: list[str], most: int = 3) -> list[str]:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"the file {what} {', '.join(names[:most])}{more}"] if names else []
-
-
-def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(
+    path: str | Path, kind: str | None = None, **given: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file; check the path, or train one first")
@@ -161,6 +178,7 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
             if "format" not in header and header["detector"]["backbone"] == "resnet50":
                 header["detector"]["levels"] = None
             found, _ = header["kind"], header["card"]
+            own = dict(header.get("own", {}))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
@@ -179,27 +197,14 @@ def _read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], di
         raise CheckpointError(f"{path}: written by a newer covidmask; install that version")
     if kind and found != kind:
         raise CheckpointError(f"{path}: holds a {found}; give a {kind} file here")
+    for part, thing in given.items():
+        name = None if thing is None else type(thing).__name__
+        if name != own.get(part):
+            raise CheckpointError(
+                f"{path}: its {part} is {own.get(part, 'of covidmask')}, not {name}; call "
+                f"load_{kind}(path, {part}=...) with such an object, or without it"
+            )
     return header, state
-
-
-def _config(kind: type, values: dict[str, Any]) -> Any:
-    """A configuration from JSON, which has lists where the dataclass has tuples."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-@contextmanager
-def _building(path: str | Path) -> Iterator[None]:
-    """Blame the file for a configuration of which no model can be made."""
-    try:
-        yield
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: its configuration is not one of this version ({error}); "
-            "train it again, or install the version that wrote it"
-        ) from error
-
-
-_LOAD = {"segmenter": load_segmenter, "classifier": load_classifier}
 
 
 class ShippedWeights(Enum):
@@ -225,11 +230,7 @@ class ShippedWeights(Enum):
         return SHIPPED / self.value[0]
 
     def checked(self) -> Path:
-        """The file, after a look at its SHA-256.
-
-        Raises:
-            CheckpointError: the file is missing, or is not the one that was shipped.
-        """
+        """The file; a `CheckpointError` if it is missing, or not the one that was shipped."""
         found = hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path.is_file() else None
         if found != self.value[1]:
             state = f"has the SHA-256 {found}, not {self.value[1]}" if found else "is missing"
@@ -238,8 +239,8 @@ class ShippedWeights(Enum):
 
     def load(self, device: str | torch.device = "cpu") -> GeneralizedRCNN | CovidCTMaskNet:
         """The model, in eval mode. Raises as `checked`."""
-        kind = self.value[0].split("-")[0]
-        return _LOAD[kind](self.checked(), device)
+        load = load_segmenter if self is ShippedWeights.SEGMENTER_QUICK else load_classifier
+        return load(self.checked(), device)
 
     def card(self) -> dict[str, Any]:
         """Data, command, commit, metrics with intervals, limits. Raises as `checked`."""
@@ -249,14 +250,7 @@ class ShippedWeights(Enum):
 def trained_segmenter(
     preset: str, device: str | torch.device = "cpu", *, shipped: bool = False
 ) -> GeneralizedRCNN:
-    """The segmenter of a preset: yours, else (preset quick) the shipped one; eval mode.
-
-    Args:
-        shipped: take the shipped one even where there is yours; see `find_weights`.
-
-    Raises:
-        CheckpointError: there is none yet; says which command trains one.
-    """
+    """The segmenter of a preset, in eval mode; which one, and what it raises: `find_weights`."""
     return load_segmenter(find_weights("segmenter", preset, shipped=shipped)[0], device)
 
 
@@ -267,7 +261,7 @@ def trained_classifier(
     regime: str | None = None,
     shipped: bool = False,
 ) -> CovidCTMaskNet:
-    """The classifier of a preset, as `trained_segmenter`; `regime` chooses among yours."""
+    """The classifier of a preset, as `trained_segmenter`."""
     path, _ = find_weights("classifier", preset, regime=regime, shipped=shipped)
     return load_classifier(path, device)
 
@@ -283,28 +277,30 @@ def find_weights(
 
     Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights.
 
-    Args:
-        kind: segmenter or classifier.
-        named: a file that the reader has named.
-        regime: which of your classifiers; None takes the only one.
-        shipped: prefer the shipped ones, as the book does, whose text has their numbers.
+    With `shipped` the shipped ones come first, as in the book, whose text has their numbers.
 
     Returns:
         the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.
 
     Raises:
-        CheckpointError: there are none, several of yours, or `named` beside `regime`.
+        CheckpointError: there are none (and which command trains them), several of yours, or
+            `named` beside `regime`.
     """
+    if named is not None and regime is not None:
+        raise CheckpointError(
+            f"--regime {regime}: chooses among your own weights, but {named} is named; drop one"
+        )
     if named is not None:
-        if regime is not None:
-            raise CheckpointError(
-                f"--regime {regime}: chooses among your own weights, but {named} is named; leave "
-                "one of the two out"
-            )
         return Path(named), "named"
-    yours = {} if shipped and preset == "quick" else _yours(kind, preset)
-    if regime is not None:
-        yours = {key: path for key, path in yours.items() if key == regime}
+    yours = {}  # regime, "" for a segmenter -> file
+    if not (shipped and preset == "quick"):
+        plain = weights_file(kind, preset)
+        if is_there(plain):  # older files of classifiers have their regime in the card alone
+            yours["" if kind == "segmenter" else str(read_card(plain).get("regime"))] = plain
+        for each in REGIMES if kind == "classifier" else ():
+            if is_there(path := weights_file(kind, preset, each)):
+                yours[each] = path
+    yours = {key: path for key, path in yours.items() if regime in (None, key)}
     if len(yours) > 1:
         found = ", ".join(f"{path} ({key})" for key, path in yours.items())
         raise CheckpointError(
@@ -314,25 +310,9 @@ def find_weights(
     if yours:
         return next(iter(yours.values())), "yours"
     if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
-        from covidmask.models.weights import ShippedWeights
-
         return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), WHOSE_SHIPPED
     raise CheckpointError(
         f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
         f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
         f"{f' --regime {regime}' if regime else ''}`"
     )
-
-
-def _yours(kind: str, preset: str) -> dict[str, Path]:
-    """Regime ("" for a segmenter) -> the file that training has written."""
-    plain = weights_file(kind, preset)
-    if kind == "segmenter":
-        return {"": plain} if is_there(plain) else {}
-    found = {}
-    if is_there(plain):  # older files have their regime in the card alone
-        from covidmask.models.weights import read_card
-
-        found[str(read_card(plain).get("regime"))] = plain
-    named = {regime: weights_file(kind, preset, regime) for regime in REGIMES}
-    return found | {regime: path for regime, path in named.items() if is_there(path)}

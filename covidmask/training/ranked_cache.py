@@ -54,8 +54,7 @@ def cache_ranked_boxes(
         TrainingError: a box holds NaN.
     """
     fabric = fabric or loop.make_fabric()
-    columns = getattr(model.config, "columns", range(5))
-    shape = (len(dataset), model.config.n_boxes, len(columns))
+    shape = (len(dataset), model.config.n_boxes, len(model.config.columns))
     path = started = None
     if folder is not None:
         path = Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"

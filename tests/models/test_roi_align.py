@@ -117,13 +117,13 @@ def test_points_on_the_border_count_and_those_beyond_it_do_not(start):
 def test_both_ways_of_pooling_were_tested(monkeypatch):
     """Large boxes go to torchvision's kernel, the others do not."""
     seen = []
-    original = roi_align.roi_align
+    original = roi_align.ops.roi_align
 
     def spy(map, boxes, *arguments):
         seen.append(len(boxes))
         return original(map, boxes, *arguments)
 
-    monkeypatch.setattr(roi_align, "roi_align", spy)
+    monkeypatch.setattr(roi_align.ops, "roi_align", spy)
     ours, _ = pair((4,))
     ours(maps_of((4,), 1), [torch.cat([LARGE, EDGES])], [(SIDE, SIDE)])
     assert seen == [len(LARGE)]

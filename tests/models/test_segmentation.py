@@ -53,13 +53,13 @@ SEMANTIC = replace(SMALL, cut=1, levels=3, semantic=True)
 
 
 def test_levels_of_a_light_backbone():
-    maps = fpn_backbone(SEMANTIC)(torch.rand(1, 3, 64, 96))
+    maps = lesion_mask_rcnn(SEMANTIC).backbone(torch.rand(1, 3, 64, 96))
     assert [tuple(m.shape) for m in maps.values()] == [
         *((1, 32, 64 // s, 96 // s) for s in (4, 8, 16)),
         (1, 3, 64, 96),  # the image, for the semantic branch
     ]
     with pytest.raises(ValueError, match="choose 1 to 3"):
-        replace(SMALL, cut=1, levels=4)
+        lesion_mask_rcnn(replace(SMALL, cut=1, levels=4))
 
 
 def test_levels_of_resnet50():
@@ -71,7 +71,7 @@ def test_levels_of_resnet50():
         model = lesion_mask_rcnn(config).eval()
         assert model([torch.rand(3, 64, 96)])[0]["boxes"].shape[1] == 4
     with pytest.raises(ValueError, match="levels 5: choose 1 to 4"):
-        replace(SMALL, backbone="resnet50", cut=0, levels=5)
+        lesion_mask_rcnn(replace(SMALL, backbone="resnet50", cut=0, levels=5))
 
 
 def test_semantic_branch_adds_a_loss_and_maps():
@@ -164,13 +164,15 @@ def test_stock_box_loss_at_the_stock_beta():
 def test_proposals_are_ranked_on_raw_logits():
     """Logits of 30 and 40 have the same sigmoid in float32; the stronger one must come first."""
     rpn = lesion_mask_rcnn(SMALL).rpn.eval()
+    assert rpn._pre_nms_top_n is not rpn._post_nms_top_n  # each can be set alone
     boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 60, 60]]])
     kept, logits = rpn.filter_proposals(boxes, torch.tensor([[30.0, 40.0, -5.0]]), [(64, 64)], [3])
     assert logits[0].tolist() == [40.0, 30.0, -5.0]
     assert kept[0][0].tolist() == [20, 20, 40, 40]
 
 
-@pytest.mark.parametrize("wrong", [{"backbone": "vgg"}, {"cut": 3}, {"cut": 1}, {"lesions": "all"}])
+@pytest.mark.parametrize("wrong", [{"backbone": "vgg"}, {"cut": 3}, {"cut": 1}, {"lesions": "all"},
+     {"lesions": "nodule,nodule"}, {"lesions": ","}, {"lesions": "nodule,,cyst"}])  # fmt: skip
 def test_config_refuses(wrong):
     with pytest.raises(ValueError, match="choose"):
-        DetectorConfig(**wrong)
+        lesion_mask_rcnn(DetectorConfig(**wrong))
