@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from html import escape
 from itertools import cycle
 from pathlib import Path

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
-from covidmask.config import LESION_CLASSES
 from covidmask.datasets.medical import hounsfield_to_unit
 from covidmask.datasets.scans import LUNG_WINDOW, Scan, choose_slices, find_scans, read_slices
 from covidmask.errors import CheckpointError, DataError, OutputError
@@ -112,7 +111,7 @@ def predict(
         tqdm.write(f"Note: {note}")
     detector = for_inference(load_segmenter(segmenter, device))
     model = for_inference(load_classifier(classifier, device))
-    classes, lesions = model.config.classes, detector.config.lesions
+    classes = model.config.classes
     lesion_classes = detector.classes
     names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
     names += [*lesion_classes, *classes]

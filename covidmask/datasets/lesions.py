@@ -77,9 +77,6 @@ def mask_to_targets(
 def _codes(lesions: str) -> tuple[Sequence[tuple[int, ...]], int]:
     """The mask codes of label 1, label 2, ..., and the largest code that a mask may hold."""
     names = lesion_classes(lesions)
-    if not all(names) or len(set(names)) < len(names):
-        known = ", ".join(LESION_CLASSES)
-        raise ValueError(f"lesions {lesions!r}: choose {known}, or different names with commas")
     if lesions == "merged":
         return [(GGO, CONSOLIDATION)], CONSOLIDATION
     codes = [(code,) for code in range(GGO, GGO + len(names))]
