@@ -398,7 +398,7 @@ def test_classes_of_a_model_and_of_other_data(root, monkeypatch, capsys):
         dataset.classes = ("Nodule", "None", "Both")
         return dataset
 
-    monkeypatch.setattr("covidmask.cli.open_slices", opened)
+    monkeypatch.setattr("covidmask.datasets.classes.open_slices", opened)
     assert main(["evaluate", "classifier"]) == 2
     err = capsys.readouterr().err
     assert "phantoms-quick: has the classes Nodule, None, Both" in err and "COVID-19" in err
