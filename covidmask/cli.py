@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from covidmask import config, datasets, files, models
+from covidmask import config, datasets, files
 from covidmask.config import PRESETS
 from covidmask.errors import CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
@@ -79,21 +79,19 @@ class Phantoms:
     preset: PresetName = "quick"
     out: Annotated[Path | None, _none(PHANTOMS, "DIR", "Folder to make.")] = None
     seed: int = 0  # Another seed gives other patients.
-    workers: Annotated[int | None, _none("one for each core", "INT")] = None
-    """Processes that draw slices. The files do not depend on it."""
+    workers: Annotated[int | None, _none("one for each core", "INT", "Processes that draw.")] = None
     phantoms: config.PhantomConfig
 
     def run(self) -> None:
         from covidmask.datasets.phantom_sets import cores, write_phantoms
 
-        out, size = self.out or phantoms_folder(self.preset), self.phantoms
-        old = (out / "phantoms.json").exists()
-        write_phantoms(out, size, self.seed, cores() if self.workers is None else self.workers)
+        out, of = self.out or phantoms_folder(self.preset), self.phantoms
+        state = "were already there" if (out / "phantoms.json").exists() else "written"
+        write_phantoms(out, of, self.seed, cores() if self.workers is None else self.workers)
+        masked, classed = sum(of.lesion_patients), 3 * sum(of.class_patients)
         _say(
-            f"Phantoms {'were already there' if old else 'written'}: "
-            f"{size.slices_per_patient * sum(size.lesion_patients):,} slices with masks, "
-            f"{3 * size.slices_per_patient * sum(size.class_patients):,} of three classes, "
-            f"{size.size} x {size.size} pixels, in {out}"
+            f"Phantoms {state}: {of.slices_per_patient * masked:,} slices with masks, "
+            f"{of.slices_per_patient * classed:,} of three classes, {of.size} pixels wide, in {out}"
         )
 
 
@@ -116,8 +114,7 @@ class Stats(_OnData):
     `covidmask stats --data data/phantoms-quick`
     """
 
-    min_area: int = 1
-    """Lesions of fewer pixels are not counted. The released code drops those up to 100."""
+    min_area: int = 1  # Lesions of fewer pixels are not counted (released code: of 100 or fewer).
     json: JsonFile = None
 
     def run(self) -> None:
@@ -149,13 +146,10 @@ class _TrainOptions(_OnData):
     checkpoint: Annotated[Path | None, _none("the weights file with suffix .ckpt", "FILE")] = None
     """Written after each epoch: after a crash the same command goes on. Removed at the end."""
     seed: int = 0  # Decides initial weights, order of slices and all draws.
-    workers: int = 0
-    """Processes that read slices; 0 reads in the training process. Use 2 or more with a GPU."""
-    memory: int = 2048
-    """MiB for slices that are decoded once and kept; the rest is decoded in every epoch."""
+    workers: int = 0  # Processes that read slices; 0 is the training's own. 2 or more with a GPU.
+    memory: int = 2048  # MiB for slices that are decoded once; the rest is in every epoch.
     device: Device = "auto"
-    log_dir: Annotated[Path | None, _none("none", "DIR")] = None
-    """Folder for TensorBoard. Needs `pip install tensorboard`."""
+    log_dir: Annotated[Path | None, _none("none", "DIR", "For TensorBoard, if installed.")] = None
 
     def changed(self) -> dict[str, Any]:
         """What differs from the preset, by option."""
@@ -163,69 +157,51 @@ class _TrainOptions(_OnData):
         return {n: value for n, value in _values(self) if n in preset and value != preset[n]}
 
     def _train(
-        self,
-        model: Any,
-        dataset: Any,
-        training: config.TrainingConfig,
-        train: Callable[..., list[dict]],
-        regime: str | None = None,
-        segmenter: Path | None = None,
-        **card: Any,
+        self, model: Any, dataset: Any, train: Callable, training: Any, *read: Path, **card: Any
     ) -> None:
         """Train once all outputs can be written; write the weights with their card; say so."""
-        import torch
-        import torchvision
-
-        import covidmask
         from covidmask.models.weights import save_model
         from covidmask.training.loop import make_fabric
 
+        regime = card.get("regime")
         kind = "classifier" if regime else "segmenter"
-        read = [self.split, *filter(None, [segmenter])]
         out = self.out or weights_file(kind, self.preset, regime)
+        _check_output("--out", out, ".safetensors", self.split, *read)
         checkpoint = self.checkpoint or out.with_suffix(".ckpt")
-        _check_output("--out", out, ".safetensors", *read)
-        _check_output("--checkpoint", checkpoint, "", out, *read)
-        if self.log_dir is not None and _rank() == 0:
-            files.check_writable(self.log_dir)
+        _check_output("--checkpoint", checkpoint, "", out, self.split, *read)
+        _check_output("--log-dir", self.log_dir and self.log_dir / "events", "")
         if checkpoint.exists():
             _say(f"Going on from {checkpoint}")
         device = _device(self.device)
-        try:
-            fabric = make_fabric(training.precision, device, regime == "full", self.log_dir)
-        except ModuleNotFoundError as error:
-            raise CovidmaskError(
-                "--log-dir: TensorBoard is not installed; run `pip install tensorboard`"
-            ) from error
+        fabric = make_fabric(training.precision, device, regime == "full", self.log_dir)
         options = {"fabric": fabric, "seed": self.seed, "workers": self.workers}
         history = train(model, checkpoint=checkpoint, **options)
         last = [values for values in history if values["epoch"] == history[-1]["epoch"]]
         names = [name for name in last[0] if name not in ("step", "epoch", "lr")]
         means = {name: sum(values[name] for values in last) / len(last) for name in names}
-        best = None
-        if card.pop("validated", False):
-            best = max(values["accuracy"] for values in history if "accuracy" in values)
-        if regime:
-            card |= {"regime": regime, "validation_accuracy": best}
+        if card.get("validation_accuracy"):
+            judged = [values["accuracy"] for values in history if "accuracy" in values]
+            card["validation_accuracy"] = max(judged)
         if _rank() == 0:
             card |= {
                 "command": f"covidmask train {kind}",
                 "preset": self.preset,
                 "changed": self.changed(),
-                "training": asdict(training),
+                "training": training,
                 "data": Path(os.path.realpath(self.folder)).name,
                 "split": Path(self.split).name,
                 "seed": self.seed,
                 "steps": len(history),
                 "last_epoch": means,
-                "covidmask": covidmask.__version__,
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
+            versions = ("covidmask", "torch", "torchvision")
+            card |= {name: sys.modules[name].__version__ for name in versions}
+            card = {k: asdict(v) if is_dataclass(v) else v for k, v in card.items()}
             save_model(model, out, **card)
             for path in (checkpoint, checkpoint.with_suffix(".phantoms.ckpt")):
                 path.unlink(missing_ok=True)
+        best = card.get("validation_accuracy")
         kept = "" if best is None else f", best accuracy on val {best:.3f} (kept)"
         _say(
             f"{kind.capitalize()}{f' ({regime})' if regime else ''} trained on "
@@ -247,8 +223,7 @@ class TrainSegmenter(_TrainOptions):
 
     weights_backbone: Annotated[str | None, _none("random weights", "NAME")] = None
     """Start from torchvision's weights of this name, such as IMAGENET1K_V1 (downloaded)."""
-    phantoms_first: Annotated[bool, arg(name="pretraining")] = True
-    """Train on phantoms first, where the preset says so."""
+    phantoms_first: Annotated[bool, arg(name="pretraining")] = True  # Where the preset says so.
     min_area: int  # Lesions of fewer pixels are no instances.
     segmenter: config.TrainingConfig
     detector: config.DetectorConfig
@@ -280,16 +255,9 @@ class TrainSegmenter(_TrainOptions):
             options |= {"checkpoint": checkpoint, "memory": self.memory}
             return train_segmenter(model, dataset, self.segmenter, **options)
 
-        self._train(
-            model,
-            dataset,
-            self.segmenter,
-            train,
-            pretraining=first and asdict(first),
-            augment=self.augment and asdict(self.augment),
-            min_area=self.min_area,
-            weights_backbone=self.weights_backbone,
-        )
+        card = {"pretraining": first, "augment": self.augment, "min_area": self.min_area}
+        card["weights_backbone"] = self.weights_backbone
+        self._train(model, dataset, train, self.segmenter, **card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,8 +297,8 @@ class TrainClassifier(_TrainOptions):
             options |= {"cache": files.ranked_folder(), "memory": self.memory, "validation": val}
             return train_classifier(model, dataset, self.regime, training, **options)
 
-        validated = val is not None
-        self._train(model, dataset, training, train, self.regime, weights, validated=validated)
+        card = {"regime": self.regime, "validation_accuracy": True if val else None}
+        self._train(model, dataset, train, training, weights, **card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,10 +332,8 @@ class EvaluateSegmenter(_EvaluateOptions):
 
     score: float = 0.75
     """The released code's AP and Dice take detections that score above it; COCO's AP takes all."""
-    threshold: float = 0.5
-    """Pixels whose probability in the fused detections is above it are lesion."""
-    mirror: bool = False
-    """Fuse the detections of each slice with those of its mirror image: twice the time."""
+    threshold: float = 0.5  # Pixels whose probability in the fused detections is above are lesion.
+    mirror: bool = False  # Fuse detections with those of the mirror image: twice the time.
     min_area: Annotated[int | None, _none("as in training", "INT")] = None
     """Lesions of fewer pixels are left out of the truth."""
 
@@ -385,19 +351,18 @@ class EvaluateSegmenter(_EvaluateOptions):
         overlap, chosen = result.pop("overlap"), {"split": self.split, "min_area": area} | chosen
         measured = {name: value for name, value in result.items() if name != "slices"}
         _table(
-            "mask_ and box_: COCO's AP. author_ and dice_: the released code's own AP of masks, "
-            f"and mean Dice, of detections that score above {self.score:g} (on slices with the class "
-            "in the truth or the detections)",
+            "COCO's AP (mask_, box_), and, of detections that score above "
+            f"{self.score:g}, the released code's own AP of masks (author_) and mean Dice (dice_)",
             {"": measured},
         )
         _table(
-            f"Fused detections above {self.threshold:g}{', mirrored too' * self.mirror}. Means "
-            "over all slices; where prediction and truth share no pixel a slice counts 0, as in "
-            "the published tables of COVID-SemiSeg (mae: mean absolute error of probabilities; "
-            "dice_present: Dice on the slices that have it, present: their number)",
+            f"Fused detections above {self.threshold:g}{', mirrored too' * self.mirror}: means of "
+            "all slices, 0 where prediction and truth share no pixel, as in COVID-SemiSeg's tables "
+            "(mae: error of the probabilities; dice_present: on the slices that have it)",
             overlap,
         )
-        result |= {"overlap": overlap, "patients": _patients(dataset)} | chosen
+        patients = len(set(dataset.patients)) if dataset.patients_known else None
+        result |= {"overlap": overlap, "patients": patients} | chosen
         done = f"Segmenter {weights} judged on {_counts(result)}: mask AP50 "
         _report(f"{done}{result['mask_ap50']:.3f}", self.json, result)
 
@@ -470,27 +435,24 @@ class Predict:
     `covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out`
     """
 
-    images: Positional[tuple[Path, ...]]
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE|DIR [...]")]
     """Slices, volumes and folders to look at."""
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder for pictures (..._lesions.png), predictions.csv and summary.csv."""
-    slices: Annotated[
-        str | None, _none("32 of a volume, evenly spaced", "all|20-80|3,17,40-45")
-    ] = None
+    slices: Annotated[str | None, _none("32 of a volume", "all|20-80|3,17,40-45")] = None
     """Which slices of each volume, from 1, nearest the feet where positions are known."""
     every: Annotated[int | None, _none("take each", "INT")] = None
     """5 takes every fifth of --slices, or of all slices where --slices is not given."""
     series: Annotated[int | None, _none("a folder may hold one", "INT")] = None
     """Which DICOM series of a folder with several; the message that asks for it counts them."""
     window: Annotated[tuple[float, float], arg(metavar="LEVEL WIDTH")] = (-600.0, 1500.0)
-    """Hounsfield units that become black to white, for DICOM and NIfTI. Default: for the lung."""
+    """Hounsfield units that become black to white, for DICOM and NIfTI; these are for the lung."""
     preset: PresetName = "quick"
     segmenter: Weights = None
     classifier: Weights = None
     regime: WhichRegime = None
     score: float = 0.5  # Boxes that score above it are drawn and counted, 0 to 1.
-    threshold: float = 0.5
-    """Pixels whose probability in the fused detections is above it are lesion, as in evaluate."""
+    threshold: float = 0.5  # Pixels whose probability in the fused detections is above are lesion.
     device: Device = "auto"
 
     def run(self) -> None:
@@ -499,8 +461,7 @@ class Predict:
         if not self.images:
             raise CovidmaskError("no image is named; run `covidmask predict IMAGE ... --help`")
         if self.window[1] <= 0:
-            numbers = " ".join(f"{value:g}" for value in self.window)
-            raise CovidmaskError(f"--window {numbers}: the width must be above 0; try -600 1500")
+            raise CovidmaskError("--window: the width must be above 0; try -600 1500")
         if self.out.is_file():
             raise OutputError(f"{self.out}: is a file; name a folder with --out")
         _say(NOTICE)
@@ -539,10 +500,8 @@ class Convert:
     For example: `covidmask convert released.pth released.safetensors`
     """
 
-    author: Annotated[Positional[Path], arg(metavar="AUTHOR.pth")]
-    """A file of the released repository, of a segmenter or a classifier."""
-    out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]
-    """File to write."""
+    author: Annotated[Positional[Path], arg(metavar="AUTHOR.pth")]  # Segmenter or classifier.
+    out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]  # File to write.
 
     def run(self) -> None:
         from covidmask.models.author_checkpoints import load_author_checkpoint
@@ -559,35 +518,32 @@ class Convert:
         _say(f"{kind} of {self.author} converted; weights in {self.out}")
 
 
-COMMANDS: dict[str, Any] = {
-    "phantoms": Phantoms,
-    "fetch": tyro.conf.OmitSubcommandPrefixes[Fetch],
-    "stats": Stats,
-    "train": {"segmenter": TrainSegmenter, "classifier": TrainClassifier},
-    "evaluate": {"segmenter": EvaluateSegmenter, "classifier": EvaluateClassifier},
-    "predict": Predict,
-    "check": Check,
-    "convert": Convert,
-}
-GROUPS = {
-    "train": "Train the segmenter, then the classifier on it.",
-    "evaluate": "Judge a trained model on slices that it has not seen.",
-}
+def _commands(preset: config.Preset) -> Any:
+    """What tyro reads: all commands, with the numbers of a preset as defaults."""
 
+    def command(kind: Any, name: str) -> Any:
+        return Annotated[kind, subcommand(name)]
 
-def _union(commands: dict[str, Any], preset: config.Preset) -> Any:
-    """The type that tyro reads the command line as, with the numbers of a preset as defaults."""
-    kinds = []
-    for name, kind in commands.items():
-        default = MISSING
-        if isinstance(kind, dict):
-            kind = _union(kind, preset)
-        elif kind in (Phantoms, TrainSegmenter, TrainClassifier):
-            parts = [field.name for field in fields(kind) if field.default is MISSING]
-            default = kind(**{part: getattr(preset, part) for part in parts})
-        more = {} if default is MISSING else {"default": default}
-        kinds.append(Annotated[kind, subcommand(name, description=GROUPS.get(name), **more)])
-    return Union[tuple(kinds)]  # noqa: UP007
+    def numbers(kind: type, name: str) -> Any:
+        parts = [field.name for field in fields(kind) if field.default is MISSING]
+        default = kind(**{part: getattr(preset, part) for part in parts})
+        return Annotated[kind, subcommand(name, default=default)]
+
+    def group(name: str, description: str, *kinds: Any) -> Any:
+        return Annotated[Union[kinds], subcommand(name, description=description)]  # noqa: UP007
+
+    train = (numbers(TrainSegmenter, "segmenter"), numbers(TrainClassifier, "classifier"))
+    judge = (command(EvaluateSegmenter, "segmenter"), command(EvaluateClassifier, "classifier"))
+    return Union[  # noqa: UP007
+        numbers(Phantoms, "phantoms"),
+        command(tyro.conf.OmitSubcommandPrefixes[Fetch], "fetch"),
+        command(Stats, "stats"),
+        group("train", "Train the segmenter, then the classifier on it.", *train),
+        group("evaluate", "Judge a trained model on slices that it has not seen.", *judge),
+        command(Predict, "predict"),
+        command(Check, "check"),
+        command(Convert, "convert"),
+    ]
 
 
 def _parse(argv: Sequence[str]) -> Any:
@@ -612,7 +568,7 @@ def _parse(argv: Sequence[str]) -> Any:
             name = f"--{part}.{name[2:]}"
         words.append(name + equals + value)
     command = tyro.cli(
-        _union(COMMANDS, PRESETS.get(preset, PRESETS["quick"])),
+        _commands(PRESETS.get(preset, PRESETS["quick"])),
         prog="covidmask",
         description="COVID-CT-Mask-Net, from CT slices to ranked boxes to three classes. "
         f"{NOTICE} Each command has a --help of its own.",
@@ -623,9 +579,8 @@ def _parse(argv: Sequence[str]) -> Any:
         low, high = LIMITS.get(name) or LIMITS.get(name.split(".")[-1], (0, 2**31 - 1))
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not low <= number <= high:
-                raise CovidmaskError(
-                    f"{_option(name)} {number}: must be at least {low:,} and at most {high:,}"
-                )
+                option = f"--{name.replace('_', '-')} {number}"
+                raise CovidmaskError(f"{option}: must be at least {low:,} and at most {high:,}")
     return command
 
 
@@ -634,10 +589,6 @@ def _values(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field in fields(settings):
         name, value = prefix + field.name, getattr(settings, field.name)
         yield from _values(value, f"{name}.") if is_dataclass(value) else [(name, value)]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -681,32 +632,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _message(error: Exception, command: Any) -> str | None:
     """One sentence for the reader; None where the fault is in covidmask itself."""
-    text = _one_line(error)
-    if isinstance(error, CovidmaskError):
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = " ".join(lines)
+    if lines[0].startswith("Caught "):  # a DataLoader's worker puts its traceback first
+        text = lines[-1].removeprefix(f"covidmask.errors.{type(error).__name__}: ")
+    if isinstance(error, (CovidmaskError, ModuleNotFoundError)):
         return f"error: {text}"
     if isinstance(error, OSError) and error.errno:  # no name: output goes to a full disk
         where = error.filename or "the output or an open file"
         return f"error: {where}: {error.strerror or text}; check path, permissions and disk"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return (
-            f"error: there is not enough memory ({text}); lower --batch-size or --memory, or take "
-            "smaller images"
-        )
+        advice = "lower --batch-size or --memory, or take smaller images"
+        return f"error: there is not enough memory ({text}); {advice}"
     changed = command.changed() if isinstance(command, _TrainOptions) else {}
     kinds = (ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError)
     if changed and isinstance(error, kinds):
-        options = " ".join(f"{_option(name)} {value}" for name, value in changed.items())
+        options = " ".join(f"--{n.replace('_', '-')} {value}" for n, value in changed.items())
         return f"error: {options}: cannot be built or trained ({text}); check names and numbers"
     return None
-
-
-def _one_line(error: BaseException) -> str:
-    """The message. A DataLoader's worker puts its traceback first, the message last."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if not lines[0].startswith("Caught "):
-        return " ".join(lines)
-    start, _, rest = lines[-1].partition(": ")
-    return rest if start.startswith("covidmask.errors.") else lines[-1]
 
 
 def _rank() -> int:
@@ -758,7 +701,9 @@ def _check_output(option: str, path: Path | None, suffix: str, *others: str | Pa
 
 def _weights(kind: str, preset: str, named: Path | None, regime: str | None = None) -> Path:
     """The file of `find_weights`, after a line that says whose it is."""
-    path, whose = models.find_weights(kind, preset, named, regime)
+    from covidmask.models.weights import find_weights
+
+    path, whose = find_weights(kind, preset, named, regime)
     _say(f"{kind.capitalize()}: {whose}, {path}")
     return path
 
@@ -773,14 +718,9 @@ def _device(name: str) -> str:
     return ("cuda" if cuda else "cpu") if name == "auto" else name
 
 
-def _patients(dataset: Any) -> int | None:
-    return len(set(dataset.patients)) if dataset.patients_known else None
-
-
 def _counts(numbers: dict[str, Any]) -> str:
-    patients = numbers["patients"]
-    whose = "unknown" if patients is None else f"{patients:,}"
-    return f"{numbers['slices']:,} slices of {whose} patients"
+    patients = "unknown" if numbers["patients"] is None else f"{numbers['patients']:,}"
+    return f"{numbers['slices']:,} slices of {patients} patients"
 
 
 def _lesion_numbers(dataset: Any) -> dict[str, Any]:
@@ -798,7 +738,8 @@ def _lesion_numbers(dataset: Any) -> dict[str, Any]:
             f"share_of_regions_below_{limit:g}_of_the_image": float(small[i]),
             "mean_area_fraction": float(areas.mean()) if areas.size else float("nan"),
         }
-    return {"slices": len(dataset), "patients": _patients(dataset), "classes": classes}
+    patients = len(set(dataset.patients)) if dataset.patients_known else None
+    return {"slices": len(dataset), "patients": patients, "classes": classes}
 
 
 def _class_numbers(dataset: Any) -> dict[str, Any]:
