@@ -11,11 +11,7 @@ from pathlib import Path
 
 from covidmask.files import check_writable, is_there
 
-OPTIONAL = {  # extra -> what it is for
-    "medical": "DICOM and NIfTI files",
-    "timm": "more backbones",
-    "train": "TensorBoard logs",
-}
+OPTIONAL = ("medical", "timm", "train")  # extras; the others are for building and testing
 
 
 def check(data: Path, weights: Path) -> int:
@@ -53,16 +49,16 @@ def _packages() -> Iterator[tuple[str, str]]:
     yield "OK", f"covidmask {own['Version']}"
     for line in (f"Python{own['Requires-Python']}", *(metadata.requires("covidmask") or [])):
         needed = Requirement(line)
-        name, extra = needed.name, str(needed.marker or "")
-        use = next((OPTIONAL[key] for key in OPTIONAL if f'extra == "{key}"' in extra), None)
-        if extra and not use:
-            continue  # for building and testing the book
+        name, marker = needed.name, str(needed.marker or "")
+        extra = next((extra for extra in OPTIONAL if f'extra == "{extra}"' in marker), None)
+        if marker and not extra:
+            continue
         try:
             python = name == "Python"
             version = platform.python_version() if python else metadata.version(name)
         except metadata.PackageNotFoundError:
-            remedy = f"for {use}" if use else f"pip install {name}"
-            yield "--" if use else "FAIL", f"{name}: absent, needs {needed.specifier}; {remedy}"
+            what = f"optional ({extra})" if extra else f"pip install {name}"
+            yield "--" if extra else "FAIL", f"{name}: absent, needs {needed.specifier}; {what}"
             continue
         # a wheel built for one device calls itself 2.5.0+cpu; the part after + is no version
         fits = needed.specifier.contains(version.split("+")[0], prereleases=True)

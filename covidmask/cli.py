@@ -69,11 +69,9 @@ PHANTOMS = "the preset's phantoms in $COVIDMASK_DATA or ./data"
 class Phantoms:
     """Make synthetic CT slices, laid out exactly like the real data.
 
-    DIR/lesions holds slices with lesion masks, DIR/slices holds slices of three classes, and both
-    have lists for training, validation and test. No patient is in two of them. Running it again
-    with the same options finds the folder and does nothing.
-
-    For example: `covidmask phantoms --preset quick`
+    DIR/lesions holds slices with lesion masks, DIR/slices slices of three classes, both with lists
+    for training, validation and test; no patient is in two of them. A folder that is there already
+    is kept. For example: `covidmask phantoms --preset quick --phantoms.size 64 --out small`
     """
 
     preset: PresetName = "quick"
@@ -126,15 +124,14 @@ class Stats(_OnData):
             found["lesions"][split] = _lesion_numbers(dataset)
         for split in datasets.slice_splits(root):
             found["slices"][split] = _class_numbers(datasets.open_slices(root, split))
-        lists = {f"{a}, {b}": numbers for a, part in found.items() for b, numbers in part.items()}
-        if not lists:
-            raise DataError(
-                f"{root}: holds no data that can be read; name a folder with lesions/ or slices/ "
-                "in it, or COVID-SemiSeg"
-            )
-        for name, numbers in lists.items():
-            _table(f"{name}: {_counts(numbers)}", numbers["classes"])
-        total = sum(numbers["slices"] for numbers in lists.values())
+        total = 0
+        for part, splits in found.items():
+            for split, numbers in splits.items():
+                _table(f"{part}, {split}: {_counts(numbers)}", numbers["classes"])
+                total += numbers["slices"]
+        if not total:
+            layouts = "a folder with lesions/ or slices/ in it, or COVID-SemiSeg"
+            raise DataError(f"{root}: holds no data that can be read; name {layouts}")
         _report(f"Statistics of {total:,} slices in {root}", self.json, found)
 
 
@@ -172,41 +169,39 @@ class _TrainOptions(_OnData):
         _check_output("--log-dir", self.log_dir and self.log_dir / "events", "")
         if checkpoint.exists():
             _say(f"Going on from {checkpoint}")
-        device = _device(self.device)
+        device, options = _device(self.device), {"seed": self.seed, "workers": self.workers}
         fabric = make_fabric(training.precision, device, regime == "full", self.log_dir)
-        options = {"fabric": fabric, "seed": self.seed, "workers": self.workers}
-        history = train(model, checkpoint=checkpoint, **options)
+        history = train(model, checkpoint=checkpoint, fabric=fabric, **options)
         last = [values for values in history if values["epoch"] == history[-1]["epoch"]]
         names = [name for name in last[0] if name not in ("step", "epoch", "lr")]
         means = {name: sum(values[name] for values in last) / len(last) for name in names}
-        if card.get("validation_accuracy"):
-            judged = [values["accuracy"] for values in history if "accuracy" in values]
-            card["validation_accuracy"] = max(judged)
+        if best := card.get("validation_accuracy"):
+            best = max(values["accuracy"] for values in history if "accuracy" in values)
+            card["validation_accuracy"] = best
+        card |= {
+            "command": f"covidmask train {kind}",
+            "preset": self.preset,
+            "changed": self.changed(),
+            "training": training,
+            "data": Path(os.path.realpath(self.folder)).name,
+            "split": Path(self.split).name,
+            "seed": self.seed,
+            "steps": len(history),
+            "last_epoch": means,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        for package in ("covidmask", "torch", "torchvision"):
+            card[package] = sys.modules[package].__version__
         if _rank() == 0:
-            card |= {
-                "command": f"covidmask train {kind}",
-                "preset": self.preset,
-                "changed": self.changed(),
-                "training": training,
-                "data": Path(os.path.realpath(self.folder)).name,
-                "split": Path(self.split).name,
-                "seed": self.seed,
-                "steps": len(history),
-                "last_epoch": means,
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            }
-            versions = ("covidmask", "torch", "torchvision")
-            card |= {name: sys.modules[name].__version__ for name in versions}
-            card = {k: asdict(v) if is_dataclass(v) else v for k, v in card.items()}
+            card = {name: asdict(v) if is_dataclass(v) else v for name, v in card.items()}
             save_model(model, out, **card)
             for path in (checkpoint, checkpoint.with_suffix(".phantoms.ckpt")):
                 path.unlink(missing_ok=True)
-        best = card.get("validation_accuracy")
+        what = f"Classifier ({regime})" if regime else "Segmenter"
         kept = "" if best is None else f", best accuracy on val {best:.3f} (kept)"
         _say(
-            f"{kind.capitalize()}{f' ({regime})' if regime else ''} trained on "
-            f"{len(set(dataset.names)):,} slices: epochs {last[0]['epoch'] + 1}, steps "
-            f"{len(history):,}, mean loss of the last epoch {means['loss']:.4f}{kept}; "
+            f"{what} trained on {len(set(dataset.names)):,} slices: epochs {last[0]['epoch'] + 1}, "
+            f"steps {len(history):,}, mean loss of the last epoch {means['loss']:.4f}{kept}; "
             f"weights in {out}"
         )
 
@@ -247,11 +242,13 @@ class TrainSegmenter(_TrainOptions):
 
         def train(model: Any, checkpoint: Path, **options: Any) -> list[dict]:
             if first:
-                parts = {p: getattr(self, p) for p in ("detector", "augment", "phantoms")}
-                preset = replace(PRESETS[self.preset], pretraining=first, **parts)
-                before = checkpoint.with_suffix(".phantoms.ckpt")
-                folder = phantoms_folder(self.preset)
-                pretrain_segmenter(model, preset, folder, checkpoint=before, **options)
+                parts = ("detector", "augment", "pretraining", "phantoms")
+                preset = replace(PRESETS[self.preset], **{p: getattr(self, p) for p in parts})
+                drawn, before = (
+                    phantoms_folder(self.preset),
+                    checkpoint.with_suffix(".phantoms.ckpt"),
+                )
+                pretrain_segmenter(model, preset, drawn, checkpoint=before, **options)
             options |= {"checkpoint": checkpoint, "memory": self.memory}
             return train_segmenter(model, dataset, self.segmenter, **options)
 
@@ -348,21 +345,19 @@ class EvaluateSegmenter(_EvaluateOptions):
         chosen = {"score": self.score, "threshold": self.threshold, "mirror": self.mirror}
         result = evaluate_segmenter(model, dataset, **chosen, **options)
         del result["table"]
-        overlap, chosen = result.pop("overlap"), {"split": self.split, "min_area": area} | chosen
-        measured = {name: value for name, value in result.items() if name != "slices"}
+        measured = {name: value for name, value in result.items() if isinstance(value, float)}
         _table(
             "COCO's AP (mask_, box_), and, of detections that score above "
             f"{self.score:g}, the released code's own AP of masks (author_) and mean Dice (dice_)",
-            {"": measured},
+            {"value": measured},
         )
         _table(
             f"Fused detections above {self.threshold:g}{', mirrored too' * self.mirror}: means of "
             "all slices, 0 where prediction and truth share no pixel, as in COVID-SemiSeg's tables "
             "(mae: error of the probabilities; dice_present: on the slices that have it)",
-            overlap,
+            result["overlap"],
         )
-        patients = len(set(dataset.patients)) if dataset.patients_known else None
-        result |= {"overlap": overlap, "patients": patients} | chosen
+        result |= {"patients": _patients(dataset), "split": self.split, "min_area": area} | chosen
         done = f"Segmenter {weights} judged on {_counts(result)}: mask AP50 "
         _report(f"{done}{result['mask_ap50']:.3f}", self.json, result)
 
@@ -388,11 +383,9 @@ class EvaluateClassifier(_EvaluateOptions):
         found = evaluate_classifier(model, dataset, **options)
         counts, labels = found["confusion"], found["labels"]
         right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-        intervals = {
-            "sensitivity": [wilson(*pair) for pair in zip(right, true, strict=True)],
-            "ppv": [wilson(*pair) for pair in zip(right, predicted, strict=True)],
-            "accuracy": wilson(right.sum(), found["n"]),
-        }
+        intervals = {"sensitivity": list(map(wilson, right, true))}
+        intervals |= {"ppv": list(map(wilson, right, predicted))}
+        intervals |= {"accuracy": wilson(right.sum(), found["n"])}
         # classes number their patients on their own in COVIDx-CT
         owners = [f"{c} {p}" for c, p in zip(dataset.labels, dataset.patients, strict=True)]
         by_patient = patient_bootstrap(
@@ -428,21 +421,18 @@ class EvaluateClassifier(_EvaluateOptions):
 class Predict:
     """Draw the lesions of CT slices and give the probabilities of three classes.
 
-    Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM (files, or folders that hold a series) and
-    NIfTI. No patient tag and no name of a DICOM or NIfTI file reaches an output. Without weights
-    that you name or have trained, it takes the small ones that come with the package, which have
-    seen synthetic slices only. For example:
+    Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM (files, or folders that hold a series) and NIfTI;
+    no patient tag and no name of a DICOM or NIfTI file reaches an output. The weights that come
+    with the package have seen synthetic slices only. For example:
     `covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out`
     """
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE|DIR [...]")]
     """Slices, volumes and folders to look at."""
-    out: Annotated[Path, arg(metavar="DIR")]
-    """Folder for pictures (..._lesions.png), predictions.csv and summary.csv."""
+    out: Annotated[Path, arg(metavar="DIR")]  # For ..._lesions.png, predictions.csv, summary.csv.
     slices: Annotated[str | None, _none("32 of a volume", "all|20-80|3,17,40-45")] = None
     """Which slices of each volume, from 1, nearest the feet where positions are known."""
-    every: Annotated[int | None, _none("take each", "INT")] = None
-    """5 takes every fifth of --slices, or of all slices where --slices is not given."""
+    every: Annotated[int | None, _none("take each", "INT", "5: every fifth of --slices.")] = None
     series: Annotated[int | None, _none("a folder may hold one", "INT")] = None
     """Which DICOM series of a folder with several; the message that asks for it counts them."""
     window: Annotated[tuple[float, float], arg(metavar="LEVEL WIDTH")] = (-600.0, 1500.0)
@@ -461,7 +451,8 @@ class Predict:
         if not self.images:
             raise CovidmaskError("no image is named; run `covidmask predict IMAGE ... --help`")
         if self.window[1] <= 0:
-            raise CovidmaskError("--window: the width must be above 0; try -600 1500")
+            level, width = self.window
+            raise CovidmaskError(f"--window {level:g} {width:g}: the width must be above 0")
         if self.out.is_file():
             raise OutputError(f"{self.out}: is a file; name a folder with --out")
         _say(NOTICE)
@@ -513,37 +504,37 @@ class Convert:
         save_model(model, self.out, **card, min_area=PRESETS["paper"].min_area)
         detector = getattr(model, "detector", model)
         for part in dict.fromkeys((detector, model)):
-            _table(type(part.config).__name__, {"": asdict(part.config)})
+            _table("", {type(part.config).__name__: asdict(part.config)})
         kind = "Segmenter" if detector is model else "Classifier"
         _say(f"{kind} of {self.author} converted; weights in {self.out}")
 
 
-def _commands(preset: config.Preset) -> Any:
-    """What tyro reads: all commands, with the numbers of a preset as defaults."""
+def _commands(preset: config.Preset, **kinds: Any) -> Any:
+    """What tyro reads: a choice of commands, with the numbers of a preset as defaults."""
+    choice = []
+    for name, kind in kinds.items():
+        details: dict[str, Any] = {}
+        if isinstance(kind, tuple):
+            details["description"], kind = kind[0], _commands(preset, **kind[1])
+        elif kind in (Phantoms, TrainSegmenter, TrainClassifier):
+            parts = [field.name for field in fields(kind) if field.default is MISSING]
+            details["default"] = kind(**{part: getattr(preset, part) for part in parts})
+        choice.append(Annotated[kind, subcommand(name, **details)])
+    return Union[tuple(choice)]  # noqa: UP007
 
-    def command(kind: Any, name: str) -> Any:
-        return Annotated[kind, subcommand(name)]
 
-    def numbers(kind: type, name: str) -> Any:
-        parts = [field.name for field in fields(kind) if field.default is MISSING]
-        default = kind(**{part: getattr(preset, part) for part in parts})
-        return Annotated[kind, subcommand(name, default=default)]
-
-    def group(name: str, description: str, *kinds: Any) -> Any:
-        return Annotated[Union[kinds], subcommand(name, description=description)]  # noqa: UP007
-
-    train = (numbers(TrainSegmenter, "segmenter"), numbers(TrainClassifier, "classifier"))
-    judge = (command(EvaluateSegmenter, "segmenter"), command(EvaluateClassifier, "classifier"))
-    return Union[  # noqa: UP007
-        numbers(Phantoms, "phantoms"),
-        command(tyro.conf.OmitSubcommandPrefixes[Fetch], "fetch"),
-        command(Stats, "stats"),
-        group("train", "Train the segmenter, then the classifier on it.", *train),
-        group("evaluate", "Judge a trained model on slices that it has not seen.", *judge),
-        command(Predict, "predict"),
-        command(Check, "check"),
-        command(Convert, "convert"),
-    ]
+TRAIN = {"segmenter": TrainSegmenter, "classifier": TrainClassifier}
+JUDGE = {"segmenter": EvaluateSegmenter, "classifier": EvaluateClassifier}
+COMMANDS = {
+    "phantoms": Phantoms,
+    "fetch": tyro.conf.OmitSubcommandPrefixes[Fetch],
+    "stats": Stats,
+    "train": ("Train the segmenter, then the classifier on it.", TRAIN),
+    "evaluate": ("Judge a trained model on slices that it has not seen.", JUDGE),
+    "predict": Predict,
+    "check": Check,
+    "convert": Convert,
+}
 
 
 def _parse(argv: Sequence[str]) -> Any:
@@ -568,7 +559,7 @@ def _parse(argv: Sequence[str]) -> Any:
             name = f"--{part}.{name[2:]}"
         words.append(name + equals + value)
     command = tyro.cli(
-        _commands(PRESETS.get(preset, PRESETS["quick"])),
+        _commands(PRESETS.get(preset, PRESETS["quick"]), **COMMANDS),
         prog="covidmask",
         description="COVID-CT-Mask-Net, from CT slices to ranked boxes to three classes. "
         f"{NOTICE} Each command has a --help of its own.",
@@ -669,7 +660,8 @@ def _table(title: str, columns: dict[str, dict[str, Any]]) -> None:
     """Print a title, and below it a column of named values for each entry."""
     import pandas
 
-    table = pandas.DataFrame(columns, dtype=object)
+    each = {name: pandas.Series(values, dtype=object) for name, values in columns.items()}
+    table = pandas.concat(each, axis=1)
     _say(f"{title}\n{table.to_string(float_format='{:.3f}'.format, na_rep='n/a')}")
 
 
@@ -718,6 +710,10 @@ def _device(name: str) -> str:
     return ("cuda" if cuda else "cpu") if name == "auto" else name
 
 
+def _patients(dataset: Any) -> int | None:
+    return len(set(dataset.patients)) if dataset.patients_known else None
+
+
 def _counts(numbers: dict[str, Any]) -> str:
     patients = "unknown" if numbers["patients"] is None else f"{numbers['patients']:,}"
     return f"{numbers['slices']:,} slices of {patients} patients"
@@ -738,8 +734,7 @@ def _lesion_numbers(dataset: Any) -> dict[str, Any]:
             f"share_of_regions_below_{limit:g}_of_the_image": float(small[i]),
             "mean_area_fraction": float(areas.mean()) if areas.size else float("nan"),
         }
-    patients = len(set(dataset.patients)) if dataset.patients_known else None
-    return {"slices": len(dataset), "patients": patients, "classes": classes}
+    return {"slices": len(dataset), "patients": _patients(dataset), "classes": classes}
 
 
 def _class_numbers(dataset: Any) -> dict[str, Any]:

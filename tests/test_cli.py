@@ -99,7 +99,7 @@ def weights(root, kind):
         ("train segmenter", "--detector.anchor-sizes --detector.lesions --min-area 0.001"),
         ("train segmenter --preset semiseg", "--augment.copies --pretraining.lr --phantoms.size"),
         ("train segmenter --preset=paper", "--segmenter.batch-size 1e-05 0.25 0.75 512 1024"),
-        ("train classifier", "--classifier.n-boxes --classifier-training.weight-decay 0.03"),
+        ("train classifier", "--classifier.n-boxes --classifier-training.weight-decay 0.0001"),
         ("train classifier", "--segmenter {heads,heads_bn,full} --no-validation --log-dir"),
         ("evaluate", "segmenter classifier"),
         ("evaluate segmenter", "--weights --split --json --score --threshold --mirror"),
@@ -671,7 +671,7 @@ def test_convert(what, run, root, tmp_path):
     source = author_file(tmp_path / "a.pth", model, detector.anchor_sizes, detector.anchor_ratios)
     lines = run("convert", source, tmp_path / "o.safetensors")
     text = "\n".join(lines)
-    for words in (r"backbone +resnet18\n", r"cut +2\n", r"lesions +both\n", r"fpn_channels +32\n"):
+    for words in (r"backbone +resnet18\n", r"cut +2\n", r"lesions +both\n"):
         assert re.search(words, text)
     assert "(2.0, 4.0, 8.0, 16.0, 32.0)\n" in text and "(0.1, 0.25, 0.5, 1.0, 1.5, 2.0)\n" in text
     assert bool(re.search(r"n_boxes +16\nhidden +32\n", text)) == (what == "classifier")
@@ -706,7 +706,7 @@ def test_check(run, root):
     text = "\n".join(lines)
     for part in ("Python 3.", "covidmask 9.9", f"torch {metadata.version('torch')}, needs >=2.2"):
         assert part in text
-    assert "[--] absent-one: absent, needs >=1; for DICOM and NIfTI files" in text
+    assert "[--] absent-one: absent, needs >=1; optional (medical)" in text
     assert "torch and torchvision: fit together" in text and "device: c" in text
     assert f"data folder {root}: can be written" in text and lines[-1] == "All is well"
 

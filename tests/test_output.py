@@ -184,7 +184,7 @@ NUMBERS = {
     "evaluate segmenter": "score threshold min-area batch-size",
     "evaluate classifier": "batch-size",
     "train segmenter": "lr epochs seed workers memory batch-size segmenter.warmup detector.rpn-nms"
-    " segmenter.average detector.levels",
+    " segmenter.average",
     "train classifier": "lr epochs seed workers memory batch-size classifier.n-boxes",
     "phantoms": "seed workers",
     "stats": "min-area",
