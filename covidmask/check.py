@@ -6,36 +6,46 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
-from covidmask.files import check_writable, is_there
+from covidmask.files import check_writable, data_root, is_there, weights_file
 
 OPTIONAL = ("medical", "timm", "train")  # extras; the others are for building and testing
 
 
-def check(data: Path, weights: Path) -> int:
-    """Print [OK], [FAIL] and [--] (optional, absent) lines. Returns 0, or 2 after any [FAIL]."""
-    lines = list(_packages())
-    elsewhere = "choose another folder with $COVIDMASK_DATA"
-    for what, probe, remedy in (
-        ("torch and torchvision", _nms, "install both with one command"),
-        ("torch and numpy", _from_numpy, 'pip install --upgrade torch, or pip install "numpy<2"'),
-        ("lightning and setuptools", _fabric, 'pip install --upgrade lightning "setuptools<81"'),
-        ("device", _device, "install torch again"),
-        (f"data folder {data}", lambda: _writable(data), elsewhere),
-        (f"weights folder {weights}", lambda: _writable(weights), elsewhere),
-    ):
-        try:
-            lines.append(("OK", f"{what}: {probe() or 'fit together'}"))
-        except Exception as error:  # ImportError, RuntimeError, OSError, AttributeError ...
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            lines.append(("FAIL", f"{what}: {reason}; {remedy}"))
-    for state, text in lines:
-        print(f"[{state}] {text}", flush=True)
-    failures = sum(state == "FAIL" for state, _ in lines)
-    print(f"{failures} of {len(lines)} checks failed" if failures else "All is well", flush=True)
-    return 2 if failures else 0
+@dataclass(frozen=True)
+class Check:
+    """Look over this machine: Python, packages, device and folders, one line each.
+
+    [OK] is fine, [FAIL] must be mended (the exit status is then 2), [--] is optional.
+    """
+
+    def run(self) -> int:
+        lines, data = list(_packages()), data_root()
+        weights, elsewhere = (
+            weights_file("segmenter", "quick").parent,
+            "name another in $COVIDMASK_DATA",
+        )
+        for what, probe, remedy in (
+            ("torch and torchvision", _nms, "install both with one command"),
+            ("torch and numpy", _from_numpy, 'pip install --upgrade torch, or "numpy<2"'),
+            ("lightning and setuptools", _fabric, 'pip install -U lightning, or "setuptools<81"'),
+            ("device", _device, "install torch again"),
+            (f"data folder {data}", lambda: _writable(data), elsewhere),
+            (f"weights folder {weights}", lambda: _writable(weights), elsewhere),
+        ):
+            try:
+                lines.append(("OK", f"{what}: {probe() or 'fit together'}"))
+            except Exception as error:  # ImportError, RuntimeError, OSError, AttributeError ...
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                lines.append(("FAIL", f"{what}: {reason}; {remedy}"))
+        for state, text in lines:
+            print(f"[{state}] {text}", flush=True)
+        failed = sum(state == "FAIL" for state, _ in lines)
+        print(f"{failed} of {len(lines)} checks failed" if failed else "All is well", flush=True)
+        return 2 if failed else 0
 
 
 def _packages() -> Iterator[tuple[str, str]]:

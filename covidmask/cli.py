@@ -22,6 +22,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from covidmask import config, datasets, files
+from covidmask.check import Check
 from covidmask.config import PRESETS
 from covidmask.errors import CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
@@ -127,8 +128,9 @@ class Stats(_OnData):
         total = 0
         for part, splits in found.items():
             for split, numbers in splits.items():
-                _table(f"{part}, {split}: {_counts(numbers)}", numbers["classes"])
-                total += numbers["slices"]
+                total, patients = total + numbers["slices"], numbers["patients"] or "unknown"
+                title = f"{part}, {split}: {numbers['slices']:,} slices of {patients} patients"
+                _table(title, numbers["classes"])
         if not total:
             layouts = "a folder with lesions/ or slices/ in it, or COVID-SemiSeg"
             raise DataError(f"{root}: holds no data that can be read; name {layouts}")
@@ -346,11 +348,8 @@ class EvaluateSegmenter(_EvaluateOptions):
         result = evaluate_segmenter(model, dataset, **chosen, **options)
         del result["table"]
         measured = {name: value for name, value in result.items() if isinstance(value, float)}
-        _table(
-            "COCO's AP (mask_, box_), and, of detections that score above "
-            f"{self.score:g}, the released code's own AP of masks (author_) and mean Dice (dice_)",
-            {"value": measured},
-        )
+        author = f"own AP of masks (author_) and mean Dice (dice_) of scores above {self.score:g}"
+        _table(f"COCO's AP (mask_, box_); the released code's {author}", {"value": measured})
         _table(
             f"Fused detections above {self.threshold:g}{', mirrored too' * self.mirror}: means of "
             "all slices, 0 where prediction and truth share no pixel, as in COVID-SemiSeg's tables "
@@ -358,8 +357,9 @@ class EvaluateSegmenter(_EvaluateOptions):
             result["overlap"],
         )
         result |= {"patients": _patients(dataset), "split": self.split, "min_area": area} | chosen
-        done = f"Segmenter {weights} judged on {_counts(result)}: mask AP50 "
-        _report(f"{done}{result['mask_ap50']:.3f}", self.json, result)
+        whose = f"{len(dataset):,} slices of {result['patients'] or 'unknown'} patients"
+        ap50 = f"mask AP50 {result['mask_ap50']:.3f}"
+        _report(f"Segmenter {weights} judged on {whose}: {ap50}", self.json, result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,15 +398,11 @@ class EvaluateClassifier(_EvaluateOptions):
         measures = {"sensitivity (95 %)": "sensitivity", "PPV (95 %)": "ppv"}
         cells = {title: map(_interval, found[k], intervals[k]) for title, k in measures.items()}
         _table("", {title: dict(zip(classes, each, strict=True)) for title, each in cells.items()})
-        result = {
-            "confusion": counts.tolist(),
-            **{key: found[key] for key in ("accuracy", "sensitivity", "ppv", "support", "n")},
-            "wilson": intervals,
-            "accuracy_by_patient": by_patient,
-            "patients": len(set(owners)),
-            "split": self.split,
-        }
-        whose = _counts(result | {"slices": found["n"]})
+        names, patients = ("accuracy", "sensitivity", "ppv", "support", "n"), len(set(owners))
+        result = {"confusion": counts.tolist()} | {name: found[name] for name in names}
+        result |= {"wilson": intervals, "accuracy_by_patient": by_patient}
+        result |= {"patients": patients, "split": self.split}
+        whose = f"{found['n']:,} slices of {patients:,} patients"
         _say(
             f"Accuracy {_interval(found['accuracy'], intervals['accuracy'])}\n"
             f"A slice is not a patient: there are {whose}, and slices of one patient are alike. "
@@ -471,19 +467,6 @@ class Predict:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """Look over this machine: Python, packages, device and folders, one line each.
-
-    [OK] is fine, [FAIL] must be mended (the exit status is then 2), [--] is optional.
-    """
-
-    def run(self) -> int:
-        from covidmask.check import check
-
-        return check(files.data_root(), weights_file("segmenter", "quick").parent)
-
-
 @dataclass(frozen=True)
 class Convert:
     """Turn a .pth file of the paper's author into .safetensors, running nothing from it.
@@ -538,12 +521,7 @@ COMMANDS = {
 
 
 def _parse(argv: Sequence[str]) -> Any:
-    """The command that `argv` describes.
-
-    Raises:
-        SystemExit: --help, or words that do not parse; tyro has answered.
-        CovidmaskError: an empty word, or a number that the option cannot have.
-    """
+    """The command that `argv` describes; SystemExit where tyro has answered, as with --help."""
     trained = {("train", "segmenter"): "segmenter", ("train", "classifier"): "classifier-training"}
     part, preset, words = trained.get(tuple(argv[:2])), "quick", []
     for before, word in zip(("covidmask", *argv), argv, strict=False):
@@ -712,11 +690,6 @@ def _device(name: str) -> str:
 
 def _patients(dataset: Any) -> int | None:
     return len(set(dataset.patients)) if dataset.patients_known else None
-
-
-def _counts(numbers: dict[str, Any]) -> str:
-    patients = "unknown" if numbers["patients"] is None else f"{numbers['patients']:,}"
-    return f"{numbers['slices']:,} slices of {patients} patients"
 
 
 def _lesion_numbers(dataset: Any) -> dict[str, Any]:
