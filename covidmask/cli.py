@@ -502,6 +502,8 @@ def _commands(preset: config.Preset, **kinds: Any) -> Any:
         elif kind in (Phantoms, TrainSegmenter, TrainClassifier):
             parts = [field.name for field in fields(kind) if field.default is MISSING]
             details["default"] = kind(**{part: getattr(preset, part) for part in parts})
+            if kind is TrainSegmenter and not preset.pretraining:  # then it draws no phantoms
+                details["default"] = replace(details["default"], phantoms=None)
         choice.append(Annotated[kind, subcommand(name, **details)])
     return Union[tuple(choice)]  # noqa: UP007
 
@@ -617,7 +619,7 @@ def _message(error: Exception, command: Any) -> str | None:
     kinds = (ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError)
     if changed and isinstance(error, kinds):
         options = " ".join(f"--{n.replace('_', '-')} {value}" for n, value in changed.items())
-        return f"error: {options}: cannot be built or trained ({text}); check names and numbers"
+        return f"error: {options}: cannot be built or trained ({text}); check names, numbers and network"
     return None
 
 

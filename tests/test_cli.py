@@ -115,6 +115,8 @@ def test_help(command, words, run):
     text = "\n".join(run(*command.split(), "--help"))
     missing = [word for word in words.split() if word not in text]
     assert not missing, text
+    unused = ("--phantoms", "--augment", "--pretraining.") if command == "train segmenter" else ()
+    assert not [word for word in unused if word in text]
     assert "None" not in re.sub(r"--detector\.\S+ \{None\}.*\n.*\n.*", "", text)  # but in words
 
 
