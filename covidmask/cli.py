@@ -619,7 +619,7 @@ def _message(error: Exception, command: Any) -> str | None:
     kinds = (ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError)
     if changed and isinstance(error, kinds):
         options = " ".join(f"--{n.replace('_', '-')} {value}" for n, value in changed.items())
-        return f"error: {options}: cannot be built or trained ({text}); check names, numbers and network"
+        return f"error: {options}: cannot be built or trained ({text}); check them and the network"
     return None
 
 
