@@ -7,6 +7,7 @@ only what it changes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from covidmask.errors import DataError
 
@@ -90,14 +91,14 @@ class ClassifierConfig:
 class TrainingConfig:
     """One training run, at a constant learning rate unless `warmup` or `cosine` is set."""
 
-    epochs: int
-    batch_size: int
-    lr: float = 1e-5
+    epochs: int  # passes over the training slices
+    batch_size: int  # slices per step, over all processes together
+    lr: float = 1e-5  # learning rate of Adam
     weight_decay: float = 1e-3
     warmup: int = 0  # steps over which the rate grows linearly from 0
     cosine: bool = False  # fall to 0 along half a cosine after the warm-up
     average: float = 0  # decay of a running average of the weights, which is kept; 0: the last ones
-    precision: str = "32-true"  # Lightning Fabric's names: 32-true | bf16-mixed | 16-mixed
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # of Lightning Fabric
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,6 @@ COLAB = Preset(
     phantoms=PhantomConfig(256, 5, (200, 20, 60), (200, 20, 40)),
     detector=replace(
         QUICK.detector,
-        backbone="resnet18",
         cut=1,
         image_size=256,
         max_size=512,

@@ -499,7 +499,7 @@ OUTPUTS = {  # command -> the file or folder that its message names
     SEGMENTER: "out/",
     CLASSIFIER: "out/",
     PREDICT.format("scan.png"): "out/scan_lesions.png",
-    CONVERT: "out/new.safetensors",
+    CONVERT: "out/",
     "stats --data data --json out/new.json": "out/",
     EVALUATE.format("classifier", "cls") + " --json out/new.json": "out/",
     "fetch covid-semiseg --source http://127.0.0.1:9 --out out": "out/TERMS.txt",
@@ -554,8 +554,8 @@ def test_after_a_full_disk_the_run_goes_on(here, capsys, break_disk, monkeypatch
 
 def test_weights_file_that_is_a_folder(here, capsys):
     (here / "out" / "new.safetensors").mkdir()
-    fails(SEGMENTER, here, capsys, "out/new.safetensors", "to a file")
-    fails(CONVERT, here, capsys, "out/new.safetensors", "to a file")
+    fails(SEGMENTER, here, capsys, "out/new.safetensors: is a folder or device", "--out")
+    fails(CONVERT, here, capsys, "out/new.safetensors: is a folder or device", "OUT")
 
 
 SAME = {  # the file that is read -> commands that would write there
@@ -593,7 +593,8 @@ def test_numbers_over_something_else(here, capsys):
 
 
 def test_weights_named_as_the_working_folder(here, capsys):
-    fails(SEGMENTER.replace("out/new.safetensors", "."), here, capsys, "end in .safetensors")
+    fails(SEGMENTER.replace("out/new.safetensors", "."), here, capsys, ".: is a folder", "--out")
+    fails(SEGMENTER.replace("new.safetensors", "new"), here, capsys, "end in .safetensors")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs Unix")

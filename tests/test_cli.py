@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
@@ -95,7 +95,11 @@ def weights(root, kind):
         ("stats", "--data --json"),
         ("train", "segmenter classifier"),
         ("train segmenter", "--preset --data --out --checkpoint --epochs --weights-backbone"),
-        ("train segmenter", "{quick,colab,paper,semiseg} --no-pretraining"),
+        ("train segmenter", "{quick,colab,paper,semiseg} --no-pretraining --segmenter.epochs"),
+        ("train segmenter", "--detector.anchor-sizes --detector.lesions --min-area 0.001"),
+        ("train segmenter --preset semiseg", "--augment.copies --pretraining.lr --phantoms.size"),
+        ("train segmenter --preset=paper", "--segmenter.batch-size 1e-05 0.25 0.75 512 1024"),
+        ("train classifier", "--classifier.n-boxes --classifier-training.weight-decay 0.0001"),
         ("train classifier", "--segmenter {heads,heads_bn,full} --no-validation --log-dir"),
         ("evaluate", "segmenter classifier"),
         ("evaluate segmenter", "--weights --split --json --score --threshold --mirror"),
@@ -111,7 +115,9 @@ def test_help(command, words, run):
     text = "\n".join(run(*command.split(), "--help"))
     missing = [word for word in words.split() if word not in text]
     assert not missing, text
-    assert "None" not in text  # every default is said in words
+    unused = ("--phantoms", "--augment", "--pretraining.") if command == "train segmenter" else ()
+    assert not [word for word in unused if word in text]
+    assert "None" not in re.sub(r"--detector\.\S+ \{None\}.*\n.*\n.*", "", text)  # but in words
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["train"], ["stats", "--depth", "3"], ["convert"]])
@@ -130,7 +136,8 @@ def test_help_does_not_load_torch():
     ).stdout
     assert "usage: covidmask" in text
     loaded = text.splitlines()[-1]
-    assert not [m for m in ("torch", "numpy", "matplotlib", "scipy") if f"'{m}'" in loaded]
+    packages = ("torch", "numpy", "matplotlib", "pandas", "scipy")
+    assert not [m for m in packages if f"'{m}'" in loaded]
 
 
 def test_module_runs_as_a_program():
@@ -191,7 +198,8 @@ def test_layouts_are_told_apart_by_what_they_hold(run, root, tmp_path):
     assert lesion_splits(tmp_path) == ["train"]
     lines = run("stats", "--data", tmp_path)
     assert lines[0] == "lesions, train: 4 slices of unknown patients"
-    assert "4 regions in 4 slices" in lines[1] and lines[-1].startswith("Statistics of 4 slices")
+    assert [line.split() for line in lines[1:3]] == [["GGO", "C"], ["regions", "4", "4"]]
+    assert lines[-1].startswith("Statistics of 4 slices")
     with pytest.raises(DataError, match="no split 'val'; choose train"):
         open_lesions(tmp_path, "val")
 
@@ -201,7 +209,7 @@ def test_slices_without_lists(run, tmp_path):
         (tmp_path / part / "7").mkdir(parents=True)
         Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(tmp_path / part / "7" / "1.png")
     lines = run("stats", "--data", tmp_path, "--json", tmp_path / "s.json")
-    assert lines[0] == "lesions, all: 1 slices of 1 patients" and "n/a" in lines[1]
+    assert lines[0] == "lesions, all: 1 slices of 1 patients" and lines[-2].endswith(" n/a")
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["lesions"]["all"]["classes"]["GGO"]["mean_area_fraction"] is None
 
@@ -237,6 +245,78 @@ def test_overrides_and_other_data(run, tmp_path):
     assert card["seed"] == 3 and card["data"] == "real"
 
 
+def test_numbers_of_the_preset(run, root, tmp_path):
+    """Each has an option, and those that differ from the preset stand in the card."""
+    lines = run(
+        "phantoms",
+        "--phantoms.size",
+        48,
+        "--phantoms.slices-per-patient",
+        1,
+        "--workers=1",
+        "--phantoms.lesion-patients",
+        2,
+        1,
+        1,
+        "--out",
+        tmp_path / "p",
+    )
+    assert lines[-1].startswith(
+        "Phantoms written: 4 slices with masks, 15 of three classes, 48 pix"
+    )
+    out = tmp_path / "s.safetensors"
+    numbers = ("--detector.lesions", "merged", "--detector.anchor-sizes", 3, 9, "--min-area", 3)
+    short = ("--epochs", 2, "--batch_size=1", "--segmenter.no-cosine", "--segmenter.lr=1e-4")
+    data = ("--data", tmp_path / "p", "--out", out)
+    lines = run("train", "segmenter", *data, *numbers, *short)
+    assert lines[-1].startswith("Segmenter trained on 2 slices: epochs 2, steps 4, ")
+    card, detector = read_card(out), load_segmenter(out).config
+    assert detector == replace(TINY_DETECTOR, lesions="merged", anchor_sizes=(3, 9))
+    assert card["training"] == {**asdict(TINY.segmenter), **card["training"]}
+    assert card["changed"] == {
+        "min_area": 3,
+        "segmenter.epochs": 2,
+        "segmenter.batch_size": 1,
+        "segmenter.lr": 1e-4,
+        "segmenter.cosine": False,
+        "detector.lesions": "merged",
+        "detector.anchor_sizes": [3, 9],
+    }
+    assert {n: card["training"][n] for n in ("epochs", "batch_size", "lr", "cosine")} == {
+        "epochs": 2,
+        "batch_size": 1,
+        "lr": 1e-4,
+        "cosine": False,
+    }
+    assert read_card(weights(root, "segmenter"))["changed"] == {}
+    out = tmp_path / "c.safetensors"
+    numbers = ("--classifier.n-boxes", 8, "--classifier.hidden", 24, "--epochs", 1)
+    run("train", "classifier", "--out", out, *numbers, "--classifier-training.lr", 3e-4)
+    assert load_classifier(out).config == replace(TINY_CLASSIFIER, n_boxes=8, hidden=24)
+    assert read_card(out)["changed"] == {
+        "classifier.n_boxes": 8,
+        "classifier.hidden": 24,
+        "classifier_training.epochs": 1,
+        "classifier_training.lr": 3e-4,
+    }
+
+
+def test_faults_of_ours_keep_their_traceback(monkeypatch, capsys):
+    def fault(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("covidmask.models.detector.lesion_mask_rcnn", fault)
+    for error, words in ((TypeError("ours"), []), (ValueError("ours"), ["--min-area", "2"])):
+        with pytest.raises(type(error), match="ours"):
+            main(["train", "segmenter"])
+        if words:
+            assert main(["train", "segmenter", *words]) == 2
+            assert "error: --min-area 2: cannot be built" in capsys.readouterr().err
+        else:
+            with pytest.raises(TypeError):
+                main(["train", "segmenter", "--min-area", "2"])
+
+
 def test_phantoms_first_then_random_copies_of_real_slices(run, tmp_path, monkeypatch):
     tiny = replace(
         TINY,
@@ -248,9 +328,7 @@ def test_phantoms_first_then_random_copies_of_real_slices(run, tmp_path, monkeyp
     monkeypatch.setitem(config.PRESETS, "semiseg", tiny)
     data, out = semiseg(tmp_path / "real"), tmp_path / "s.safetensors"
     command = ["train", "segmenter", "--preset", "semiseg", "--data", data, "--out", out]
-    assert run(*command)[-1].startswith(
-        "Segmenter trained on 4 slices (3 random copies of each in an epoch): epochs 1, steps 6"
-    )
+    assert run(*command)[-1].startswith("Segmenter trained on 4 slices: epochs 1, steps 6, mean")
     card = read_card(out)
     assert card["augment"]["copies"] == 3 and card["pretraining"]["batch_size"] == 2
     assert [path.name for path in tmp_path.glob("s.*")] == ["s.safetensors"]  # no checkpoint left
@@ -270,7 +348,9 @@ def test_phantoms_first_then_random_copies_of_real_slices(run, tmp_path, monkeyp
     for region in ("infection", "GGO", "C"):
         values = found["overlap"][region]
         assert values["present"] == 4 and 0 <= values["dice"] <= 1 and 0 <= values["mae"] <= 1
-        assert any(line.strip().startswith(f"{region} ") and "Dice" in line for line in lines)
+    rows = [line.split() for line in lines]
+    assert ["infection", "GGO", "C"] in rows and ["present", "4", "4", "4"] in rows
+    assert ["dice", *(f"{values['dice']:.3f}" for values in found["overlap"].values())] in rows
 
 
 def test_log_dir(run, tmp_path):
@@ -339,15 +419,17 @@ def test_validation_keeps_the_best_epoch(run, root, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--epochs 0", "--epochs 0: must be at least 1"),
-        ("--batch-size -1", "--batch-size -1: must be at least 1"),
-        ("--lr nan", "--lr nan: must be at least 1e-12"),
-        ("--lr 0", "--lr 0.0: must be at least 1e-12"),
+        ("--epochs 0", "--segmenter.epochs 0: must be at least 1"),
+        ("--batch-size -1", "--segmenter.batch-size -1: must be at least 1"),
+        ("--lr nan", "--segmenter.lr nan: must be at least 1e-12"),
+        ("--segmenter.lr 0", "--segmenter.lr 0.0: must be at least 1e-12"),
+        ("--detector.rpn-iou 0.7 1.5", "--detector.rpn-iou 1.5: must be at least 0 and at most 1"),
+        ("--detector.rpn-iou 0.2 0.7", "--detector.rpn-iou (0.2, 0.7): cannot be built"),
         ("--seed -1", "--seed -1: must be at least 0 and at most"),
         ("--batch-size 500", "8 slices: less than one batch of 500"),
         ("--weights-backbone NONE", "--weights-backbone NONE"),
         ("--device mps", "--device mps: there is none"),
-        ("--out weights.pt", "weights.pt: weights are written to a file"),
+        ("--out weights.pt", "weights.pt: is written to by --out; let its name end in .safe"),
     ],
 )
 def test_settings_that_cannot_be(options, words, capsys, tmp_path, monkeypatch):
@@ -369,7 +451,10 @@ def test_evaluate_segmenter(run, root, tmp_path):
     for name in ("mask_ap", "box_ap75", "mask_ap50_GGO", "author_ap", "author_ap50", "dice_C"):
         assert 0 <= found[name] <= 1
     text = "\n".join(lines)
-    assert "COCO AP, mask" in text and "Released code's own AP" in text and "mean Dice" in text
+    assert "COCO's AP" in text and "released code's own AP" in text and "mean Dice" in text
+    rows = [line.split() for line in lines]
+    for name in ("mask_ap50", "box_ap", "author_ap75", "mask_ap50_GGO", "dice_C"):
+        assert [name, f"{found[name]:.3f}"] in rows
     assert f"{weights(root, 'segmenter')} judged on 6 slices of 3 patients" in lines[-1]
 
 
@@ -382,7 +467,12 @@ def test_evaluate_classifier(run, root, tmp_path):
     low, high = found["wilson"]["accuracy"]
     assert low <= found["accuracy"] <= high
     text = "\n".join(lines)
-    assert "A slice is not a patient: 12 slices come from 6 patients" in text
+    assert "A slice is not a patient: there are 12 slices of 6 patients" in text
+    rows = [line.split() for line in lines]
+    assert all(
+        [name, *map(str, row)] in rows
+        for name, row in zip(("Control", "COVID-19"), confusion[::2], strict=True)
+    )
     assert "Confusion matrix" in text and "sensitivity (95 %)" in text
     assert lines[-1].endswith(f"accuracy {found['accuracy']:.3f}; numbers in {tmp_path / 'e.json'}")
 
@@ -398,10 +488,10 @@ def test_classes_of_a_model_and_of_other_data(root, monkeypatch, capsys):
         dataset.classes = ("Nodule", "None", "Both")
         return dataset
 
-    monkeypatch.setattr("covidmask.cli.open_slices", opened)
+    monkeypatch.setattr("covidmask.datasets.classes.open_slices", opened)
     assert main(["evaluate", "classifier"]) == 2
     err = capsys.readouterr().err
-    assert "phantoms-quick: has the classes Nodule, None, Both" in err and "COVID-19" in err
+    assert "the data set's classes are Nodule, None, Both, the model's Control" in err
 
 
 # ---- which weights --------------------------------------------------------------------------
@@ -583,9 +673,10 @@ def test_convert(what, run, root, tmp_path):
     source = author_file(tmp_path / "a.pth", model, detector.anchor_sizes, detector.anchor_ratios)
     lines = run("convert", source, tmp_path / "o.safetensors")
     text = "\n".join(lines)
-    assert "Backbone resnet18, cut 2" in text and "Lesion classes 2 (GGO, C)" in text
-    assert "Anchor sizes 2, 4, 8, 16, 32 pixels, ratios 0.1, 0.25, 0.5, 1, 1.5, 2" in text
-    assert ("N 16 ranked boxes, S 32 wide" in text) == (what == "classifier")
+    for words in (r"backbone +resnet18\n", r"cut +2\n", r"lesions +both\n"):
+        assert re.search(words, text)
+    assert "(2.0, 4.0, 8.0, 16.0, 32.0)\n" in text and "(0.1, 0.25, 0.5, 1.0, 1.5, 2.0)\n" in text
+    assert bool(re.search(r"n_boxes +16\nhidden +32\n", text)) == (what == "classifier")
     assert lines[-1].endswith(f"converted; weights in {tmp_path / 'o.safetensors'}")
     # objects of up to 100 pixels are no lesion, as in the released code
     assert read_card(tmp_path / "o.safetensors")["min_area"] == 101
@@ -617,9 +708,9 @@ def test_check(run, root):
     text = "\n".join(lines)
     for part in ("Python 3.", "covidmask 9.9", f"torch {metadata.version('torch')}, needs >=2.2"):
         assert part in text
-    assert "[--] absent-one: absent, for DICOM and NIfTI files" in text
-    assert "torch and torchvision fit together" in text and "device c" in text
-    assert f"data folder {root} can be written" in text and lines[-1] == "All is well"
+    assert "[--] absent-one: absent, needs >=1; optional (medical)" in text
+    assert "torch and torchvision: fit together" in text and "device: c" in text
+    assert f"data folder {root}: can be written" in text and lines[-1] == "All is well"
 
 
 def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
@@ -632,7 +723,7 @@ def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
     failed = [line for line in lines if line.startswith("[FAIL]")]
     assert len(failed) == 4 and lines[-1] == f"4 of {len(lines) - 1} checks failed"
     text = "\n".join(failed)
-    for part in ("needs >=4", "needs >=99", "absent-one: absent", "torchvision do not fit"):
+    for part in ("needs >=4", "needs >=99", "absent-one: absent", "torchvision: a wrong"):
         assert "install covidmask" not in text  # no such project on the package index is ours
         assert part in text
     assert not list(tmp_path.iterdir())  # looking changes nothing
@@ -641,8 +732,8 @@ def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "module, name, words",
     [
-        ("torch", "from_numpy", "torch and numpy do not fit together (gone); pip install --upg"),
-        ("covidmask.check", "import_module", "setuptools do not fit together (gone); pip install"),
+        ("torch", "from_numpy", "torch and numpy: gone; pip install --upg"),
+        ("covidmask.check", "import_module", "lightning and setuptools: gone; pip install"),
     ],
 )
 def test_check_tells_what_does_not_fit(module, name, words, capsys, monkeypatch):
