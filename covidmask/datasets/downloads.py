@@ -35,37 +35,37 @@ MAX_UNPACKED = 200 * 2**30  # bytes of everything an archive holds
 MAX_RATIO = 100  # unpacked to packed; pictures hardly shrink, a bomb shrinks a thousandfold
 _OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")  # for Unix or for Windows
 
+Place = Callable[[PurePosixPath], str | None]  # path of a file -> its path in a folder of ours
+
 
 class _Refused(Exception):
     """Another attempt would not help."""
 
 
-def download(
-    base: str | Path, files: Mapping[str, str], out: str | Path, workers: int = 8
-) -> list[str]:
+def download(base: str | Path, files: Mapping[str, str], out: Path, workers: int = 8) -> list[str]:
     """Fetch the files that are missing from `out`, or there with another sum; give their names.
 
     A file gets its name when its sum is right, and stays, so another call goes on where this one
-    stopped. pooch tries again what may pass: server errors, broken connections, wrong sums. The
-    first file that still fails ends it all; those that the host does not have are counted.
+    stopped. Server errors, broken connections and wrong sums are tried again. The first file that
+    still fails ends it all, in a `DataError`; those that the host does not have are counted.
 
     Args:
         base: what stands before each name, such as https://host/folder; or a folder with copies.
         files: name, with / between folders, -> SHA-256 in hexadecimal digits.
         workers: downloads at a time, 1 to 64.
-
-    Raises:
-        DataError: a file cannot be had, or its sum stays wrong.
-        OutputError: `out` cannot be written.
     """
     if not 1 <= workers <= 64:
         raise DataError(f"--workers {workers}: must be 1 to 64")
-    out, local = Path(out), os.path.isdir(base) or isinstance(base, Path)
+    local = os.path.isdir(base) or isinstance(base, Path)
     remedy = (
         "check the address and the network, try again later, or name a folder with copies (see "
         "--help); the files that came are kept"
     )
-    wanted = [n for n, sha256 in files.items() if not _has_sum(out / n, sha256)]
+    wanted = [
+        name
+        for name, sha256 in files.items()
+        if not (out / name).is_file() or pooch.file_hash(str(out / name)) != sha256
+    ]
     stop = threading.Event()
 
     def get(url: str, file: str, _: pooch.Pooch) -> None:
@@ -125,10 +125,6 @@ def download(
     return wanted
 
 
-def _has_sum(path: Path, sha256: str) -> bool:
-    return path.is_file() and pooch.file_hash(str(path)) == sha256
-
-
 @contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
     """`out`/.partial, empty, for files that are not whole yet; removed at the end.
@@ -160,14 +156,11 @@ def move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def extract(archive: Path, folder: Path, place: Callable[[PurePosixPath], str | None]) -> list[str]:
-    """Write chosen files of a zip or tar archive into an empty folder, under names of our own.
+def extract(archive: Path, folder: Path, place: Place) -> list[str]:
+    """Write the files of a zip or tar archive that have a place to it, and give these places.
 
-    Every member is looked at, chosen or not; links are left out. `place` gives for the path of a
-    file its path below `folder`, or None. Of two files with one path, the first is taken.
-
-    Returns:
-        the paths written, below `folder`.
+    Every member is looked at, chosen or not; links are left out. Of two files with one place, the
+    first is taken.
 
     Raises:
         DataError: the archive is damaged, encrypted, or no archive; it holds a path with .. or

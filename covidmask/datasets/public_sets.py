@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from covidmask.datasets import classes
-from covidmask.datasets.downloads import ARCHIVES, download, extract, move, partial_folder
+from covidmask.datasets.downloads import ARCHIVES, Place, download, extract, move, partial_folder
 from covidmask.datasets.lesions import LesionSlices, SemiSeg, split_by_patient
 from covidmask.datasets.scans import IMAGE_SUFFIXES, write_image
 from covidmask.errors import DataError, OutputError
@@ -40,7 +40,7 @@ def fetch_covid_semiseg(out: Path, source: Source | None = None, workers: int = 
         DataError: a file cannot be had, or is not the published one.
         OutputError: `out` cannot be written.
     """
-    fetched = _begin("covid-semiseg", out, out, source, (), workers)
+    fetched = _begin("covid-semiseg", out, ".", source, (), workers)
     layout = out / "lesion_layout"
     lists = [layout / f"{split}.txt" for split in ("train", "test")]
     if fetched or not all(path.is_file() for path in lists):
@@ -81,7 +81,7 @@ def lay_out_covidx_ct(
     if not sources:
         raise DataError("--from: name at least one folder or archive, or kaggle")
     sources = [_kaggle(kaggle_version) if name == "kaggle" else name for name in sources]
-    _begin("covidx-ct", out, out / "lists", lists, sources)
+    _begin("covidx-ct", out, "lists", lists, sources)
     entries = {s: classes.read_split(out / f"lists/{s}_COVIDx_CT-1.txt") for s in SPLITS}
     listed = {Path(entry.name).stem: entry for part in entries.values() for entry in part}
     # patient, scan and slice are unique without the class
@@ -171,13 +171,12 @@ def lay_out_cncb_lesions(
             or are damaged, or a mask holds other codes than 0..3.
         OutputError: `out` cannot be written.
     """
-    _begin("cncb-lesions", out, out / "lists", lists, [source])
+    _begin("cncb-lesions", out, "lists", lists, [source])
     names = {
         split: [words[0] for _, words in read_lines(out / f"lists/{split}_split_segmentation.txt")]
         for split in ("train", "test")
     }
-    everyone = [*names["train"], *names["test"]]
-    wanted = dict.fromkeys(tuple(Path(name).stem.rsplit("_", 1)) for name in everyone)
+    wanted = {tuple(Path(n).stem.rsplit("_", 1)) for part in names.values() for n in part}
     suffixes = {"image": IMAGE_SUFFIXES, "mask": (".png",)}
     seen: dict[str, PurePosixPath] = {}  # image or mask -> its path in the source
 
@@ -195,22 +194,9 @@ def lay_out_cncb_lesions(
         return key + suffix
 
     _collect([source], out, place)
-    missing = [
-        f"{kind}/{patient}/{number}"
-        for patient, number in wanted
-        for kind in suffixes
-        if not any((out / kind / patient / (number + s)).is_file() for s in suffixes[kind])
-    ]
-    if missing:
-        raise DataError(
-            f"{source}: of the {len(wanted):,} slices of the released lists, these images or masks "
-            f"are missing: {some(missing)}; name a folder or archive with image/<patient>/<slice> "
-            "and mask/<patient>/<slice> in it"
-        )
-    with partial_folder(out) as partial:
-        _write(partial / "all.txt", everyone)
-        dataset = LesionSlices(out, partial / "all.txt")
-        for index in tqdm(range(len(dataset)), "check", unit="slice", disable=None):
+    for split in names:
+        dataset = LesionSlices(out, out / f"lists/{split}_split_segmentation.txt")
+        for index in tqdm(range(len(dataset)), f"check {split}", unit="slice", disable=None):
             dataset.read(index)
     patients = [name.rpartition("_")[0] for name in names["train"]]
     divided = split_by_patient(patients, (500 / 650, 150 / 650), seed)
@@ -222,14 +208,9 @@ def lay_out_cncb_lesions(
 
 
 def _begin(
-    name: str,
-    out: Path,
-    folder: Path,
-    base: Source | None,
-    sources: Sequence[Source],
-    workers: int = 8,
+    name: str, out: Path, below: str, base: Source | None, sources: Sequence, workers: int = 8
 ) -> int:
-    """Look at the sources, write the terms, and bring the files of a data set into `folder`."""
+    """Look at the sources, write the terms, and bring the files of a data set to `out`/`below`."""
     for path in (Path(source).expanduser() for source in sources):
         if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
             problem = "is no archive" if path.exists() else "there is no such file or folder"
@@ -238,7 +219,7 @@ def _begin(
         raise OutputError(f"{out}: is a file; choose a folder")
     _write(out / "TERMS.txt", TERMS[name].splitlines())
     parts = FILES[name].items()
-    return sum(len(download(base or url, files, folder, workers)) for url, files in parts)
+    return sum(len(download(base or url, files, out / below, workers)) for url, files in parts)
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:
@@ -247,9 +228,7 @@ def _write(path: Path, lines: Sequence[str]) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _collect(
-    sources: Sequence[Source], out: Path, place: Callable[[PurePosixPath], str | None]
-) -> None:
+def _collect(sources: Sequence[Source], out: Path, place: Place) -> None:
     """Bring the files that have a place below `out` to it: linked, or unpacked from archives."""
 
     def new_place(path: PurePosixPath) -> str | None:

@@ -212,8 +212,8 @@ def test_a_disk_that_is_full(how, host, files, out, monkeypatch):
 
 def test_a_killed_download_leaves_nothing_that_counts(host, files, out):
     host.faults[PATHS[2]] = ["silent"]
-    code = "import json, sys; from covidmask.datasets.downloads import download; "
-    code += "download(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], 1)"
+    code = "import json, pathlib, sys; from covidmask.datasets.downloads import download; "
+    code += "download(sys.argv[1], json.loads(sys.argv[2]), pathlib.Path(sys.argv[3]), 1)"
     child = subprocess.Popen([sys.executable, "-c", code, host.url, json.dumps(files), str(out)])
     for _ in range(600):
         if host.requests[PATHS[2]]:
@@ -846,7 +846,10 @@ def test_cncb_lesions_that_are_not_right(lesions, out, tmp_path):
     source = write_files(tmp_path / "in", lesions.files)
     (source / "mask/3/20.png").unlink()
     (source / "image/21/40.jpg").unlink()
-    with pytest.raises(DataError, match=r"missing: 2 \(mask/3/20, image/21/40\)"):
+    with pytest.raises(DataError, match=r"train_split_.*without a mask: 1 \(3_20.jpg\)"):
+        lay_out_lesions(out, source, lesions)
+    shutil.copy(source / "mask/3/40.png", source / "mask/3/20.png")
+    with pytest.raises(DataError, match=r"test_split_.*not on disk: 1 \(21_40.jpg\)"):
         lay_out_lesions(out, source, lesions)
     assert list(out.glob("*.txt")) == [out / "TERMS.txt"]  # no list, so nobody reads the rest
     write_files(source, lesions.files)
