@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import arg, subcommand
 
 from covidmask.files import data_root
 
-
-def _default(text: str, metavar: str) -> Any:
-    return arg(help_behavior_hint=f"(default: {text})", metavar=metavar)
-
-
-_Out = Annotated[Path | None, _default("its name in $COVIDMASK_DATA or ./data", "DIR")]
-_Lists = Annotated[Path | None, _default("they are downloaded", "DIR")]
+_HINT = "(default: its name in $COVIDMASK_DATA or ./data)"
+_Out = Annotated[Path | None, arg(help_behavior_hint=_HINT, metavar="DIR")]
+_Lists = Annotated[Path | None, arg(help_behavior_hint="(default: download)", metavar="DIR")]
+_Source = Annotated[str | None, arg(help_behavior_hint="(default: the authors)", metavar="URL|DIR")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +26,9 @@ class FetchCovidSemiSeg:
     `covidmask stats --data data/covid-semiseg`
     """
 
-    out: _Out = None
-    """Folder to fill."""
-    source: Annotated[str | None, _default("the authors' repository", "URL|DIR")] = None
-    """Another address or folder with TrainingSet and TestingSet; the sums stay the same."""
-    workers: int = 8
-    """Downloads at a time."""
+    out: _Out = None  # Folder to fill.
+    source: _Source = None  # Another address or folder with the same files, by the same SHA-256.
+    workers: int = 8  # Downloads at a time.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +45,12 @@ class FetchCovidxCt:
 
     sources: Annotated[tuple[str, ...], arg(name="from", metavar="DIR|kaggle|ARCHIVE [...]")]
     """Folders and archives (zip, tar, tar.gz ...) that hold the slices; kaggle downloads them."""
-    out: _Out = None
-    """Folder to fill."""
-    lists: _Lists = None
-    """Folder with copies of the four public lists; their SHA-256 is checked, too."""
-    seeds: tuple[int, ...] = (0,)
-    """Each gives two samples: sample_seed<n>, and _by_patient, which covers more patients."""
-    per_class: int = 1000
-    """Slices of each class in a sample."""
-    kaggle_version: int = 1
-    """Of the data set on Kaggle; later ones leave out 28 slices of version 1."""
-    allow_missing: bool = False
-    """Leave out slices that are not there, and name them in OUT/missing.txt."""
+    out: _Out = None  # Folder to fill.
+    lists: _Lists = None  # Folder with copies of the four public lists, by the same SHA-256.
+    seeds: tuple[int, ...] = (0,)  # Each gives sample_seed<n>, and _by_patient, of more patients.
+    per_class: int = 1000  # Slices of each class in a sample.
+    kaggle_version: int = 1  # Of the data set on Kaggle; later ones leave out 28 slices.
+    allow_missing: bool = False  # Leave out slices that are not there; OUT/missing.txt names them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +67,9 @@ class FetchCncbLesions:
 
     source: Annotated[str, arg(name="from", metavar="DIR|ARCHIVE")]
     """Folder or archive (zip, tar, tar.gz ...)."""
-    out: _Out = None
-    """Folder to fill."""
-    lists: _Lists = None
-    """Folder with copies of the author's two lists; their SHA-256 is checked, too."""
-    seed: int = 0
-    """Of the division into 500 and 150 slices."""
+    out: _Out = None  # Folder to fill.
+    lists: _Lists = None  # Folder with copies of the author's two lists, by the same SHA-256.
+    seed: int = 0  # Of the division into 500 and 150 slices.
 
 
 @dataclass(frozen=True)

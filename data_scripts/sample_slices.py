@@ -1,47 +1,45 @@
 """Draw a balanced training list from a COVIDx-CT list, as the paper did (section 2.2).
 
-    python data_scripts/sample_slices.py train_COVIDx_CT-1.txt train_3000.txt
+python data_scripts/sample_slices.py train_COVIDx_CT-1.txt train_3000.txt --seed 0 --by-patient
 
 The author's own 3,000 slices are in his repository (train_split_classification.txt), and
 covidmask reads that list too; this draws another sample of the same kind.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-from covidmask.datasets.classes import balanced_sample, parse_name, read_split, write_split
+import tyro
+from tyro.conf import Positional
+
+from covidmask.datasets import classes
 from covidmask.errors import CovidmaskError
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, help="list to draw from")
-    parser.add_argument("output", type=Path, help="list to write")
-    parser.add_argument("--per-class", type=int, default=1000, help="slices (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
-    parser.add_argument(
-        "--by-patient",
-        action="store_true",
-        help="one slice of every patient before a second of any",
-    )
-    arguments = parser.parse_args()
-    try:
-        sample = balanced_sample(
-            read_split(arguments.source), arguments.per_class, arguments.seed, arguments.by_patient
-        )
-        write_split(arguments.output, sample)
-    except CovidmaskError as error:
-        print(error, file=sys.stderr)
-        return 2
-    patients = len({parse_name(entry.name).patient for entry in sample})
-    print(f"{arguments.output}: {len(sample)} slices of {patients} patients")
-    return 0
+def draw(
+    source: Positional[Path],
+    output: Positional[Path],
+    per_class: int = 1000,
+    seed: int = 0,
+    by_patient: bool = False,
+) -> None:
+    """Draw it.
+
+    Args:
+        source: list to draw from.
+        output: list to write.
+        per_class: slices of each class.
+        seed: of the draw.
+        by_patient: one slice of every patient before a second of any.
+    """
+    sample = classes.balanced_sample(classes.read_split(source), per_class, seed, by_patient)
+    classes.write_split(output, sample)
+    patients = len({classes.parse_name(entry.name).patient for entry in sample})
+    print(f"{output}: {len(sample)} slices of {patients} patients")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+try:
+    tyro.cli(draw, description=__doc__)
+except CovidmaskError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)

@@ -61,11 +61,6 @@ def download(base: str | Path, files: Mapping[str, str], out: Path, workers: int
         "check the address and the network, try again later, or name a folder with copies (see "
         "--help); the files that came are kept"
     )
-    wanted = [
-        name
-        for name, sha256 in files.items()
-        if not (out / name).is_file() or pooch.file_hash(str(out / name)) != sha256
-    ]
     stop = threading.Event()
 
     def get(url: str, file: str, _: pooch.Pooch) -> None:
@@ -93,7 +88,6 @@ def download(base: str | Path, files: Mapping[str, str], out: Path, workers: int
 
     def fetch(name: str) -> str | None:
         """One file; the complaint if the host does not have it."""
-        cause: object
         try:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)  # pooch's threads would race
             return move(Path(source.fetch(name, downloader=get)), out / name)
@@ -111,6 +105,11 @@ def download(base: str | Path, files: Mapping[str, str], out: Path, workers: int
             raise DataError(text) from error
 
     with partial_folder(out) as folder, ThreadPoolExecutor(workers) as pool:
+        wanted = [
+            name
+            for name, sha256 in files.items()
+            if not (out / name).is_file() or pooch.file_hash(str(out / name)) != sha256
+        ]
         pooch.get_logger().setLevel("WARNING")  # a bar says more than a line per file
         retries = 0 if local else RETRIES
         source = pooch.Pooch(folder, f"{base}".rstrip("/") + "/", files, retry_if_failed=retries)

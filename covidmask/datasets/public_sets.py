@@ -85,27 +85,29 @@ def lay_out_covidx_ct(
     entries = {s: classes.read_split(out / f"lists/{s}_COVIDx_CT-1.txt") for s in SPLITS}
     listed = {Path(entry.name).stem: entry for part in entries.values() for entry in part}
     # patient, scan and slice are unique without the class
-    by_key = {classes.parse_name(entry.name)[1:]: entry for entry in listed.values()}
+    by_key = {classes.parse_name(entry.name)[1:]: stem for stem, entry in listed.items()}
 
     def place(path: PurePosixPath) -> str | None:
         words, suffix = path.stem.split("_"), path.suffix.lower()
         named = len(words) == 4
-        entry = by_key.get(tuple(words[1:]) if named else (*path.parts[-3:-1], path.stem))
-        if entry is None or suffix not in IMAGE_SUFFIXES:
+        stem = by_key.get(tuple(words[1:]) if named else (*path.parts[-3:-1], path.stem))
+        if stem is None or suffix not in IMAGE_SUFFIXES:
             return None
-        if named and words[0] not in (classes.NAME_CLASSES[entry.label], str(entry.label)):
-            return None
-        return f"slices/{Path(entry.name).stem}{suffix}"
+        label = listed[stem].label
+        right = not named or words[0] in (classes.NAME_CLASSES[label], str(label))
+        return f"slices/{stem}{suffix}" if right else None
 
     _collect(sources, out, place)
     found, damaged = set(), 0
-    for file in tqdm(list((out / "slices").glob("*.*")), "check", unit="slice", disable=None):
-        if file.stem in listed and file.suffix in IMAGE_SUFFIXES:
-            if _looks_whole(file):
-                found.add(listed[file.stem].name)
+    files = list(os.scandir(out / "slices")) if (out / "slices").is_dir() else []
+    for file in tqdm(files, "check", unit="slice", disable=None):
+        stem, suffix = os.path.splitext(file.name)
+        if stem in listed and suffix in IMAGE_SUFFIXES:
+            if _looks_whole(file.path):
+                found.add(listed[stem].name)
             else:
                 damaged += 1
-                file.unlink()  # our link or copy
+                os.unlink(file)  # our link or copy
     there = {split: [e for e in part if e.name in found] for split, part in entries.items()}
     missing = [entry.name for entry in listed.values() if entry.name not in found]
     if missing and not (allow_missing and found):
@@ -120,8 +122,9 @@ def lay_out_covidx_ct(
     if missing:
         _write(out / "missing.txt", missing)
     author = classes.read_split(out / "lists/train_split_classification.txt")
-    named = [by_key.get(classes.parse_name(e.name)[1:], e) for e in author]  # as in v1, with boxes
-    parts = {"train": [entry for entry in named if entry.name in found]}
+    stems = [by_key.get(classes.parse_name(entry.name)[1:]) for entry in author]
+    drawn = [listed[stem] for stem in stems if stem]  # under their names in v1, with their boxes
+    parts = {"train": [entry for entry in drawn if entry.name in found]}
     parts |= {"val": there["val"], "test": there["test"], "train_all": there["train"]}
     for seed in seeds:
         for name, by_patient in (("", False), ("_by_patient", True)):
@@ -140,13 +143,13 @@ def _kaggle(version: int) -> Path:
         return Path(kagglehub.dataset_download(f"hgunraj/covidxct/versions/{version}"))
     except Exception as error:  # many ways to fail: not installed, login, consent, network, disk
         raise DataError(
-            f"--from kaggle: the download fails ({one_line(error)}); run `pip install kagglehub` "
-            "if it is not there, or download https://www.kaggle.com/datasets/hgunraj/covidxct "
-            "yourself and name its folder with --from"
+            f"--from kaggle: the download fails ({one_line(error)}); `pip install kagglehub` if it "
+            "is missing, or download https://www.kaggle.com/datasets/hgunraj/covidxct yourself and "
+            "name its folder with --from"
         ) from error
 
 
-def _looks_whole(path: Path) -> bool:
+def _looks_whole(path: str) -> bool:
     """Whether a PNG or JPEG has its first and last bytes. Decoding 100,000 would take an hour."""
     head = tail = b""
     with suppress(OSError), open(path, "rb") as file:  # the file behind a link may have moved
