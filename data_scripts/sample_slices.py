@@ -1,10 +1,4 @@
-"""Draw a balanced training list from a COVIDx-CT list, as the paper did (section 2.2).
-
-python data_scripts/sample_slices.py train_COVIDx_CT-1.txt train_3000.txt --seed 0 --by-patient
-
-The author's own 3,000 slices are in his repository (train_split_classification.txt), and
-covidmask reads that list too; this draws another sample of the same kind.
-"""
+"""Draw a balanced training list from a COVIDx-CT list, as the paper did (section 2.2)."""
 
 import sys
 from pathlib import Path
@@ -12,7 +6,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from covidmask.datasets import classes
+from covidmask.datasets.classes import balanced_sample, parse_name, read_split, write_split
 from covidmask.errors import CovidmaskError
 
 
@@ -23,23 +17,25 @@ def draw(
     seed: int = 0,
     by_patient: bool = False,
 ) -> None:
-    """Draw it.
+    """Draw a balanced training list from a COVIDx-CT list; the author's own is another draw.
+
+    python data_scripts/sample_slices.py train_COVIDx_CT-1.txt train_3000.txt --by-patient
 
     Args:
         source: list to draw from.
         output: list to write.
         per_class: slices of each class.
-        seed: of the draw.
+        seed: the same seed gives the same list.
         by_patient: one slice of every patient before a second of any.
     """
-    sample = classes.balanced_sample(classes.read_split(source), per_class, seed, by_patient)
-    classes.write_split(output, sample)
-    patients = len({classes.parse_name(entry.name).patient for entry in sample})
+    sample = balanced_sample(read_split(source), per_class, seed, by_patient)
+    write_split(output, sample)
+    patients = len({parse_name(entry.name).patient for entry in sample})
     print(f"{output}: {len(sample)} slices of {patients} patients")
 
 
 try:
-    tyro.cli(draw, description=__doc__)
+    tyro.cli(draw)
 except CovidmaskError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
