@@ -21,7 +21,8 @@ class FetchCovidSemiSeg:
     """Download COVID-SemiSeg: 98 real CT slices with masks of GGO and consolidation, 5 MB.
 
     For non-commercial use only; the terms are printed first and stored beside the data. Each file
-    is compared with its SHA-256. Running it again fetches what is missing or wrong. For example:
+    is compared with its SHA-256. Running it again fetches what is missing or wrong.
+    OUT/lesion_layout holds the same slices upright, as image/, mask/ and lists. For example:
     `covidmask fetch covid-semiseg`, then
     `covidmask stats --data data/covid-semiseg`
     """

@@ -417,6 +417,13 @@ def test_of_two_members_with_one_place_the_first_is_taken(tmp_path, out):
     assert (out / "1.png").read_bytes() == b"first"
 
 
+def test_a_python_without_the_data_filter(tmp_path, out, monkeypatch):
+    path = write_zip(tmp_path / "x.zip", {"1.png": b"1"})
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    with pytest.raises(DataError, match="x.zip: this Python is too old to unpack safely; update"):
+        extract(path, out, everything)
+
+
 # ---- COVID-SemiSeg --------------------------------------------------------------------------
 
 
@@ -503,6 +510,12 @@ def test_a_conversion_that_was_cut_off_is_made_again(semiseg, out, monkeypatch):
         assert not list((out / "lesion_layout").glob("*.txt"))  # so that nobody reads half of it
         assert public_sets.fetch_covid_semiseg(out, host.url, 4)["files fetched"] == 0
         assert len(LesionSlices(out / "lesion_layout", "test")) == 2
+
+
+def test_covid_semiseg_from_a_folder_with_copies(semiseg, out):
+    root, files = semiseg
+    assert public_sets.fetch_covid_semiseg(out, str(root))["files fetched"] == len(files)
+    assert same_slices(LesionSlices(out / "lesion_layout", "test"), SemiSeg(root, "test"))
 
 
 def test_the_table_of_covid_semiseg():
