@@ -510,6 +510,11 @@ def test_a_conversion_that_was_cut_off_is_made_again(semiseg, out, monkeypatch):
         assert not list((out / "lesion_layout").glob("*.txt"))  # so that nobody reads half of it
         assert public_sets.fetch_covid_semiseg(out, host.url, 4)["files fetched"] == 0
         assert len(LesionSlices(out / "lesion_layout", "test")) == 2
+        (out / list(files)[0]).unlink()
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            public_sets.fetch_covid_semiseg(out, host.url, 4)
+        assert not list((out / "lesion_layout").glob("*.txt"))  # of an old layout neither
 
 
 def test_covid_semiseg_from_a_folder_with_copies(semiseg, out):
@@ -640,7 +645,9 @@ def test_covidx_ct_from_a_kaggle_folder(covidx, out, tmp_path):
     by_patient = read_split(slices / "sample_seed0_by_patient.txt")
     assert len({parse_name(e.name)[:2] for e in by_patient}) == 6
     before = {p: p.lstat().st_mtime_ns for p in slices.glob("*.png")}
+    (slices / "of_mine.png").write_bytes(b"left alone")
     assert lay_out(out, kaggle, lists=covidx.lists, seeds=(0, 7))["sample_seed7"] == 6
+    assert (slices / "of_mine.png").exists()
     assert {p: p.lstat().st_mtime_ns for p in before} == before  # nothing was linked again
 
 
