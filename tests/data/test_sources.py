@@ -710,6 +710,9 @@ def test_slices_that_are_missing_or_damaged(covidx, out, tmp_path):
     with pytest.raises(DataError, match=r"30 \(Normal_10_40_0001.png"):
         lay_out(out, tmp_path / "lists", lists=covidx.lists)
     assert lay_out(out, tmp_path / "elsewhere", lists=covidx.lists) == COUNTS
+    shutil.move(tmp_path / "elsewhere", tmp_path / "again")
+    assert lay_out(out, tmp_path / "again", lists=covidx.lists) == COUNTS
+    assert all(p.is_symlink() for p in (out / "slices").glob("*.png"))  # linked anew, not copied
 
 
 def test_what_is_no_source(covidx, out, tmp_path):
