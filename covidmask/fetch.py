@@ -8,16 +8,12 @@ from typing import Annotated
 
 from tyro.conf import arg, subcommand
 
-from covidmask.errors import CovidmaskError
 from covidmask.files import data_root
 
-_Lists = Annotated[
-    Path | None, arg(help_behavior_hint="(default: they are downloaded)", metavar="DIR")
-]
-
-
-def _folder(name: str) -> object:
-    return arg(help_behavior_hint=f"(default: {name} in $COVIDMASK_DATA or ./data)", metavar="DIR")
+_HINT = "(default: its name in $COVIDMASK_DATA or ./data)"
+_Out = Annotated[Path | None, arg(help_behavior_hint=_HINT, metavar="DIR")]
+_Lists = Annotated[Path | None, arg(help_behavior_hint="(default: download)", metavar="DIR")]
+_Source = Annotated[str | None, arg(help_behavior_hint="(default: the authors)", metavar="URL|DIR")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,34 +21,15 @@ class FetchCovidSemiSeg:
     """Download COVID-SemiSeg: 98 real CT slices with masks of GGO and consolidation, 5 MB.
 
     For non-commercial use only; the terms are printed first and stored beside the data. Each file
-    is compared with its SHA-256. Running it again fetches what is missing or wrong. For example:
+    is compared with its SHA-256. Running it again fetches what is missing or wrong.
+    OUT/lesion_layout holds the same slices upright, as image/, mask/ and lists. For example:
     `covidmask fetch covid-semiseg`, then
     `covidmask stats --data data/covid-semiseg`
     """
 
-    out: Annotated[Path | None, _folder("covid-semiseg")] = None
-    """Folder to fill."""
-    source: Annotated[
-        str | None,
-        arg(help_behavior_hint="(default: the authors' repository at one commit)", metavar="URL"),
-    ] = None
-    """Another address that serves TrainingSet and TestingSet; the sums stay the same."""
-    workers: int = 8
-    """Downloads at a time."""
-
-    def run(self) -> None:
-        from covidmask.datasets.sources import TERMS, fetch_covid_semiseg, semiseg_files
-
-        if not 1 <= self.workers <= 64:
-            raise CovidmaskError(f"--workers {self.workers}: must be 1 to 64")
-        out = self.out or data_root() / "covid-semiseg"
-        print(TERMS["covid-semiseg"], flush=True)
-        fetched = fetch_covid_semiseg(out, self.source, self.workers)
-        print(
-            f"COVID-SemiSeg is whole in {out}: {fetched} files fetched, "
-            f"{len(semiseg_files()[1]) - fetched} were there; the same slices in the lesion layout "
-            f"in {out / 'lesion_layout'}"
-        )
+    out: _Out = None  # Folder to fill.
+    source: _Source = None  # Another address or folder with the same files, by the same SHA-256.
+    workers: int = 8  # Downloads at a time.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,41 +46,12 @@ class FetchCovidxCt:
 
     sources: Annotated[tuple[str, ...], arg(name="from", metavar="DIR|kaggle|ARCHIVE [...]")]
     """Folders and archives (zip, tar, tar.gz ...) that hold the slices; kaggle downloads them."""
-    out: Annotated[Path | None, _folder("covidx-ct")] = None
-    """Folder to fill."""
-    lists: _Lists = None
-    """Folder with copies of the four public lists; their SHA-256 is checked, too."""
-    seeds: tuple[int, ...] = (0,)
-    """Each gives two samples: sample_seed<n>, and _by_patient, which covers more patients."""
-    per_class: int = 1000
-    """Slices of each class in a sample."""
-    kaggle_version: int = 1
-    """Of the data set on Kaggle; later ones leave out 28 slices of version 1."""
-    allow_missing: bool = False
-    """Leave out slices that are not there, and name them in OUT/missing.txt."""
-
-    def run(self) -> None:
-        from covidmask.datasets.layouts import lay_out_covidx_ct
-        from covidmask.datasets.sources import TERMS, kaggle_folder
-
-        if min(self.seeds, default=0) < 0 or self.per_class < 1 or self.kaggle_version < 1:
-            raise CovidmaskError(
-                f"--seeds {' '.join(map(str, self.seeds))} --per-class {self.per_class} "
-                f"--kaggle-version {self.kaggle_version}: seeds must be at least 0, the others 1"
-            )
-        if not self.sources:
-            raise CovidmaskError("--from: name at least one folder or archive, or kaggle")
-        out = self.out or data_root() / "covidx-ct"
-        print(TERMS["covidx-ct"], flush=True)
-        sources = [
-            kaggle_folder(self.kaggle_version) if name == "kaggle" else Path(name).expanduser()
-            for name in self.sources
-        ]
-        counts = lay_out_covidx_ct(
-            out, sources, self.lists, self.seeds, self.per_class, self.allow_missing
-        )
-        _print_lists(counts)
-        print(f"COVIDx-CT-1 is laid out in {out}")
+    out: _Out = None  # Folder to fill.
+    lists: _Lists = None  # Folder with copies of the four public lists, by the same SHA-256.
+    seeds: tuple[int, ...] = (0,)  # Each gives sample_seed<n>, and _by_patient, of more patients.
+    per_class: int = 1000  # Slices of each class in a sample.
+    kaggle_version: int = 1  # Of the data set on Kaggle; later ones leave out 28 slices.
+    allow_missing: bool = False  # Leave out slices that are not there; OUT/missing.txt names them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,24 +66,11 @@ class FetchCncbLesions:
     `covidmask train segmenter --preset paper --data data/cncb-lesions`
     """
 
-    source: Annotated[Path, arg(name="from", metavar="DIR|ARCHIVE")]
+    source: Annotated[str, arg(name="from", metavar="DIR|ARCHIVE")]
     """Folder or archive (zip, tar, tar.gz ...)."""
-    out: Annotated[Path | None, _folder("cncb-lesions")] = None
-    """Folder to fill."""
-    lists: _Lists = None
-    """Folder with copies of the author's two lists; their SHA-256 is checked, too."""
-    seed: int = 0
-    """Of the division into 500 and 150 slices."""
-
-    def run(self) -> None:
-        from covidmask.datasets.layouts import lay_out_cncb_lesions
-        from covidmask.datasets.sources import TERMS
-
-        out = self.out or data_root() / "cncb-lesions"
-        print(TERMS["cncb-lesions"], flush=True)
-        counts = lay_out_cncb_lesions(out, self.source.expanduser(), self.lists, self.seed)
-        _print_lists(counts)
-        print(f"The masked slices of CNCB are laid out in {out}")
+    out: _Out = None  # Folder to fill.
+    lists: _Lists = None  # Folder with copies of the author's two lists, by the same SHA-256.
+    seed: int = 0  # Of the division into 500 and 150 slices.
 
 
 @dataclass(frozen=True)
@@ -149,9 +84,16 @@ class Fetch:
     )
 
     def run(self) -> None:
-        self.data_set.run()
+        from covidmask.datasets import public_sets
 
-
-def _print_lists(counts: dict[str, int]) -> None:
-    for name, count in counts.items():
-        print(f"  {name}.txt: {count:,} slices")
+        name, fetch = {
+            FetchCovidSemiSeg: ("covid-semiseg", public_sets.fetch_covid_semiseg),
+            FetchCovidxCt: ("covidx-ct", public_sets.lay_out_covidx_ct),
+            FetchCncbLesions: ("cncb-lesions", public_sets.lay_out_cncb_lesions),
+        }[type(self.data_set)]
+        print(public_sets.TERMS[name], flush=True)
+        out = self.data_set.out or data_root() / name
+        counts = fetch(**{**vars(self.data_set), "out": out})
+        print(f"{name} is whole in {out}")
+        for what, count in counts.items():
+            print(f"  {what}: {count:,}")
