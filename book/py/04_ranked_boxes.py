@@ -76,13 +76,13 @@ from covidmask.models import (
     pad_rows,
     propose,
     rank_boxes,
-    ranked_boxes,
     run_box_head,
     same_size_groups,
     set_regime,
     trained_classifier,
     trained_segmenter,
 )
+from covidmask.models.ranked_boxes import ranked_boxes
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -84,10 +84,10 @@ from covidmask.models import (
     pad_rows,
     propose,
     rank_boxes,
-    ranked_boxes,
     run_box_head,
     trained_segmenter,
 )
+from covidmask.models.ranked_boxes import ranked_boxes
 from covidmask.training import train_s
 
 torch.manual_seed(0)

@@ -40,7 +40,6 @@ __all__, __getattr__ = open_room(
             "pad_rows",
             "propose",
             "rank_boxes",
-            "ranked_boxes",
             "run_box_head",
             "same_size_groups",
         ),

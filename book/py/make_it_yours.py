@@ -1,0 +1,442 @@
+# %% [markdown]
+# # Make it yours
+#
+# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/make_it_yours.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/make_it_yours.ipynb)
+#
+# You have read how the method works. Now you would like to try an idea of your own: another network
+# under the detector, one more number for each box, two classes instead of three. Where do you put
+# it, and how much of the package do you have to touch? For the six changes that readers ask for
+# most the answer is the same: you write a few lines in your own file, and touch nothing.
+#
+# **After it you can**
+#
+# - add a column to the ranked boxes, and replace the module $S$ that reads them;
+# - put another backbone under the detector, or bring a detector of your own;
+# - train on a data set with other classes, of images or of lesions;
+# - save what you built, and load it again.
+#
+# **You need** [chapter 4](04_ranked_boxes.ipynb) and [chapter 5](05_covid_ct_mask_net.ipynb). The
+# page runs alone. **Run time:** about two minutes on two CPU cores in the preset `quick`.
+#
+# ```{admonition} Synthetic data
+# :class: important
+# All slices are *phantoms*, drawn by formulas and random numbers, and all runs here are far too
+# short to compare anything. They show that a change works, not that it helps. Nothing here is for
+# diagnosis.
+# ```
+
+# %% tags=["hide-input"]
+# Set-up: installs covidmask only where it is absent, for example on Colab.
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("covidmask") is None:
+    repository = os.environ.get(
+        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
+    )
+    if "repository_not_set" in repository:
+        raise RuntimeError(
+            "This copy of the book does not know its repository yet: "
+            "set the environment variable COVIDMASK_REPOSITORY to its address."
+        )
+    if Path(repository).is_dir():
+        repository = Path(repository).resolve().as_uri()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
+    subprocess.run(command, check=True)
+    importlib.invalidate_caches()
+
+# %% tags=["hide-input"]
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+import covidmask
+from covidmask import plotting
+from covidmask.config import PRESETS, TrainingConfig
+from covidmask.datasets import LesionDataset, SliceImages, make_slice, write_phantoms
+from covidmask.metrics import wilson
+from covidmask.models import (
+    Columns,
+    count_parameters,
+    covid_ct_mask_net,
+    lesion_mask_rcnn,
+    load_classifier,
+    save_model,
+    trained_segmenter,
+)
+from covidmask.models.ranked_boxes import ranked_boxes
+from covidmask.training import evaluate_classifier, train_classifier, train_segmenter
+
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
+
+# %% tags=["parameters"]
+PRESET = "quick"  # or "colab", "paper"
+SEED = 0
+DATA = os.environ.get("COVIDMASK_DATA", "data")
+EVERY = 8  # a slice in so many is used, so that the page stays short
+EPOCHS = 10
+
+# %% [markdown]
+# Six places are open. The figure shows where they stand on the way from a slice to its classes.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Five boxes in a row, joined by arrows: data set, detector, ranked boxes, S, classes. Numbers 1 to 6 mark what can be replaced: 1 the columns of the ranked boxes, 2 the backbone of the detector, 3 the image classes of the data set, 4 S, 5 the lesion classes of the data set, 6 the whole detector."}, "figure": {"caption": "The six places where you can put something of your own. The numbers are those of the sections below.", "name": "fig-yours-places"}}
+fig, ax = plt.subplots(figsize=(7.4, 1.7), layout="constrained")
+parts = {
+    "data set": "3  image classes\n5  lesion classes",
+    "detector": "2  backbone\n6  all of it",
+    "ranked\nboxes": "1  columns",
+    "S": "4  all of it",
+    "classes": "follow from\nthe data set",
+}
+frame = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": plotting.BLUE, "lw": 1.5}
+for i, (name, open_places) in enumerate(parts.items()):
+    ax.text(1.5 * i, 1, name, ha="center", va="center", weight="bold", bbox=frame)
+    ax.text(1.5 * i, 0.45, open_places, ha="center", va="top", linespacing=1.4)
+    if i:
+        ends = (1.5 * i - 0.5, 1), (1.5 * i - 1, 1)
+        ax.annotate("", *ends, arrowprops={"arrowstyle": "->", "lw": 1.5})
+ax.set(xlim=(-0.8, 6.8), ylim=(-0.1, 1.4))
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## What all sections share
+#
+# The segmenter that comes with the package, a few slices, and one short training. `try_out` trains
+# the regime *heads*, S alone, and says how many held-out slices it gets right.
+
+# %%
+preset = PRESETS[PRESET]
+segmenter = trained_segmenter(PRESET, device, shipped=True)
+root = write_phantoms(Path(DATA) / f"phantoms-{PRESET}", preset.phantoms)
+slices = {s: SliceImages(root / "slices", s) for s in ("train", "val", "test")}
+short = replace(preset.classifier_training, epochs=EPOCHS)
+
+
+# %% tags=["hide-input"]
+class Every(Subset):
+    """Every so many slices of a data set, with what the training asks for."""
+
+    def __init__(self, dataset, step=EVERY):
+        super().__init__(dataset, range(0, len(dataset), step))
+        self.classes = dataset.classes
+        for name in ("names", "labels", "patients"):
+            setattr(self, name, getattr(dataset, name)[::step])
+
+
+def try_out(model, train, held_out):
+    torch.manual_seed(SEED)
+    train_classifier(model, train, "heads", short, seed=SEED, progress=False)
+    found = evaluate_classifier(model, held_out, progress=False)
+    right, n = int(found["confusion"].trace()), len(held_out)
+    low, high = wilson(right, n)
+    print(f"{right} of {n} right: {right / n:.2f} ({low:.2f} to {high:.2f})")
+
+
+# %%
+train, held_out = Every(slices["train"]), Every(slices["test"], 4)
+try_out(covid_ct_mask_net(segmenter, preset.classifier), train, held_out)
+
+# %% [markdown]
+# ## 1. A column
+#
+# A ranked box is five numbers. Suppose you believe that it matters how far a lesion lies from the
+# middle of the slice. An encoder asks a function for each column; the function sees the boxes of
+# one image, best first, and gives one number for each. `boxes.place` holds the corners as shares
+# of the image; `boxes.score`, `boxes.deltas` and `boxes.label` are there, too.
+
+
+# %%
+def from_middle(boxes):
+    middle = (boxes.place[:, :2] + boxes.place[:, 2:]) / 2  # [K, 2]
+    return (middle - 0.5).norm(dim=1)  # [K]
+
+
+encoder = Columns(("score", "dx", "dy", "dw", "dh", from_middle))
+model = covid_ct_mask_net(segmenter, preset.classifier, encoder)
+print(model.config.columns)
+try_out(model, train, held_out)
+
+# %% [markdown]
+# S has grown with the rows: its first layer reads $6N$ numbers instead of $5N$. Columns that the
+# package knows need no function, only their names: `Columns(("score", "cx", "cy", "w", "h"))`, or
+# on the command line `--classifier.columns score cx cy w h`.
+#
+# ## 2. A backbone
+#
+# The backbone is a name: a ResNet or MobileNetV2 of torchvision, or any network of
+# [timm](https://huggingface.co/docs/timm) that gives its feature maps (`pip install timm`).
+# `levels` says how many of its last maps feed the pyramid. Here the weights are random; for
+# ImageNet weights add `weights="IMAGENET1K_V1"`, or `weights="pretrained"` for a network of timm.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+image = torch.from_numpy(make_slice(seed=1, label=2, size=128)[0]).repeat(3, 1, 1)
+for name in ("resnet18", "mobilenet_v2", "resnet10t"):  # the last is timm's
+    config = replace(preset.detector, backbone=name, cut=0, levels=2)
+    detector = lesion_mask_rcnn(config).eval()
+    rows = ranked_boxes(detector, [image], preset.classifier)
+    print(f"{name:12s} {count_parameters(detector):>10,} parameters, rows {list(rows.shape)}")
+
+# %% [markdown]
+# On the command line it is `covidmask train segmenter --detector.backbone mobilenet_v2
+# --detector.cut 0 --detector.levels 2`.
+#
+# ## 3. Other image classes
+#
+# A data set brings its classes. What the training asks for is `classes`, and for each slice a
+# label, a name and a patient. Here the question is only whether a slice shows COVID-19.
+
+
+# %%
+class CovidOrNot(Dataset):
+    classes = ("not COVID-19", "COVID-19")
+
+    def __init__(self, slices):
+        self.slices, self.names, self.patients = slices, slices.names, slices.patients
+        self.labels = [int(label == 2) for label in slices.labels]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.slices[i][0], self.labels[i]
+
+
+# %%
+two = replace(preset.classifier, classes=CovidOrNot.classes)
+try_out(covid_ct_mask_net(segmenter, two), CovidOrNot(train), CovidOrNot(held_out))
+
+# %% [markdown]
+# A third of the slices show COVID-19, so whoever always says no is right in two thirds. For a folder
+# of images no code is needed: put a file `classes.txt` beside the lists, with a name on each line
+# in the order of the labels, and lines `image.png 1` into `train.txt`. Then `covidmask train
+# classifier --data FOLDER` takes the classes from there.
+#
+# ## 4. Another S
+#
+# $S$ reads its rows in order, so it can learn what the first row means and what the tenth. This one
+# cannot: it looks at each box alone and takes the mean over the boxes, so their order is lost.
+
+
+# %%
+class DeepSet(nn.Module):
+    def __init__(self, columns=5, classes=3, width=64):
+        super().__init__()
+        self.box = nn.Sequential(nn.Linear(columns, width), nn.ReLU(), nn.Linear(width, width))
+        self.image = nn.Linear(width, classes)
+
+    def forward(self, rows):  # [B, N, columns]
+        return self.image(self.box(rows).relu().mean(1))  # [B, classes]
+
+
+# %%
+model = covid_ct_mask_net(segmenter, preset.classifier, s=DeepSet())
+try_out(model, train, held_out)
+
+# %% [markdown]
+# Ten short epochs teach it next to nothing here. The change works; whether it can be made to help is
+# another question.
+#
+# The weights file keeps the *name* of a part that is yours, never its code: loading a file must not
+# run what a stranger wrote. So whoever loads it passes the part again, and hears so if not.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = save_model(model, Path(folder) / "mine.safetensors")
+    again = load_classifier(path, s=DeepSet())
+    with torch.no_grad():
+        print("the same logits:", torch.equal(model([image]).cpu(), again([image])))
+    try:
+        load_classifier(path)
+    except ValueError as error:
+        print(str(error).replace(folder, "..."))
+
+# %% [markdown]
+# ## 5. Other lesions
+#
+# A data set with masks is a class with `read`: a grey slice in 0..1, and a mask in which 0 is
+# background, 1 lung, and your classes are 2, 3, ... in their order. Boxes, labels and instances
+# follow. These two lesions are discs, bright and dark.
+
+
+# %%
+class Discs(LesionDataset):
+    names = patients = [f"disc {i}" for i in range(4)]
+
+    def read(self, index):
+        rng = np.random.default_rng(index)
+        y, x = np.mgrid[:128, :128]
+        mask = np.zeros((128, 128), np.uint8)
+        for code, (cy, cx) in zip((2, 3), rng.uniform(20, 108, (2, 2)), strict=True):
+            mask[np.hypot(y - cy, x - cx) < 10] = code
+        return np.choose(mask, (0.4, 0.4, 0.9, 0.1)).astype(np.float32), mask
+
+
+# %%
+discs = Discs(lesions="nodule,cyst")
+config = replace(preset.detector, lesions="nodule,cyst")
+detector = lesion_mask_rcnn(config)
+steps = train_segmenter(detector, discs, TrainingConfig(epochs=1, batch_size=2), progress=False)
+print(f"{len(discs)} slices, {len(steps)} steps, classes {detector.classes}")
+print("labels of the first slice:", discs[0][1]["labels"].tolist())
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A grey square with a bright and a dark disc, each in its box; the bright one is labelled nodule, the dark one cyst."}, "figure": {"caption": "The first slice of the data set of discs, with boxes and classes made from its mask.", "name": "fig-yours-discs"}}
+ax = plotting.show_lesions(*discs[0], plotting.get_ax(3.4, 3.4), classes=detector.classes)
+plt.show()
+
+# %% [markdown]
+# ## 6. A detector of yours
+#
+# Any two-stage detector of torchvision can be ranked, with masks or without, whatever it was
+# trained to find. Here is a Faster R-CNN with MobileNetV3, untrained.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+mine = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+    weights=None, weights_backbone=None, num_classes=3, box_detections_per_img=50
+)
+model = covid_ct_mask_net(mine, preset.classifier)
+with torch.no_grad():
+    print("rows", list(model.ranked_boxes([image]).shape), "logits", list(model([image]).shape))
+
+# %% [markdown]
+# A detector that has no proposals, such as RetinaNet, has nothing to rank in this sense, and is
+# refused in one sentence.
+#
+# ## Numbers of a preset
+#
+# What is a number, or a name, needs no code. Every entry of a preset is an option of the command
+# line, and `--help` lists them with their values:
+#
+#     covidmask train segmenter --preset quick --detector.lesions merged --segmenter.epochs 2
+#     covidmask train classifier --classifier.n-boxes 8 --classifier.columns score cx cy w h
+#     covidmask phantoms --phantoms.size 64 --out data/small
+#
+# The weights file notes what was changed.
+#
+# ## Exercises
+
+# %% [markdown]
+# ```{exercise} A longer box
+# :label: yours-elongation
+# Add a column for how elongated a box is: the logarithm of height over width. What does it add that
+# $\Delta w$ and $\Delta h$ do not say already?
+# ```
+
+# %% [markdown]
+# ````{solution-start} yours-elongation
+# :class: dropdown
+# ````
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+def elongation(boxes):
+    sides = (boxes.place[:, 2:] - boxes.place[:, :2]).clamp(min=1e-3)  # [K, 2], width and height
+    return (sides[:, 1] / sides[:, 0]).log()
+
+
+longer = covid_ct_mask_net(
+    segmenter, preset.classifier, Columns((*preset.classifier.columns, elongation))
+)
+with torch.no_grad():
+    column = longer.ranked_boxes([image.to(device)])[0, :, -1]
+print(f"from {column.min():.2f} to {column.max():.2f}")
+assert column.isfinite().all()
+
+# %% [markdown]
+# The deltas say how the box differs from its proposal; what the proposal looked like is not in the
+# row. The elongation of the final box is new to $S$.
+
+# %% [markdown]
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise} Order
+# :label: yours-order
+# Shuffle the rows of a slice. Whose logits stay, those of the usual $S$ or those of `DeepSet`? Show
+# it for one slice, and say what `DeepSet` still knows of the ranks.
+# ```
+
+# %% [markdown]
+# ````{solution-start} yours-order
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+usual, free = (covid_ct_mask_net(segmenter, preset.classifier, s=s) for s in (None, DeepSet()))
+with torch.no_grad():
+    rows = usual.ranked_boxes([image.to(device)])
+    shuffled = rows[:, torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(1))]
+    changes = [(m.s(rows) - m.s(shuffled)).abs().max().item() for m in (usual, free)]
+print(f"S changes by {changes[0]:.3f}, DeepSet by {changes[1]:.6f}")
+assert changes[0] > 100 * changes[1]
+
+# %% [markdown]
+# Only the usual $S$ notices. Each row still holds its score, though, so `DeepSet` knows which boxes
+# scored high; it has lost the order, not the scores.
+
+# %% [markdown]
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise} Is it the lesion or the rest?
+# :label: yours-merged
+# Build the classifier on a detector with one lesion class (`lesions="merged"`, random weights), and
+# count which of its tensors have another shape than those of the detector with two.
+# ```
+
+# %% [markdown]
+# ````{solution-start} yours-merged
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+merged = lesion_mask_rcnn(replace(preset.detector, lesions="merged"))
+shapes = {name: value.shape for name, value in merged.state_dict().items()}
+other = [
+    n for n, v in lesion_mask_rcnn(preset.detector).state_dict().items() if v.shape != shapes[n]
+]
+print("\n".join(other))
+assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
+
+# %% [markdown]
+# Logits, deltas and masks have one class less, in weight and bias; backbone, RPN and the two hidden
+# layers of the box head are the same. So the rows keep their five columns, and $S$ its shape.
+
+# %% [markdown]
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ## What we learned
+#
+# 1. A column is a function of the boxes; $S$ grows with it.
+# 2. A backbone is a name, and a detector of torchvision's is taken as it is.
+# 3. A data set brings its classes, of images or of lesions.
+# 4. A weights file names your parts and never holds their code; whoever loads it passes them.
+# 5. A short run shows that a change works. Whether it helps is a question for several seeds,
+#    intervals and patients that nobody has looked at ([chapter 7](07_evaluation.ipynb)).
+#
+# ## Further reading
+#
+# The method is {cite:t}`TerSarkisov2020`, the detector {cite:t}`He2017`, the pyramid under it
+# {cite:t}`Lin2017`.
