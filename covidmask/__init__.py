@@ -1,7 +1,7 @@
 """COVID-CT-Mask-Net on stock torchvision: phantoms, Mask R-CNN, ranked boxes and the module S.
 
-The package is read in the order in which data flows: `data` -> `models` -> `training` ->
-`metrics` -> `plotting`. Importing it loads nothing but this file.
+The package is read in the order in which data flow: `datasets` -> `models` -> `metrics` ->
+`training` -> `plotting`. Importing it loads nothing but this file.
 """
 
 import os
