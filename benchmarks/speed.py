@@ -19,7 +19,6 @@ import platform
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,33 +35,26 @@ from torch.utils.benchmark import timer
 from torch.utils.data import Subset
 from torchvision.ops import box_iou
 
-from covidmask.config import (
-    PRESETS,
-    ClassifierConfig,
-    DetectorConfig,
-    PhantomConfig,
-    TrainingConfig,
-)
-from covidmask.datasets.classes import SliceImages
-from covidmask.datasets.lesions import LesionSlices
-from covidmask.datasets.phantom_sets import write_phantoms
-from covidmask.datasets.phantoms import make_slice
+from covidmask.config import PRESETS, PhantomConfig, TrainingConfig
+from covidmask.datasets import LesionSlices, SliceImages, make_slice, write_phantoms
 from covidmask.metrics.detection import IOU_THRESHOLDS
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net, set_regime
 from covidmask.models.detector import for_inference, lesion_mask_rcnn
 from covidmask.models.ranked_boxes import Columns, pad_rows, ranked_boxes
 from covidmask.models.weights import ShippedWeights
-from covidmask.training.classification import classification_loss, evaluate_classifier, train_s
+from covidmask.training import cache_ranked_boxes, evaluate_classifier, evaluate_segmenter, train_s
+from covidmask.training.classification import classification_loss
 from covidmask.training.loop import make_fabric
-from covidmask.training.ranked_cache import cache_ranked_boxes
-from covidmask.training.segmentation import evaluate_segmenter
 
-LIGHT = DetectorConfig(backbone="resnet18", cut=1, light_mask_head=True)
+PAPER = PRESETS["paper"]
 MODELS = {
-    "ResNet-50": (DetectorConfig(), ClassifierConfig()),
-    "ResNet-18 cut 1": (LIGHT, ClassifierConfig(n_boxes=128, hidden=512)),
+    "ResNet-50": (PAPER.detector, PAPER.classifier),
+    "ResNet-18 cut 1": (
+        replace(PAPER.detector, backbone="resnet18", cut=1, light_mask_head=True),
+        replace(PAPER.classifier, n_boxes=128, hidden=512),
+    ),
 }
-BATCH = 8
+BATCH, REGIMES = 8, ("heads_bn", "full")
 SLICES, EPOCHS = 3000, 50  # the paper's
 
 
@@ -73,9 +65,6 @@ class Bench:
     device: str
     precision: str = "32-true"
     smoke: bool = False
-
-    def fabric(self):
-        return make_fabric(self.precision, self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision != "32-true")
@@ -127,31 +116,8 @@ def segmenter(name: str, bench: Bench) -> nn.Module:
     return model.to(bench.device).eval()
 
 
-def build(name: str, bench: Bench) -> CovidCTMaskNet:
-    """The classifier on that detector."""
-    return covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
-
-
-def trainee(name: str, regime: str, bench: Bench, baseline: bool = False):
-    """A model and its optimiser: as `train_classifier` prepares them, or the released loop.
-
-    There everything requires a gradient, and the optimiser takes a part.
-    """
-    model = build(name, bench)
-    set_regime(model, regime)
-    picked = [parameter.requires_grad for parameter in model.parameters()]
-    if baseline:
-        model = released_loop.released(model)
-    else:
-        model.train().to(memory_format=torch.channels_last)
-    parameters = [p for p, take in zip(model.parameters(), picked, strict=True) if take]
-    return model, torch.optim.Adam(parameters, lr=1e-5, weight_decay=1e-3)
-
-
-def our_step(
-    model: CovidCTMaskNet, images: list[Tensor], labels: Tensor, optimizer, bench: Bench
-) -> float:
-    """The step of `fit`: slices one by one on a CPU, the batch at once on a GPU."""
+def our_step(model: CovidCTMaskNet, images: list[Tensor], labels: Tensor, optimizer, bench: Bench):
+    """The step of `fit`: slices one by one on a CPU, the batch at once on a GPU. Gives the loss."""
     size, total = len(images) if bench.device == "cuda" else 1, 0.0
     optimizer.zero_grad()
     for first in range(0, len(images), size):
@@ -165,25 +131,38 @@ def our_step(
     return total
 
 
-# ---- the parts ---------------------------------------------------------------------------------
+def trainee(
+    name: str, regime: str, images: list[Tensor], labels: Tensor, bench: Bench, baseline: bool
+) -> tuple[nn.Module, Callable[[], float]]:
+    """A model, and its training step: as `train_classifier` has it, or the released loop.
+
+    There everything requires a gradient, and the optimiser takes a part.
+    """
+    model = covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
+    set_regime(model, regime)
+    picked = [parameter.requires_grad for parameter in model.parameters()]
+    if baseline:
+        model = released_loop.released(model)
+    else:
+        model.train().to(memory_format=torch.channels_last)
+    parameters = [p for p, take in zip(model.parameters(), picked, strict=True) if take]
+    case = model, images, labels, torch.optim.Adam(parameters, lr=1e-5, weight_decay=1e-3)
+    if baseline:
+        return model, partial(released_loop.training_step, *case)
+    return model, partial(our_step, *case, bench)
 
 
-def steps(
-    name: str, regime: str, images: list[Tensor], labels: Tensor, bench: Bench, repeats: int
-) -> dict:
+def steps(name: str, regime: str, images, labels: Tensor, bench: Bench, repeats: int) -> dict:
     """A training step of eight slices. The baseline has the precision of the released code."""
-    ours, optimizer = trainee(name, regime, bench)
-    theirs, other = trainee(name, regime, bench, baseline=True)
-    works = {
-        "baseline": partial(released_loop.training_step, theirs, images, labels, other),
-        "ours": partial(our_step, ours, images, labels, optimizer, bench),
-    }
-    return summary(bench.runs(works, repeats))
+    case = name, regime, images, labels, bench
+    loops = {who: trainee(*case, who == "baseline")[1] for who in ("baseline", "ours")}
+    return summary(bench.runs(loops, repeats))
 
 
 def heads_only(name: str, dataset: SliceImages, bench: Bench, step: float) -> dict:
     """S alone: the ranked boxes are constants, so they are computed once. Seconds of all epochs."""
-    model, fabric = build(name, bench), bench.fabric()
+    model = covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
+    fabric = make_fabric(bench.precision, bench.device)
     part, count = Subset(dataset, range(4 if bench.smoke else 48)), 64 if bench.smoke else SLICES
     rows, labels = torch.rand(count, model.config.n_boxes, 5), torch.arange(count) % 3
     two = TrainingConfig(epochs=2, batch_size=BATCH)
@@ -212,7 +191,7 @@ def inference(name: str, images: list[Tensor], bench: Bench) -> dict:
     the same class, has an IoU above 0.9 with it. Where two boxes score the same but for rounding,
     their order may change, and with it the vector that S reads: such slices are counted.
     """
-    model = build(name, bench)
+    model = covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
     theirs, fast, config = released_loop.released(model), for_inference(model), model.config
 
     def baseline() -> None:
@@ -226,38 +205,36 @@ def inference(name: str, images: list[Tensor], bench: Bench) -> dict:
         return fast.s(rows)
 
     runs = bench.runs({"baseline": baseline, "ours": ours})
-    where = Columns(("x1", "y1", "x2", "y2", "label"))
-    with torch.no_grad(), bench.autocast():
-        found = ranked_boxes(fast.detector, images, config, encoder=where)  # [B, N, 5]
-    logits, plain, changed, ordered = ours(), [], [], []
-    for image, mine in zip(images, found, strict=True):
-        with torch.no_grad():
-            rows, ranking = released_loop.ranked(theirs, image)
-            plain.append(model.s(rows[None]))
-        place = ranking.box / theirs.detector.transform.min_size[0]  # of square slices
-        wanted = pad_rows(torch.cat([place, ranking.label[:, None]], 1), config.n_boxes)
-        same = (box_iou(wanted[:, :4], mine[:, :4]) > 0.9) & (wanted[:, 4:] == mine[:, 4])
-        changed.append(int((~same.any(1)).sum()))
-        ordered.append(bool(same.diagonal().all()))
-    plain = torch.cat(plain)
+    where, side = Columns(("x1", "y1", "x2", "y2", "label")), theirs.detector.transform.min_size[0]
+    with torch.no_grad():
+        exact = [released_loop.ranked(theirs, image) for image in images]
+        plain = torch.cat([model.s(rows[None]) for rows, _ in exact])
+        with bench.autocast():
+            found = ranked_boxes(fast.detector, images, config, encoder=where)  # [B, N, 5]
+    pairs = []  # of wanted and found, in shares of the side of square slices: do they agree?
+    for (_, kept), mine in zip(exact, found, strict=True):
+        wanted = pad_rows(torch.cat([kept.box / side, kept.label[:, None]], 1), config.n_boxes)
+        near = box_iou(wanted[:, :4], mine[:, :4]) > 0.9
+        pairs.append(near & (wanted[:, 4:] == mine[:, 4]))
+    same, logits = torch.stack(pairs), ours()  # [B, N, N], [B, 3]
+    ordered = same.diagonal(dim1=1, dim2=2).all(1)  # [B]
+    in_order = (logits - plain).abs().amax(1)[ordered].tolist()
     change = (logits.sigmoid() - plain.sigmoid()).abs()
-    of_slice = (logits - plain).abs().amax(1).tolist()
-    in_order = [value for value, same in zip(of_slice, ordered, strict=True) if same]
     return {
         **summary(runs, len(images)),
         "slices": len(images),
-        "order_changed_slices": ordered.count(False),
+        "order_changed_slices": int((~ordered).sum()),
         "logits_difference_same_order": max(in_order, default=None),
         "probability_change": {"mean": float(change.mean()), "max": float(change.max())},
-        "boxes_changed": sum(changed) / len(changed),
+        "boxes_changed": float((~same.any(2)).sum(1).float().mean()),
         "boxes": config.n_boxes,
     }
 
 
 def ap(name: str, dataset: LesionSlices, bench: Bench, repeats: int) -> dict:
     """AP over ten IoU thresholds: ten passes of the detector, or one."""
-    model, fabric = segmenter(name, bench), bench.fabric()
-    part = Subset(dataset, range(2 if bench.smoke else 10))
+    model, fabric = segmenter(name, bench), make_fabric(bench.precision, bench.device)
+    part = Subset(dataset, range(1 if bench.smoke else 10))
     case = released_loop.released(model), part, IOU_THRESHOLDS, torch.device(bench.device)
     ours = partial(evaluate_segmenter, model, part, fabric=fabric, score=0, progress=False)
     works = {"baseline": partial(released_loop.average_precision, *case), "ours": ours}
@@ -276,14 +253,13 @@ def gradients(name: str, images: list[Tensor], labels: Tensor, bench: Bench) -> 
         grads = (p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.parameters())
         return torch.cat([grad.flatten() for grad in grads])
 
-    theirs, optimizer = trainee(name, "full", bench, baseline=True)
-    result = {"loss": released_loop.training_step(theirs, images, labels, optimizer)}
-    wanted = flat(theirs)
+    theirs, step = trainee(name, "full", images, labels, bench, True)
+    result, wanted = {"loss": step()}, flat(theirs)
     for layout in ("same_layout", "as_trained"):
-        ours, optimizer = trainee(name, "full", bench)
+        ours, step = trainee(name, "full", images, labels, bench, False)
         if layout == "same_layout":
             ours.to(memory_format=torch.contiguous_format)
-        result[f"loss_{layout}"] = our_step(ours, images, labels, optimizer, bench)
+        result[f"loss_{layout}"] = step()
         result[layout] = float((flat(ours) - wanted).norm() / wanted.norm())
     return result
 
@@ -294,14 +270,11 @@ def peak(name: str, regime: str, baseline: bool, bench: Bench) -> float:
     side = 128 if bench.smoke else 512
     images = [torch.rand(3, side, side, device=bench.device) for _ in range(BATCH)]
     labels = torch.arange(BATCH, device=bench.device) % 3
-    model, optimizer = trainee(name, regime, bench, baseline)
-    work = partial(our_step, model, images, labels, optimizer, bench)
-    if baseline:
-        work = partial(released_loop.training_step, model, images, labels, optimizer)
+    _, step = trainee(name, regime, images, labels, bench, baseline)
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
+        step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     process, done = psutil.Process(), threading.Event()
     seen = [process.memory_info().rss]
@@ -311,21 +284,9 @@ def peak(name: str, regime: str, baseline: bool, bench: Bench) -> float:
             seen.append(process.memory_info().rss)
 
     threading.Thread(target=watch, daemon=True).start()
-    work()
+    step()
     done.set()
     return (max(seen) - seen[0]) / 1e6
-
-
-def peaks(name: str, bench: Bench) -> dict:
-    """`peak` of both regimes and both loops, each in a process of its own."""
-    result: dict = {}
-    for regime in ("heads_bn", "full"):
-        for who in ("baseline", "ours"):
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                value = pool.submit(peak, name, regime, who == "baseline", bench).result()
-            result.setdefault(regime, {})[who] = value
-    return result
 
 
 def trained(bench: Bench, folder: Path) -> dict:
@@ -353,14 +314,11 @@ def trained(bench: Bench, folder: Path) -> dict:
     return result
 
 
-# ---- all of it ---------------------------------------------------------------------------------
-
-
 def measure(bench: Bench, root: Path) -> dict:
     """Model -> part -> numbers, at one precision."""
     cuda, exact = bench.device == "cuda", bench.precision == "32-true"
     slices = SliceImages(root / "slices", "train")
-    lesions = LesionSlices(root / "lesions", "test", min_area=PRESETS["paper"].min_area)
+    lesions = LesionSlices(root / "lesions", "test", min_area=PAPER.min_area)
     third = len(slices) // 3  # the classes stand one after the other
     chosen = [third * (i % 3) + i // 3 for i in range(BATCH)]
     images = [slices[i][0].to(bench.device) for i in chosen]
@@ -372,13 +330,20 @@ def measure(bench: Bench, root: Path) -> dict:
         if exact or cuda:  # bfloat16 on a CPU: for inference alone
             found["step"] = {
                 regime: steps(name, regime, images, labels, bench, 3 if slow else 5)
-                for regime in ("heads_bn", "full")
+                for regime in REGIMES
             }
             step = found["step"]["heads_bn"]["baseline"]
             found["heads_only"] = heads_only(name, slices, bench, step)
         if exact:
             found["ap"] = ap(name, lesions, bench, 1 if slow else 3)
-            found["peak_megabytes"] = peaks(name, bench)
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                found["peak_megabytes"] = {  # each in a process of its own
+                    regime: {
+                        who: pool.apply(peak, (name, regime, who == "baseline", bench))
+                        for who in ("baseline", "ours")
+                    }
+                    for regime in REGIMES
+                }
         if exact and not cuda:
             found["gradients"] = gradients(name, images[:2], labels[:2], bench)
         print(f"{bench.precision}, {name}: {found}", flush=True)
@@ -405,33 +370,31 @@ def main() -> None:
     if arguments.smoke and arguments.out is None:
         parser.error("--smoke needs --out, so that it cannot replace results")
     if not arguments.page:
-        run(arguments.device, arguments.smoke, arguments.out)
-    if arguments.out is None:
+        name = "benchmarks-cuda.json" if arguments.device == "cuda" else "benchmarks.json"
+        save(arguments.out or RESULTS / name, run(arguments.device, arguments.smoke))
+    if arguments.page or arguments.out is None:
         speed_page.write()
 
 
-def run(device: str, smoke: bool, out: Path | None) -> None:
-    """Measure everything and write the file of results."""
-    start, cuda = timer(), device == "cuda"
+def run(device: str, smoke: bool) -> dict:
+    """Measure everything."""
+    start = timer()
     result = {
         "about": "times on synthetic phantoms, random weights; see benchmarks/speed.py",
         **environment(),
         "processor": processor(),
         "scale": "smoke" if smoke else "full",
     }
-    if cuda:
+    if device == "cuda":
         result["hardware"] = f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
-    phantoms = PhantomConfig(512, 5, (1, 1, 2), (4, 1, 1))
-    if smoke:
-        phantoms = PhantomConfig(128, 2, (1, 1, 1), (2, 1, 1))
+    size, slices, test, train = (128, 2, 1, 2) if smoke else (512, 5, 2, 4)
+    phantoms = PhantomConfig(size, slices, (1, 1, test), (train, 1, 1))
     with TemporaryDirectory() as folder:
         root = write_phantoms(Path(folder) / "phantoms", phantoms, progress=False)
         for precision in ("32-true", "bf16-mixed"):
             result[precision] = measure(Bench(device, precision, smoke), root)
         result["trained"] = trained(Bench(device, smoke=smoke), Path(folder) / "quick")
-    out = out or RESULTS / f"benchmarks{'-cuda' * cuda}.json"
-    save(out, {**result, "minutes": (timer() - start) / 60})
-    print(f"written: {out}")
+    return {**result, "minutes": (timer() - start) / 60}
 
 
 if __name__ == "__main__":
