@@ -51,8 +51,8 @@ def predict(
     """Write a picture of each slice, predictions.csv and summary.csv; print one line a slice.
 
     Outputs carry nothing of a DICOM or NIfTI file but pixels, slice and instance numbers,
-    positions and areas: no other tag, and no file name, because names of files tell names of
-    patients. Pictures (PNG, JPEG, TIFF) keep their file names, without the folder.
+    positions and areas: no other tag, and no file name, which may tell a patient's. Pictures
+    (PNG, JPEG, TIFF) keep their file names, without the folder.
 
     predictions.csv, whose rows are returned, has one for each slice: image (a picture's name, or
     "volume 1"), slice (from 1, nearest the feet where positions are known), instance (DICOM's
@@ -147,8 +147,7 @@ def predict(
             for row in table:  # None is empty; probabilities have six digits, lengths and areas two
                 digits = ((value, 2 if "_mm" in name else 6) for name, value in row.items())
                 writer.writerow(f"{v:.{d}f}" if isinstance(v, float) else v for v, d in digits)
-    tqdm.write(CAUTION)
-    tqdm.write("Each probability is a sigmoid of its own: together they need not sum to 1.")
+    tqdm.write(f"{CAUTION}\nEach probability is a sigmoid of its own: they need not sum to 1.")
     return rows
 
 
@@ -226,13 +225,13 @@ def overlay(
     picture = Image.fromarray(tinted.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(picture)
     above = lesions["scores"] > score_threshold
-    boxes, labels, scores = (lesions[key][above].cpu() for key in ("boxes", "labels", "scores"))
-    first, last = (enlarge * boxes).split(2, dim=1)
-    boxes = torch.cat([first, torch.maximum(last - 1, first)], dim=1)  # the last pixels are inside
-    for box, label in zip(boxes.int().tolist(), labels, strict=True):
-        pen.rectangle(box, outline=COLOURS[label - 1])
-    for (x1, y1, _, y2), label, score in zip(boxes.tolist(), labels, scores, strict=True):
+    found = [lesions[key][above].cpu() for key in ("boxes", "labels", "scores")]
+    for (x1, y1, x2, y2), label, score in zip(*(value.tolist() for value in found), strict=True):
+        colour, left, top = COLOURS[label - 1], int(enlarge * x1), int(enlarge * y1)
+        # the last pixels are inside
+        last = max(left, int(enlarge * x2 - 1)), max(top, int(enlarge * y2 - 1))
+        pen.rectangle((left, top, *last), outline=colour)
         # above the box, so that the lesion stays in view; below it at the upper border
-        place = (x1, y1 - 12 if y1 >= 12 else y2)
-        pen.text(place, f"{classes[label - 1]} {score:.2f}", fill=COLOURS[label - 1])
+        place = (left, top - 12 if top >= 12 else last[1])
+        pen.text(place, f"{classes[label - 1]} {score:.2f}", fill=colour)
     return picture

@@ -6,7 +6,7 @@ import gzip
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -96,13 +96,13 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
     tag holds a value: with one the values are HU, and it speaks of display alone.
 
     Raises:
-        DataError: as `read_image`, and where pixels are not grey or state that they are no HU,
-            frames are several (stated or not) and none is named, or a package is absent.
+        DataError: as `read_image`, and where tags or pixels are no HU, frames are several (stated
+            or not) and none is named, or a package is absent.
     """
     remedy = f"export it again, uncompressed, or run `pip install {PACKAGES}`"
     with decoding(path, "the pixels cannot be decoded", remedy):
         from pydicom import dcmread
-        from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
+        from pydicom.pixels import get_decoder, pixel_array
 
         # of many frames, pydicom reads the one alone
         dataset = dcmread(path, stop_before_pixels=frame is not None)
@@ -111,16 +111,15 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
             None if (value := frame_value(dataset, frame or 0, keyword)) == "" else value
             for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType")
         )
-        lut = dataset.get("ModalityLUTSequence") or []
-        # US: unspecified, which old scanners wrote
-        unit = str((lut[0].get("ModalityLUTType") if lut else unit) or "HU").strip().upper()
-        grey = str(dataset.get("PhotometricInterpretation") or "MONO").startswith("MONO")
+        unit = str(unit or "HU").strip().upper()  # US: unspecified, which old scanners wrote
+        shown = str(dataset.get("PhotometricInterpretation") or "MONO")
         shifted = (whole(dataset, "HighBit") or 0) >= (whole(dataset, "BitsStored") or 64)
         for wrong, reason in (
             (dataset.get("Modality") not in (None, "", "CT"), "its modality is not CT"),
             (not unit.startswith(("HU", "HOUNSFIELD", "US")), "its rescale type is not HU"),
             (slope is not None and not 0 < slope < math.inf, f"its rescale slope is {slope}"),
-            (not grey, "its pixels are no grey values"),
+            (not shown.startswith("MONO"), "its pixels are no grey values"),
+            (dataset.get("ModalityLUTSequence"), "a table translates its values"),
             (shifted, "its values do not stand in the lowest bits"),  # pydicom would not shift them
         ):
             if wrong:
@@ -130,17 +129,13 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
         gdcm = syntax.is_compressed and "gdcm" in get_decoder(syntax).available_plugins
         source = dataset if frame is None else path
         stored = pixel_array(source, index=frame, decoding_plugin="gdcm" if gdcm else "")
-        is_hu = bool(lut) or slope is not None or intercept is not None
-        # both, because pydicom rescales with both only
-        dataset.RescaleSlope = 1 if slope is None else slope
-        dataset.RescaleIntercept = 0 if intercept is None else intercept
-        values = apply_modality_lut(stored, dataset)
-        if values.ndim != 2:  # several frames, stated or not, or colours
-            raise DataError(f"{path}: the pixels have shape {values.shape}; export a grey slice")
+        is_hu = slope is not None or intercept is not None
+        if stored.ndim != 2:  # several frames, stated or not, or colours
+            raise DataError(f"{path}: the pixels have shape {stored.shape}; export a grey slice")
+        values = stored * np.float64(1 if slope is None else slope) + float(intercept or 0)
     check_finite(values.min(), values.max(), path)
     image = hounsfield_to_unit(values, window)
-    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1" and not is_hu
-    return 1 - image if inverted else image
+    return 1 - image if shown == "MONOCHROME1" and not is_hu else image
 
 
 def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list[list[Slice]]:
@@ -163,7 +158,7 @@ def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list
             warnings.simplefilter("ignore")  # pydicom's would quote identifiers
             header = dcmread(path, stop_before_pixels=True)
             reason = _reason_to_leave_out(header)
-            found = [] if reason else _slices(path, header, path.parent if folder else path)
+            found = () if reason else tuple(_slices(path, header, path.parent if folder else path))
         left_out.update([reason] if reason else [])
         for each in found:
             for group in groups:
@@ -206,7 +201,7 @@ def _reason_to_leave_out(header: Dataset) -> str:
     return ""
 
 
-def _slices(path: Path, header: Dataset, without_series: Path) -> list[Slice]:
+def _slices(path: Path, header: Dataset, without_series: Path) -> Iterator[Slice]:
     count = whole(header, "NumberOfFrames") or 1
     many = count > 1
     rows, columns = whole(header, "Rows"), whole(header, "Columns")
@@ -214,14 +209,13 @@ def _slices(path: Path, header: Dataset, without_series: Path) -> list[Slice]:
         raise ValueError(f"it states {count} frames of {columns} x {rows} pixels")
     name = str(header.get("SeriesInstanceUID") or without_series)
     number = whole(header, "SeriesNumber")
-    slices = []
     for k in range(count):
         spacing = _numbers(frame_value(header, k, "PixelSpacing"), 2)
         plane = _numbers(frame_value(header, k, "ImageOrientationPatient"), 6).reshape(2, 3)
         lengths = np.linalg.norm(plane, axis=1, keepdims=True)
         if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
             raise ValueError("its orientation is not that of two directions at right angles")
-        each = Slice(
+        yield Slice(
             path,
             index=k if many else None,
             instance=k + 1 if many else whole(header, "InstanceNumber"),
@@ -233,8 +227,6 @@ def _slices(path: Path, header: Dataset, without_series: Path) -> list[Slice]:
             # one position for all frames would make them acquisitions of one slice
             corner=_numbers(frame_value(header, k, "ImagePositionPatient", plain=not many), 3),
         )
-        slices.append(each)
-    return slices
 
 
 def _numbers(values: Any, count: int) -> np.ndarray:
@@ -291,7 +283,7 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
     if len(kept) < len(single):
         notes.append(
             f"{source}: {len(single) - len(kept)} slices left out that lie where another one does "
-            "(a second acquisition?); the one with the lowest instance number stays."
+            "(a second acquisition?); the lowest instance number stays."
         )
     steps = np.diff([place(each) for each in kept])
     usual = float(np.median(steps)) if len(steps) > 1 else math.inf
@@ -310,10 +302,7 @@ class NiftiVolume:
     The volume is turned to the nearest RAS+ axes by its affine, so that slice 0 is nearest the
     feet. A slice is shown as radiologists see it and DICOM stores it: anterior up, the patient's
     right on the left of the picture. Voxels are read with the first slice and stay in memory in
-    the type of the file (an uncompressed file stays on the disk).
-
-    Raises:
-        DataError: nibabel is absent, or the file is no NIfTI, or states what cannot be.
+    the type of the file (an uncompressed file stays on the disk). Raises `DataError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -358,9 +347,8 @@ class NiftiVolume:
             what = "states no orientation; slices may be turned, or from head to feet"
             notes.append(f"{self.path}: {what}.")
         if max(self.spacing) > UNEVEN * min(self.spacing):
-            sides = " x ".join(f"{side:.3g}" for side in self.spacing)
-            what = f"pixels measure {sides} mm; the scan was not made in axial planes"
-            notes.append(f"{self.path}: {what}.")
+            size = "{:.3g} x {:.3g} mm".format(*self.spacing)
+            notes.append(f"{self.path}: pixels measure {size}; the scan was not axial.")
         positions = enumerate(self.positions)
         return tuple(Slice(self.path, k, None, mm, self.spacing) for k, mm in positions)
 
