@@ -312,6 +312,8 @@ class NiftiVolume:
 
             nibabel.imageglobals.logger.setLevel("CRITICAL")  # it would print what it mends
             image = nibabel.load(path)
+            if not isinstance(image, nibabel.Nifti1Image):  # Nifti2Image is one, too
+                raise DataError(f"{path}: the file is CIFTI, no volume; save one 3-D NIfTI volume")
             self._proxy, shape = image.dataobj, tuple(map(int, image.shape))
             if len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) > 1:
                 raise DataError(f"{path}: the image has shape {shape}; save one 3-D volume")

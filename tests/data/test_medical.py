@@ -420,7 +420,7 @@ def test_cifti_is_no_volume():
     path = Path(nibabel.__file__).parent / "tests" / "data" / "row_major.dconn.nii"
     if not path.exists():
         pytest.skip("this release of nibabel comes without its test data")
-    with pytest.raises(DataError, match="row_major.dconn.nii: the NIfTI file cannot be read"):
+    with pytest.raises(DataError, match="row_major.dconn.nii: the file is CIFTI"):
         read_image(path)
 
 
