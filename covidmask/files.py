@@ -14,14 +14,13 @@ from covidmask.errors import DataError, OutputError
 SPLITS = ("train", "val", "test")
 PACKAGES = "pydicom nibabel python-gdcm"  # the extra `medical`, by the names that pip knows
 MIN_SIDE = 8  # a slice with a shorter side is a broken file
+LOCKED = "cannot be opened", "check the path and who may read it"
 MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a decompression bomb
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, of its suffix; rename it when the block ends well.
-
-    When the block fails, the temporary file is removed and `path` is as it was before.
+    """Yield a temporary path beside `path`; rename it when the block ends well, else remove it.
 
     Raises:
         OutputError: the folder cannot be made or written, or the disk is full.
@@ -35,13 +34,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:  # Windows syncs a file that may be written only
             os.fsync(file.fileno())  # the data reaches the disk before the name does
         os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # a file may stand where a folder should
-            temporary.unlink()
-        if isinstance(error, OutputError) or not isinstance(error, OSError):
-            raise
+    except OutputError:
+        raise
+    except OSError as error:
         problem = f"{path}: cannot be written ({error.strerror or error})"
         raise OutputError(f"{problem}; choose a folder with space that you may write to") from error
+    finally:
+        with suppress(OSError):  # it is gone where all went well
+            temporary.unlink()
 
 
 def is_there(path: str | Path) -> bool:
@@ -80,18 +80,14 @@ def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
         DataError: the file is missing, no text, empty, or names a slice (its first word) twice.
     """
     with decoding(path, "the split file cannot be read or is no text", "name another one"):
-        if stat.S_ISCHR(os.stat(path).st_mode):  # /dev/zero never ends
-            raise DataError(f"{path}: this is a device; name a text with one slice per line")
-        text = Path(path).read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
+        text = readable(path, empty=True).read_text("utf-8-sig")  # Windows writes a byte order mark
     lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path}: the split file is empty; list one slice per line")
     first: dict[str, int] = {}
     for number, (name, *_) in lines:
-        if first.setdefault(name, number) != number:
-            raise DataError(
-                f"{path}, line {number}: {name} stands in line {first[name]} already; remove one"
-            )
+        if (other := first.setdefault(name, number)) != number:
+            raise DataError(f"{path}, line {number}: {name} stands in line {other} too; remove one")
     return lines
 
 
@@ -117,35 +113,19 @@ def decoding(path: str | Path, problem: str, remedy: str) -> Iterator[None]:
             f"{path}: needs {error.name}, which is not installed; run `pip install {PACKAGES}`"
         ) from error
     except Exception as error:
-        reason = one_line(error).partition(" Use force=True")[0]  # pydicom's advice to programmers
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise DataError(f"{path}: {problem} ({reason}); {remedy}") from error
 
 
 def readable(path: str | Path, empty: bool = False) -> Path:
-    """`path`, if it is a file that can be opened and, unless that is allowed, is not empty.
-
-    Raises:
-        DataError: it is not, but, say, a pipe or device, which could block for ever.
-    """
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
-            raise DataError(f"{path}: this is a {kind}; name a file")
+    """`path`, if it is a file that can be opened and, unless that is allowed, is not empty."""
+    with decoding(path, *LOCKED):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could block for ever
+            raise DataError(f"{path}: this is a folder, pipe or device; name a file")
         with open(path, "rb") as file:
             if not (empty or file.read(1)):
                 raise DataError(f"{path}: the file is empty; copy or download it again")
-    except OSError as error:
-        raise no_access(path, error) from error
     return Path(path)
-
-
-def no_access(path: str | Path, error: OSError) -> DataError:
-    """The error for a file or folder that the system does not open."""
-    reason = error.strerror
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        reason = "a link to a file that is not there" if os.path.islink(path) else "no such file"
-    return DataError(f"{path}: cannot be opened ({reason}); check the path and who may read it")
 
 
 def data_root() -> Path:
@@ -171,15 +151,12 @@ def ranked_folder() -> Path:
 
 def existing_folder(root: str | Path) -> Path:
     """`root`, if it is there; else `DataError`."""
-    root = Path(root)
-    if root.is_dir():
-        return root
-    if root.is_file():
-        raise DataError(f"{root}: is a file; name the folder that holds the data with --data")
-    raise DataError(
-        f"{root}: there is no such data folder; make it with `covidmask phantoms --preset NAME`, "
-        "or name yours with --data"
-    )
+    if not Path(root).is_dir():
+        raise DataError(
+            f"{root}: there is no such data folder; name yours with --data, or make phantoms with "
+            "`covidmask phantoms --preset NAME`"
+        )
+    return Path(root)
 
 
 def listed_splits(folder: Path) -> list[str]:

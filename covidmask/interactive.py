@@ -45,15 +45,11 @@ def frame_slider(
         alt: what the pictures show: a text for each, or one text, to which the label is added.
         caption: a sentence under the pictures.
         start: index of the frame shown first.
-
-    Raises:
-        ValueError: no frame `start`, or not one label (and text) per frame.
     """
-    frames, labels = list(frames), [str(label) for label in labels]
-    alts = [f"{alt} ({label})" for label in labels] if isinstance(alt, str) else list(alt)
-    if not len(frames) == len(labels) == len(alts) or not 0 <= start < len(frames):
-        found = f"{len(frames)} frames, {len(labels)} labels, {len(alts)} alternative texts"
-        raise ValueError(f"{found}: give one of each, and as start ({start}) the index of one")
+    labels = [str(label) for label in labels]
+    alts = [f"{alt} ({label})" for label in labels] if isinstance(alt, str) else alt
+    if not 0 <= start < len(frames):
+        raise ValueError(f"start {start}: there are {len(frames)} frames; give the index of one")
     images = ""
     for i, (frame, label, text) in enumerate(zip(frames, labels, alts, strict=True)):
         if not isinstance(frame, bytes):

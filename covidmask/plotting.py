@@ -55,23 +55,20 @@ def show_lesions(
     Args:
         image: float [H, W] or [3, H, W] in 0..1.
         lesions: boxes, labels, and where present masks and scores, as in `metrics.detection`.
-            Scores are printed at their boxes; lesions without a score above `score_threshold`
-            are left out.
+            Scores are printed; lesions without one above `score_threshold` are left out.
         classes: names of labels 1, 2, ...: the first is drawn solid, the second dashed.
     """
     from covidmask.models.detector import binary_masks
 
     ax = show_slice(image, ax)
-    found = {key: lesions[key].detach().cpu().numpy() for key in ("boxes", "labels")}
+    keys = [key for key in ("boxes", "labels", "scores") if key in lesions]
+    found = {key: lesions[key].detach().cpu().numpy() for key in keys}
     if "masks" in lesions:
         found["masks"] = binary_masks(lesions, mask_threshold).cpu().numpy()
-    if "scores" in lesions:
-        found["scores"] = lesions["scores"].detach().cpu().numpy()
-        keep = found["scores"] > score_threshold
-        found = {key: value[keep] for key, value in found.items()}
-    looks = {k: (COLOURS[k - 1], LINES[k - 1]) for k in np.unique(found["labels"])}
+    keep = found["scores"] > score_threshold if "scores" in found else slice(None)
+    found = {key: value[keep] for key, value in found.items()}
     for i, (x1, y1, x2, y2) in enumerate(found["boxes"]):
-        colour, line = looks[found["labels"][i]]
+        colour, line = (looks[found["labels"][i] - 1] for looks in (COLOURS, LINES))
         # pixel p covers p - 0.5 .. p + 0.5 on the axes, and p .. p + 1 in a box
         corner = (x1 - 0.5, y1 - 0.5)
         box = Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=colour, ls=line, lw=1)
@@ -81,9 +78,11 @@ def show_lesions(
             ax.contour(found["masks"][i], levels=[0.5], **style)
         if "scores" in found:
             ax.text(*corner, f"{found['scores'][i]:.2f}", color=colour, fontsize=7, va="bottom")
-    if looks:
-        line = plt.Line2D
-        lines = [line([], [], color=c, ls=ls, label=classes[k - 1]) for k, (c, ls) in looks.items()]
+    lines = [
+        plt.Line2D([], [], color=COLOURS[k - 1], ls=LINES[k - 1], label=classes[k - 1])
+        for k in np.unique(found["labels"])
+    ]
+    if lines:
         ax.legend(handles=lines, loc="upper right", fontsize="small")
     return ax
 
@@ -96,8 +95,8 @@ def show_mask(
     names = ("background", "lung", *classes)
     colours = (BLACK, "#606060", *COLOURS[: len(classes)])
     hatches = ("", "", *(2 * hatch for hatch in HATCHES[: len(classes)]))
-    limits = {"vmin": -0.5, "vmax": len(names) - 0.5}
-    ax.imshow(mask, cmap=ListedColormap(colours), interpolation="nearest", **limits)
+    look = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(names) - 0.5}
+    ax.imshow(mask, interpolation="nearest", **look)
     handles = []
     for k in np.unique(mask):
         if hatches[k]:
@@ -117,23 +116,21 @@ def loss_curves(
     smooth: int = 1,
     ylabel: str = "Loss (no unit)",
 ) -> Axes:
-    """Draw values of a training history against its steps.
+    """Draw values of a training history (one dict per step) against its steps.
 
     Args:
-        history: one dict per step, as training returns it.
         keys: what to draw; entries without a key (such as a value per epoch) are skipped.
         smooth: each point is the mean of this many entries, itself the last.
     """
-    ax = ax or get_ax()
+    import pandas
+
+    ax, table = ax or get_ax(), pandas.DataFrame(history).set_index("step")
     colours = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY_BLUE, BLACK) * 4
-    for i, key in enumerate(keys):
-        points = np.array([(entry["step"], entry[key]) for entry in history if key in entry])
-        if not len(points):
-            raise ValueError(f"no entry of the history has {key!r}")
-        width = min(smooth, len(points))
-        values = np.convolve(points[:, 1], np.full(width, 1 / width), mode="valid")
-        look = {"color": colours[i], "ls": LINES[i], "label": key}
-        ax.plot(points[width - 1 :, 0], values, marker="o" if len(values) < 20 else None, **look)
+    for key, colour, line in zip(keys, colours, LINES, strict=False):
+        values = table[key].dropna()
+        values = values.rolling(min(smooth, len(values))).mean().dropna()
+        marker = "o" if len(values) < 20 else None
+        ax.plot(values.index, values, color=colour, ls=line, marker=marker, label=key)
     ax.set(xlabel="Step (count)", ylabel=ylabel)
     ax.legend()
     return ax
@@ -179,11 +176,7 @@ def ranked_box_matrix(
 
 
 def score_by_rank(
-    rows: ArrayLike,
-    labels: ArrayLike,
-    ax: Axes | None = None,
-    *,
-    classes: Sequence[str] = IMAGE_CLASSES,
+    rows: ArrayLike, labels: ArrayLike, ax: Axes | None = None, *, classes=IMAGE_CLASSES
 ) -> Axes:
     """Draw the mean score at each rank, one line per image class, in a band of its middle half.
 

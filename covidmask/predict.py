@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
-from covidmask.datasets.medical import hounsfield_to_unit
 from covidmask.datasets.scans import LUNG_WINDOW, Scan, choose_slices, find_scans, read_slices
 from covidmask.errors import CheckpointError, DataError, OutputError
 from covidmask.files import atomic_path, some
@@ -25,11 +24,9 @@ from covidmask.models.weights import load_classifier, load_segmenter
 from covidmask.plotting import COLOURS
 
 PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
-MAX_STEM = 200  # bytes of a picture's name: systems allow 255, with what is added to it
 BATCH = 4  # slices of one size that go through the networks together
 BATCH_PIXELS = 2**22  # in all of them, or one alone: large pictures would fill the memory
-FLAT = 1 / 8  # of the way from black to white: a picture that spans less shows the networks little
-AIR = -500.0  # HU: every slice of a chest has darker pixels, in the lung and around the patient
+FLAT = 1 / 8  # of the way from black to white: a slice that spans less shows the networks little
 CAUTION = (
     "A slice label is not a patient diagnosis, and the slice classifier was not validated on "
     "volumes."
@@ -54,8 +51,8 @@ def predict(
     """Write a picture of each slice, predictions.csv and summary.csv; print one line a slice.
 
     Outputs carry nothing of a DICOM or NIfTI file but pixels, slice and instance numbers,
-    positions and areas: no other tag, and no file name, because names of files tell names of
-    patients. Pictures (PNG, JPEG, TIFF) keep their file names, without the folder.
+    positions and areas: no other tag, and no file name, which may tell a patient's. Pictures
+    (PNG, JPEG, TIFF) keep their file names, without the folder.
 
     predictions.csv, whose rows are returned, has one for each slice: image (a picture's name, or
     "volume 1"), slice (from 1, nearest the feet where positions are known), instance (DICOM's
@@ -66,8 +63,8 @@ def predict(
     lesion pixel), and for each class the share of slices in which it is likeliest, and its mean
     and highest probability.
 
-    The mask is the one that `covidmask evaluate` scores: `fuse` of the maps of `detect`. Weak
-    boxes count in it, so a pixel may be lesion where no box is drawn, and the other way round.
+    The mask is the one that `covidmask evaluate` scores, `fuse` of the maps of `detect`: weak boxes
+    count in it, so a pixel may be lesion where no box is drawn, and the other way round.
 
     Args:
         images, series, slices, every: as in `find_scans` and `choose_slices`.
@@ -83,43 +80,36 @@ def predict(
         if not 0 <= value <= 1:
             raise DataError(f"{name} {value}: must be a number from 0 to 1")
     out, (scans, notes) = Path(out), find_scans(images, series)
-    volumes = [scan for scan in scans if scan.volume]
-    jobs = _jobs(scans, slices, every, len(volumes) > 1)
-    each, rows = [one for _, one, _ in jobs], [row for *_, row in jobs]
+    jobs = _jobs(scans, slices, every)
+    owners, each, rows = map(list, zip(*jobs, strict=True))
     tables = [out / "predictions.csv", out / "summary.csv"]
     outputs = [*(out / row["picture"] for row in rows), *tables]
     _check_outputs(outputs, *(one.path for one in each), segmenter, classifier)
-    if (slices, every, window) != (None, None, LUNG_WINDOW) and not volumes:
-        notes.append("here is no volume, so --slices, --every and --window change nothing.")
-    darkest, flat = {scan.name: 1.0 for scan in volumes}, []
+    volumes = [scan for scan in scans if scan.volume]
+    if (series, slices, every, window) != (None, None, None, LUNG_WINDOW) and not volumes:
+        notes.append("here is no volume: --series, --slices, --every and --window change nothing.")
+    flat = []
     greys = read_slices(tqdm(each, desc="checking images"), window)  # a bad one stops us here
-    for (scan, _, row), grey in zip(jobs, greys, strict=True):
-        if scan.volume:
-            darkest[scan.name] = min(darkest[scan.name], float(grey.min()))
+    for row, grey in zip(rows, greys, strict=True):
         # but for one pixel in 200, as a few bright ones do not help the rest
-        elif np.ptp(np.percentile(grey, (0.5, 99.5))) < FLAT:
-            flat.append(row["image"])
+        if np.ptp(np.percentile(grey, (0.5, 99.5))) < FLAT:
+            flat.append(f"{row['image']}, slice {row['slice']}" if row["slice"] else row["image"])
     if flat:
         why = "use less than an eighth of the grey values, so the networks see next to nothing"
-        notes.append(f"pictures: {some(flat)} {why}; rescale them if they should not be flat.")
+        notes.append(f"{some(flat)} {why}; are they grey from black to white, volumes in HU?")
     for scan in volumes:
-        count = sum(owner is scan for owner, *_ in jobs)
-        tqdm.write(f"{scan.name}: {scan.source}; looking at {count} of {len(scan.slices)} slices")
-        if darkest[scan.name] > hounsfield_to_unit(AIR, window):
-            notes.append(f"{scan.name}: no pixel is as dark as air; its values may be no HU.")
+        count = f"{owners.count(scan)} of {len(scan.slices)}"
+        tqdm.write(f"{scan.name}: {scan.source}; looking at {count} slices")
     for note in notes:
         tqdm.write(f"Note: {note}")
     detector = for_inference(load_segmenter(segmenter, device))
     model = for_inference(load_classifier(classifier, device))
-    classes = model.config.classes
-    lesion_classes = detector.classes
+    classes, lesion_classes = model.config.classes, detector.classes
     names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
     names += [*lesion_classes, *classes]
     if len(set(names)) < len(names):
-        names = (
-            f"two columns would have one name ({', '.join(names)}); train with other class names"
-        )
-        raise CheckpointError(f"{segmenter}, {classifier}: {names}")
+        what = f"two columns would have one name ({', '.join(names)}); train with other class names"
+        raise CheckpointError(f"{segmenter}, {classifier}: {what}")
     pairs = zip(jobs, read_slices(each, window), strict=True)
     looking = _look(pairs, detector, model, len(lesion_classes), device)
     for job, grey, found, p in tqdm(looking, total=len(jobs), desc="looking at slices"):
@@ -128,10 +118,10 @@ def predict(
         with atomic_path(out / row["picture"]) as temporary:
             overlay(grey, found, codes, lesion_classes, score, enlarge).save(temporary, "PNG")
         labels, mm = found["labels"][found["scores"] > score].tolist(), one.spacing
-        row["lesions"] = len(labels)
-        row |= {name: labels.count(label) for label, name in enumerate(lesion_classes, 1)}
-        row["lesion_pixels"] = pixels = int((codes > 0).sum())
-        row["lesion_mm2"] = None if mm is None else pixels * mm[0] * mm[1]
+        pixels = int((codes > 0).sum())
+        area = None if mm is None else pixels * mm[0] * mm[1]
+        counts = {name: labels.count(label) for label, name in enumerate(lesion_classes, 1)}
+        row |= {"lesions": len(labels)} | counts | {"lesion_pixels": pixels, "lesion_mm2": area}
         row |= dict(zip(classes, p, strict=True)) | {"likeliest": classes[p.index(max(p))]}
         text = f"{row['image']}, slice {row['slice']}" if scan.volume else row["image"]
         text += "" if row["position_mm"] is None else f" ({row['position_mm']:.1f} mm)"
@@ -139,7 +129,7 @@ def predict(
         tqdm.write(f"{text}{len(labels)}, lesion pixels: {pixels:,}")
     summary = []
     for scan in scans:
-        own = [row for owner, _, row in jobs if owner is scan]
+        own = [row for owner, row in zip(owners, rows, strict=True) if owner is scan]
         ill, n = sum(row["lesion_pixels"] > 0 for row in own), len(own)
         row = {"image": scan.name, "slices": len(scan.slices), "looked_at": n, "lesion_slices": ill}
         row |= {f"share {c}": sum(row["likeliest"] == c for row in own) / n for c in classes}
@@ -157,22 +147,21 @@ def predict(
             for row in table:  # None is empty; probabilities have six digits, lengths and areas two
                 digits = ((value, 2 if "_mm" in name else 6) for name, value in row.items())
                 writer.writerow(f"{v:.{d}f}" if isinstance(v, float) else v for v, d in digits)
-    tqdm.write(CAUTION)
-    tqdm.write("Each probability is a sigmoid of its own: together they need not sum to 1.")
+    tqdm.write(f"{CAUTION}\nEach probability is a sigmoid of its own: they need not sum to 1.")
     return rows
 
 
-def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None, many: bool) -> list[tuple]:
+def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None) -> list[tuple]:
     """Scan, slice, and the start of its row, with a name for its picture that names no patient."""
     jobs, used = [], set()
+    many = sum(scan.volume for scan in scans) > 1
     for scan in scans:
         count, prefix = len(scan.slices), f"{scan.name.replace(' ', '_')}_" * many
         for k in choose_slices(count, slices, every, scan.name) if scan.volume else range(count):
             one = scan.slices[k]
             image, number = (scan.name, k + 1) if scan.volume else (one.path.name, None)
-            stem = f"{prefix}slice_{k + 1:04d}" if scan.volume else one.path.stem
-            while len(os.fsencode(stem)) > MAX_STEM:
-                stem = stem[:-1]
+            # systems allow names of 255 bytes, with what is added to it
+            stem = f"{prefix}slice_{k + 1:04d}" if scan.volume else one.path.stem[:80]
             name, n = f"{stem}_lesions.png", 1
             while name.lower() in used:  # some file systems take A.png and a.png for one file
                 n += 1
@@ -187,9 +176,8 @@ def _check_outputs(outputs: Sequence[Path], *inputs: str | Path) -> None:
     """Refuse to write over something that the reader gave us."""
     given = {(s.st_dev, s.st_ino) for s in map(os.stat, filter(os.path.exists, inputs))}
     for path in filter(Path.exists, outputs):
-        ours = (path.stat().st_dev, path.stat().st_ino) not in given
-        if path.is_dir() or not ours:
-            what = "a folder" if ours else "one of the images to look at or a file of weights"
+        if path.is_dir() or (path.stat().st_dev, path.stat().st_ino) in given:
+            what = "a folder, one of the images to look at or a file of weights"
             raise OutputError(f"{path}: is {what}; choose another folder with --out")
 
 
@@ -237,13 +225,13 @@ def overlay(
     picture = Image.fromarray(tinted.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(picture)
     above = lesions["scores"] > score_threshold
-    boxes, labels, scores = (lesions[key][above].cpu() for key in ("boxes", "labels", "scores"))
-    first, last = (enlarge * boxes).split(2, dim=1)
-    boxes = torch.cat([first, torch.maximum(last - 1, first)], dim=1)  # the last pixels are inside
-    for box, label in zip(boxes.int().tolist(), labels, strict=True):
-        pen.rectangle(box, outline=COLOURS[label - 1])
-    for (x1, y1, _, y2), label, score in zip(boxes.tolist(), labels, scores, strict=True):
+    found = [lesions[key][above].cpu() for key in ("boxes", "labels", "scores")]
+    for (x1, y1, x2, y2), label, score in zip(*(value.tolist() for value in found), strict=True):
+        colour, left, top = COLOURS[label - 1], int(enlarge * x1), int(enlarge * y1)
+        # the last pixels are inside
+        last = max(left, int(enlarge * x2 - 1)), max(top, int(enlarge * y2 - 1))
+        pen.rectangle((left, top, *last), outline=colour)
         # above the box, so that the lesion stays in view; below it at the upper border
-        place = (x1, y1 - 12 if y1 >= 12 else y2)
-        pen.text(place, f"{classes[label - 1]} {score:.2f}", fill=COLOURS[label - 1])
+        place = (left, top - 12 if top >= 12 else last[1])
+        pen.text(place, f"{classes[label - 1]} {score:.2f}", fill=colour)
     return picture

@@ -199,7 +199,7 @@ def not_finite(value):
 
 
 def no_image(here):
-    return PREDICT.format("gone.png"), "gone.png", "no such file"
+    return PREDICT.format("gone.png"), "gone.png", "No such file"
 
 
 def bad_image_before_bad_weights(here):
@@ -601,11 +601,11 @@ def test_weights_named_as_the_working_folder(here, capsys):
 def test_devices(here, capsys):
     fails(SEGMENTER + " --checkpoint /dev/zero", here, capsys, "/dev/zero: is a folder or device")
     command = "evaluate segmenter --data data --weights seg.safetensors --split /dev/zero"
-    fails(command, here, capsys, "/dev/zero: this is a device")
+    fails(command, here, capsys, "/dev/zero: this is a folder, pipe or device")
 
 
 def test_data_that_is_a_file(here, capsys):
-    fails("stats --data scan.png", here, capsys, "scan.png: is a file; name the folder")
+    fails("stats --data scan.png", here, capsys, "scan.png: there is no such data folder")
 
 
 def test_phantoms_whose_note_is_a_list(here, capsys):

@@ -92,7 +92,7 @@ def test_loss_curves_skip_missing_keys_and_smooth():
     np.testing.assert_allclose(accuracy.get_ydata(), [0.6])
     assert loss.get_linestyle() != accuracy.get_linestyle()
     assert drawn(ax)[1] == ["loss", "accuracy"]
-    with pytest.raises(ValueError, match="'lost'"):
+    with pytest.raises(KeyError, match="'lost'"):
         plotting.loss_curves(history, ("lost",))
 
 

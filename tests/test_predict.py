@@ -36,6 +36,7 @@ class Networks(torch.nn.Module):
     def __init__(self, masks):
         super().__init__()
         self.config = TINY_DETECTOR if masks else TINY_CLASSIFIER
+        self.classes = ("GGO", "C")
         self.masks, self.batches = masks, []
 
     def __deepcopy__(self, memo):
@@ -267,20 +268,20 @@ def test_values_that_are_no_hounsfield_units_are_noted(tmp_path, stub, capsys):
     grey = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(grey, np.eye(4)), tmp_path / "grey.nii")
     assert predict([tmp_path / "grey.nii"], tmp_path / "out")[0] == 0
-    assert "no pixel is as dark as air" in capsys.readouterr().out
+    assert "Note: 3 (volume 1, slice 1, volume 1, slice 2, vol" in capsys.readouterr().out
     assert predict([write_series(tmp_path / "scan", 3)], tmp_path / "out")[0] == 0
-    assert "dark as air" not in capsys.readouterr().out
+    assert "eighth" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--slices", "2-9"], "volume 1 has no slices 2-9; choose from 1 to 3"),
-        (["--slices", "last"], "does not parse"),
+        (["--slices", "2-9"], "volume 1 has no slices '2-9'"),
+        (["--slices", "last"], "numbers and ranges from 1 to 3"),
         (["--every", "0"], "--every 0: must be at least 1"),
         (["--series", "0"], "--series 0: must be at least 1"),
-        (["--series", "2"], "no series 2"),
-        (["--window", "-600", "0"], "--window -600 0: level and width"),
+        (["--series", "2"], "holds 1 axial CT series"),
+        (["--window", "-600", "0"], "--window -600 0: the width must be above 0"),
         (["--window", "nan", "10"], "--window nan: must be at least"),
     ],
 )
@@ -314,7 +315,7 @@ def test_no_picture_is_written_over_an_input(way, tmp_path, stub, capsys):
     status, rows, _ = predict([one, two], out)
     assert status == 2 and rows is None and not stub.batches
     assert two.read_bytes() == before
-    assert "is one of the images to look at" in capsys.readouterr().err
+    assert "is a folder, one of the images to look at" in capsys.readouterr().err
 
 
 def test_no_table_is_written_over_an_input_or_a_folder(tmp_path, stub):
@@ -324,9 +325,9 @@ def test_no_table_is_written_over_an_input_or_a_folder(tmp_path, stub):
     (tmp_path / "out" / "summary.csv").mkdir(parents=True)
     weights = shutil.copy(picture, tmp_path / "a_lesions.png")
     for out, images, segmenter, words in (
-        (odd.parent, [odd], "s", "summary.csv: is one of the images"),
-        (tmp_path / "out", [picture], "s", "summary.csv: is a folder"),
-        (tmp_path, [picture], weights, "a_lesions.png: is one of .* or a file of weights"),
+        (odd.parent, [odd], "s", "summary.csv: is a folder, one of the images"),
+        (tmp_path / "out", [picture], "s", "summary.csv: is a folder, one of the images"),
+        (tmp_path, [picture], weights, "a_lesions.png: is a folder, one .* or a file of weights"),
     ):
         with pytest.raises(OutputError, match=words):
             module.predict(images, segmenter, "c", out)
@@ -342,7 +343,12 @@ def test_a_name_as_long_as_the_system_allows(name, tmp_path, stub):
 
 def test_options_without_effect_are_noted(tmp_path, stub, capsys):
     picture = write_picture(tmp_path / "a.png")
-    for options in (["--slices", "9"], ["--every", "2"], ["--window", "40", "400"]):
+    for options in (
+        ["--slices", "9"],
+        ["--every", "2"],
+        ["--window", "40", "400"],
+        ["--series", "1"],
+    ):
         assert predict([picture], tmp_path / "out", *options)[0] == 0
         assert "Note: here is no volume" in capsys.readouterr().out
     predict([picture], tmp_path / "out")
@@ -361,12 +367,12 @@ def test_a_name_that_is_no_text(tmp_path, stub):
 def test_flat_pictures_are_noted(tmp_path, stub, capsys):
     flat = write_picture(tmp_path / "flat.png", 100, 120)
     assert predict([flat, write_picture(tmp_path / "a.png")], tmp_path / "out")[0] == 0
-    assert "pictures: 1 (flat.png) use less than an eighth" in capsys.readouterr().out
+    assert "Note: 1 (flat.png) use less than an eighth" in capsys.readouterr().out
     hot = np.array(Image.open(flat))
     hot[0, 0] = 255
     Image.fromarray(hot).save(flat)
     assert predict([flat], tmp_path / "out")[0] == 0
-    assert "pictures: 1 (flat.png) use less than an eighth" in capsys.readouterr().out
+    assert "Note: 1 (flat.png) use less than an eighth" in capsys.readouterr().out
 
 
 def test_networks_that_give_no_numbers(tmp_path, stub, monkeypatch, capsys):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import math
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MAX_GZ_BYTES = 2**31  # of a .nii.gz once unpacked: 1,000 slices of 512 x 512 in 64 bits
-MAX_DEFLATED_BYTES = 2**29  # of a DICOM file once inflated
-PIECE = 2**20  # bytes that are unpacked at a time
-DEFLATE = 1032  # times a file's size is the most that it can unpack to
 MM = {1: 1000.0, 3: 0.001}  # by NIfTI's code for a unit of length: metre, micron; others are mm
 SAME_PLACE = 0.01  # mm: slices that are nearer to each other have the same position
 SAME_WAY = 0.02  # between unit vectors: 1 degree, so that no rounding parts a series
@@ -34,22 +30,12 @@ UNEVEN = 1.5  # times the usual distance of neighbours: more is a gap
 AXIAL = 0.8  # least cosine between the normal and the patient's long axis (37 degrees)
 MAX_FRAMES = 2**16  # in one file
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # pictures of screens; also the classes below it
-TAGS = (  # all that is read of a DICOM file besides its meta header: no other can reach an output
-    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber"),
-    *("ImageType", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SamplesPerPixel"),
-    *("PhotometricInterpretation", "PlanarConfiguration", "PixelRepresentation", "BitsAllocated"),
-    *("BitsStored", "HighBit", "RescaleSlope", "RescaleIntercept", "RescaleType"),
-    *("ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
-    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
-    *("PixelData", "FloatPixelData", "DoubleFloatPixelData"),
-)
 GROUPS = {  # the functional groups in which enhanced CT states tags; of others, that of rescaling
     "ImagePositionPatient": "PlanePositionSequence",
     "ImageOrientationPatient": "PlaneOrientationSequence",
     "PixelSpacing": "PixelMeasuresSequence",
 }
-BAD_HEADER = "the header of the DICOM file is damaged", "export the slice again, or take it away"
+BAD_HEADER = "this is no DICOM file, or its header is damaged", "export the slice again"
 BAD_NIFTI = "the NIfTI file cannot be read", "copy or export it again"
 
 
@@ -75,42 +61,19 @@ class Slice:
 def hounsfield_to_unit(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Map Hounsfield units of any shape to float32 in 0..1, by a window of level and width in HU.
 
-    Level - width/2 and below become 0, level + width/2 and above 1. Both must be finite, width
-    above 0: else `ValueError`.
+    Level - width/2 and below become 0, level + width/2 and above 1; else `DataError`.
     """
     level, width = map(float, window)
-    if not (math.isfinite(level) and math.isfinite(width) and width > 0):
-        raise ValueError(f"window {level:g} {width:g}: give finite numbers and a width above 0")
-    # no double is outside 64 bits, but 1e308 is infinite in 32, and 1e-50 is 0
-    wide = np.float32 if 1e-30 < width < 1e30 and abs(level) < 1e30 else np.float64
-    with np.errstate(over="ignore"):  # far outside the window: clipped
-        unit = (np.asarray(hu, dtype=wide) - (level - width / 2)) / width
+    if not (abs(level) <= 1e6 and 1e-3 <= width <= 1e6):
+        raise DataError(f"window {level:g} {width:g}: give a level, and a width above 0, in HU")
+    unit = (np.asarray(hu, dtype=np.float32) - (level - width / 2)) / width
     return np.clip(unit, 0, 1).astype(np.float32)
 
 
-def open_dicom(path: Path, *, pixels: bool) -> Dataset:
-    """Read `TAGS` of a DICOM file, those of the pixels only if asked."""
-    with decoding(path, "this is no DICOM file", "export the slice again"):
-        import pydicom
-
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-            with open(path, "rb") as file:  # pydicom would unpack all of it, however much it is
-                file.seek(144 + meta.FileMetaInformationGroupLength)
-                unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
-                if len(unpack(file.read(), MAX_DEFLATED_BYTES + 1)) > MAX_DEFLATED_BYTES:
-                    raise DataError(f"{path}: is too large once unpacked; export it uncompressed")
-        return pydicom.dcmread(path, specific_tags=list(TAGS), stop_before_pixels=not pixels)
-
-
-def whole(dataset: Dataset, keyword: str, least: float = -math.inf) -> int | None:
-    """The whole number in a tag, None where it is absent or empty, else ValueError."""
+def whole(dataset: Dataset, keyword: str) -> int | None:
+    """The whole number in a tag, None where it is absent or empty; a list of numbers is refused."""
     value = dataset.get(keyword)
-    if value in (None, ""):
-        return None
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{keyword} is not one whole number from {least}")
-    return int(value)
+    return None if value in (None, "") else int(value)
 
 
 def frame_value(dataset: Dataset, frame: int, keyword: str, plain: bool = True) -> Any:
@@ -133,62 +96,46 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
     tag holds a value: with one the values are HU, and it speaks of display alone.
 
     Raises:
-        DataError: as `read_image`, and where pixels are not grey or state that they are no HU,
-            frames are several (stated or not) and none is named, or a package is absent.
+        DataError: as `read_image`, and where tags or pixels are no HU, frames are several (stated
+            or not) and none is named, or a package is absent.
     """
-    dataset = open_dicom(path, pixels=frame is None)  # of many frames, pydicom reads the one alone
-    syntax = dataset.file_meta.get("TransferSyntaxUID")
-    problem = f"the pixels ({getattr(syntax, 'name', syntax)}) cannot be decoded"
-    remedy = f"copy the slice again, export it uncompressed, or run `pip install {PACKAGES}`"
-    with decoding(path, problem, remedy):
-        from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
+    remedy = f"export it again, uncompressed, or run `pip install {PACKAGES}`"
+    with decoding(path, "the pixels cannot be decoded", remedy):
+        from pydicom import dcmread
+        from pydicom.pixels import get_decoder, pixel_array
 
-        frames, samples, columns, rows = (
-            whole(dataset, keyword, 0) or 0
-            for keyword in ("NumberOfFrames", "SamplesPerPixel", "Columns", "Rows")
-        )
-        if (frame is None and frames > 1) or samples > 1:
-            raise DataError(
-                f"{path}: {frames or 1} frames of {samples} samples; export a grey slice"
-            )
-        check_size(columns, rows, path)
+        # of many frames, pydicom reads the one alone
+        dataset = dcmread(path, stop_before_pixels=frame is not None)
+        check_size(whole(dataset, "Columns") or 0, whole(dataset, "Rows") or 0, path)
         slope, intercept, unit = (
             None if (value := frame_value(dataset, frame or 0, keyword)) == "" else value
             for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType")
         )
-        lut = dataset.get("ModalityLUTSequence") or []
-        _check_hounsfield(path, dataset, slope, lut[0].get("ModalityLUTType") if lut else unit)
-        packed = syntax is not None and syntax.is_compressed
+        unit = str(unit or "HU").strip().upper()  # US: unspecified, which old scanners wrote
+        shown = str(dataset.get("PhotometricInterpretation") or "MONO")
+        shifted = (whole(dataset, "HighBit") or 0) >= (whole(dataset, "BitsStored") or 64)
+        for wrong, reason in (
+            (dataset.get("Modality") not in (None, "", "CT"), "its modality is not CT"),
+            (not unit.startswith(("HU", "HOUNSFIELD", "US")), "its rescale type is not HU"),
+            (slope is not None and not 0 < slope < math.inf, f"its rescale slope is {slope}"),
+            (not shown.startswith("MONO"), "its pixels are no grey values"),
+            (dataset.get("ModalityLUTSequence"), "a table translates its values"),
+            (shifted, "its values do not stand in the lowest bits"),  # pydicom would not shift them
+        ):
+            if wrong:
+                raise DataError(f"{path}: holds no Hounsfield units: {reason}; export the CT slice")
+        syntax = dataset.file_meta.TransferSyntaxUID
         # GDCM refuses a truncated slice, of which others may return what there is
-        gdcm = packed and "gdcm" in get_decoder(syntax).available_plugins
+        gdcm = syntax.is_compressed and "gdcm" in get_decoder(syntax).available_plugins
         source = dataset if frame is None else path
         stored = pixel_array(source, index=frame, decoding_plugin="gdcm" if gdcm else "")
-        is_hu = bool(lut) or slope is not None or intercept is not None
-        # both, because pydicom rescales with both only
-        dataset.RescaleSlope = 1 if slope is None else slope
-        dataset.RescaleIntercept = 0 if intercept is None else intercept
-        values = apply_modality_lut(stored, dataset)
-        if values.ndim != 2:  # pydicom returns what is there, whatever the number of frames
-            raise DataError(f"{path}: the pixels have shape {values.shape}; export a grey slice")
+        is_hu = slope is not None or intercept is not None
+        if stored.ndim != 2:  # several frames, stated or not, or colours
+            raise DataError(f"{path}: the pixels have shape {stored.shape}; export a grey slice")
+        values = stored * np.float64(1 if slope is None else slope) + float(intercept or 0)
     check_finite(values.min(), values.max(), path)
     image = hounsfield_to_unit(values, window)
-    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1" and not is_hu
-    return 1 - image if inverted else image
-
-
-def _check_hounsfield(path: Path, dataset: Dataset, slope: Any, unit: Any) -> None:
-    unit = str(unit or "HU").strip().upper()  # US: unspecified, which old scanners wrote
-    grey = str(dataset.get("PhotometricInterpretation") or "MONO").startswith("MONO")
-    shifted = (whole(dataset, "HighBit") or 0) >= (whole(dataset, "BitsStored") or 64)
-    for wrong, reason in (
-        (dataset.get("Modality") not in (None, "", "CT"), "its modality is not CT"),
-        (not unit.startswith(("HU", "HOUNSFIELD", "US")), "its rescale type is not HU"),
-        (slope is not None and not 0 < slope < math.inf, f"its rescale slope is {slope}"),
-        (not grey, "its pixels are no grey values"),
-        (shifted, "its values do not stand in the lowest bits"),  # pydicom would not shift them
-    ):
-        if wrong:
-            raise DataError(f"{path}: holds no Hounsfield units ({reason}); export the CT slice")
+    return 1 - image if shown == "MONOCHROME1" and not is_hu else image
 
 
 def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list[list[Slice]]:
@@ -196,44 +143,46 @@ def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list
 
     A series has one series identifier, size and orientation, that of its first slice: whatever
     hangs on a threshold, such as whether slices are turned, is the same for all. Files that name
-    no series belong together only where they lie in one folder and were found there (`folder`).
-    `left_out` counts other files, by reasons in a few words.
+    no series belong together only where they lie in one folder and were found there (`folder`); a
+    file of many frames is a series of its own. `left_out` counts other files (localizers, other
+    planes and modalities, colour, burned-in text, screen captures), by reasons in a few words.
 
     Raises:
         DataError: pydicom is absent, a file is no DICOM or its header is damaged.
     """
-    groups: dict[tuple, list[list[Slice]]] = {}
+    groups: list[list[Slice]] = []
     for path in tqdm(files, desc="reading headers", disable=len(files) < 2):
-        header = open_dicom(path, pixels=False)
         with decoding(path, *BAD_HEADER), warnings.catch_warnings():
+            from pydicom import dcmread
+
             warnings.simplefilter("ignore")  # pydicom's would quote identifiers
+            header = dcmread(path, stop_before_pixels=True)
             reason = _reason_to_leave_out(header)
-            found = [] if reason else _slices(path, header, path.parent if folder else path)
+            found = () if reason else tuple(_slices(path, header, path.parent if folder else path))
         left_out.update([reason] if reason else [])
         for each in found:
-            alike = groups.setdefault(each.series, [])
-            for group in alike:
-                if (np.linalg.norm(group[0].plane - each.plane, axis=1) < SAME_WAY).all():
+            for group in groups:
+                turned = np.linalg.norm(group[0].plane - each.plane, axis=1)
+                if group[0].series == each.series and turned.max() < SAME_WAY:
                     group.append(each)
                     break
             else:
-                alike.append([each])
-    every = [group for alike in groups.values() for group in alike]
-    axial, other = [], []
-    for series in sorted(every, key=lambda group: group[0].series_number):
-        plane = series[0].plane
-        is_axial = not plane.any() or abs(np.cross(*plane)[2]) >= AXIAL
-        (axial if is_axial else other).append(series)
-    if paths := {each.path for series in other for each in series}:
-        left_out["plane other than axial"] += len(paths)
+                groups.append([each])
+    axial = []
+    for group in sorted(groups, key=lambda group: group[0].series_number):
+        plane = group[0].plane
+        if not plane.any() or abs(np.cross(*plane)[2]) >= AXIAL:
+            axial.append(group)
+        else:
+            left_out["plane other than axial"] += len({each.path for each in group})
     return axial
 
 
 def _reason_to_leave_out(header: Dataset) -> str:
-    stored_as = getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
+    stored_as = header.file_meta.get("MediaStorageSOPClassUID")
     if "Rows" not in header:
         if not stored_as or stored_as.name.endswith("Image Storage"):
-            raise ValueError("it ends before it states rows, or does not say what it holds")
+            raise ValueError("it ends before it states rows")
         return "no image"  # DICOMDIR, reports, presentation states
     image_type = " ".join(map(str, np.atleast_1d(header.get("ImageType") or ""))).upper()
     if "LOCALIZER" in image_type or "SCOUT" in image_type:
@@ -245,50 +194,39 @@ def _reason_to_leave_out(header: Dataset) -> str:
     if header.get("BurnedInAnnotation") == "YES":
         return "burned-in text, which may name the patient"
     # few of these say that there is text in the pixels
-    kind = f"{header.get('SOPClassUID') or stored_as}."
+    capture = f"{header.get('SOPClassUID') or stored_as}.".startswith(f"{SECONDARY_CAPTURE}.")
     oriented = np.isfinite(_numbers(frame_value(header, 0, "ImageOrientationPatient"), 6)).all()
-    if "SCREEN SAVE" in image_type or (kind.startswith(f"{SECONDARY_CAPTURE}.") and not oriented):
+    if "SCREEN SAVE" in image_type or (capture and not oriented):
         return "screen capture, which may name the patient"
     return ""
 
 
-def _slices(path: Path, header: Dataset, without_series: Path) -> list[Slice]:
-    count = whole(header, "NumberOfFrames", 0) or 1
+def _slices(path: Path, header: Dataset, without_series: Path) -> Iterator[Slice]:
+    count = whole(header, "NumberOfFrames") or 1
     many = count > 1
-    rows, columns, bits = (whole(header, k, 1) for k in ("Rows", "Columns", "BitsAllocated"))
-    if not rows or not columns:
-        raise ValueError("it states no number of rows or of columns")
-    syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
-    packed = syntax is not None and (syntax.is_compressed or syntax.is_deflated)
-    least = 8 if packed else rows * columns * (bits or 0) // 8 or 1  # bytes of a frame; 8: a mark
-    room = min(path.stat().st_size // least, MAX_FRAMES)
-    if many and count > room:
-        raise ValueError(f"it states {count:,} frames, and has room for {room:,}")
-    # a file of many frames is a series of its own
+    rows, columns = whole(header, "Rows"), whole(header, "Columns")
+    if not (rows and columns and 1 <= count <= MAX_FRAMES):
+        raise ValueError(f"it states {count} frames of {columns} x {rows} pixels")
     name = str(header.get("SeriesInstanceUID") or without_series)
-    series = name, path if many else None, rows, columns
     number = whole(header, "SeriesNumber")
-    slices = []
     for k in range(count):
         spacing = _numbers(frame_value(header, k, "PixelSpacing"), 2)
         plane = _numbers(frame_value(header, k, "ImageOrientationPatient"), 6).reshape(2, 3)
         lengths = np.linalg.norm(plane, axis=1, keepdims=True)
         if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
             raise ValueError("its orientation is not that of two directions at right angles")
-        each = Slice(
+        yield Slice(
             path,
             index=k if many else None,
             instance=k + 1 if many else whole(header, "InstanceNumber"),
             spacing=tuple(spacing.tolist()) if min(spacing) > 0 else None,
-            series=series,
+            series=(name, path if many else None, rows, columns),
             series_number=math.inf if number is None else number,
             identity=(header.get("SOPInstanceUID") or path, k),
             plane=np.nan_to_num(plane),
             # one position for all frames would make them acquisitions of one slice
             corner=_numbers(frame_value(header, k, "ImagePositionPatient", plain=not many), 3),
         )
-        slices.append(each)
-    return slices
 
 
 def _numbers(values: Any, count: int) -> np.ndarray:
@@ -335,16 +273,17 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
             "which may run from head to feet."
         )
     place = attrgetter("position" if placed else "instance")
-    groups: list[list[Slice]] = []  # of slices in one place
+    kept: list[Slice] = []
     for each in sorted(single, key=place):
-        if not groups or not placed or place(each) - place(groups[-1][0]) >= SAME_PLACE:
-            groups.append([])
-        groups[-1].append(each)
-    kept = [min(g, key=lambda s: math.inf if s.instance is None else s.instance) for g in groups]
+        if not placed or not kept or place(each) - place(kept[-1]) >= SAME_PLACE:
+            kept.append(each)
+        else:
+            pair = kept.pop(), each
+            kept.append(min(pair, key=lambda s: math.inf if s.instance is None else s.instance))
     if len(kept) < len(single):
         notes.append(
             f"{source}: {len(single) - len(kept)} slices left out that lie where another one does "
-            "(a second acquisition?); the one with the lowest instance number stays."
+            "(a second acquisition?); the lowest instance number stays."
         )
     steps = np.diff([place(each) for each in kept])
     usual = float(np.median(steps)) if len(steps) > 1 else math.inf
@@ -363,10 +302,7 @@ class NiftiVolume:
     The volume is turned to the nearest RAS+ axes by its affine, so that slice 0 is nearest the
     feet. A slice is shown as radiologists see it and DICOM stores it: anterior up, the patient's
     right on the left of the picture. Voxels are read with the first slice and stay in memory in
-    the type of the file (an uncompressed file stays on the disk).
-
-    Raises:
-        DataError: nibabel is absent, or the file is no NIfTI, or states what cannot be.
+    the type of the file (an uncompressed file stays on the disk). Raises `DataError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -382,13 +318,11 @@ class NiftiVolume:
             if len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) > 1:
                 raise DataError(f"{path}: the image has shape {shape}; save one 3-D volume")
             self._shape = (*shape, 1)[:3]
-            claimed = math.prod(shape) * self._proxy.dtype.itemsize
-            most = path.stat().st_size * (DEFLATE if self._packed else 1) - self._proxy.offset
-            most = min(most, MAX_GZ_BYTES) if self._packed else most
-            if claimed > most:  # before memory is taken for them
+            most = MAX_GZ_BYTES if self._packed else path.stat().st_size - self._proxy.offset
+            if math.prod(shape) * self._proxy.dtype.itemsize > most:  # before memory is taken
                 raise DataError(
-                    f"{path}: its header claims {shape} voxels, {claimed:,} bytes, more than the "
-                    f"{most:,} bytes it may hold; copy it again, or unpack a .nii.gz to .nii"
+                    f"{path}: its header claims {shape} voxels, more than the {most:,} bytes that "
+                    "it may hold; copy it again, or unpack a .nii.gz to .nii"
                 )
             with nibabel.openers.ImageOpener(path) as file:  # as stated: nibabel makes 1 of 0
                 stated = type(image.header).from_fileobj(file, check=False)
@@ -415,21 +349,16 @@ class NiftiVolume:
             what = "states no orientation; slices may be turned, or from head to feet"
             notes.append(f"{self.path}: {what}.")
         if max(self.spacing) > UNEVEN * min(self.spacing):
-            sides = " x ".join(f"{side:.3g}" for side in self.spacing)
-            what = f"pixels measure {sides} mm; the scan was not made in axial planes"
-            notes.append(f"{self.path}: {what}.")
+            size = "{:.3g} x {:.3g} mm".format(*self.spacing)
+            notes.append(f"{self.path}: pixels measure {size}; the scan was not axial.")
         positions = enumerate(self.positions)
         return tuple(Slice(self.path, k, None, mm, self.spacing) for k, mm in positions)
 
     def read(self, index: int | None, window: tuple[float, float]) -> np.ndarray:
         """Slice `index`, from 0 (None: the middle), through a window: float32 [H, W] in 0..1."""
-        index = self.count // 2 if index is None else index
-        if not 0 <= index < self.count:
-            most = self.count - 1
-            raise DataError(f"{self.path}: there is no slice {index}; choose one of 0..{most}")
         with decoding(self.path, *BAD_NIFTI):
-            values = self._voxels[..., index].astype(np.float32)
-            values = values * self._proxy.slope + self._proxy.inter
+            slab = self._voxels[..., self.count // 2 if index is None else index]
+            values = slab.astype(np.float32) * self._proxy.slope + self._proxy.inter
         check_finite(values.min(), values.max(), self.path)
         # [x, y] -> rows to posterior, columns to patient's left
         return hounsfield_to_unit(values[::-1, ::-1].T, window)
@@ -442,8 +371,7 @@ class NiftiVolume:
         with (gzip.open if self._packed else open)(self.path, "rb") as file:
             where = self._shape, self._proxy.dtype, file, self._proxy.offset
             voxels = nibabel.volumeutils.array_from_file(*where, mmap=not self._packed)
-            if self._packed:  # to the end, where the checksum stands
-                any(not file.read(PIECE) for _ in range(MAX_GZ_BYTES // PIECE))
+            file.read(1)  # beyond the end, where a packed file has its checksum
         if voxels.dtype.kind not in "iuf":
             raise ValueError(f"its voxels are of type {voxels.dtype}, not real numbers")
         return nibabel.apply_orientation(voxels, self._turn)

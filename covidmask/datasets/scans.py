@@ -15,15 +15,7 @@ from PIL import Image, ImageOps
 from covidmask.datasets import medical
 from covidmask.datasets.medical import Slice
 from covidmask.errors import DataError
-from covidmask.files import (
-    MAX_PIXELS,
-    atomic_path,
-    check_finite,
-    check_size,
-    decoding,
-    no_access,
-    readable,
-)
+from covidmask.files import LOCKED, atomic_path, check_finite, check_size, decoding, readable
 
 LUNG_WINDOW = (-600.0, 1500.0)  # level, width in HU
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # what the public data sets hold, in order of preference
@@ -38,16 +30,15 @@ RESULT = "_lesions.png"  # how the pictures of `covidmask predict` end: no input
 def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> np.ndarray:
     """Read one CT slice as grey values, float32 [H, W] in 0..1.
 
-    Pictures (PNG, JPEG, TIFF) of 8 or 16 bits are divided by 255 or 65535, and inverted where a
-    TIFF says that 0 is white; float pictures must lie in 0..1 already. They are turned as their
-    orientation tag says, and 16 bits must not lie within 4096 levels. Colour becomes grey
-    (luminance) and an alpha channel is dropped. DICOM (.dcm, .dicom, or the letters DICM at byte
-    128) and NIfTI (.nii, .nii.gz; the middle axial slice) hold HU, which the window (level, width)
-    maps to 0..1.
+    Pictures (PNG, JPEG, TIFF) of 8 or 16 bits are divided by 255 or 65535; float pictures lie in
+    0..1 already. They are turned as their orientation tag says; colour becomes grey (luminance),
+    and an alpha channel is dropped. DICOM (.dcm, .dicom, or the letters DICM at byte 128) and NIfTI
+    (.nii, .nii.gz; the middle axial slice) hold HU, which the window (level, width) maps to 0..1.
 
     Raises:
-        DataError: the file is missing, locked, truncated, no image, smaller than 8x8, larger than
-            67 megapixels, or holds NaN or infinite values, or no grey values as above.
+        DataError: the file is missing, locked, damaged, no image, smaller than 8x8 or larger than
+            67 megapixels; it holds NaN, infinite or other values than above, or 16 bits that all
+            lie within 4096 levels.
     """
     return next(read_slices([Slice(Path(path))], window))
 
@@ -57,8 +48,8 @@ def read_slices(
 ) -> Iterator[np.ndarray]:
     """Read slices one by one, as `read_image` does: float32 [H, W] in 0..1.
 
-    Slices of a volume are turned so that anterior is up and the patient's right on the left. Those
-    of one NIfTI file should follow one another, as it is opened once for them.
+    Slices of a volume are turned so that anterior is up and the patient's right on the left. A
+    NIfTI file is opened once for its slices where they follow one another.
     """
     nifti = None
     for each in slices:
@@ -119,8 +110,8 @@ def write_image(path: str | Path, array: np.ndarray) -> None:
 
 def _open(path: Path) -> Image.Image:
     """Decode and turn a picture completely; Pillow alone would leave the pixels for later."""
-    expected = f"expected PNG, JPEG, TIFF, DICOM or NIfTI of at most {MAX_PIXELS:,} pixels"
-    with decoding(path, "this is no image, or a damaged or truncated one", expected):
+    problem = "this is no image, or a damaged or truncated one"
+    with decoding(path, problem, "expected PNG, JPEG, TIFF, DICOM or NIfTI"):
         with Image.open(path, formats=FORMATS) as picture:
             check_size(*picture.size, path)  # before any pixel is decoded
             picture.verify()  # PNG: the checksums, and that the end of the file is there
@@ -144,16 +135,11 @@ def _to_unit(picture: Image.Image, path: Path) -> np.ndarray:
     values = np.array(picture, dtype=np.float32)
     low, high = float(values.min()), float(values.max())
     check_finite(low, high, path)
-    problem = ""
-    if low < 0 or high > (65535 if deep else 1):
-        problem = "expected 0..1 (float) or 0..65535 (integer)"
-    elif deep and 0 < high - low <= FEW_LEVELS:
-        levels = f"only {high - low + 1:g} of the 65536 levels of 16 bits"
-        problem = f"{levels}, so it would look flat (12 bits, or shifted Hounsfield units?)"
-    if problem:
+    if low < 0 or high > (65535 if deep else 1) or (deep and 0 < high - low <= FEW_LEVELS):
         raise DataError(
-            f"{path}: the values run from {low:g} to {high:g}, {problem}; rescale the image, or "
-            "pass Hounsfield units as DICOM or NIfTI"
+            f"{path}: the values run from {low:g} to {high:g}, not over 0..1 (float), or more than "
+            f"{FEW_LEVELS} levels of 0..65535 (integers; are they 12 bits, or Hounsfield units?); "
+            "rescale the image, or pass Hounsfield units as DICOM or NIfTI"
         )
     values = values / 65535 if deep else values
     # a TIFF in which 0 is white: Pillow inverts 8 bits, but not 16
@@ -176,18 +162,16 @@ def find_scans(
 ) -> tuple[list[Scan], list[str]]:
     """Look through files and folders, without decoding a pixel.
 
-    DICOM files that are named one by one are sorted into their series, and each is a volume. A
-    folder, searched with the folders in it, may hold one series, or `series` (from 1) says which.
-    A series is the files of one series identifier, size and orientation; a file of many frames is
-    one, too. Left out are localizers, planes other than axial, other modalities, colour, burned-in
-    text, screen captures, and whatever is no image. See `medical.ordered` for the order.
+    Files that are named one by one may hold several DICOM series, and each becomes a volume. A
+    folder, searched with the folders in it, may hold one, or `series` (from 1) says which. See
+    `medical.axial_series` for what a series is, and `medical.ordered` for the order.
 
     Returns:
         The scans, pictures first, and sentences about what was left out, copies and gaps.
 
     Raises:
-        DataError: a folder holds nothing to look at or several series, a file is damaged, a file
-            or a folder below cannot be opened, or nothing tells the order of a series.
+        DataError: a folder holds nothing to look at or several series, there is no such series, a
+            file is damaged or cannot be opened, or nothing tells the order of a series.
     """
     pictures: list[Slice] = []
     volumes: list[tuple[str, tuple[Slice, ...]]] = []
@@ -196,10 +180,8 @@ def find_scans(
     folders = [path for path in paths if os.path.isdir(path)]
     named = [path for path in paths if path not in folders]
     groups = [(None, named)] * bool(named) + [(folder, _files(folder)) for folder in folders]
-    numbered = set()  # whether series were found in folders, and whether among files named
     for folder, files in groups:
-        source = str(folder or "the files named")
-        before = len(pictures) + len(volumes)
+        source, before = str(folder or "the files named"), len(pictures) + len(volumes)
         left_out: Counter[str] = Counter()
         dicom = []
         for path in files:
@@ -213,17 +195,13 @@ def find_scans(
             else:
                 left_out[kind] += 1
         parts = medical.axial_series(dicom, folder is not None, left_out) if dicom else []
-        numbered.update([folder is not None] if parts else [])
-        if folder and parts and (series is not None or len(parts) > 1):
-            if series is None or not 1 <= series <= len(parts):
-                none = "" if series is None else f", but no series {series}"
-                each = "; ".join(
-                    f"{number}: {len(part)} of {part[0].series[3]} x {part[0].series[2]} pixels"
-                    for number, part in enumerate(parts, 1)
-                )
+        if parts and (series is not None or (folder and len(parts) > 1)):
+            if series not in range(1, len(parts) + 1):
+                each = (f"{len(p)} of {p[0].series[3]} x {p[0].series[2]} pixels" for p in parts)
+                listed = "; ".join(f"{number}: {words}" for number, words in enumerate(each, 1))
                 raise DataError(
-                    f"{folder}: holds {len(parts)} axial CT series{none} (number: slices; {each}); "
-                    "choose one with --series NUMBER"
+                    f"{source}: holds {len(parts)} axial CT series (number: slices; {listed}); "
+                    "choose one of these numbers with --series"
                 )
             parts = [parts[series - 1]]
         volumes += [(source, medical.ordered(part, source, notes)) for part in parts]
@@ -235,8 +213,6 @@ def find_scans(
             )
         if reasons:
             notes.append(f"{source}: files left out: {reasons}.")
-    if series is not None and numbered != {True}:
-        notes.append("--series counts the DICOM series of a folder; of files named, all are taken.")
     scans = [Scan(f"volume {n}", *volume, True) for n, volume in enumerate(volumes, 1)]
     if pictures:
         scans.insert(0, Scan("pictures", "PNG, JPEG and TIFF files", tuple(pictures), False))
@@ -247,15 +223,18 @@ def _files(folder: Path) -> list[Path]:
     """Every file in a folder and below, but hidden ones (macOS writes ._IM0001)."""
 
     def stop(error: OSError) -> None:
-        raise no_access(error.filename, error)
+        with decoding(error.filename, *LOCKED):
+            raise error
 
     files: list[Path] = []
-    seen: set[str] = set()  # links may lead around in a circle
+    seen: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
-        files += [] if real in seen else [Path(place, n) for n in names if not n.startswith(".")]
+        if (real := os.path.realpath(place)) in seen:  # a link led around in a circle
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 
@@ -278,8 +257,7 @@ def choose_slices(
 ) -> list[int]:
     """Which slices of a volume to look at: rising positions, from 0.
 
-    By default 32 (LOOKED_AT), in the middles of as many equal parts of the volume, or all slices
-    where there are not more.
+    By default 32 (LOOKED_AT), in the middles of as many equal parts of the volume, or all if fewer.
 
     Args:
         count, name: how many slices the volume has, and what messages call it.
@@ -287,7 +265,7 @@ def choose_slices(
         every: take the first, and then each `every`-th, of these or of all.
 
     Raises:
-        DataError: `slices` does not parse, the volume has no such slice, or `every` is below 1.
+        DataError: the volume has no such slices, or `every` is below 1.
     """
     if every is not None and every < 1:
         raise DataError(f"every {every}: must be a whole number from 1")
@@ -297,14 +275,11 @@ def choose_slices(
     chosen = set(range(count)) if slices in (None, "all") else set()
     for part in [] if chosen else slices.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
-        if match is None:
-            raise DataError(
-                f"slices {slices!r:.60}: does not parse; write all, or such as 20-80 or 3,17,40-45"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last <= count:
             raise DataError(
-                f"slices {slices!r}: {name} has no slices {part.strip()}; choose from 1 to {count}"
+                f"slices {slices!r:.60}: {name} has no slices {part.strip()!r:.20}; write all, or "
+                f"numbers and ranges from 1 to {count}, such as 20-80 or 3,17,40-45"
             )
         chosen.update(range(first - 1, last))
     return sorted(chosen)[::every]

@@ -95,7 +95,7 @@ def test_16_bits_that_hold_12_or_hounsfield_units_are_refused(tmp_path, offset, 
     path = tmp_path / "slice.tif"
     values = (offset + np.linspace(0, 4096, 200)).astype(dtype).reshape(10, 20)
     Image.fromarray(values).save(path)
-    with pytest.raises(DataError, match=f"from {offset} to {offset + 4096}, only 4097 of the 655"):
+    with pytest.raises(DataError, match=f"from {offset} to {offset + 4096}, not .* 4096 levels"):
         read_image(path)
     values[5, 5] = offset + 4097
     Image.fromarray(values).save(path)
@@ -211,12 +211,12 @@ def test_bad_images_name_the_file_and_the_problem(tmp_path, name):
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
 def test_missing_files_and_folders(tmp_path, read):
-    with pytest.raises(DataError, match="absent.png: cannot be opened .no such file"):
+    with pytest.raises(DataError, match="absent.png: cannot be opened .No such file"):
         read(tmp_path / "absent.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "absent.png")
-    with pytest.raises(DataError, match="link.png: cannot be opened .a link to a file that is not there"):
+    with pytest.raises(DataError, match="link.png: cannot be opened .No such file"):
         read(tmp_path / "link.png")
-    with pytest.raises(DataError, match="folder.png/a.png: cannot be opened .no such file"):
+    with pytest.raises(DataError, match="folder.png/a.png: cannot be opened .Not a directory"):
         (tmp_path / "file").write_text("text")
         read(tmp_path / "file" / "folder.png" / "a.png")
     (tmp_path / "folder.png").mkdir()
@@ -227,7 +227,7 @@ def test_missing_files_and_folders(tmp_path, read):
 @pytest.mark.parametrize("name", ["a.png", "a.dcm", "a.nii", "a"])
 def test_pipes_and_locked_files_are_named(tmp_path, name, monkeypatch):
     os.mkfifo(tmp_path / name)  # opening it would wait for ever
-    with pytest.raises(DataError, match=f"{name}: this is a pipe, socket or device"):
+    with pytest.raises(DataError, match=f"{name}: this is a folder, pipe or device"):
         read_image(tmp_path / name)
     (tmp_path / name).unlink()
     (tmp_path / name).write_bytes(GOOD)

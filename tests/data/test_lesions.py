@@ -300,7 +300,7 @@ def test_a_slice_with_two_suffixes(folder):
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (None, "cannot be read"),
+        (None, "cannot be opened"),
         ("", "is empty"),
         (" \n\n", "is empty"),
         ("2_10.png\nnonsense\n", "line 2"),

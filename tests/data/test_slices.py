@@ -88,7 +88,7 @@ def test_bad_lists(tmp_path, content, problem):
 
 
 def test_a_missing_list(tmp_path):
-    with pytest.raises(DataError, match="absent.txt: the split file cannot be read"):
+    with pytest.raises(DataError, match="absent.txt: cannot be opened"):
         read_split(tmp_path / "absent.txt")
 
 
