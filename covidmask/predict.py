@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
+from covidmask.datasets.medical import hounsfield_to_unit
 from covidmask.datasets.scans import LUNG_WINDOW, Scan, choose_slices, find_scans, read_slices
 from covidmask.errors import CheckpointError, DataError, OutputError
 from covidmask.files import atomic_path, some
@@ -26,6 +27,7 @@ from covidmask.plotting import COLOURS
 PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
 BATCH = 4  # slices of one size that go through the networks together
 BATCH_PIXELS = 2**22  # in all of them, or one alone: large pictures would fill the memory
+AIR = -500.0  # HU: every slice of a chest has darker pixels, in the lung and around the patient
 FLAT = 1 / 8  # of the way from black to white: a slice that spans less shows the networks little
 CAUTION = (
     "A slice label is not a patient diagnosis, and the slice classifier was not validated on "
@@ -88,15 +90,20 @@ def predict(
     volumes = [scan for scan in scans if scan.volume]
     if (series, slices, every, window) != (None, None, None, LUNG_WINDOW) and not volumes:
         notes.append("here is no volume: --series, --slices, --every and --window change nothing.")
-    flat = []
+    flat, airless = [], {scan.name for scan in volumes}
+    air = hounsfield_to_unit(AIR, window) if volumes else 0
     greys = read_slices(tqdm(each, desc="checking images"), window)  # a bad one stops us here
-    for row, grey in zip(rows, greys, strict=True):
+    for scan, row, grey in zip(owners, rows, greys, strict=True):
+        if grey.min() <= air:
+            airless.discard(scan.name)
         # but for one pixel in 200, as a few bright ones do not help the rest
         if np.ptp(np.percentile(grey, (0.5, 99.5))) < FLAT:
             flat.append(f"{row['image']}, slice {row['slice']}" if row["slice"] else row["image"])
     if flat:
         why = "use less than an eighth of the grey values, so the networks see next to nothing"
         notes.append(f"{some(flat)} {why}; are they grey from black to white, volumes in HU?")
+    if airless:
+        notes.append(f"{some(sorted(airless))}: no pixel is as dark as air; are the values HU?")
     for scan in volumes:
         count = f"{owners.count(scan)} of {len(scan.slices)}"
         tqdm.write(f"{scan.name}: {scan.source}; looking at {count} slices")

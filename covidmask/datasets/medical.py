@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MAX_GZ_BYTES = 2**31  # of a .nii.gz once unpacked: 1,000 slices of 512 x 512 in 64 bits
+MAX_DEFLATED_BYTES = 2**29  # of a DICOM file once inflated
 MM = {1: 1000.0, 3: 0.001}  # by NIfTI's code for a unit of length: metre, micron; others are mm
 SAME_PLACE = 0.01  # mm: slices that are nearer to each other have the same position
 SAME_WAY = 0.02  # between unit vectors: 1 degree, so that no rounding parts a series
@@ -87,6 +89,19 @@ def frame_value(dataset: Dataset, frame: int, keyword: str, plain: bool = True) 
     return dataset.get(keyword) if plain else None
 
 
+def _open_dicom(path: Path, *, pixels: bool) -> Dataset:
+    import pydicom
+
+    meta = pydicom.filereader.read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+        with open(path, "rb") as file:  # pydicom would unpack all of it, however much it is
+            file.seek(144 + meta.FileMetaInformationGroupLength)
+            unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
+            if len(unpack(file.read(), MAX_DEFLATED_BYTES + 1)) > MAX_DEFLATED_BYTES:
+                raise DataError(f"{path}: is too large once unpacked; export it uncompressed")
+    return pydicom.dcmread(path, stop_before_pixels=not pixels)
+
+
 def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None) -> np.ndarray:
     """Read one grey DICOM slice (frame, from 0; None: the only one): float32 [H, W] in 0..1.
 
@@ -101,11 +116,10 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
     """
     remedy = f"export it again, uncompressed, or run `pip install {PACKAGES}`"
     with decoding(path, "the pixels cannot be decoded", remedy):
-        from pydicom import dcmread
         from pydicom.pixels import get_decoder, pixel_array
 
         # of many frames, pydicom reads the one alone
-        dataset = dcmread(path, stop_before_pixels=frame is not None)
+        dataset = _open_dicom(path, pixels=frame is None)
         check_size(whole(dataset, "Columns") or 0, whole(dataset, "Rows") or 0, path)
         slope, intercept, unit = (
             None if (value := frame_value(dataset, frame or 0, keyword)) == "" else value
@@ -153,10 +167,8 @@ def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list
     groups: list[list[Slice]] = []
     for path in tqdm(files, desc="reading headers", disable=len(files) < 2):
         with decoding(path, *BAD_HEADER), warnings.catch_warnings():
-            from pydicom import dcmread
-
             warnings.simplefilter("ignore")  # pydicom's would quote identifiers
-            header = dcmread(path, stop_before_pixels=True)
+            header = _open_dicom(path, pixels=False)
             reason = _reason_to_leave_out(header)
             found = () if reason else tuple(_slices(path, header, path.parent if folder else path))
         left_out.update([reason] if reason else [])

@@ -251,7 +251,7 @@ def test_a_table_in_place_of_a_slope_is_refused(tmp_path):
         read_dicom(path, WINDOW)
 
 
-def test_a_deflated_file(tmp_path):
+def test_a_deflated_file(tmp_path, monkeypatch):
     pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
     path = write_dicom(tmp_path / "a.dcm", HU, RescaleSlope=1, RescaleIntercept=0)
     dataset = pydicom.dcmread(path)
@@ -259,6 +259,9 @@ def test_a_deflated_file(tmp_path):
     expected = read_dicom(path, WINDOW)
     dataset.save_as(path)
     np.testing.assert_array_equal(read_dicom(path, WINDOW), expected)
+    monkeypatch.setattr(medical, "MAX_DEFLATED_BYTES", HU.nbytes)
+    with pytest.raises(DataError, match="a.dcm: is too large once unpacked"):
+        read_dicom(path, WINDOW)
 
 
 @pytest.mark.parametrize(
