@@ -15,6 +15,9 @@ __all__, __getattr__ = open_room(
             "ClassificationModule",
             "REGIMES",
             "batch_norm_parameters",
+            "count_batch_norm",
+            "count_parameters",
+            "count_trainable",
             "covid_ct_mask_net",
             "set_regime",
         ),
@@ -24,11 +27,6 @@ __all__, __getattr__ = open_room(
             "binary_masks",
             "fpn_backbone",
             "lesion_mask_rcnn",
-        ),
-        "parameters": (
-            "count_batch_norm",
-            "count_parameters",
-            "count_trainable",
         ),
         "ranked_boxes": (
             "Boxes",

@@ -122,6 +122,21 @@ def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters, trained or frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Numbers in the parameters that require a gradient; call `set_regime` first."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_batch_norm(model: nn.Module) -> int:
+    """Numbers in gamma and beta of all batch-norm layers, downsample branches included."""
+    return sum(parameter.numel() for parameter in batch_norm_parameters(model))
+
+
 def set_regime(model: CovidCTMaskNet, regime: str) -> list[nn.Parameter]:
     """Say what trains (section 4); everything else is frozen.
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.errors import CheckpointError, DataError
-from covidmask.files import atomic_path, is_there, weights_file
+from covidmask.errors import CheckpointError
+from covidmask.files import atomic_path, is_there, one_line, weights_file
 from covidmask.models.classifier import REGIMES, ClassificationModule, CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.ranked_boxes import Columns, Encoder
 
-FORMAT = 2  # of the header; 1, which had no such entry, always read four levels of ResNet-50
+FORMAT = 2  # of the header
 WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -62,30 +62,24 @@ def save_model(
         "card": card,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    if half:
-        tensors = {
-            name: t.half() if t.ndim > 1 and t.abs().max() <= torch.finfo(torch.half).max else t
-            for name, t in tensors.items()
-        }
-    content = save(tensors, metadata={"covidmask": json.dumps(header)})
+    for name, tensor in tensors.items() if half else ():
+        if tensor.ndim > 1 and tensor.abs().max() <= torch.finfo(torch.half).max:
+            tensors[name] = tensor.half()
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(save(tensors, metadata={"covidmask": json.dumps(header)}))
     return Path(path)
 
 
 def own_parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
     """Which parts are not the package's: "backbone", "encoder", "s" -> name of the class."""
     detector = getattr(model, "detector", model)
-    parts = {"backbone": type(detector.backbone).__name__}
-    if parts["backbone"] != getattr(getattr(detector, "config", None), "backbone", None):
-        del parts["backbone"]
+    own = {"backbone": type(detector.backbone).__name__ == detector.config.backbone}
+    parts = {"backbone": detector.backbone}
     if detector is not model:
-        encoder, s = model.encoder, model.s
-        if type(encoder) is not Columns or encoder.parts != encoder.columns:
-            parts["encoder"] = type(encoder).__name__
-        if type(s) is not ClassificationModule:
-            parts["s"] = type(s).__name__
-    return parts
+        parts |= {"encoder": model.encoder, "s": model.s}
+        plain = type(model.encoder) is Columns and model.encoder.parts == model.encoder.columns
+        own |= {"encoder": not plain, "s": type(model.s) is not ClassificationModule}
+    return {name: type(part).__name__ for name, part in parts.items() if own[name]}
 
 
 def load_segmenter(
@@ -113,7 +107,16 @@ def load_classifier(
 
 
 def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **parts: Any) -> Any:
-    header, state = _read(path, kind, backbone=backbone, **parts)
+    header, state = _read(path)
+    if header["kind"] != kind:
+        raise CheckpointError(f"{path}: holds a {header['kind']}; give a {kind} file here")
+    for part, thing in {"backbone": backbone, **parts}.items():
+        name = None if thing is None else type(thing).__name__
+        if name != (own := header.get("own", {}).get(part)):
+            raise CheckpointError(
+                f"{path}: its {part} is {own or 'of covidmask'}, not {name}; call "
+                f"load_{kind}(path, {part}=...) with such an object, or without it"
+            )
     try:
         config = _config(DetectorConfig, header["detector"])
         model = lesion_mask_rcnn(config, masks=kind == "segmenter", backbone=backbone)
@@ -122,13 +125,11 @@ def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **par
             model = CovidCTMaskNet(model, config, **parts)
             if model.config != config:
                 wanted, given = (", ".join(c.columns) for c in (config, model.config))
-                raise DataError(f"its columns are {wanted}; the encoder's are {given}")
-    except DataError as error:  # says what to do
-        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from error
+                raise ValueError(f"its columns are {wanted}; the encoder's are {given}")
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: its configuration is not one of this version ({error}); "
-            "train it again, or install the version that wrote it"
+            f"{path}: its configuration cannot be built ({error}); give it such parts, train it "
+            "again, or install the version that wrote it"
         ) from error
     load_state(model, state, path)
     return model.to(device).eval()
@@ -165,29 +166,17 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
         ) from error
 
 
-def _read(
-    path: str | Path, kind: str | None = None, **given: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such weights file; check the path, or train one first")
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
             newer = header.get("format", 1) > FORMAT
-            if "format" not in header and header["detector"]["backbone"] == "resnet50":
-                header["detector"]["levels"] = None
-            found, _ = header["kind"], header["card"]
-            own = dict(header.get("own", {}))
+            _ = header["kind"], header["card"], dict(header.get("own", {}))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: not a complete .safetensors file ({error}); copy or train it again, "
-            "or turn the author's .pth into one with `covidmask convert`"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+            f"{path}: cannot be read as a .safetensors file ({one_line(error)}); check the path, "
+            "copy or train it again, or turn the author's .pth into one with `covidmask convert`"
         ) from error
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -195,15 +184,6 @@ def _read(
         ) from error
     if newer:
         raise CheckpointError(f"{path}: written by a newer covidmask; install that version")
-    if kind and found != kind:
-        raise CheckpointError(f"{path}: holds a {found}; give a {kind} file here")
-    for part, thing in given.items():
-        name = None if thing is None else type(thing).__name__
-        if name != own.get(part):
-            raise CheckpointError(
-                f"{path}: its {part} is {own.get(part, 'of covidmask')}, not {name}; call "
-                f"load_{kind}(path, {part}=...) with such an object, or without it"
-            )
     return header, state
 
 
@@ -212,7 +192,7 @@ class ShippedWeights(Enum):
 
     Each value is (file in covidmask/models/shipped, its SHA-256). `ShippedWeights.X.load()` gives
     the model, `.card()` how it was made and what it reached. Phantoms are synthetic: these weights
-    teach, and say nothing about patients.
+    teach, and say nothing about patients. Other bytes than those shipped are a `CheckpointError`.
     """
 
     SEGMENTER_QUICK = (
@@ -226,25 +206,22 @@ class ShippedWeights(Enum):
 
     @property
     def path(self) -> Path:
-        """The file."""
-        return SHIPPED / self.value[0]
-
-    def checked(self) -> Path:
-        """The file; a `CheckpointError` if it is missing, or not the one that was shipped."""
-        found = hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path.is_file() else None
-        if found != self.value[1]:
-            state = f"has the SHA-256 {found}, not {self.value[1]}" if found else "is missing"
-            raise CheckpointError(f"{self.path}: {state}; install covidmask again")
-        return self.path
+        """The file, whose bytes were looked at."""
+        path = SHIPPED / self.value[0]
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.value[1]:
+            raise CheckpointError(
+                f"{path}: is missing or not the shipped file, of SHA-256 {self.value[1]}; "
+                "install covidmask again"
+            )
+        return path
 
     def load(self, device: str | torch.device = "cpu") -> GeneralizedRCNN | CovidCTMaskNet:
-        """The model, in eval mode. Raises as `checked`."""
-        load = load_segmenter if self is ShippedWeights.SEGMENTER_QUICK else load_classifier
-        return load(self.checked(), device)
+        """The model, in eval mode."""
+        return _load(self.path, self.value[0].partition("-")[0], device, None)
 
     def card(self) -> dict[str, Any]:
-        """Data, command, commit, metrics with intervals, limits. Raises as `checked`."""
-        return read_card(self.checked())
+        """Data, command, commit, metrics with intervals, limits."""
+        return read_card(self.path)
 
 
 def trained_segmenter(
@@ -255,15 +232,10 @@ def trained_segmenter(
 
 
 def trained_classifier(
-    preset: str,
-    device: str | torch.device = "cpu",
-    *,
-    regime: str | None = None,
-    shipped: bool = False,
+    preset: str, device: str | torch.device = "cpu", *, shipped: bool = False
 ) -> CovidCTMaskNet:
     """The classifier of a preset, as `trained_segmenter`."""
-    path, _ = find_weights("classifier", preset, regime=regime, shipped=shipped)
-    return load_classifier(path, device)
+    return load_classifier(find_weights("classifier", preset, shipped=shipped)[0], device)
 
 
 def find_weights(
@@ -275,9 +247,8 @@ def find_weights(
 ) -> tuple[Path, str]:
     """The weights to use: the named ones, else yours, else (preset quick) the shipped ones.
 
-    Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights.
-
-    With `shipped` the shipped ones come first, as in the book, whose text has their numbers.
+    Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights. With `shipped` the shipped
+    ones come before them, as in the book, whose text has their numbers.
 
     Returns:
         the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.
@@ -286,33 +257,25 @@ def find_weights(
         CheckpointError: there are none (and which command trains them), several of yours, or
             `named` beside `regime`.
     """
-    if named is not None and regime is not None:
+    if named is not None:
+        if regime is None:
+            return Path(named), "named"
         raise CheckpointError(
             f"--regime {regime}: chooses among your own weights, but {named} is named; drop one"
         )
-    if named is not None:
-        return Path(named), "named"
-    yours = {}  # regime, "" for a segmenter -> file
-    if not (shipped and preset == "quick"):
-        plain = weights_file(kind, preset)
-        if is_there(plain):  # older files of classifiers have their regime in the card alone
-            yours["" if kind == "segmenter" else str(read_card(plain).get("regime"))] = plain
-        for each in REGIMES if kind == "classifier" else ():
-            if is_there(path := weights_file(kind, preset, each)):
-                yours[each] = path
-    yours = {key: path for key, path in yours.items() if regime in (None, key)}
-    if len(yours) > 1:
-        found = ", ".join(f"{path} ({key})" for key, path in yours.items())
+    regimes = [regime] if regime else REGIMES if kind == "classifier" else [None]
+    yours = [weights_file(kind, preset, each) for each in regimes]
+    if shipped and preset == "quick" or not (yours := list(filter(is_there, yours))):
+        if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
+            return ShippedWeights[f"{kind.upper()}_QUICK"].path, WHOSE_SHIPPED
         raise CheckpointError(
-            f"the {kind} of preset {preset}: there are several of yours, {found}; choose one with "
-            "--regime, or name its file"
+            f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
+            f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
+            f"{f' --regime {regime}' if regime else ''}`"
         )
-    if yours:
-        return next(iter(yours.values())), "yours"
-    if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
-        return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), WHOSE_SHIPPED
-    raise CheckpointError(
-        f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
-        f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
-        f"{f' --regime {regime}' if regime else ''}`"
-    )
+    if len(yours) > 1:
+        raise CheckpointError(
+            f"the {kind} of preset {preset}: there are several of yours, "
+            f"{', '.join(map(str, yours))}; choose one with --regime, or name its file"
+        )
+    return yours[0], "yours"
