@@ -19,9 +19,9 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.errors import CheckpointError
 from covidmask.files import atomic_path, is_there, one_line, weights_file
-from covidmask.models.classifier import REGIMES, ClassificationModule, CovidCTMaskNet
+from covidmask.models.classifier import REGIMES, CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.ranked_boxes import Columns, Encoder
+from covidmask.models.ranked_boxes import Encoder
 
 FORMAT = 2  # of the header
 WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
@@ -34,8 +34,8 @@ def save_model(
     """Write weights and configuration to one .safetensors file.
 
     Args:
-        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`. Parts of your own (backbone,
-            encoder, S) are named by their classes; loading the file asks for such objects.
+        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`. Of parts of your own (backbone,
+            encoder, S) the file names the class; loading it asks for such objects.
         half: store what has two or more dimensions as float16, unless it has a value beyond
             65,504, where float16 ends. Loading gives float32 either way.
         card: plain values kept in the file, such as the command and the metrics.
@@ -50,15 +50,14 @@ def save_model(
     if not (isinstance(detector, GeneralizedRCNN) and isinstance(config, DetectorConfig)):
         raise ValueError(
             f"{path}: only detectors of `lesion_mask_rcnn` can be built again from their file; "
-            "take off wrappers such as torch.compile or DataParallel, or, if it is yours, save its "
-            "state_dict with torch, and that of `model.s` beside it"
+            "take off wrappers such as torch.compile, or save the state_dict of yours with torch"
         )
     header = {
         "format": FORMAT,
         "kind": "classifier" if classifier else "segmenter",
         "detector": asdict(config),
         "classifier": asdict(model.config) if classifier else None,
-        "own": own_parts(model),
+        "parts": _parts(model),
         "card": card,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -70,16 +69,12 @@ def save_model(
     return Path(path)
 
 
-def own_parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
-    """Which parts are not the package's: "backbone", "encoder", "s" -> name of the class."""
-    detector = getattr(model, "detector", model)
-    own = {"backbone": type(detector.backbone).__name__ == detector.config.backbone}
-    parts = {"backbone": detector.backbone}
-    if detector is not model:
+def _parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
+    """The names of the classes of what may be a reader's own."""
+    parts = {"backbone": getattr(model, "detector", model).backbone}
+    if isinstance(model, CovidCTMaskNet):
         parts |= {"encoder": model.encoder, "s": model.s}
-        plain = type(model.encoder) is Columns and model.encoder.parts == model.encoder.columns
-        own |= {"encoder": not plain, "s": type(model.s) is not ClassificationModule}
-    return {name: type(part).__name__ for name, part in parts.items() if own[name]}
+    return {name: type(part).__name__ for name, part in parts.items()}
 
 
 def load_segmenter(
@@ -88,8 +83,7 @@ def load_segmenter(
     """Read a segmenter that `save_model` wrote, on your own `backbone` if it had one; eval mode.
 
     Raises:
-        CheckpointError: missing, truncated, no covidmask file, a classifier, or other weights
-            or parts than its configuration asks for.
+        CheckpointError: no complete covidmask file, a classifier, or other weights or parts.
     """
     return _load(path, "segmenter", device, backbone)
 
@@ -110,13 +104,6 @@ def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **par
     header, state = _read(path)
     if header["kind"] != kind:
         raise CheckpointError(f"{path}: holds a {header['kind']}; give a {kind} file here")
-    for part, thing in {"backbone": backbone, **parts}.items():
-        name = None if thing is None else type(thing).__name__
-        if name != (own := header.get("own", {}).get(part)):
-            raise CheckpointError(
-                f"{path}: its {part} is {own or 'of covidmask'}, not {name}; call "
-                f"load_{kind}(path, {part}=...) with such an object, or without it"
-            )
     try:
         config = _config(DetectorConfig, header["detector"])
         model = lesion_mask_rcnn(config, masks=kind == "segmenter", backbone=backbone)
@@ -126,10 +113,13 @@ def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **par
             if model.config != config:
                 wanted, given = (", ".join(c.columns) for c in (config, model.config))
                 raise ValueError(f"its columns are {wanted}; the encoder's are {given}")
+        for part, name in _parts(model).items():
+            if name != (own := header.get("parts", {}).get(part, name)):
+                raise ValueError(f"its {part} is {own}, not {name}")
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: its configuration cannot be built ({error}); give it such parts, train it "
-            "again, or install the version that wrote it"
+            f"{path}: its model cannot be built ({error}); pass parts of your own, as in "
+            f"load_{kind}(path, backbone=...), or install the version that wrote it"
         ) from error
     load_state(model, state, path)
     return model.to(device).eval()
@@ -147,21 +137,19 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load weights, or raise `CheckpointError`: what does not fit, or holds NaN or infinity."""
-    if bad := [name for name, value in state.items() if not value.float().isfinite().all()]:
-        raise CheckpointError(
-            f"{path}: holds NaN or infinity in {', '.join(bad[:3])}{' and more' * (len(bad) > 3)}; "
-            "train these weights again"
-        )
     own = model.state_dict()
-    try:  # loading would turn other types into numbers without a word
-        for name in own.keys() & state.keys():
-            if own[name].is_floating_point() != state[name].is_floating_point():
-                raise RuntimeError(f"{name} is {state[name].dtype} in the file")
+    for name, value in state.items():  # loading would turn other types into numbers without a word
+        floats = own.get(name, value).is_floating_point()
+        if value.is_floating_point() != floats or not value.float().isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} holds NaN, infinity or another type, {value.dtype}; "
+                "train these weights again"
+            )
+    try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # torch's is a list, a line a problem, after a headline
-        lines = [textwrap.shorten(line, 240).rstrip(".") for line in str(error).splitlines()]
+    except RuntimeError as error:
         raise CheckpointError(
-            f"{path}: weights of another architecture: {'; '.join(lines[1:6] or lines)}; "
+            f"{path}: weights of another architecture ({textwrap.shorten(str(error), 600)}); "
             "build the model with the configuration that these weights were trained with"
         ) from error
 
@@ -171,7 +159,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
             newer = header.get("format", 1) > FORMAT
-            _ = header["kind"], header["card"], dict(header.get("own", {}))
+            _ = header["kind"], header["card"], dict(header.get("parts", {}))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

@@ -96,7 +96,7 @@ def test_older_and_newer_files(tmp_path):
 BROKEN = {
     "a list": lambda header: [],
     "nothing": lambda header: None,
-    "own": lambda header: {**header, "own": 5},
+    "parts": lambda header: {**header, "parts": 5},
     "no kind": lambda header: header.pop("kind") and header,
     "no card": lambda header: [header.pop("card"), header][1],
     "format": lambda header: {**header, "format": "2"},
@@ -111,7 +111,7 @@ def test_headers_of_another_form(segmenter, tmp_path, kind):
     path = weights.save_model(segmenter, tmp_path / "s.safetensors")
     header = BROKEN[kind](json.loads(safe_open(path, "pt").metadata()["covidmask"]))
     save_file(segmenter.state_dict(), path, metadata={"covidmask": json.dumps(header)})
-    with pytest.raises(CheckpointError, match="s.safetensors: (a .safet|its config)"):
+    with pytest.raises(CheckpointError, match="s.safetensors: (a .safet|its model)"):
         weights.load_segmenter(path)
 
 
@@ -133,10 +133,10 @@ def test_weights_that_are_no_numbers_are_refused(segmenter, tmp_path, value):
     with torch.no_grad():
         model.rpn.head.conv[0][0].bias[3] = value
     path = weights.save_model(model, tmp_path / "s.safetensors")
-    message = r"s.safetensors: holds NaN or infinity in rpn.head.conv.0.0.bias; train these"
+    message = r"s.safetensors: rpn.head.conv.0.0.bias holds NaN, infinity or .*; train these"
     with pytest.raises(CheckpointError, match=message):
         weights.load_segmenter(path)
-    with pytest.raises(CheckpointError, match="a.pth: holds NaN or infinity in rpn.head.conv"):
+    with pytest.raises(CheckpointError, match="a.pth: rpn.head.conv.*bias holds NaN"):
         author_checkpoints.load_author_checkpoint(author_file(tmp_path / "a.pth", model))
 
 
@@ -250,7 +250,7 @@ def test_wrong_kind_truncated_and_foreign_safetensors(segmenter, classifier, tmp
 def test_configuration_of_another_version(segmenter, tmp_path, monkeypatch):
     path = weights.save_model(segmenter, tmp_path / "s.safetensors")
     monkeypatch.setattr(weights, "DetectorConfig", ClassifierConfig)  # knows none of the fields
-    with pytest.raises(CheckpointError, match="s.safetensors: its configuration cannot be built"):
+    with pytest.raises(CheckpointError, match="s.safetensors: its model cannot be built"):
         weights.load_segmenter(path)
 
 
@@ -327,7 +327,7 @@ def test_weights_of_another_type_are_refused(segmenter, tmp_path, kind):
     state = {name: tensor.contiguous() for name, tensor in segmenter.state_dict().items()}
     state["rpn.head.conv.0.0.bias"] = state["rpn.head.conv.0.0.bias"].to(kind)
     save_file(state, path, metadata=header)
-    with pytest.raises(CheckpointError, match=f"rpn.head.conv.0.0.bias is {kind} in the file"):
+    with pytest.raises(CheckpointError, match=f"rpn.head.conv.0.0.bias holds .* type, {kind}"):
         weights.load_segmenter(path)
 
 
