@@ -532,7 +532,7 @@ def test_regimes_of_yours(mine, tmp_path):
     heads, full = mine("classifier", "heads"), mine("classifier", "full")
     with pytest.raises(CheckpointError) as caught:
         find_weights("classifier", "quick")
-    for words in (f"{heads}, {full}", "--regime"):
+    for words in (f"{heads}, {full}: there are several", "--regime"):
         assert words in str(caught.value)
     assert find_weights("classifier", "quick", regime="full") == (full, "yours")
     assert find_weights("classifier", "quick", regime="heads") == (heads, "yours")

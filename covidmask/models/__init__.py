@@ -6,11 +6,7 @@ __all__, __getattr__ = open_room(
     __name__,
     {
         "author_checkpoints": ("load_author_checkpoint",),
-        "baselines": (
-            "area_features",
-            "fit_area_classifier",
-            "threshold_detections",
-        ),
+        "baselines": ("area_features", "fit_area_classifier", "threshold_detections"),
         "classifier": (
             "ClassificationModule",
             "REGIMES",

@@ -42,9 +42,8 @@ class ClassificationModule(nn.Module):
 class CovidCTMaskNet(nn.Module):
     """Detector + S: `model(images)` gives logits [B,classes]; see `covid_ct_mask_net`.
 
-    The detector stays in eval mode, also while the classifier trains: batch norm uses and never
-    updates its running statistics, no sampler runs, and an image's result does not depend on
-    the others in its batch.
+    The detector stays in eval mode, also while the classifier trains: batch norm never updates its
+    statistics, no sampler runs, and an image's result does not depend on the others in its batch.
     """
 
     def __init__(
@@ -103,9 +102,6 @@ def covid_ct_mask_net(
             R-CNN), with any number of classes. The classifier lies on its device.
         encoder: what makes rows of boxes; by default `Columns(config.columns)`.
         s: any module [B,N,columns] -> logits [B,classes]; by default `ClassificationModule`.
-
-    Raises:
-        ValueError: a detector without proposals, such as RetinaNet, or an S of another shape.
     """
     model = CovidCTMaskNet(copy.deepcopy(segmenter), config, encoder, s)
     heads = model.detector.roi_heads

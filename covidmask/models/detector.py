@@ -41,7 +41,6 @@ STAGES = {  # torchvision's: layers that give a map, of half the size each; the 
 }
 ROWS = 128  # boxes that RoIAlign takes at a time: few enough to stay in the processor's cache
 LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
-SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
 # Where a batch norm is known to read the convolution that stands before it, and nothing else does.
 # Elsewhere the order of attributes says nothing about the order of calls.
 IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
@@ -91,23 +90,15 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackb
         strides = [32 >> cut + i for i in reversed(range(levels))]
         return FPNBackbone(body, strides, widths, config.fpn_channels)
     name += "" if weights in (None, "pretrained") else f".{weights}"
+    choice = f"choose {', '.join(STAGES)}, or a network of timm's, after `pip install timm`"
     try:
-        import timm
+        from timm import create_model
 
-        if not timm.is_model(name):
-            raise ImportError
-    except ImportError:
-        raise DataError(
-            f"backbone {name!r}: choose {', '.join(STAGES)}, or a network of timm's, after "
-            "`pip install timm`"
-        ) from None
-    wanted = tuple(range(-levels - cut, -cut))
-    try:
-        body = timm.create_model(
-            name, features_only=True, pretrained=weights is not None, out_indices=wanted
-        )
-    except (AssertionError, IndexError):
-        raise DataError(f"levels {levels}, cut {cut}: {name} has fewer maps") from None
+        which = tuple(range(-levels - cut, -cut))
+        body = create_model(name, weights is not None, features_only=True, out_indices=which)
+    except (ImportError, RuntimeError, AssertionError, IndexError) as error:  # or too few maps
+        problem = f"backbone {name!r}, levels {levels}, cut {cut}: {error}"
+        raise DataError(f"{problem.rstrip('.')}; {choice}") from error
     found = body.feature_info
     return FPNBackbone(body, found.reduction(), found.channels(), config.fpn_channels)
 
@@ -362,9 +353,6 @@ def lesion_mask_rcnn(
         `strides`. Input: a list of float32 [3,H,W] in 0..1. In eval mode it returns, per image,
         `boxes` [K,4] (pixels of the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and
         `masks` [K,1,H,W] (probabilities); in train mode, given targets too, the five losses.
-
-    Raises:
-        DataError: a setting that is none, or maps that are not each half the one before.
     """
     classes = LESION_CLASSES.get(config.lesions) or lesion_classes(config.lesions)
     if backbone is None:
@@ -382,9 +370,8 @@ def lesion_mask_rcnn(
         )
     if config.semantic:
         backbone.register_forward_hook(_with_image)
-    options = config, backbone.out_channels, names
+    options, sizes = (config, backbone.out_channels, names), (config.image_size, config.max_size)
     rpn, heads = LesionRPN(*options), LesionRoIHeads(*options, 1 + len(classes), masks)
-    sizes = config.image_size, config.max_size
     transform = GeneralizedRCNNTransform(*sizes, IMAGENET_MEAN, IMAGENET_STD)
     model = LesionMaskRCNN(backbone, rpn, heads, transform)
     model.config, model.classes, model.strides = config, classes, strides
@@ -396,11 +383,8 @@ def check_images(
 ) -> None:
     """Refuse images that a network would take without a word, and answer with nonsense.
 
-    Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
-
-    Raises:
-        DataError: no image; one (called by `names`) that is no tensor [3,H,W] of a float up to 32
-            bits, with values in 0..1, none NaN; a `model` whose weights are float64.
+    Each has to be a tensor [3,H,W] of a float up to 32 bits, with values in 0..1, none NaN. Those
+    on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
     """
     if len(images) == 0:
         raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
@@ -413,7 +397,7 @@ def check_images(
         found = f"{type(image).__name__}, {kind} {shape}; give a torch.float32 tensor [3, H, W]"
         if fits and image.is_cpu:
             low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
-            fits = low >= -SLACK and high <= 1 + SLACK
+            fits = low >= -1e-3 and high <= 1.001  # interpolation may step over by its rounding
             found = (
                 f"its values run from {low:.4g} to {high:.4g}, not within 0..1; divide 8-bit grey "
                 "by 255; for CT see covidmask.datasets.medical.hounsfield_to_unit"
@@ -442,9 +426,6 @@ def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
     """bool [K, H, W]: probabilities above `mask_threshold`, or the non-zero pixels of uint8.
 
     The released code cuts raw logits at 0.5, which is a probability of 0.622.
-
-    Raises:
-        ValueError: the masks are neither [K, H, W] nor [K, 1, H, W].
     """
     masks = instances["masks"].detach()
     if masks.ndim == 4 and masks.shape[1] == 1:

@@ -102,9 +102,6 @@ def ranked_boxes(
 
     Returns:
         float32 [B,N,columns]. An image with no box at all gives zeros: score 0 and no shift.
-
-    Raises:
-        ValueError: the detector is in train mode; the encoder gives no [K, columns].
     """
     check_images(images, detector)
     if detector.training:  # batch norm would learn from these images

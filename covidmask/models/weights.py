@@ -39,10 +39,6 @@ def save_model(
         half: store what has two or more dimensions as float16, unless it has a value beyond
             65,504, where float16 ends. Loading gives float32 either way.
         card: plain values kept in the file, such as the command and the metrics.
-
-    Raises:
-        ValueError: the detector is none of `lesion_mask_rcnn`.
-        OutputError: the file cannot be written; nothing half-written stays.
     """
     classifier = isinstance(model, CovidCTMaskNet)
     detector = model.detector if classifier else model
@@ -178,9 +174,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 class ShippedWeights(Enum):
     """Small weights for the preset `quick`, trained on phantoms by `make weights`.
 
-    Each value is (file in covidmask/models/shipped, its SHA-256). `ShippedWeights.X.load()` gives
-    the model, `.card()` how it was made and what it reached. Phantoms are synthetic: these weights
-    teach, and say nothing about patients. Other bytes than those shipped are a `CheckpointError`.
+    Each value is (file in covidmask/models/shipped, its SHA-256); other bytes are a
+    `CheckpointError`. Phantoms are synthetic: these weights teach, and say nothing about patients.
     """
 
     SEGMENTER_QUICK = (
@@ -236,14 +231,11 @@ def find_weights(
     """The weights to use: the named ones, else yours, else (preset quick) the shipped ones.
 
     Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights. With `shipped` the shipped
-    ones come before them, as in the book, whose text has their numbers.
-
-    Returns:
-        the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.
+    ones come before them, as in the book, whose text has their numbers. Returns the file and whose
+    it is: "named", "yours" or `WHOSE_SHIPPED`.
 
     Raises:
-        CheckpointError: there are none (and which command trains them), several of yours, or
-            `named` beside `regime`.
+        CheckpointError: there are none, several of yours, or `named` beside `regime`.
     """
     if named is not None:
         if regime is None:
@@ -263,7 +255,7 @@ def find_weights(
         )
     if len(yours) > 1:
         raise CheckpointError(
-            f"the {kind} of preset {preset}: there are several of yours, "
-            f"{', '.join(map(str, yours))}; choose one with --regime, or name its file"
+            f"{', '.join(map(str, yours))}: there are several of yours; choose one with --regime, "
+            "or name its file"
         )
     return yours[0], "yours"
