@@ -40,8 +40,13 @@ from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionSlices
 from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.metrics.classification import patient_bootstrap, report, wilson
-from covidmask.models.classifier import REGIMES, CovidCTMaskNet, covid_ct_mask_net, set_regime
-from covidmask.models.parameters import count_trainable
+from covidmask.models.classifier import (
+    REGIMES,
+    CovidCTMaskNet,
+    count_trainable,
+    covid_ct_mask_net,
+    set_regime,
+)
 from covidmask.models.weights import ShippedWeights
 from covidmask.training.classification import (
     classification_loss,

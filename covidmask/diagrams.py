@@ -1,4 +1,4 @@
-"""Our modules with their shapes: the picture is model.svg, in which {names} stand for numbers."""
+"""Our modules with their shapes: model.svg, in which {names} stand for what the model has."""
 
 from __future__ import annotations
 
@@ -37,10 +37,8 @@ def model_diagram(model: CovidCTMaskNet) -> str:
     layers = [module for module in model.s.modules() if isinstance(module, torch.nn.Linear)]
     if len(layers) != 3:
         raise ValueError(f"the picture shows an S of three linear layers, not {model.s}")
-    detector, roi, classes = model.detector, model.detector.roi_heads, model.config.classes
-    side, flat, many = detector.transform.min_size[-1], layers[0].in_features, len(classes)
-    strides = detector.strides
-    widths, x, boxes = (108, 212, 136), 14, ""
+    detector, classes = model.detector, model.config.classes
+    many, widths, x, boxes = len(classes), (108, 212, 136), 14, ""
     if classes != IMAGE_CLASSES:
         widths = [(492 - 18 * (many - 1)) / many] * many
     for name, width, colour in zip(classes, widths, cycle(CLASS_COLOURS), strict=False):
@@ -48,24 +46,15 @@ def model_diagram(model: CovidCTMaskNet) -> str:
         end = 216 if x < 216 < x + width else x + width / 2  # straight down where that is the box
         place |= {"middle": x + width / 2, "to": end, "left": end - 4.95, "right": end + 4.95}
         boxes, x = boxes + CLASS.format(**place), x + width + 18
-    fc6, fc7 = roi.box_head.fc6, roi.box_head.fc7
-    numbers = {
-        "backbone": escape(detector.config.backbone.replace("resnet", "ResNet-")),
-        "side": side,
-        "channels": detector.backbone.out_channels,
-        "strides": f"stride{'s' * (len(strides) > 1)} {', '.join(map(str, strides))}",
-        "anchors": detector.rpn.head.cls_logits.out_channels,
-        "proposals": detector.rpn.post_nms_top_n(),
-        "grid": roi.box_roi_pool.output_size,
-        "head": f"{fc6.in_features} → {fc6.out_features} → {fc7.out_features}",
-        "logits": roi.box_predictor.cls_score.out_features,
-        "deltas": roi.box_predictor.bbox_pred.out_features,
-        "nms": model.config.nms,
-        "n": model.config.n_boxes,
-        "flat": flat,
-        "columns": flat // model.config.n_boxes,
-        "layers": [f"{layer.in_features} → {layer.out_features}" for layer in layers],
-        "classes": "three" if many == 3 else many,
-        "boxes": boxes,
-    }
-    return Path(__file__).with_name("model.svg").read_text(encoding="utf-8").format(**numbers)
+    strides = ", ".join(map(str, detector.strides))
+    return (Path(__file__).with_name("model.svg").read_text(encoding="utf-8")).format(
+        model=model,
+        roi=detector.roi_heads,
+        layers=layers,
+        backbone=escape(detector.config.backbone.replace("resnet", "ResNet-")),
+        strides=f"stride{'s' * (len(detector.strides) > 1)} {strides}",
+        proposals=detector.rpn.post_nms_top_n(),
+        columns=len(model.config.columns),
+        classes="three" if many == 3 else many,
+        boxes=boxes,
+    )

@@ -183,7 +183,7 @@ def test_images_are_looked_at_before_they_go_to_the_gpu(tmp_path):
 def test_predict_gives_what_it_gives_on_a_cpu(tmp_path):
     image, _ = make_slice(5, 2, 128, position=0.6)
     Image.fromarray(np.round(255 * image[:96]).astype(np.uint8)).save(tmp_path / "a.png")
-    files = [member.checked() for member in ShippedWeights]
+    files = [member.path for member in ShippedWeights]
     (cpu,), (gpu,) = (
         predict([tmp_path / "a.png"], *files, tmp_path / device, device=device)
         for device in ("cpu", "cuda")

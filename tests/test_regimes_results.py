@@ -9,9 +9,8 @@ import pytest
 from tiny import stored_config, warn_if_stale
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.models.classifier import REGIMES, covid_ct_mask_net, set_regime
+from covidmask.models.classifier import REGIMES, count_trainable, covid_ct_mask_net, set_regime
 from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.parameters import count_trainable
 from covidmask.models.weights import ShippedWeights
 
 ROOT = Path(__file__).parents[1]

@@ -6,15 +6,14 @@ __all__, __getattr__ = open_room(
     __name__,
     {
         "author_checkpoints": ("load_author_checkpoint",),
-        "baselines": (
-            "area_features",
-            "fit_area_classifier",
-            "threshold_detections",
-        ),
+        "baselines": ("area_features", "fit_area_classifier", "threshold_detections"),
         "classifier": (
             "ClassificationModule",
             "REGIMES",
             "batch_norm_parameters",
+            "count_batch_norm",
+            "count_parameters",
+            "count_trainable",
             "covid_ct_mask_net",
             "set_regime",
         ),
@@ -24,11 +23,6 @@ __all__, __getattr__ = open_room(
             "binary_masks",
             "fpn_backbone",
             "lesion_mask_rcnn",
-        ),
-        "parameters": (
-            "count_batch_norm",
-            "count_parameters",
-            "count_trainable",
         ),
         "ranked_boxes": (
             "Boxes",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,12 +15,17 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.errors import CheckpointError
+from covidmask.files import one_line
 from covidmask.models.classifier import CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import load_state
 
-ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, torch < 1.6
+PLAIN = {  # what a pickle may name: tensors and containers, which run nothing of the file
+    *(("torch._utils", f"_rebuild_{kind}") for kind in ("tensor", "tensor_v2", "parameter")),
+    *(("__builtin__", "set"), ("builtins", "set"), ("torch", "Size")),
+    ("collections", "OrderedDict"),
+}
 
 
 def load_author_checkpoint(path: str | Path) -> GeneralizedRCNN | CovidCTMaskNet:
@@ -36,30 +40,26 @@ def load_author_checkpoint(path: str | Path) -> GeneralizedRCNN | CovidCTMaskNet
     Raises:
         CheckpointError: not such a file, truncated, with foreign code, or of another architecture.
     """
-    content = _read_author_file(Path(path))
-    if not isinstance(content, dict) or not isinstance(content.get("model_weights"), dict):
-        raise CheckpointError(
-            f"{path}: holds no `model_weights`; give one of the author's released checkpoints"
-        )
-    state = {str(k): v for k, v in content["model_weights"].items() if isinstance(v, Tensor)}
-    s = state.get("s2new.fc_scores.weight")
+    content = _read_author_file(path)
     try:
-        config = _infer_detector(state, content.get("anchor_generator"))
-        model, own = lesion_mask_rcnn(config, masks=s is None), state
-    except (KeyError, ValueError, TypeError, IndexError) as error:  # others under the same names
+        weights, generator = content["model_weights"], content["anchor_generator"]
+        state = {str(k): v for k, v in weights.items() if isinstance(v, Tensor)}
+        s = state.get("s2new.fc_scores.weight")
+        model = lesion_mask_rcnn(_infer_detector(state, generator), masks=s is None)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: not a Mask R-CNN of the author's ({error}); "
-            "give a checkpoint with his ResNet-18, -34 or -50 backbone"
+            f"{path}: not a Mask R-CNN of the author's ({one_line(error)}); "
+            "give one of his released checkpoints, of ResNet-18, -34 or -50"
         ) from error
     if s is not None:
         hidden, features = s.shape
         model = CovidCTMaskNet(model, ClassifierConfig(n_boxes=features // 5, hidden=hidden))
-        own = {
+        state = {
             name.replace("s2new.", "s.") if name.startswith("s2new.") else f"detector.{name}": value
             for name, value in state.items()
             if ".mask_" not in name  # his ResNet-50 files carry a mask branch that is never run
         }
-    load_state(model, own, path)
+    load_state(model, state, path)
     return model.eval()
 
 
@@ -73,51 +73,43 @@ def _infer_detector(state: dict[str, Tensor], generator: Any) -> DetectorConfig:
     classes = len(state["roi_heads.box_predictor.cls_score.weight"])
     if classes not in (2, 3):
         raise ValueError(f"{classes - 1} lesion classes")
-    values = generator if isinstance(generator, dict) else getattr(generator, "__dict__", {})
-    anchors = []  # sizes and ratios of one location; he repeats them for five levels
-    for key in ("sizes", "aspect_ratios"):
-        levels = [tuple(float(value) for value in level) for level in values[key]]
-        if len(set(levels)) != 1:
-            raise ValueError(f"`anchor_generator` gives no {key} that are the same on every level")
-        anchors.append(levels[0])
+    values = generator if isinstance(generator, dict) else vars(generator)
+    # one location's sizes and ratios; he repeats them for five levels
+    (sizes,), (ratios,) = (
+        {tuple(map(float, level)) for level in values[key]} for key in ("sizes", "aspect_ratios")
+    )
     return DetectorConfig(
         backbone=backbone,
         cut=4 - last,
         lesions="both" if classes == 3 else "merged",
         fpn_channels=len(state["rpn.head.conv.weight"]),
         box_features=len(state["roi_heads.box_head.fc6.weight"]),
-        anchor_sizes=anchors[0],
-        anchor_ratios=anchors[1],
+        anchor_sizes=sizes,
+        anchor_ratios=ratios,
         light_mask_head="roi_heads.mask_head.mask_fcn2.weight" not in state,
     )
 
 
-def _read_author_file(path: Path) -> Any:
+def _read_author_file(path: str | Path) -> Any:
+    inert = ModuleType("inert_pickle")  # as `torch.load(pickle_module=...)` wants one
+    inert.Unpickler, inert.UnpicklingError = _InertUnpickler, pickle.UnpicklingError
+    inert.load = lambda file, **options: _InertUnpickler(file, **options).load()
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
             start = file.read(len(LEGACY_START))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check it") from error
-    try:
-        if start.startswith(ZIP_START):
-            return torch.load(path, map_location="cpu", weights_only=True)
-        if start == LEGACY_START:
-            inert = ModuleType("inert_pickle")  # as `torch.load(pickle_module=...)` wants one
-            inert.Unpickler, inert.UnpicklingError = _InertUnpickler, pickle.UnpicklingError
-            inert.load = lambda file, **options: _InertUnpickler(file, **options).load()
-            with warnings.catch_warnings():
+            file.seek(0)
+            if start == LEGACY_START:
                 warnings.simplefilter("ignore")  # torch compares the source of foreign classes
-                return torch.load(path, "cpu", pickle_module=inert, weights_only=False)
+                return torch.load(file, "cpu", pickle_module=inert, weights_only=False)
+            if start.startswith(b"PK"):
+                return torch.load(file, "cpu", weights_only=True)
+            raise pickle.UnpicklingError("torch.save wrote no such file")
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        if not isinstance(error, pickle.UnpicklingError):
-            raise CheckpointError(f"{path}: damaged ({line}); download it again") from error
-        foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's message for zip files
-        reason = f"it holds the foreign object {foreign[1]}" if foreign else line
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's words, and ours
+        reason = f"it holds the foreign object {foreign[1]}" if foreign else one_line(error)[:200]
         raise CheckpointError(
-            f"{path}: not read, because {reason}; use a file from the author's own release"
+            f"{path}: not read ({reason}); download a file of the author's own release again"
         ) from error
-    raise CheckpointError(f"{path}: not a file that torch.save wrote; check the download")
 
 
 class _Inert:
@@ -125,29 +117,18 @@ class _Inert:
 
     dump_patches = False  # read by torch while it compares sources
 
-    def __init__(self, *args, **kwargs) -> None:
-        pass
-
     def __setstate__(self, state) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+        self.__dict__.update(state)
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Reads tensors and plain containers; his own classes become `_Inert`; refuses the rest."""
+    """Reads `PLAIN` things and storages; the author's classes become `_Inert`; refuses the rest."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module in ("__builtin__", "builtins") and name in ("set", "frozenset"):
-            return {"set": set, "frozenset": frozenset}[name]
-        rebuilds = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
-        if module == "torch._utils" and name in rebuilds:
-            return getattr(torch._utils, name)
-        if module == "torch" and (name == "Size" or name.endswith("Storage")):
-            if isinstance(kind := getattr(torch, name, None), type):
-                return kind
         # his modules, and torch's own module classes, which torch 1.1 pickled with their state
-        elif module.split(".")[0] == "models" or module.startswith("torch.nn."):
+        if module.split(".")[0] == "models" or module.startswith("torch.nn."):
             return _Inert
-        raise pickle.UnpicklingError(f"it holds the foreign object {module}.{name}")
+        storage = module == "torch" and name.isidentifier() and name.endswith("Storage")
+        if (module, name) in PLAIN or storage:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")

@@ -23,8 +23,7 @@ def threshold_detections(
         min_area: regions of fewer pixels are dropped.
 
     Returns:
-        The instances of `mask_to_targets` (all of label 1) and scores float32 [K]: the area as a
-        share of the image, so that larger regions come first.
+        As `mask_to_targets`, all of label 1, with float32 scores: shares of the image, falling.
     """
     tissue, n = ndimage.label(image > high)
     largest = np.bincount(tissue.ravel())[1:].argmax() + 1 if n else -1

@@ -32,7 +32,7 @@ class ClassificationModule(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """float32 [B,N,columns] -> logits [B,classes]: control, common pneumonia, COVID-19."""
+        """float32 [B,N,columns] -> logits [B,classes]."""
         x = rows.flatten(1)  # [B, N * columns]
         x = self.fc_scores(x).relu()  # [B, hidden]
         x = self.fc_scores_2(x).relu()  # [B, hidden]
@@ -42,9 +42,8 @@ class ClassificationModule(nn.Module):
 class CovidCTMaskNet(nn.Module):
     """Detector + S: `model(images)` gives logits [B,classes]; see `covid_ct_mask_net`.
 
-    The detector stays in eval mode, also while the classifier trains: batch norm uses and never
-    updates its running statistics, no sampler runs, and an image's result does not depend on
-    the others in its batch.
+    The detector stays in eval mode, also while the classifier trains: batch norm never updates its
+    statistics, no sampler runs, and an image's result does not depend on the others in its batch.
     """
 
     def __init__(
@@ -57,9 +56,8 @@ class CovidCTMaskNet(nn.Module):
         super().__init__()
         if not isinstance(detector, GeneralizedRCNN):
             raise ValueError(
-                f"{type(detector).__name__}: has no proposals with scores and deltas to rank; "
-                "give a Faster, Mask or Keypoint R-CNN of torchvision, or `lesion_mask_rcnn`, "
-                "without a wrapper such as torch.compile or DataParallel"
+                f"{type(detector).__name__}: has no proposals to rank; give `lesion_mask_rcnn`, or "
+                "a Faster, Mask or Keypoint R-CNN of torchvision, without a wrapper such as DDP's"
             )
         if len(config.classes) < 2 or len(set(config.classes)) < len(config.classes):
             raise DataError(f"classes {config.classes}: give two or more different names")
@@ -73,8 +71,9 @@ class CovidCTMaskNet(nn.Module):
             place = next(self.s.parameters(), torch.empty(0)).device
             found = list(self.s(torch.zeros(2, config.n_boxes, width, device=place)).shape)
         if found != [2, classes]:
-            wrong = f"{type(s).__name__}: gives {found} for two slices"
-            raise ValueError(f"{wrong}; give [2, {classes}]")
+            raise ValueError(
+                f"{type(s).__name__}: gives {found}, not [2, {classes}], for two slices"
+            )
 
     def train(self, mode: bool = True) -> CovidCTMaskNet:
         super().train(mode)
@@ -103,17 +102,12 @@ def covid_ct_mask_net(
             R-CNN), with any number of classes. The classifier lies on its device.
         encoder: what makes rows of boxes; by default `Columns(config.columns)`.
         s: any module [B,N,columns] -> logits [B,classes]; by default `ClassificationModule`.
-
-    Raises:
-        ValueError: a detector without proposals, such as RetinaNet, or an S of another shape.
     """
-    detector = copy.deepcopy(segmenter)
-    if isinstance(detector, GeneralizedRCNN):
-        heads = detector.roi_heads
-        heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.semantic = None
-        heads.keypoint_roi_pool = heads.keypoint_head = heads.keypoint_predictor = None
-    model = CovidCTMaskNet(detector, config, encoder, s)
-    return model.to(next(detector.parameters()).device)
+    model = CovidCTMaskNet(copy.deepcopy(segmenter), config, encoder, s)
+    heads = model.detector.roi_heads
+    heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = heads.semantic = None
+    heads.keypoint_roi_pool = heads.keypoint_head = heads.keypoint_predictor = None
+    return model.to(next(heads.parameters()).device)
 
 
 def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -122,29 +116,41 @@ def batch_norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters, trained or frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Numbers in the parameters that require a gradient; call `set_regime` first."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_batch_norm(model: nn.Module) -> int:
+    """Numbers in gamma and beta of all batch-norm layers, downsample branches included."""
+    return sum(parameter.numel() for parameter in batch_norm_parameters(model))
+
+
 def set_regime(model: CovidCTMaskNet, regime: str) -> list[nn.Parameter]:
     """Say what trains (section 4); everything else is frozen.
 
     - "heads": S alone. The ranked boxes are then constants of a slice.
-    - "heads_bn": S and the affine parameters of every batch-norm layer, those of the downsample
-      branches included. (The released code misses the latter by the name that it looks for.)
+    - "heads_bn": S and the affine parameters of every batch-norm layer. (The released code misses
+      those of the downsample branches by the name that it looks for.)
     - "full": every parameter, but no gradient reaches the RPN, because proposals are detached.
 
     Batch-norm statistics are never updated. Returns the parameters that train.
     """
     if regime not in REGIMES:
         raise ValueError(f"regime {regime!r}: choose one of {', '.join(REGIMES)}")
-    trained = list(model.s.parameters())
-    if regime == "heads_bn":
-        affine = batch_norm_parameters(model.detector)
-        if not affine:
-            raise ValueError(
-                "regime 'heads_bn': the detector has no batch norm that could train (torchvision "
-                "freezes it in pretrained backbones); choose heads or full"
-            )
-        trained += affine
-    if regime == "full":
-        trained = list(model.parameters())
+    affine = batch_norm_parameters(model.detector)
+    if regime == "heads_bn" and not affine:
+        raise ValueError(
+            "regime 'heads_bn': the detector has no batch norm that could train (torchvision "
+            "freezes it in pretrained backbones); choose heads or full"
+        )
+    trained = list((model if regime == "full" else model.s).parameters())
+    trained += affine if regime == "heads_bn" else []
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -1,9 +1,8 @@
 """Mask R-CNN for ground-glass opacity and consolidation (section 3.1), top to bottom.
 
-Backbone, RPN, RoIAlign, heads, the assembled detector, how it is run, its copy for prediction. All
-is torchvision's but small subclasses: proposals are ranked on raw logits, box losses take their
-shape from the configuration, boxes and scores stay float32 in mixed precision, and RoIAlign is
-faster on CPUs. For small sets of real CT there is a branch that the paper lacks, `SemanticBranch`.
+All is torchvision's but small subclasses: proposals are ranked on raw logits, box losses take
+their shape from the configuration, boxes and scores stay float32 in mixed precision, and RoIAlign
+is faster on CPUs. For small sets of real CT there is a branch that the paper lacks.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,12 +41,10 @@ STAGES = {  # torchvision's: layers that give a map, of half the size each; the 
 }
 ROWS = 128  # boxes that RoIAlign takes at a time: few enough to stay in the processor's cache
 LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
-SLACK = 1e-3  # interpolation may step over 0..1 by its rounding
 # Where a batch norm is known to read the convolution that stands before it, and nothing else does.
 # Elsewhere the order of attributes says nothing about the order of calls.
 IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
 Instances = dict[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class FPNBackbone(nn.Module):
@@ -81,39 +77,30 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackb
         raise DataError(f"cut {cut}: choose 0, 1 or 2, and 0 for resnet50")
     if levels is None:  # the paper's choice: all of ResNet-50, one of the light models
         levels = 4 if name == "resnet50" else 1
-    if name not in STAGES:
-        return _timm_backbone(config, levels, weights)
-    stages = STAGES[name][: len(STAGES[name]) - cut]
-    if not 1 <= levels <= len(stages):
-        raise DataError(f"levels {levels}: choose 1 to {len(stages)}")
-    body = get_model(name, weights=weights)
-    body, widths = getattr(body, "features", body), []
-    for stage in (stages := stages[-levels:]):
-        norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
-        widths.append(norms[-1].num_features)
-    body = IntermediateLayerGetter(body, {stage: str(i) for i, stage in enumerate(stages)})
-    strides = [32 >> cut + i for i in reversed(range(levels))]
-    return FPNBackbone(body, strides, widths, config.fpn_channels)
-
-
-def _timm_backbone(config: DetectorConfig, levels: int, weights: str | None) -> FPNBackbone:
-    name = config.backbone + ("" if weights in (None, "pretrained") else f".{weights}")
-    choice = f"backbone {name!r}: choose {', '.join(STAGES)}, or"
+    if name in STAGES:
+        stages = STAGES[name][: len(STAGES[name]) - cut]
+        if not 1 <= levels <= len(stages):
+            raise DataError(f"levels {levels}: choose 1 to {len(stages)}")
+        body = get_model(name, weights=weights)
+        body, stages, widths = getattr(body, "features", body), stages[-levels:], []
+        for stage in stages:
+            norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
+            widths.append(norms[-1].num_features)
+        body = IntermediateLayerGetter(body, {stage: str(i) for i, stage in enumerate(stages)})
+        strides = [32 >> cut + i for i in reversed(range(levels))]
+        return FPNBackbone(body, strides, widths, config.fpn_channels)
+    name += "" if weights in (None, "pretrained") else f".{weights}"
+    choice = f"choose {', '.join(STAGES)}, or a network of timm's, after `pip install timm`"
     try:
-        import timm
-    except ImportError:
-        raise DataError(f"{choice} run `pip install timm` for a network of timm's") from None
-    if not timm.is_model(name):
-        raise DataError(f"{choice} a name of timm's")
-    wanted = tuple(range(-levels - config.cut, -config.cut))
-    try:
-        body = timm.create_model(
-            name, features_only=True, pretrained=weights is not None, out_indices=wanted
-        )
-        strides, widths = body.feature_info.reduction(), body.feature_info.channels()
-    except (AssertionError, IndexError):
-        raise DataError(f"levels {levels}, cut {config.cut}: {name} has fewer maps") from None
-    return FPNBackbone(body, strides, widths, config.fpn_channels)
+        from timm import create_model
+
+        which = tuple(range(-levels - cut, -cut))
+        body = create_model(name, weights is not None, features_only=True, out_indices=which)
+    except (ImportError, RuntimeError, AssertionError, IndexError) as error:  # or too few maps
+        problem = f"backbone {name!r}, levels {levels}, cut {cut}: {error}"
+        raise DataError(f"{problem.rstrip('.')}; {choice}") from error
+    found = body.feature_info
+    return FPNBackbone(body, found.reduction(), found.channels(), config.fpn_channels)
 
 
 def _own_maps(backbone: nn.Module, config: DetectorConfig) -> tuple[list[str], list[float]]:
@@ -167,7 +154,7 @@ class LesionRPN(RegionProposalNetwork):
         counts = enumerate(num_anchors_per_level)
         levels = torch.cat([objectness.new_full((count,), level) for level, count in counts])
         best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, T] per level, by logit
-        kept_boxes, kept_logits = [], []
+        kept = []
         for boxes, logits, index, shape in zip(
             proposals, objectness, best, image_shapes, strict=True
         ):
@@ -175,9 +162,8 @@ class LesionRPN(RegionProposalNetwork):
             large = ops.remove_small_boxes(boxes, self.min_size)
             boxes, logits, level = boxes[large], logits[index[large]], levels[index[large]]
             keep = ops.batched_nms(boxes, logits, level, self.nms_thresh)[: self.post_nms_top_n()]
-            kept_boxes.append(boxes[keep])
-            kept_logits.append(logits[keep])
-        return kept_boxes, kept_logits
+            kept.append((boxes[keep], logits[keep]))
+        return map(list, zip(*kept, strict=True))
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         positive, negative = (torch.where(torch.cat(p))[0] for p in self.fg_bg_sampler(labels))
@@ -191,16 +177,14 @@ class LesionRPN(RegionProposalNetwork):
 
 
 class LesionRoIAlign(ops.MultiScaleRoIAlign):
-    """torchvision's `MultiScaleRoIAlign`, by matrix products where the features lie on a CPU."""
+    """torchvision's, by matrix products where the features lie on a CPU.
+
+    It takes maps [B,C,h,w] by name (those of `featmap_names` are read), B tensors of boxes [K,4],
+    xyxy in pixels of the images and inside them, and B pairs (height, width) of the images.
+    """
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> Tensor:
-        """Pool every box: [sum K, C, output height, output width].
-
-        Args:
-            x: maps [B,C,h,w] by name; those of `featmap_names` are read.
-            boxes: B tensors [K,4], xyxy in pixels of the images; inside them.
-            image_shapes: B pairs (height, width).
-        """
+        """Pool every box: [sum K, C, output height, output width]."""
         if not next(iter(x.values())).is_cpu:
             return super().forward(x, boxes, image_shapes)
         index, pooled = zip(*self.parts(x, boxes, image_shapes), strict=True)
@@ -229,16 +213,12 @@ class LesionRoIAlign(ops.MultiScaleRoIAlign):
                 for part, pooled in self._pool(map, rois[rows], image[rows], 2.0**step):
                     yield rows[part], pooled
 
-    def _pool(
-        self, map: Tensor, rois: Tensor, image: Tensor, scale: float
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pool(self, map: Tensor, rois: Tensor, image: Tensor, scale: float):
         channels, height, width = map.shape[1:]
         pixels = map.permute(0, 2, 3, 1).reshape(-1, channels)  # [B*h*w, C]; a view: channels last
         x1, y1, x2, y2 = (rois * scale).unbind(1)
-        x = self._points(x1, x2, self.output_size[1])  # [K, bins, points]
-        y = self._points(y1, y2, self.output_size[0])
-        left, patch_width = _patch(x, width)  # [K], [K]
-        top, patch_height = _patch(y, height)
+        x, left, patch_width = self._points(x1, x2, self.output_size[1], width)
+        y, top, patch_height = self._points(y1, y2, self.output_size[0], height)
         is_large = patch_height * patch_width > LARGEST_PATCH
         if is_large.any():
             part = torch.where(is_large)[0]
@@ -259,19 +239,14 @@ class LesionRoIAlign(ops.MultiScaleRoIAlign):
             pooled = torch.bmm(patch.transpose(1, 2), weights.to(patch.dtype))  # [r, C, bins]
             yield part, pooled.reshape(len(part), channels, *self.output_size)
 
-    def _points(self, start: Tensor, end: Tensor, bins: int) -> Tensor:
-        """Where each bin reads along one axis, in pixels of the map: [K, bins, points]."""
+    def _points(self, start: Tensor, end: Tensor, bins: int, length: int):
+        """Along one axis: where each bin reads, [K, bins, points]; first pixel, and how many."""
         n = self.sampling_ratio
         size = ((end - start).clamp(min=1) / bins)[:, None, None]
         bin, point = torch.arange(bins)[:, None], torch.arange(n)
-        return start[:, None, None] + bin * size + (point + 0.5) * size / n
-
-
-def _patch(points: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """First pixel and number of pixels that the points of each box read: int64 [K], [K]."""
-    points = points.clamp(0, length - 1)
-    first = points[:, 0, 0].floor().to(torch.int64)
-    return first, points[:, -1, -1].floor().to(torch.int64) + 2 - first
+        points = start[:, None, None] + bin * size + (point + 0.5) * size / n
+        ends = points[:, (0, -1), (0, -1)].clamp(0, length - 1).floor().to(torch.int64)  # [K, 2]
+        return points, ends[:, 0], ends[:, 1] + 2 - ends[:, 0]
 
 
 def _hat(points: Tensor, pixels: Tensor, length: int) -> Tensor:
@@ -295,7 +270,7 @@ class LesionPredictor(FastRCNNPredictor):
 class LesionRoIHeads(RoIHeads):
     """torchvision's RoI heads; `config.box_beta` sets the smooth L1 loss of the boxes.
 
-    With `config.semantic` there is a sixth loss, and each prediction has `semantic`, float32
+    With `config.semantic` there is a sixth loss, and predictions have `semantic`, float32
     [classes - 1, h, w]: the probability of each lesion class at half the size of the image.
     """
 
@@ -367,20 +342,17 @@ def lesion_mask_rcnn(
     """Build the detector (section 3.1), with random weights but for an optional ImageNet backbone.
 
     Args:
-        weights: passed to `fpn_backbone`.
+        weights: see `fpn_backbone`.
         masks: without masks it is the one inside the classifier: run and ranked, not trained.
-        backbone: yours, in place of the one that `config` names. As torchvision wants it: it gives
-            one map or an ordered dict of maps, the finest first, and has `out_channels`. The last
-            `config.levels` are used, by default all. `model.config.backbone` is its class's name.
+        backbone: yours, in place of the one that `config` names, as torchvision wants it: it has
+            `out_channels` and gives one map or an ordered dict of maps, the finest first. The last
+            `config.levels` are used, by default all.
 
     Returns:
         torchvision's `GeneralizedRCNN`, with `config`, `classes` (names of labels 1, 2, ...) and
         `strides`. Input: a list of float32 [3,H,W] in 0..1. In eval mode it returns, per image,
         `boxes` [K,4] (pixels of the input image, xyxy), `labels` [K], `scores` [K] in 0..1 and
         `masks` [K,1,H,W] (probabilities); in train mode, given targets too, the five losses.
-
-    Raises:
-        DataError: a setting that is none, or maps that are not each half the one before.
     """
     classes = LESION_CLASSES.get(config.lesions) or lesion_classes(config.lesions)
     if backbone is None:
@@ -398,10 +370,8 @@ def lesion_mask_rcnn(
         )
     if config.semantic:
         backbone.register_forward_hook(_with_image)
-    channels = backbone.out_channels
-    rpn = LesionRPN(config, channels, names)
-    heads = LesionRoIHeads(config, channels, names, 1 + len(classes), masks)
-    sizes = config.image_size, config.max_size
+    options, sizes = (config, backbone.out_channels, names), (config.image_size, config.max_size)
+    rpn, heads = LesionRPN(*options), LesionRoIHeads(*options, 1 + len(classes), masks)
     transform = GeneralizedRCNNTransform(*sizes, IMAGENET_MEAN, IMAGENET_STD)
     model = LesionMaskRCNN(backbone, rpn, heads, transform)
     model.config, model.classes, model.strides = config, classes, strides
@@ -413,33 +383,27 @@ def check_images(
 ) -> None:
     """Refuse images that a network would take without a word, and answer with nonsense.
 
-    Values on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
-
-    Raises:
-        DataError: no image; one (called by `names`) that is no tensor [3,H,W] of a float up to 32
-            bits, with values in 0..1, none NaN; a `model` whose weights are float64.
+    Each has to be a tensor [3,H,W] of a float up to 32 bits, with values in 0..1, none NaN. Those
+    on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
     """
     if len(images) == 0:
         raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
-    weights = None if model is None else next(model.parameters(), None)
-    if weights is not None and weights.dtype == torch.float64:
+    if model is not None and next(model.parameters(), torch.empty(0)).dtype == torch.float64:
         raise DataError("the model's weights are torch.float64; use model.float()")
     kinds = (torch.float32, torch.bfloat16, torch.float16)  # mixed precision makes the others
     for number, image in enumerate(images):
-        name = names[number] if names else f"image {number}"
-        if not isinstance(image, Tensor):
-            raise DataError(f"{name}: {type(image).__name__}; give a torch.float32 [3, H, W]")
-        if image.ndim != 3 or len(image) != 3 or not image.numel() or image.dtype not in kinds:
-            found = f"{image.dtype} {list(image.shape)}"
-            raise DataError(f"{name}: {found}; give torch.float32 [3, H, W]")
-        if not image.is_cpu:
-            continue
-        low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
-        if not (low >= -SLACK and high <= 1 + SLACK):
-            raise DataError(
-                f"{name}: its values run from {low:.4g} to {high:.4g}, not within 0..1; divide "
-                "8-bit grey by 255; for CT see covidmask.datasets.medical.hounsfield_to_unit"
+        kind, shape = getattr(image, "dtype", None), list(getattr(image, "shape", []))
+        fits = kind in kinds and len(shape) == 3 and shape[0] == 3 and image.numel()
+        found = f"{type(image).__name__}, {kind} {shape}; give a torch.float32 tensor [3, H, W]"
+        if fits and image.is_cpu:
+            low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
+            fits = low >= -1e-3 and high <= 1.001  # interpolation may step over by its rounding
+            found = (
+                f"its values run from {low:.4g} to {high:.4g}, not within 0..1; divide 8-bit grey "
+                "by 255; for CT see covidmask.datasets.medical.hounsfield_to_unit"
             )
+        if not fits:
+            raise DataError(f"{names[number] if names else f'image {number}'}: {found}")
 
 
 def to_model(
@@ -462,9 +426,6 @@ def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
     """bool [K, H, W]: probabilities above `mask_threshold`, or the non-zero pixels of uint8.
 
     The released code cuts raw logits at 0.5, which is a probability of 0.622.
-
-    Raises:
-        ValueError: the masks are neither [K, H, W] nor [K, 1, H, W].
     """
     masks = instances["masks"].detach()
     if masks.ndim == 4 and masks.shape[1] == 1:
@@ -479,8 +440,7 @@ def lesion_maps(prediction: Instances, classes: int) -> Tensor:
 
     `1 - prod(1 - score * mask probability)` over the detections of each class: overlapping
     detections support each other, as if each were right or wrong on its own, and weak ones still
-    count a little, so no threshold is needed. Where the prediction of the detector (in eval mode)
-    has `semantic`, too (see `LesionRoIHeads`), the mean of both.
+    count a little. Where the prediction has `semantic`, too, the mean of both.
     """
     masks = prediction["masks"][:, 0]  # [K, H, W]; 0 away from their boxes
     shape = masks.shape[1:]
@@ -489,12 +449,10 @@ def lesion_maps(prediction: Instances, classes: int) -> Tensor:
     for mask, (x1, y1, x2, y2), label, score in zip(masks, *facts, strict=True):
         rows, columns = _window(y1, y2), _window(x1, x2)
         missed[label - 1, rows, columns] *= 1 - score * mask[rows, columns].float()
-    maps = 1 - missed
-    if "semantic" in prediction:
-        semantic = prediction["semantic"][None].float()  # [1, classes, h, w]
-        maps += F.interpolate(semantic, size=shape, mode="bilinear")[0]
-        maps /= 2
-    return maps
+    if "semantic" not in prediction:
+        return 1 - missed
+    semantic = prediction["semantic"][None].float()  # [1, classes, h, w]
+    return (1 - missed + F.interpolate(semantic, size=shape, mode="bilinear")[0]) / 2
 
 
 def _window(start: float, end: float) -> slice:
@@ -508,8 +466,7 @@ def detect(
 ) -> list[Instances]:
     """Run a detector on images of one size; add `maps`, the `lesion_maps`, to each prediction.
 
-    All that is drawn, counted or judged as lesion pixels comes from these maps, by `fuse`. With
-    `mirror` they are the mean of those of the images (float32 [3,H,W], 0..1) and mirrored ones.
+    With `mirror` they are the mean of those of the images and of mirrored ones.
     """
     predictions = model(images)
     for prediction in predictions:
@@ -522,26 +479,21 @@ def detect(
 
 
 def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
-    """uint8 [H, W] from the maps of `lesion_maps`, codes as in `semantic_mask`.
+    """uint8 [H, W], the codes of `semantic_mask`, from the maps of `lesion_maps`.
 
-    A pixel is a lesion where the probability of any class, `1 - prod(1 - map)`, is above
-    `threshold`; then it is of the likelier class.
+    The likeliest class where the probability of any, `1 - prod(1 - map)`, is above `threshold`.
     """
     lesion = 1 - (1 - maps).prod(0) > threshold  # [H, W]
     return (lesion * (maps.argmax(0) + 2)).to(dtype=torch.uint8).numpy()
 
 
-def for_inference(model: Model) -> Model:
+def for_inference(model: nn.Module) -> nn.Module:
     """Copy a detector or classifier for prediction: fewer layers, channels last.
 
-    In eval mode batch norm is a fixed scale and shift of each channel, so it is folded into the
-    convolution before it: one pass over the feature map less. The results differ by rounding.
-    That is done in torchvision's ResNets and in sequences; all other layers, such as batch norms
-    that carry an activation, stay as they are.
-
-    Returns:
-        The copy, in eval mode, with no parameter that requires a gradient; later changes to the
-        model do not reach it.
+    In eval mode batch norm is a fixed scale and shift of each channel. In torchvision's ResNets and
+    in sequences it is folded into the convolution before it: one pass over the feature map less,
+    and results that differ by rounding. The copy is in eval mode and shares nothing; no parameter
+    of it requires a gradient.
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(fast.modules()):

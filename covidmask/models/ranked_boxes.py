@@ -1,8 +1,7 @@
 """From detections to a feature vector: the N best boxes, ranked (section 3.2, "Batch to features").
 
-A detector usually drops most of its boxes and scales the rest to the image. Here the boxes with
-low scores stay, because they are all that a healthy slice has, and each box is written down as
-the network wrote it: its score and four encoded deltas, best score first.
+Here boxes with low scores stay, because they are all that a healthy slice has, and each box is
+written down as the network wrote it: its score and four encoded deltas, best score first.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, box_area, clip_boxes_to_image
 
 from covidmask.config import ClassifierConfig
 from covidmask.errors import DataError
@@ -69,12 +68,10 @@ class Columns:
     def __init__(self, columns: Iterable[str | Callable[[Boxes], Tensor]]) -> None:
         self.parts = tuple(columns)
         self.columns = tuple(p if isinstance(p, str) else p.__name__ for p in self.parts)
-        unknown = [part for part in self.parts if isinstance(part, str) and part not in COLUMNS]
-        if unknown or not self.parts:
-            raise DataError(
-                f"columns {', '.join(unknown) or 'none'}: choose among {', '.join(COLUMNS)}, or "
-                "pass an encoder with functions of your own"
-            )
+        ours = [isinstance(part, str) for part in self.parts]  # and no name of ours for yours
+        if not ours or ours != [name in COLUMNS for name in self.columns]:
+            choice = f"choose among {', '.join(COLUMNS)}, or pass functions of other names"
+            raise DataError(f"columns {', '.join(self.columns) or 'none'}: {choice}")
 
     def __call__(self, boxes: Boxes) -> Tensor:
         found = (COLUMNS[p] if isinstance(p, str) else p for p in self.parts)
@@ -100,17 +97,11 @@ def ranked_boxes(
     Args:
         detector: in eval mode; `lesion_mask_rcnn`, or any two-stage detector of torchvision
             (Faster, Mask or Keypoint R-CNN; RoIAlign is slower there on a CPU).
-        images: B tensors, float32 [3,H,W] in 0..1.
-        config: N, score threshold, NMS threshold and, where no `encoder` makes them, columns.
+        images: B tensors, float32 [3,H,W] in 0..1; see `check_images`.
         generator: pads by the author's random rule; by default see `even_padding`.
 
     Returns:
         float32 [B,N,columns]. An image with no box at all gives zeros: score 0 and no shift.
-
-    Raises:
-        DataError: see `check_images`; an unknown column.
-        ValueError: the detector is in train mode, its box predictor does not give four deltas for
-            each of two or more classes, or the encoder gives another shape than [K, columns].
     """
     check_images(images, detector)
     if detector.training:  # batch norm would learn from these images
@@ -122,28 +113,26 @@ def ranked_boxes(
     for group in same_size_groups(images):
         features, proposals, shapes = propose(detector, [images[i] for i in group])
         with torch.no_grad():
-            logits, deltas = run_box_head(detector, features, proposals, shapes)
+            found = *run_box_head(detector, features, proposals, shapes), proposals
             rankings = [
-                rank_boxes(*parts, detector.roi_heads.box_coder, config)
-                for parts in zip(logits, deltas, proposals, shapes, strict=True)
+                rank_boxes(*one, detector.roi_heads.box_coder, config)
+                for one in zip(*found, shapes, strict=True)
             ]
-        chosen = [ranking.roi for ranking in rankings]
+        logits, deltas, kept = (  # of the K boxes
+            [each[ranking.roi] for each, ranking in zip(part, rankings, strict=True)]
+            for part in found
+        )
         if with_gradient:
             torch.clear_autocast_cache()  # its copies of the weights were made without gradient
-            kept = [boxes[roi] for boxes, roi in zip(proposals, chosen, strict=True)]  # [K, 4]
             logits, deltas = run_box_head(detector, features, kept, shapes)
-            chosen = [torch.arange(len(roi), device=roi.device) for roi in chosen]
-        for i, row, delta, roi, ranking, (height, width) in zip(
-            group, logits, deltas, chosen, rankings, shapes, strict=True
+        for i, *one, ranking, (height, width) in zip(
+            group, logits, deltas, rankings, shapes, strict=True
         ):
-            values = encoded_rows(row[roi], delta[roi], ranking.label)  # [K, 5]
+            values = encoded_rows(*one, ranking.label)  # [K, 5]
             place = ranking.box / ranking.box.new_tensor([width, height, width, height])
             encoded = encoder(Boxes(values[:, 0], values[:, 1:], ranking.label, place)).float()
-            if encoded.shape != (len(roi), len(encoder.columns)):
-                raise ValueError(
-                    f"the encoder gives {list(encoded.shape)} for {len(roi)} boxes; give a row "
-                    f"of {len(encoder.columns)} columns for each"
-                )
+            if encoded.shape != (wanted := (len(place), len(encoder.columns))):
+                raise ValueError(f"the encoder gives {list(encoded.shape)}, not {list(wanted)}")
             rows[i] = pad_rows(encoded, config.n_boxes, generator)  # [N, columns]
     return torch.stack(rows)  # [B, N, columns]
 
@@ -151,8 +140,8 @@ def ranked_boxes(
 def propose(detector: GeneralizedRCNN, images: list[Tensor]):
     """Run backbone and RPN: features, proposals, shapes.
 
-    They are a dict of maps [B,C,h,w]; B tensors [P,4], detached, pixels of the resized image, xyxy;
-    and B pairs (height, width) of the resized images.
+    They are a dict of maps [B,C,h,w]; B tensors [P,4], detached, xyxy in pixels of the resized
+    images; and B pairs (height, width) of these.
     """
     batch, _ = detector.transform(images)
     features = detector.backbone(batch.tensors)
@@ -166,12 +155,12 @@ def propose(detector: GeneralizedRCNN, images: list[Tensor]):
 
 def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], shapes):
     """RoIAlign, box head and predictor: per image logits [P,C] and deltas [P,4C], class-major."""
-    heads = detector.roi_heads
-    pool, rows, parts = heads.box_roi_pool, [], []
+    heads, rows, parts, counts = detector.roi_heads, [], [], [len(boxes) for boxes in proposals]
+    pool = heads.box_roi_pool
     if isinstance(pool, LesionRoIAlign):
         pieces = pool.parts(features, proposals, shapes)
     else:
-        every = torch.arange(sum(map(len, proposals)), device=proposals[0].device)
+        every = torch.arange(sum(counts), device=proposals[0].device)
         pieces = [(every, pool(features, proposals, shapes))]
     for index, pooled in pieces:
         rows.append(index)
@@ -179,13 +168,7 @@ def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], s
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 scores would tie
             parts.append(heads.box_predictor(hidden.float()))  # [r, C], [r, 4C]
     order = torch.cat(rows).argsort()
-    counts = [len(boxes) for boxes in proposals]
     logits, deltas = (torch.cat(part)[order].float() for part in zip(*parts, strict=True))
-    if logits.shape[1] < 2 or deltas.shape[1] != 4 * logits.shape[1]:
-        raise ValueError(
-            f"the box predictor gives {logits.shape[1]} classes and {deltas.shape[1]} deltas; give "
-            "one with background, a lesion class or more, and four deltas for each of them"
-        )
     return logits.split(counts), deltas.split(counts)
 
 
@@ -206,9 +189,7 @@ def rank_boxes(
     boxes = clip_boxes_to_image(boxes, image_shape)[:, 1:].reshape(-1, 4)  # [P*(C-1), 4] RoI-major
     scores = class_logits.softmax(-1)[:, 1:].flatten()  # [P*(C-1)]
     lesions = class_logits.shape[1] - 1
-    index = torch.arange(len(scores), device=scores.device)
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    index = index[(area > 0) & (scores > config.score)]
+    index = torch.where((box_area(boxes) > 0) & (scores > config.score))[0]
     label = index % lesions + 1
     keep = batched_nms(boxes[index], scores[index], label, config.nms)[: config.n_boxes]
     index = index[keep]

@@ -14,9 +14,8 @@ class SemanticBranch(nn.Module):
     """A class for each pixel, from the finest map of the pyramid, as in Panoptic FPN.
 
     Lesions of real CT fray and merge: where one instance ends is often a matter of taste, which
-    pixels are ground glass is less so. Every pixel teaches the backbone here, not just those of
-    the sampled boxes. The image itself, at half its size, joins the map, as in the top level of a
-    U-Net: it has the grey values and the borders that strides have blurred.
+    pixels are ground glass is less so. Here every pixel teaches the backbone. The image itself, at
+    half its size, joins the map, as in a U-Net: it has the borders that strides have blurred.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -37,11 +36,10 @@ class SemanticBranch(nn.Module):
         return self.fine(torch.cat([coarse, self.image(image)], dim=1))
 
     def loss(self, features: dict[str, Tensor], image_shapes, targets) -> Tensor:
-        """Cross-entropy of all pixels, and one minus the mean soft Dice.
+        """Cross-entropy of pixels, and one minus the mean soft Dice of each class and any lesion.
 
-        Dice is taken of each slice on its own, as the slices are judged: a small lesion counts as
-        much as a large one. Its regions are the lesion classes and any lesion; `slack` keeps it
-        smooth where a slice has next to nothing of one.
+        Dice is taken of each slice on its own: a small lesion counts as much as a large one.
+        `slack` keeps it smooth where a slice has next to nothing.
         """
         logits = self(features)
         side = _stride(logits, image_shapes)

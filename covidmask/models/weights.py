@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.errors import CheckpointError, DataError
-from covidmask.files import atomic_path, is_there, weights_file
-from covidmask.models.classifier import REGIMES, ClassificationModule, CovidCTMaskNet
+from covidmask.errors import CheckpointError
+from covidmask.files import atomic_path, is_there, one_line, weights_file
+from covidmask.models.classifier import REGIMES, CovidCTMaskNet
 from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.ranked_boxes import Columns, Encoder
+from covidmask.models.ranked_boxes import Encoder
 
-FORMAT = 2  # of the header; 1, which had no such entry, always read four levels of ResNet-50
+FORMAT = 2  # of the header
 WHOSE_SHIPPED = "shipped with the package, trained on phantoms and wrong on real CT"
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -34,15 +34,11 @@ def save_model(
     """Write weights and configuration to one .safetensors file.
 
     Args:
-        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`. Parts of your own (backbone,
-            encoder, S) are named by their classes; loading the file asks for such objects.
+        model: from `lesion_mask_rcnn` or `covid_ct_mask_net`. Of parts of your own (backbone,
+            encoder, S) the file names the class; loading it asks for such objects.
         half: store what has two or more dimensions as float16, unless it has a value beyond
             65,504, where float16 ends. Loading gives float32 either way.
         card: plain values kept in the file, such as the command and the metrics.
-
-    Raises:
-        ValueError: the detector is none of `lesion_mask_rcnn`.
-        OutputError: the file cannot be written; nothing half-written stays.
     """
     classifier = isinstance(model, CovidCTMaskNet)
     detector = model.detector if classifier else model
@@ -50,42 +46,31 @@ def save_model(
     if not (isinstance(detector, GeneralizedRCNN) and isinstance(config, DetectorConfig)):
         raise ValueError(
             f"{path}: only detectors of `lesion_mask_rcnn` can be built again from their file; "
-            "take off wrappers such as torch.compile or DataParallel, or, if it is yours, save its "
-            "state_dict with torch, and that of `model.s` beside it"
+            "take off wrappers such as torch.compile, or save the state_dict of yours with torch"
         )
     header = {
         "format": FORMAT,
         "kind": "classifier" if classifier else "segmenter",
         "detector": asdict(config),
         "classifier": asdict(model.config) if classifier else None,
-        "own": own_parts(model),
+        "parts": _parts(model),
         "card": card,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    if half:
-        tensors = {
-            name: t.half() if t.ndim > 1 and t.abs().max() <= torch.finfo(torch.half).max else t
-            for name, t in tensors.items()
-        }
-    content = save(tensors, metadata={"covidmask": json.dumps(header)})
+    for name, tensor in tensors.items() if half else ():
+        if tensor.ndim > 1 and tensor.abs().max() <= torch.finfo(torch.half).max:
+            tensors[name] = tensor.half()
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(save(tensors, metadata={"covidmask": json.dumps(header)}))
     return Path(path)
 
 
-def own_parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
-    """Which parts are not the package's: "backbone", "encoder", "s" -> name of the class."""
-    detector = getattr(model, "detector", model)
-    parts = {"backbone": type(detector.backbone).__name__}
-    if parts["backbone"] != getattr(getattr(detector, "config", None), "backbone", None):
-        del parts["backbone"]
-    if detector is not model:
-        encoder, s = model.encoder, model.s
-        if type(encoder) is not Columns or encoder.parts != encoder.columns:
-            parts["encoder"] = type(encoder).__name__
-        if type(s) is not ClassificationModule:
-            parts["s"] = type(s).__name__
-    return parts
+def _parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
+    """The names of the classes of what may be a reader's own."""
+    parts = {"backbone": getattr(model, "detector", model).backbone}
+    if isinstance(model, CovidCTMaskNet):
+        parts |= {"encoder": model.encoder, "s": model.s}
+    return {name: type(part).__name__ for name, part in parts.items()}
 
 
 def load_segmenter(
@@ -94,8 +79,7 @@ def load_segmenter(
     """Read a segmenter that `save_model` wrote, on your own `backbone` if it had one; eval mode.
 
     Raises:
-        CheckpointError: missing, truncated, no covidmask file, a classifier, or other weights
-            or parts than its configuration asks for.
+        CheckpointError: no complete covidmask file, a classifier, or other weights or parts.
     """
     return _load(path, "segmenter", device, backbone)
 
@@ -113,7 +97,9 @@ def load_classifier(
 
 
 def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **parts: Any) -> Any:
-    header, state = _read(path, kind, backbone=backbone, **parts)
+    header, state = _read(path)
+    if header["kind"] != kind:
+        raise CheckpointError(f"{path}: holds a {header['kind']}; give a {kind} file here")
     try:
         config = _config(DetectorConfig, header["detector"])
         model = lesion_mask_rcnn(config, masks=kind == "segmenter", backbone=backbone)
@@ -122,13 +108,14 @@ def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **par
             model = CovidCTMaskNet(model, config, **parts)
             if model.config != config:
                 wanted, given = (", ".join(c.columns) for c in (config, model.config))
-                raise DataError(f"its columns are {wanted}; the encoder's are {given}")
-    except DataError as error:  # says what to do
-        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from error
+                raise ValueError(f"its columns are {wanted}; the encoder's are {given}")
+        for part, name in _parts(model).items():
+            if name != (own := header.get("parts", {}).get(part, name)):
+                raise ValueError(f"its {part} is {own}, not {name}")
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: its configuration is not one of this version ({error}); "
-            "train it again, or install the version that wrote it"
+            f"{path}: its model cannot be built ({error}); pass parts of your own, as in "
+            f"load_{kind}(path, backbone=...), or install the version that wrote it"
         ) from error
     load_state(model, state, path)
     return model.to(device).eval()
@@ -146,48 +133,34 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load weights, or raise `CheckpointError`: what does not fit, or holds NaN or infinity."""
-    if bad := [name for name, value in state.items() if not value.float().isfinite().all()]:
-        raise CheckpointError(
-            f"{path}: holds NaN or infinity in {', '.join(bad[:3])}{' and more' * (len(bad) > 3)}; "
-            "train these weights again"
-        )
     own = model.state_dict()
-    try:  # loading would turn other types into numbers without a word
-        for name in own.keys() & state.keys():
-            if own[name].is_floating_point() != state[name].is_floating_point():
-                raise RuntimeError(f"{name} is {state[name].dtype} in the file")
+    for name, value in state.items():  # loading would turn other types into numbers without a word
+        floats = own.get(name, value).is_floating_point()
+        if value.is_floating_point() != floats or not value.float().isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} holds NaN, infinity or another type, {value.dtype}; "
+                "train these weights again"
+            )
+    try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # torch's is a list, a line a problem, after a headline
-        lines = [textwrap.shorten(line, 240).rstrip(".") for line in str(error).splitlines()]
+    except RuntimeError as error:
         raise CheckpointError(
-            f"{path}: weights of another architecture: {'; '.join(lines[1:6] or lines)}; "
+            f"{path}: weights of another architecture ({textwrap.shorten(str(error), 600)}); "
             "build the model with the configuration that these weights were trained with"
         ) from error
 
 
-def _read(
-    path: str | Path, kind: str | None = None, **given: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such weights file; check the path, or train one first")
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
             newer = header.get("format", 1) > FORMAT
-            if "format" not in header and header["detector"]["backbone"] == "resnet50":
-                header["detector"]["levels"] = None
-            found, _ = header["kind"], header["card"]
-            own = dict(header.get("own", {}))
+            _ = header["kind"], header["card"], dict(header.get("parts", {}))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: not a complete .safetensors file ({error}); copy or train it again, "
-            "or turn the author's .pth into one with `covidmask convert`"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+            f"{path}: cannot be read as a .safetensors file ({one_line(error)}); check the path, "
+            "copy or train it again, or turn the author's .pth into one with `covidmask convert`"
         ) from error
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -195,24 +168,14 @@ def _read(
         ) from error
     if newer:
         raise CheckpointError(f"{path}: written by a newer covidmask; install that version")
-    if kind and found != kind:
-        raise CheckpointError(f"{path}: holds a {found}; give a {kind} file here")
-    for part, thing in given.items():
-        name = None if thing is None else type(thing).__name__
-        if name != own.get(part):
-            raise CheckpointError(
-                f"{path}: its {part} is {own.get(part, 'of covidmask')}, not {name}; call "
-                f"load_{kind}(path, {part}=...) with such an object, or without it"
-            )
     return header, state
 
 
 class ShippedWeights(Enum):
     """Small weights for the preset `quick`, trained on phantoms by `make weights`.
 
-    Each value is (file in covidmask/models/shipped, its SHA-256). `ShippedWeights.X.load()` gives
-    the model, `.card()` how it was made and what it reached. Phantoms are synthetic: these weights
-    teach, and say nothing about patients.
+    Each value is (file in covidmask/models/shipped, its SHA-256); other bytes are a
+    `CheckpointError`. Phantoms are synthetic: these weights teach, and say nothing about patients.
     """
 
     SEGMENTER_QUICK = (
@@ -226,25 +189,22 @@ class ShippedWeights(Enum):
 
     @property
     def path(self) -> Path:
-        """The file."""
-        return SHIPPED / self.value[0]
-
-    def checked(self) -> Path:
-        """The file; a `CheckpointError` if it is missing, or not the one that was shipped."""
-        found = hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path.is_file() else None
-        if found != self.value[1]:
-            state = f"has the SHA-256 {found}, not {self.value[1]}" if found else "is missing"
-            raise CheckpointError(f"{self.path}: {state}; install covidmask again")
-        return self.path
+        """The file, whose bytes were looked at."""
+        path = SHIPPED / self.value[0]
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.value[1]:
+            raise CheckpointError(
+                f"{path}: is missing or not the shipped file, of SHA-256 {self.value[1]}; "
+                "install covidmask again"
+            )
+        return path
 
     def load(self, device: str | torch.device = "cpu") -> GeneralizedRCNN | CovidCTMaskNet:
-        """The model, in eval mode. Raises as `checked`."""
-        load = load_segmenter if self is ShippedWeights.SEGMENTER_QUICK else load_classifier
-        return load(self.checked(), device)
+        """The model, in eval mode."""
+        return _load(self.path, self.value[0].partition("-")[0], device, None)
 
     def card(self) -> dict[str, Any]:
-        """Data, command, commit, metrics with intervals, limits. Raises as `checked`."""
-        return read_card(self.checked())
+        """Data, command, commit, metrics with intervals, limits."""
+        return read_card(self.path)
 
 
 def trained_segmenter(
@@ -255,15 +215,10 @@ def trained_segmenter(
 
 
 def trained_classifier(
-    preset: str,
-    device: str | torch.device = "cpu",
-    *,
-    regime: str | None = None,
-    shipped: bool = False,
+    preset: str, device: str | torch.device = "cpu", *, shipped: bool = False
 ) -> CovidCTMaskNet:
     """The classifier of a preset, as `trained_segmenter`."""
-    path, _ = find_weights("classifier", preset, regime=regime, shipped=shipped)
-    return load_classifier(path, device)
+    return load_classifier(find_weights("classifier", preset, shipped=shipped)[0], device)
 
 
 def find_weights(
@@ -275,44 +230,32 @@ def find_weights(
 ) -> tuple[Path, str]:
     """The weights to use: the named ones, else yours, else (preset quick) the shipped ones.
 
-    Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights.
-
-    With `shipped` the shipped ones come first, as in the book, whose text has their numbers.
-
-    Returns:
-        the file, and whose it is: "named", "yours" or `WHOSE_SHIPPED`.
+    Yours are what `covidmask train` writes in $COVIDMASK_DATA/weights. With `shipped` the shipped
+    ones come before them, as in the book, whose text has their numbers. Returns the file and whose
+    it is: "named", "yours" or `WHOSE_SHIPPED`.
 
     Raises:
-        CheckpointError: there are none (and which command trains them), several of yours, or
-            `named` beside `regime`.
+        CheckpointError: there are none, several of yours, or `named` beside `regime`.
     """
-    if named is not None and regime is not None:
+    if named is not None:
+        if regime is None:
+            return Path(named), "named"
         raise CheckpointError(
             f"--regime {regime}: chooses among your own weights, but {named} is named; drop one"
         )
-    if named is not None:
-        return Path(named), "named"
-    yours = {}  # regime, "" for a segmenter -> file
-    if not (shipped and preset == "quick"):
-        plain = weights_file(kind, preset)
-        if is_there(plain):  # older files of classifiers have their regime in the card alone
-            yours["" if kind == "segmenter" else str(read_card(plain).get("regime"))] = plain
-        for each in REGIMES if kind == "classifier" else ():
-            if is_there(path := weights_file(kind, preset, each)):
-                yours[each] = path
-    yours = {key: path for key, path in yours.items() if regime in (None, key)}
-    if len(yours) > 1:
-        found = ", ".join(f"{path} ({key})" for key, path in yours.items())
+    regimes = [regime] if regime else REGIMES if kind == "classifier" else [None]
+    yours = [weights_file(kind, preset, each) for each in regimes]
+    if shipped and preset == "quick" or not (yours := list(filter(is_there, yours))):
+        if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
+            return ShippedWeights[f"{kind.upper()}_QUICK"].path, WHOSE_SHIPPED
         raise CheckpointError(
-            f"the {kind} of preset {preset}: there are several of yours, {found}; choose one with "
-            "--regime, or name its file"
+            f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
+            f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
+            f"{f' --regime {regime}' if regime else ''}`"
         )
-    if yours:
-        return next(iter(yours.values())), "yours"
-    if preset == "quick" and regime in (None, "heads"):  # the shipped one's regime
-        return ShippedWeights[f"{kind.upper()}_QUICK"].checked(), WHOSE_SHIPPED
-    raise CheckpointError(
-        f"{weights_file(kind, preset, regime)}: there is no {kind} of preset {preset} yet, and "
-        f"none comes with the package; train it with `covidmask train {kind} --preset {preset}"
-        f"{f' --regime {regime}' if regime else ''}`"
-    )
+    if len(yours) > 1:
+        raise CheckpointError(
+            f"{', '.join(map(str, yours))}: there are several of yours; choose one with --regime, "
+            "or name its file"
+        )
+    return yours[0], "yours"

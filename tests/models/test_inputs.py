@@ -17,13 +17,13 @@ BAD = {
     "Hounsfield units": (GOOD * 1500 - 1350, "hounsfield_to_unit"),
     "one NaN": (torch.where(GOOD.max() == GOOD, torch.nan, GOOD), "run from nan to nan"),
     "infinite": (torch.where(GOOD.max() == GOOD, torch.inf, GOOD), "to inf"),
-    "grey": (GOOD[0], r"\[40, 64\]; give torch.float32 \[3, H, W\]"),
+    "grey": (GOOD[0], r"\[40, 64\]; give a torch.float32 tensor \[3, H, W\]"),
     "one channel": (GOOD[:1], r"\[1, 40, 64\]"),
     "a batch": (GOOD[None], r"\[1, 3, 40, 64\]"),
     "bytes": ((GOOD * 255).byte(), "torch.uint8"),
     "no pixel": (GOOD[:, :0], r"torch.float32 \[3, 0, 64\]"),
-    "an array": (GOOD.numpy(), "ndarray; give a torch.float32"),
-    "a picture": (Image.new("RGB", (8, 8)), "Image; give a torch.float32"),
+    "an array": (GOOD.numpy(), "ndarray.* give a torch.float32"),
+    "a picture": (Image.new("RGB", (8, 8)), "Image.* give a torch.float32"),
     "float64": (GOOD.double(), "torch.float64"),
 }
 

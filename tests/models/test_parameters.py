@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from covidmask.config import ClassifierConfig, DetectorConfig
-from covidmask.models.classifier import covid_ct_mask_net, set_regime
+from covidmask.models.classifier import (
+    count_batch_norm,
+    count_parameters,
+    count_trainable,
+    covid_ct_mask_net,
+    set_regime,
+)
 from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.parameters import count_batch_norm, count_parameters, count_trainable
 
 # backbone, cut: segmenter parameters, classifier parameters, S, batch-norm affine
 TABLE = {

@@ -77,14 +77,13 @@ def test_class_names_are_in_the_file(segmenter, tmp_path):
         covid_ct_mask_net(segmenter, ClassifierConfig(classes=("one", "one")))
 
 
-def test_files_without_class_names_or_levels_are_read(tmp_path):
-    """As they were written before format 2."""
+def test_older_and_newer_files(tmp_path):
+    """Before format 2 they had no class names; the shipped ones are such."""
     config = DetectorConfig(image_size=64, fpn_channels=8, light_mask_head=True)
     model = covid_ct_mask_net(lesion_mask_rcnn(config), ClassifierConfig(n_boxes=8, hidden=8))
     path = weights.save_model(model, tmp_path / "c.safetensors")
     header = json.loads(safe_open(path, "pt").metadata()["covidmask"])
     del header["format"], header["classifier"]["classes"]
-    header["detector"]["levels"] = 1  # what it said, while four were built
     save_file(model.state_dict(), path, metadata={"covidmask": json.dumps(header)})
     loaded = weights.load_classifier(path)
     assert loaded.config == model.config and same_weights(model, loaded)
@@ -97,6 +96,7 @@ def test_files_without_class_names_or_levels_are_read(tmp_path):
 BROKEN = {
     "a list": lambda header: [],
     "nothing": lambda header: None,
+    "parts": lambda header: {**header, "parts": 5},
     "no kind": lambda header: header.pop("kind") and header,
     "no card": lambda header: [header.pop("card"), header][1],
     "format": lambda header: {**header, "format": "2"},
@@ -111,7 +111,7 @@ def test_headers_of_another_form(segmenter, tmp_path, kind):
     path = weights.save_model(segmenter, tmp_path / "s.safetensors")
     header = BROKEN[kind](json.loads(safe_open(path, "pt").metadata()["covidmask"]))
     save_file(segmenter.state_dict(), path, metadata={"covidmask": json.dumps(header)})
-    with pytest.raises(CheckpointError, match="s.safetensors: (a .safet|its config)"):
+    with pytest.raises(CheckpointError, match="s.safetensors: (a .safet|its model)"):
         weights.load_segmenter(path)
 
 
@@ -133,10 +133,10 @@ def test_weights_that_are_no_numbers_are_refused(segmenter, tmp_path, value):
     with torch.no_grad():
         model.rpn.head.conv[0][0].bias[3] = value
     path = weights.save_model(model, tmp_path / "s.safetensors")
-    message = r"s.safetensors: holds NaN or infinity in rpn.head.conv.0.0.bias; train these"
+    message = r"s.safetensors: rpn.head.conv.0.0.bias holds NaN, infinity or .*; train these"
     with pytest.raises(CheckpointError, match=message):
         weights.load_segmenter(path)
-    with pytest.raises(CheckpointError, match="a.pth: holds NaN or infinity in rpn.head.conv"):
+    with pytest.raises(CheckpointError, match="a.pth: rpn.head.conv.*bias holds NaN"):
         author_checkpoints.load_author_checkpoint(author_file(tmp_path / "a.pth", model))
 
 
@@ -250,7 +250,7 @@ def test_wrong_kind_truncated_and_foreign_safetensors(segmenter, classifier, tmp
 def test_configuration_of_another_version(segmenter, tmp_path, monkeypatch):
     path = weights.save_model(segmenter, tmp_path / "s.safetensors")
     monkeypatch.setattr(weights, "DetectorConfig", ClassifierConfig)  # knows none of the fields
-    with pytest.raises(CheckpointError, match="s.safetensors.*not one of this version"):
+    with pytest.raises(CheckpointError, match="s.safetensors: its model cannot be built"):
         weights.load_segmenter(path)
 
 
@@ -296,7 +296,7 @@ class TestShipped:
             with pytest.raises(CheckpointError, match="install covidmask again"):
                 use()
         (tmp_path / member.value[0]).unlink()
-        with pytest.raises(CheckpointError, match="is missing"):
+        with pytest.raises(CheckpointError, match="is missing or"):
             member.load()
 
     def test_other_presets_need_training(self, tmp_path, monkeypatch, segmenter):
@@ -327,7 +327,7 @@ def test_weights_of_another_type_are_refused(segmenter, tmp_path, kind):
     state = {name: tensor.contiguous() for name, tensor in segmenter.state_dict().items()}
     state["rpn.head.conv.0.0.bias"] = state["rpn.head.conv.0.0.bias"].to(kind)
     save_file(state, path, metadata=header)
-    with pytest.raises(CheckpointError, match=f"rpn.head.conv.0.0.bias is {kind} in the file"):
+    with pytest.raises(CheckpointError, match=f"rpn.head.conv.0.0.bias holds .* type, {kind}"):
         weights.load_segmenter(path)
 
 
