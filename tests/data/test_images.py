@@ -214,7 +214,9 @@ def test_missing_files_and_folders(tmp_path, read):
     with pytest.raises(DataError, match="absent.png: cannot be opened .no such file"):
         read(tmp_path / "absent.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "absent.png")
-    with pytest.raises(DataError, match="link.png: cannot be opened .a link to a file that is not there"):
+    with pytest.raises(
+        DataError, match="link.png: cannot be opened .a link to a file that is not there"
+    ):
         read(tmp_path / "link.png")
     with pytest.raises(DataError, match="folder.png/a.png: cannot be opened .no such file"):
         (tmp_path / "file").write_text("text")

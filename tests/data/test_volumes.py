@@ -528,7 +528,9 @@ def test_nothing_is_left_out_without_a_word(tmp_path, monkeypatch):
             with pytest.raises(DataError, match="two: cannot be opened .Permission denied"):
                 find_scans([tmp_path / name])
     (tmp_path / "study" / "gone.dcm").symlink_to(tmp_path / "gone.dcm")
-    with pytest.raises(DataError, match="gone.dcm: cannot be opened .a link to a file that is not there"):
+    with pytest.raises(
+        DataError, match="gone.dcm: cannot be opened .a link to a file that is not there"
+    ):
         find_scans([tmp_path / "study"])
     (tmp_path / "study" / "gone.dcm").unlink()
     os.mkfifo(tmp_path / "study" / "pipe")
