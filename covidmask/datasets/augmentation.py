@@ -68,7 +68,7 @@ def crop_to_lungs(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator)
     """Cut off what lies around the lungs; both [H, W] as they are where the mask marks no lung."""
     if not (mask == 1).any():
         return image, mask
-    left, right, top, bottom = rng.uniform(0, 0.06, 4) * max(mask.shape)
+    top, bottom, left, right = rng.uniform(0, 0.06, 4) * max(mask.shape)
     rows, columns = ndimage.find_objects(np.uint8(mask > 0))[0]
     window = (
         slice(max(0, int(rows.start - top)), int(rows.stop + bottom)),
