@@ -72,7 +72,7 @@ def _write_patient(
     patient = make_patient(seed, label)
     size, positions = config.size, draw_positions(patient, config.slices_per_patient)
     if kind == "lesions":  # one slice in ten is swapped for one without a lesion
-        rng = phantoms._rng(seed, label, 5)
+        rng = np.random.default_rng((seed, label, 5))
         anywhere = rng.permutation(phantoms.POSITIONS).tolist()
         clear = [p for p in anywhere if not phantoms.visible_lesions(patient, p)]
         swap = rng.random(len(positions)) < 0.1
