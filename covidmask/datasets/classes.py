@@ -142,7 +142,7 @@ def locate(
 
 
 class SliceImages(Dataset):
-    """One folder of slices and a list of those to use.
+    """One folder of slices and a list of those to use; it has `names`, `labels` and `patients`.
 
     Item i is `(image, label)`: image float32 [3, H, W] in 0..1 (grey, repeated), label int.
 
@@ -151,13 +151,9 @@ class SliceImages(Dataset):
         split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to a
             list, see `read_split`. A name in the list also finds its file under another suffix
             (.png, .jpg) or class word (the author's `2_91_...` is `NCP_91_...` in COVIDx-CT), if
-            just one is there.
+            just one is there; `names` has those on disk.
         require_classes: every class must occur, as training needs.
         classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
-
-    Attributes:
-        names, labels, patients: of the items; names are those of the files on disk. A name in a
-            form of its own says no patient: such a slice counts as one.
 
     Raises:
         DataError: at once for a missing folder, list, file or class and for a bad line; on reading

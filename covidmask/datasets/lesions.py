@@ -34,12 +34,12 @@ def mask_to_targets(
 
     Args:
         mask: uint8 [H, W], codes 0 background, 1 lung, 2 GGO, 3 consolidation.
-        lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": label 1 is GGO, consolidation
-            is background; "merged": label 1 is either, joined before components are sought, so
-            that a consolidation inside GGO is one instance with it. Or your own names, such as
-            "nodule,cyst": codes 2, 3, ... in this order are labels 1, 2, ...
+        lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": consolidation is background;
+            "merged": label 1 is either, joined before components are sought, so that a
+            consolidation inside GGO is one instance with it; or your own names, such as
+            "nodule,cyst": codes 2, 3, ... are labels 1, 2, ...
         min_area: components (8-connected) of fewer pixels are dropped. The released code drops
-            those of at most 100 pixels of a 512 x 512 slice, also from its ground truth: 101.
+            those of at most 100 pixels, also from its ground truth: 101.
 
     Returns:
         K instances (K may be 0) ordered by label, then by their first pixel, row by row:
@@ -218,16 +218,14 @@ class SemiSeg(LesionDataset):
         self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
     ) -> None:
         super().__init__(lesions, min_area)
-        if split not in _SEMISEG:
-            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
-            raise DataError(f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}")
-        self.folder = inside(Path(root), "Dataset") / _SEMISEG[split]
-        slices = self.folder / "Imgs"
-        found = slices.iterdir() if slices.is_dir() else ()
+        self.folder = inside(Path(root), "Dataset") / _SEMISEG.get(split, "none")
+        found = slices.iterdir() if (slices := self.folder / "Imgs").is_dir() else ()
         images = sorted((path for path in found if path.suffix == ".jpg"), key=_natural)
         if not images:
+            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
             raise DataError(
-                f"{slices}: no .jpg slices found; name the folder with TrainingSet and TestingSet"
+                f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}, of a folder with "
+                "TrainingSet and TestingSet, where Imgs holds .jpg slices"
             )
         self.names = [path.name for path in images]
         self.patients = [path.stem for path in images]
@@ -252,13 +250,9 @@ def split_by_patient(
     """Split items so that all slices of a patient land in the same part.
 
     Neighbouring slices of one patient look almost alike; if they stood in two parts, a model could
-    score well by recognising the patient.
-
-    Args:
-        patients: of each item. fractions: share of the PATIENTS in each part; they sum to 1.
-
-    Returns:
-        one sorted list of item indices per fraction; a part may be empty if patients are few.
+    score well by recognising the patient. `patients` has that of each item, `fractions` the share
+    of the PATIENTS in each part; they sum to 1. Returns one sorted list of item indices per
+    fraction; a part may be empty if patients are few.
     """
     if min(fractions, default=-1) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions {tuple(fractions)}: they must be >= 0 and sum to 1")

@@ -136,11 +136,12 @@ def write_phantoms(
         DataError: `root` holds something else or is the current folder; `config` is out of range.
         OutputError: `root` cannot be written, the disk is full, or a process has ended early.
     """
-    numbers = (*config.lesion_patients, *config.class_patients, seed)
-    if not (32 <= config.size <= 1024 and 1 <= config.slices_per_patient <= MAX_SLICES):
-        raise DataError(f"{config}: size must be 32..1024, slices per patient 1..{MAX_SLICES}")
-    if min(numbers) < 0:
-        raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
+    slices, numbers = config.slices_per_patient, (*config.lesion_patients, *config.class_patients)
+    if not (32 <= config.size <= 1024 and 1 <= slices <= MAX_SLICES and min(*numbers, seed) >= 0):
+        raise DataError(
+            f"{config}, seed {seed}: size must be 32..1024, slices per patient 1..{MAX_SLICES}, "
+            "numbers of patients and the seed >= 0"
+        )
     note = {"seed": seed, "config": asdict(config)}
     return _write_set(root, note, lambda folder: _fill(folder, config, seed, workers, progress))
 
@@ -244,12 +245,11 @@ def write_semiseg_phantoms(
 
     Args:
         size: pixels per side before cropping, 64 to 1024.
-        slices: how many for training and for testing. seed: another one gives other patients.
+        slices: how many for training and for testing.
     """
-    if not 64 <= size <= 1024 or len(slices) != 2 or min(*slices, seed) < 0:
+    if not 64 <= size <= 1024 or min(*slices, seed) < 0:
         raise DataError(
-            f"size {size}, slices {slices}, seed {seed}: size must be 64..1024, slices two numbers "
-            "and they and the seed >= 0"
+            f"size {size}, slices {slices}, seed {seed}: size must be 64..1024, the others >= 0"
         )
     note = {"layout": "COVID-SemiSeg", "seed": seed, "size": size, "slices": slices}
     return _write_set(root, note, lambda folder: _fill_semiseg(folder, size, slices, seed))
