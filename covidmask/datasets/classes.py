@@ -135,8 +135,8 @@ def locate(
     found = [[name] if name in on_disk else pictures.get(key(name), ()) for name in names]
     if lost := [name for name, there in zip(names, found, strict=True) if len(there) != 1]:
         raise DataError(
-            f"{source}: slices that are not on disk, or there under two names: {files.some(lost)}; "
-            "let each be there once, or list others"
+            f"{source}: slices that are not on disk: {files.some(lost)}, or are there under two "
+            "names; let each be there once, or list others"
         )
     return [name for (name,) in found]
 
