@@ -283,10 +283,10 @@ DATA = {
         "slices", "train", "Normal_1.png\n", CLASSIFIER, "line 1", "Normal_1.png"
     ),
     "split line that does not parse": lists(
-        "slices", "train", "NCP_1_1_1.png 2 a b c d\n", CLASSIFIER, "line 1", "does not parse"
+        "slices", "train", "NCP_1_1_1.png 2 a b c d\n", CLASSIFIER, "line 1", "literal", "'a'"
     ),
     "lesion line that does not parse": lists(
-        "lesions", "train", "nonsense\n", SEGMENTER, "line 1", "nonsense"
+        "lesions", "train", "nonsense\n", SEGMENTER, "not on disk", "nonsense"
     ),
     "empty split of masks": lists("lesions", "train", "\n", SEGMENTER, "empty"),
     "empty split of classes": lists("slices", "train", "", CLASSIFIER, "empty"),

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from covidmask.config import AugmentConfig
-from covidmask.datasets.lesions import LesionDataset, mask_to_targets
+from covidmask.datasets.lesions import LesionDataset, SliceAndMask
 
 
-class Augmented(Dataset):
+class Augmented(LesionDataset):
     """Random copies of each slice of `dataset`, all of one size, with their targets.
 
     A copy is the slice squeezed to a square, turned by at most 20 degrees, scaled by 0.75 to 1.3,
@@ -40,53 +39,45 @@ class Augmented(Dataset):
     endless = True
 
     def __init__(self, dataset: LesionDataset, config: AugmentConfig, seed: int = 0) -> None:
+        super().__init__(dataset.lesions, config.min_area)
         self.dataset, self.config, self.seed = dataset, config, seed
         self.names = dataset.names * config.copies
         self.patients = dataset.patients * config.copies
-        self._slices: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def __len__(self) -> int:
-        return len(self.names)
+        self._slices: dict[int, SliceAndMask] = {}
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The items of one epoch; Python's own way would ask for items without end."""
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image float32 [3, size, size] in 0..1 and target, as `LesionDataset` gives them."""
+    def read(self, index: int) -> SliceAndMask:
+        """A copy: float32 [size, size] in 0..1 and its mask, uint8."""
         rng = np.random.default_rng((self.seed, index))
-        which = index % len(self.dataset)
-        image, mask = self._moved(which, rng)
+        image, mask = self._moved(index % len(self.dataset), rng)
         if rng.random() < self.config.paste:
             other = int(rng.integers(len(self.dataset)))
             image, mask = paste(image, mask, *self._moved(other, rng))
-        target = mask_to_targets(mask, self.dataset.lesions, self.config.min_area)
-        target["image_id"] = torch.tensor([which])
-        return torch.from_numpy(shade(image, rng)).repeat(3, 1, 1), target  # [3, size, size]
+        return shade(image, rng), mask
 
-    def _moved(self, which: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _moved(self, which: int, rng: np.random.Generator) -> SliceAndMask:
         if which not in self._slices:
             self._slices[which] = self.dataset.read(which)
         return warp(*crop_to_lungs(*self._slices[which], rng), self.config.size, rng)
 
 
-def crop_to_lungs(
-    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def crop_to_lungs(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> SliceAndMask:
     """Cut off what lies around the lungs; both [H, W] as they are where the mask marks no lung."""
     if not (mask == 1).any():
         return image, mask
-    margins = rng.uniform(0, 0.06, 4) * max(mask.shape)
-    window = []
-    for axis, (before, after) in zip((1, 0), margins.reshape(2, 2), strict=True):
-        inside = np.flatnonzero((mask > 0).any(axis))
-        window.append(slice(max(0, int(inside[0] - before)), int(inside[-1] + 1 + after)))
-    return image[tuple(window)], mask[tuple(window)]
+    top, bottom, left, right = rng.uniform(0, 0.06, 4) * max(mask.shape)
+    rows, columns = ndimage.find_objects(np.uint8(mask > 0))[0]
+    window = (
+        slice(max(0, int(rows.start - top)), int(rows.stop + bottom)),
+        slice(max(0, int(columns.start - left)), int(columns.stop + right)),
+    )
+    return image[window], mask[window]
 
 
-def warp(
-    image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def warp(image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> SliceAndMask:
     """Turn, scale, stretch, move, mirror and bend both alike, to [size, size]. Outside is black."""
     angle = math.radians(rng.uniform(-20, 20))
     scale, stretch = math.exp(rng.uniform(-0.29, 0.26)), math.exp(rng.uniform(-0.15, 0.15))
@@ -108,7 +99,7 @@ def warp(
 
 def paste(
     image: np.ndarray, mask: np.ndarray, other: np.ndarray, other_mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> SliceAndMask:
     """Lay the lesions of another slice over this one, the edge blended over about two pixels."""
     lesion = other_mask > 1
     share = ndimage.gaussian_filter(np.float32(ndimage.binary_dilation(lesion)), 1)

@@ -5,28 +5,21 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from covidmask import files
 from covidmask.config import IMAGE_CLASSES
 from covidmask.datasets.scans import IMAGE_SUFFIXES, read_image
 from covidmask.errors import DataError
-from covidmask.files import (
-    atomic_path,
-    existing_folder,
-    listed_splits,
-    read_lines,
-    some,
-    split_path,
-)
 
 NAME_CLASSES = ("Normal", "CP", "NCP")  # how COVIDx-CT-1 calls labels 0, 1, 2 in file names
 _NAME = re.compile(r"([^_/\\]+)_([^_/\\]+)_([^_/\\]+)_([^_/\\]+)(\.\w+)")
@@ -101,59 +94,66 @@ def read_split(path: str | Path, classes: tuple[str, ...] = IMAGE_CLASSES) -> li
     that is missing or empty, names a slice twice, or has a wrong line or label is a `DataError`.
     """
     entries = []
-    for number, words in read_lines(path):
+    for number, (name, *numbers) in files.read_lines(path):
         try:
-            entries.append(_parse_line(words, classes))
+            free = _NAME.fullmatch(name) is None and re.fullmatch(r"[^/\\]+\.\w+", name)
+            said = None if free and numbers else parse_name(name, classes).label
+            label, *box = map(int, numbers or [said])
+            xmin, ymin, xmax, ymax = box or (0, 0, 1, 1)
+            if said not in (None, label) or not 0 <= label < len(classes):
+                known = f"one of 0 to {len(classes) - 1} ({', '.join(classes)})"
+                raise ValueError(f"label {label} contradicts {name}, or is not {known}")
+            if not (0 <= xmin < xmax and 0 <= ymin < ymax):
+                raise ValueError(f"the box {box} is empty")
         except ValueError as error:  # DataError is one
-            raise DataError(f"{path}, line {number}: {error}") from error
+            raise DataError(
+                f"{path}, line {number}: {error}; expected `name [label [xmin ymin xmax ymax]]`"
+            ) from error
+        entries.append(SliceEntry(name, label, tuple(box) or None))
     return entries
-
-
-def _parse_line(words: list[str], classes: tuple[str, ...]) -> SliceEntry:
-    name, *numbers = words
-    if len(numbers) not in (0, 1, 5) or not all(re.fullmatch(r"\d{1,9}", n) for n in numbers):
-        raise DataError(
-            f"{' '.join(words)!r} does not parse; expected `name [label [xmin ymin xmax ymax]]`"
-        )
-    if not numbers:
-        return SliceEntry(name, parse_name(name, classes).label, None)
-    label, *box = map(int, numbers)
-    free = _NAME.fullmatch(name) is None and re.fullmatch(r"[^/\\]+\.\w+", name)
-    if not free and label != (said := parse_name(name, classes).label):
-        raise DataError(f"class {label} contradicts {name}, which says {said}; correct the line")
-    if label >= len(classes):
-        names = ", ".join(classes)
-        raise DataError(f"label {label}: is no class; choose 0 to {len(classes) - 1} ({names})")
-    if box and (box[0] >= box[2] or box[1] >= box[3]):
-        raise DataError(f"the box {box} is empty; expected xmin < xmax, ymin < ymax")
-    return SliceEntry(name, label, tuple(box) or None)
 
 
 def write_split(path: str | Path, entries: Sequence[SliceEntry]) -> None:
     """Write a list that `read_split` reads back."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f:
-        for entry in entries:
-            said = entry.box is None and _NAME.fullmatch(entry.name)  # the name says the class
-            print(entry.name, *(() if said else (entry.label, *(entry.box or ()))), file=f)
+    lines = []
+    for entry in entries:
+        said = entry.box is None and _NAME.fullmatch(entry.name)  # the name says the class
+        words = () if said else (entry.label, *(entry.box or ()))
+        lines.append(" ".join(map(str, (entry.name, *words))) + "\n")
+    with files.atomic_path(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def locate(
+    source: Path, names: Sequence[str], on_disk: Collection[str], key: Callable[[str], Any]
+) -> list[str]:
+    """The file of each name in `source`: itself, or the only picture with the same `key`."""
+    pictures = defaultdict(list)
+    for name in on_disk:
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            pictures[key(name)].append(name)
+    found = [[name] if name in on_disk else pictures.get(key(name), ()) for name in names]
+    if lost := [name for name, there in zip(names, found, strict=True) if len(there) != 1]:
+        raise DataError(
+            f"{source}: slices that are not on disk: {files.some(lost)}, or are there under two "
+            "names; let each be there once, or list others"
+        )
+    return [name for (name,) in found]
 
 
 class SliceImages(Dataset):
-    """One folder of slices and a list of those to use.
+    """One folder of slices and a list of those to use; it has `names`, `labels` and `patients`.
 
     Item i is `(image, label)`: image float32 [3, H, W] in 0..1 (grey, repeated), label int.
 
     Args:
         root: the folder that holds the image files.
         split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to a
-            list, see `read_split`. A name in the list also finds its file under the other suffix
+            list, see `read_split`. A name in the list also finds its file under another suffix
             (.png, .jpg) or class word (the author's `2_91_...` is `NCP_91_...` in COVIDx-CT), if
-            just one is there.
+            just one is there; `names` has those on disk.
         require_classes: every class must occur, as training needs.
         classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
-
-    Attributes:
-        names, labels, patients: of the items; names are those of the files on disk. A name in a
-            form of its own says no patient: such a slice counts as one.
 
     Raises:
         DataError: at once for a missing folder, list, file or class and for a bad line; on reading
@@ -167,18 +167,11 @@ class SliceImages(Dataset):
         require_classes: bool = False,
         classes: Sequence[str] | None = None,
     ) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"{root}: there is no such folder; name the one that holds the slices")
+        self.root, path = files.existing_folder(root), files.split_path(root, split)
         self.classes = class_names(root) if classes is None else tuple(classes)
-        path = split_path(root, split)
         entries = read_split(path, self.classes)
         on_disk = {file.name for file in os.scandir(self.root)}  # one listing, not 60,000 look-ups
-        located = [_locate(entry, self.classes, on_disk) for entry in entries]
-        if missing := [e.name for e, name in zip(entries, located, strict=True) if not name]:
-            where = f"{path}: slices that are not in {root}"
-            raise DataError(f"{where}: {some(missing)}; put them there, or list others")
-        self.names: list[str] = located
+        self.names: list[str] = locate(path, [e.name for e in entries], on_disk, self._key)
         self.labels: list[int] = [entry.label for entry in entries]
         self.patients: list[str] = [entry.patient for entry in entries]
         absent = [c for label, c in enumerate(self.classes) if label not in self.labels]
@@ -186,24 +179,17 @@ class SliceImages(Dataset):
             none = f"{path}: there are no slices of class {', '.join(absent)}"
             raise DataError(f"{none}; training needs every class, add some to the list")
 
+    def _key(self, name: str) -> tuple[str | int, ...]:
+        """What a name says, be its class a word or a label, without the suffix."""
+        match, stem = _NAME.fullmatch(name), Path(name).stem
+        return (_labels(self.classes).get(match[1]), *match.groups()[1:4]) if match else (stem,)
+
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = read_image(self.root / self.names[index])  # [H, W]
         return torch.from_numpy(image).repeat(3, 1, 1), self.labels[index]  # [3, H, W]
-
-
-def _locate(entry: SliceEntry, classes: tuple[str, ...], on_disk: set[str]) -> str:
-    """The file of a slice: itself, or the only one that differs in suffix or class word; or ""."""
-    if entry.name in on_disk:
-        return entry.name
-    stems = [stem := Path(entry.name).stem]
-    if _NAME.fullmatch(entry.name):
-        words = [word for word, label in _labels(classes).items() if label == entry.label]
-        stems = [f"{word}_{stem.partition('_')[2]}" for word in words]
-    found = {stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES} & on_disk
-    return found.pop() if len(found) == 1 else ""
 
 
 def balanced_sample(
@@ -252,16 +238,17 @@ def class_statistics(dataset: SliceImages) -> ClassStatistics:
     return ClassStatistics(dataset.classes, *counts)
 
 
+def inside(root: Path, name: str) -> Path:
+    """The folder `name` in `root`, or `root` where there is none: it is that folder itself."""
+    return root / name if (root / name).is_dir() else root
+
+
 def open_slices(root: str | Path, split: str, require_classes: bool = False) -> SliceImages:
     """Slices with an image class: `root` holds slices/, or the images; see `SliceImages`."""
-    return SliceImages(_slices_folder(existing_folder(root)), split, require_classes)
+    return SliceImages(inside(Path(root), "slices"), split, require_classes)
 
 
 def slice_splits(root: Path) -> list[str]:
     """The splits that `open_slices` finds."""
-    folder = _slices_folder(root)
-    return [] if (folder / "image").is_dir() else listed_splits(folder)  # image/: lists of lesions
-
-
-def _slices_folder(root: Path) -> Path:
-    return root / "slices" if (root / "slices").is_dir() else root
+    folder = inside(root, "slices")  # with image/, its lists are of lesions
+    return [] if (folder / "image").is_dir() else files.listed_splits(folder)

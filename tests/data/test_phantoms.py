@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -307,7 +306,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(DataError, match="other files"):
         write_phantoms(tmp_path, SMALL, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    with pytest.raises(DataError, match="is a file"):
+    with pytest.raises(DataError, match="notes.txt: holds other files"):
         write_phantoms(tmp_path / "notes.txt", SMALL, progress=False)
 
 
@@ -383,7 +382,7 @@ def test_processes_that_draw_do_not_load_torch():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a killed run's folder stays on Windows")
-def test_a_killed_run_takes_its_processes_along_and_the_next_removes_its_folder(tmp_path):
+def test_a_killed_run_takes_its_processes_along_and_a_later_one_removes_its_folder(tmp_path):
     lines = ("if __name__ == '__main__':", "    " + DRAW % (9999, "workers=2, progress=False"))
     process = subprocess.Popen(**script(tmp_path, *lines), stdout=subprocess.PIPE)
     end = time.monotonic() + 60
@@ -392,16 +391,20 @@ def test_a_killed_run_takes_its_processes_along_and_the_next_removes_its_folder(
         time.sleep(0.05)
     process.kill()
     process.communicate(timeout=5)  # ends when every process that holds the pipe has ended
-    assert len(list(tmp_path.glob(".set.*.tmp"))) == 1
-    (tmp_path / f".set.{platform.node()}.{os.getppid()}.tmp").mkdir()  # of one that runs
-    (tmp_path / ".set.elsewhere.999999999.tmp").mkdir()  # of another host
+    (left,) = tmp_path.glob(".set.*.tmp")
+    (tmp_path / ".set.1.tmp").mkdir()  # of one that runs
+    now = time.time()
+    os.utime(left, (now, now - 90_000))
     write_phantoms(tmp_path / "set", SMALL, progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "script.py",
-        "set",
-        f".set.{platform.node()}.{os.getppid()}.tmp",
-        ".set.elsewhere.999999999.tmp",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"script.py", "set", ".set.1.tmp"}
+
+
+def test_a_folder_left_by_a_process_of_the_same_number_is_cleared(tmp_path):
+    left = tmp_path / f".set.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "stale.png").touch()
+    write_phantoms(tmp_path / "set", SMALL, progress=False)
+    assert not (tmp_path / "set" / "stale.png").exists() and not left.exists()
 
 
 def test_lists_have_the_same_bytes_on_every_system(written):
@@ -483,9 +486,17 @@ def test_the_old_friend_is_in_no_data_set():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot hold Ctrl-C back")
-def test_ctrl_c_waits_until_the_processes_have_started():
+def test_ctrl_c_waits_until_the_processes_have_started(tmp_path, monkeypatch):
     """A process that starts takes over what is held back."""
-    with phantom_sets._interrupts_later():
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    assert signal.SIGINT in held
+    held = []
+
+    class Pool(phantom_sets.ProcessPoolExecutor):
+        def map(self, work, jobs, chunksize):
+            held.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            return map(work, jobs)
+
+    monkeypatch.setattr(phantom_sets, "IN_PROCESS", 0)
+    monkeypatch.setattr(phantom_sets, "ProcessPoolExecutor", Pool)
+    write_phantoms(tmp_path / "set", SMALL, workers=2, progress=False)
+    assert held == [True]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -58,7 +58,7 @@ def test_numeric_order_and_the_dataset_folder(tmp_path, stored):
 def test_bad_folders(tmp_path, stored):
     with pytest.raises(DataError, match="no split 'val'; choose train or test"):
         SemiSeg(tmp_path, "val")
-    with pytest.raises(DataError, match="Imgs: no .jpg slices found"):
+    with pytest.raises(DataError, match="no split 'train'.* where Imgs holds .jpg slices"):
         SemiSeg(tmp_path, "train")
     folder = write_pair(tmp_path, "0", stored)
     (folder / "GT" / "0.png").unlink()

@@ -78,7 +78,7 @@ def test_the_statistics_script(lesions, slices):
     assert "COVID-19" in done.stdout
     failed = run_script("data_statistics.py", "--lesions", slices)
     assert failed.returncode == 2
-    assert "there is no such folder" in failed.stderr and "Traceback" not in failed.stderr
+    assert "there is no such data folder" in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_the_sampler_script(slices, tmp_path):
