@@ -33,7 +33,10 @@ NOTICE = (
     "of a patient."
 )
 RANGES = {  # lowest and highest value -> options of any command, and numbers of a preset
-    (1, 2**31): "epochs copies batch_size every series n_boxes hidden size image_size max_size "
+    (
+        1,
+        2**31,
+    ): "per_class epochs copies batch_size every series n_boxes hidden size image_size max_size "
     "fpn_channels box_features box_batch box_detections rpn_batch rpn_train_proposals "
     "rpn_test_proposals",
     (1e-12, 1e6): "lr anchor_sizes anchor_ratios",

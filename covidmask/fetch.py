@@ -20,16 +20,13 @@ _Source = Annotated[str | None, arg(help_behavior_hint="(default: the authors)",
 class FetchCovidSemiSeg:
     """Download COVID-SemiSeg: 98 real CT slices with masks of GGO and consolidation, 5 MB.
 
-    For non-commercial use only; the terms are printed first and stored beside the data. Each file
-    is compared with its SHA-256. Running it again fetches what is missing or wrong.
+    For non-commercial use only; the terms are printed first and stored beside the data.
     OUT/lesion_layout holds the same slices upright, as image/, mask/ and lists. For example:
-    `covidmask fetch covid-semiseg`, then
-    `covidmask stats --data data/covid-semiseg`
+    `covidmask fetch covid-semiseg`, then `covidmask stats --data data/covid-semiseg`
     """
 
     out: _Out = None  # Folder to fill.
     source: _Source = None  # Another address or folder with the same files, by the same SHA-256.
-    workers: int = 8  # Downloads at a time.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +37,7 @@ class FetchCovidxCt:
     or from the CNCB archives (http://ncov-ai.big.ac.cn/download). Folders are linked, not copied,
     so leave them where they are. OUT/slices gets the lists train (the author's 3,000 slices), val,
     test, train_all, and new balanced samples. For example:
-    `covidmask fetch covidx-ct --from ~/Downloads/covidxct`, then
-    `covidmask train classifier --preset paper --data data/covidx-ct`
+    `covidmask fetch covidx-ct --from ~/Downloads/covidxct`
     """
 
     sources: Annotated[tuple[str, ...], arg(name="from", metavar="DIR|kaggle|ARCHIVE [...]")]
@@ -50,7 +46,6 @@ class FetchCovidxCt:
     lists: _Lists = None  # Folder with copies of the four public lists, by the same SHA-256.
     seeds: tuple[int, ...] = (0,)  # Each gives sample_seed<n>, and _by_patient, of more patients.
     per_class: int = 1000  # Slices of each class in a sample.
-    kaggle_version: int = 1  # Of the data set on Kaggle; later ones leave out 28 slices.
     allow_missing: bool = False  # Leave out slices that are not there; OUT/missing.txt names them.
 
 
@@ -61,9 +56,7 @@ class FetchCncbLesions:
     Name a folder or archive that has image/<patient>/<slice> and mask/<patient>/<slice> in it, at
     any depth. Which archive of http://ncov-ai.big.ac.cn/download that is, is not established. OUT
     gets the author's lists, train (650 slices) and test (100), and train_500 and test_150, which
-    divide the 650 by patient as the paper's text counts. For example:
-    `covidmask fetch cncb-lesions --from masked_slices.zip`, then
-    `covidmask train segmenter --preset paper --data data/cncb-lesions`
+    divide the 650 by patient. For example: `covidmask fetch cncb-lesions --from masked_slices.zip`
     """
 
     source: Annotated[str, arg(name="from", metavar="DIR|ARCHIVE")]
