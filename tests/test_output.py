@@ -186,7 +186,7 @@ NUMBERS = {
     "train classifier": "lr epochs seed workers memory batch-size classifier.n-boxes",
     "phantoms": "seed workers",
     "stats": "min-area",
-    "fetch covidx-ct --from x": "seeds per-class",
+    "fetch covidx-ct --from x": "seed per-class",
     "fetch cncb-lesions --from x": "seed",
 }
 

@@ -59,7 +59,7 @@ def lay_out_covidx_ct(
     out: Path,
     sources: Sequence[Source],
     lists: Source | None = None,
-    seeds: Sequence[int] = (0,),
+    seed: int = 0,
     per_class: int = 1000,
     allow_missing: bool = False,
 ) -> dict[str, int]:
@@ -115,10 +115,9 @@ def lay_out_covidx_ct(
     drawn = [listed[stem] for stem in stems if stem]  # under their names in v1, with their boxes
     parts = {"train": [entry for entry in drawn if entry.name in found]}
     parts |= {"val": there["val"], "test": there["test"], "train_all": there["train"]}
-    for seed in seeds:
-        for name, by_patient in (("", False), ("_by_patient", True)):
-            sample = classes.balanced_sample(there["train"], per_class, seed, by_patient)
-            parts[f"sample_seed{seed}{name}"] = sample
+    for name, by_patient in (("", False), ("_by_patient", True)):
+        sample = classes.balanced_sample(there["train"], per_class, seed, by_patient)
+        parts[f"sample_seed{seed}{name}"] = sample
     for name, part in parts.items():
         classes.write_split(out / f"slices/{name}.txt", part)
     return {name: len(part) for name, part in parts.items()}
@@ -132,9 +131,8 @@ def _kaggle() -> Path:
         return Path(kagglehub.dataset_download("hgunraj/covidxct/versions/1"))
     except Exception as error:  # many ways to fail: not installed, login, consent, network, disk
         raise DataError(
-            f"--from kaggle: the download fails ({one_line(error)}); `pip install kagglehub` if it "
-            "is missing, or download https://www.kaggle.com/datasets/hgunraj/covidxct yourself and "
-            "name its folder with --from"
+            f"--from kaggle: the download fails ({one_line(error)}); `pip install kagglehub`, or "
+            "get https://www.kaggle.com/datasets/hgunraj/covidxct yourself and name its folder"
         ) from error
 
 
@@ -150,7 +148,7 @@ def _looks_whole(path: Path) -> bool:
 
 
 def lay_out_cncb_lesions(
-    out: Path, source: Source, lists: Source | None = None, seed: int = 0
+    out: Path, sources: Sequence[Source], lists: Source | None = None, seed: int = 0
 ) -> dict[str, int]:
     """Make the layout of `LesionSlices` of CNCB's masked slices, and count what its lists name.
 
@@ -163,7 +161,7 @@ def lay_out_cncb_lesions(
             or are damaged, or a mask holds other codes than 0..3.
         OutputError: `out` cannot be written.
     """
-    _begin("cncb-lesions", out, "lists", lists, [source])
+    _begin("cncb-lesions", out, "lists", lists, sources)
     names = {
         split: [words[0] for _, words in read_lines(out / f"lists/{split}_split_segmentation.txt")]
         for split in ("train", "test")
@@ -180,12 +178,11 @@ def lay_out_cncb_lesions(
         key = f"{kind}/{path.parent.name}/{path.stem}"
         if (other := seen.setdefault(key, path)) != path:
             raise DataError(
-                f"{source}: holds {key} twice, as {other} and as {path}; name the folder above "
-                "one of them"
+                f"{out}: {key} comes twice, as {other} and as {path}; name the folder above one"
             )
         return key + suffix
 
-    _collect([source], out, place)
+    _collect(sources, out, place)
     for split in names:
         dataset = LesionSlices(out, out / f"lists/{split}_split_segmentation.txt")
         for index in tqdm(range(len(dataset)), f"check {split}", unit="slice", disable=None):
