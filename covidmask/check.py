@@ -7,10 +7,10 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
-from covidmask.files import check_writable, data_root, is_there, weights_file
+from covidmask.files import check_writable, data_root, is_there
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,12 @@ class Check:
     """
 
     def run(self) -> int:
-        lines, elsewhere = list(_packages()), "name another in $COVIDMASK_DATA"
-        data, weights = data_root(), weights_file("segmenter", "quick").parent
+        lines, data = list(_packages()), data_root()
+        again = "install torch and torchvision again, with one command, and then lightning"
         for what, probe, remedy in (
-            ("torch and torchvision", _nms, "install both with one command"),
-            ("torch and numpy", _from_numpy, 'pip install --upgrade torch, or "numpy<2"'),
-            ("lightning and setuptools", _fabric, 'pip install -U lightning, or "setuptools<81"'),
-            ("device", _device, "install torch again"),
-            (f"data folder {data}", lambda: _writable(data), elsewhere),
-            (f"weights folder {weights}", lambda: _writable(weights), elsewhere),
+            ("torch, torchvision, numpy and lightning", _together, again),
+            ("device", _device, again),
+            (f"data folder {data}", lambda: _writable(data), "name another in $COVIDMASK_DATA"),
         ):
             try:
                 lines.append(("OK", f"{what}: {probe()}"))
@@ -70,26 +67,16 @@ def _packages() -> Iterator[tuple[str, str]]:
         yield "OK" if fits else "FAIL", f"{name} {version}, needs {needed.specifier}{remedy}"
 
 
-def _nms() -> str:
+def _together() -> str:
+    import lightning.fabric  # older ones need pkg_resources of setuptools  # noqa: F401
+    import numpy
     import torch
     from torchvision.ops import nms
 
+    torch.from_numpy(numpy.zeros(2)).numpy()  # torch built for NumPy 1 fails beside NumPy 2
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9]])
     if nms(boxes, torch.tensor([0.5, 0.9]), 0.5).tolist() != [1]:
-        raise RuntimeError("a wrong result")
-    return "fit together"
-
-
-def _from_numpy() -> str:
-    import numpy
-    import torch
-
-    torch.from_numpy(numpy.zeros(2)).numpy()  # torch built for NumPy 1 fails beside NumPy 2
-    return "fit together"
-
-
-def _fabric() -> str:
-    import_module("lightning.fabric")  # older ones need pkg_resources of setuptools
+        raise RuntimeError("nms of torchvision gives a wrong result")
     return "fit together"
 
 

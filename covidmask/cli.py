@@ -100,11 +100,7 @@ class _OnData:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats(_OnData):
-    """Count slices, patients and lesions (the numbers of the paper's Figure 1).
-
-    Reads phantoms, CNCB lesion masks, COVIDx-CT slices and COVID-SemiSeg. For example:
-    `covidmask stats --data data/phantoms-quick`
-    """
+    """Count slices, patients and lesions, as in the paper's Figure 1, of any data set."""
 
     min_area: int = 1  # Lesions of fewer pixels are not counted (released code: of 100 or fewer).
     json: JsonFile = None
@@ -157,8 +153,8 @@ class _TrainOptions(_OnData):
         regime = card.get("regime")
         kind = "classifier" if regime else "segmenter"
         out = self.out or weights_file(kind, self.preset, regime)
-        checkpoint = self.checkpoint or out.with_suffix(".ckpt")
         _check_output("--out", out, ".safetensors", self.split, *read)
+        checkpoint = self.checkpoint or out.with_suffix(".ckpt")
         _check_output("--checkpoint", checkpoint, "", out, self.split, *read)
         _check_output("--log-dir", self.log_dir and self.log_dir / "events", "")
         if checkpoint.exists():
@@ -310,10 +306,7 @@ class _EvaluateOptions(_OnData):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSegmenter(_EvaluateOptions):
-    """Judge a segmenter: Dice, COCO's average precision (AP), and that of the released code.
-
-    For example: `covidmask evaluate segmenter --preset quick`
-    """
+    """Judge a segmenter: Dice, COCO's average precision (AP), and that of the released code."""
 
     score: float = 0.75
     """The released code's AP and Dice take detections that score above it; COCO's AP takes all."""
@@ -334,16 +327,9 @@ class EvaluateSegmenter(_EvaluateOptions):
         result = evaluate_segmenter(model, dataset, **chosen, **options)
         del result["table"]
         measured = {name: value for name, value in result.items() if isinstance(value, float)}
-        _table(
-            "COCO's AP (mask_, box_); the released code's own AP of masks (author_) and mean Dice "
-            f"(dice_) of scores above {self.score:g}",
-            {"value": measured},
-        )
-        _table(
-            f"Fused detections above {self.threshold:g}: means of all slices, 0 where prediction "
-            "and truth share no pixel (dice_present: of the slices that have it)",
-            result["overlap"],
-        )
+        author = f"the released code's own AP (author_) and mean Dice above {self.score:g}"
+        _table(f"COCO's AP (mask_, box_); {author}", {"value": measured})
+        _table(f"Fused detections above {self.threshold:g}: means of slices", result["overlap"])
         patients, ap50 = _patients(dataset), f"mask AP50 {result['mask_ap50']:.3f}"
         result |= {"patients": patients, "split": self.split, "min_area": area} | chosen
         whose = f"{len(dataset):,} slices of {patients or 'unknown'} patients"
@@ -352,10 +338,7 @@ class EvaluateSegmenter(_EvaluateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateClassifier(_EvaluateOptions):
-    """Judge a classifier: confusion matrix, sensitivity, PPV and accuracy with 95 % intervals.
-
-    For example: `covidmask evaluate classifier --preset quick --split test`
-    """
+    """Judge a classifier: confusion matrix, sensitivity, PPV and accuracy with 95 % intervals."""
 
     regime: Annotated[Regime | None, ONE] = None
 
@@ -386,9 +369,9 @@ class EvaluateClassifier(_EvaluateOptions):
         whose = f"{found['n']:,} slices of {patients:,} patients"
         _say(
             f"Accuracy {_interval(found['accuracy'], wilsons['accuracy'])}\n"
-            f"A slice is not a patient: there are {whose}, and slices of one patient are alike. "
-            "The intervals above (Wilson) take slices as independent and are too narrow; drawing "
-            f"whole patients, accuracy is {_interval(found['accuracy'], by_patient)}."
+            f"A slice is not a patient: there are {whose}. These intervals (Wilson) take slices as "
+            "independent and are too narrow; drawing whole patients, accuracy is "
+            f"{_interval(found['accuracy'], by_patient)}."
         )
         names = ("accuracy", "sensitivity", "ppv", "support", "n")
         result = {name: found[name] for name in names} | {"confusion": counts.tolist()}
@@ -441,18 +424,12 @@ class Predict:
         names = ("score", "series", "slices", "every", "window", "threshold")
         options = {name: getattr(self, name) for name in names} | {"device": _device(self.device)}
         rows = predict(self.images, segmenter, classifier, self.out, **options)
-        _say(
-            f"{len(rows)} slices done: pictures and summary.csv in {self.out}, probabilities in "
-            f"{self.out / 'predictions.csv'}"
-        )
+        _say(f"{len(rows)} slices done: pictures, summary.csv and predictions.csv in {self.out}")
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a .pth file of the paper's author into .safetensors, running nothing from it.
-
-    For example: `covidmask convert released.pth released.safetensors`
-    """
+    """Turn a .pth file of the paper's author into .safetensors, running nothing from it."""
 
     author: Annotated[Positional[Path], arg(metavar="AUTHOR.pth")]  # Segmenter or classifier.
     out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]  # File to write.

@@ -100,7 +100,7 @@ LOCKED = {  # command -> what its sentence names
     "evaluate segmenter --weights locked/x --data data": "locked/x",
     "train segmenter --data data --split locked/x --out o.safetensors": "另一个",
     "fetch cncb-lesions --from locked/x --out c": "locked/x",
-    "check": "[FAIL] weights folder locked",  # of $COVIDMASK_DATA
+    "check": "[FAIL] data folder locked",  # of $COVIDMASK_DATA
 }
 PROGRAM = """
 import contextlib, io, json, sys
