@@ -7,12 +7,10 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
-from covidmask.files import check_writable, data_root, is_there, weights_file
-
-OPTIONAL = ("medical", "timm", "train")  # extras; the others are for building and testing
+from covidmask.files import check_writable, data_root, is_there
 
 
 @dataclass(frozen=True)
@@ -24,20 +22,14 @@ class Check:
 
     def run(self) -> int:
         lines, data = list(_packages()), data_root()
-        weights, elsewhere = (
-            weights_file("segmenter", "quick").parent,
-            "name another in $COVIDMASK_DATA",
-        )
+        again = "install torch and torchvision again, with one command, and then lightning"
         for what, probe, remedy in (
-            ("torch and torchvision", _nms, "install both with one command"),
-            ("torch and numpy", _from_numpy, 'pip install --upgrade torch, or "numpy<2"'),
-            ("lightning and setuptools", _fabric, 'pip install -U lightning, or "setuptools<81"'),
-            ("device", _device, "install torch again"),
-            (f"data folder {data}", lambda: _writable(data), elsewhere),
-            (f"weights folder {weights}", lambda: _writable(weights), elsewhere),
+            ("torch, torchvision, numpy and lightning", _together, again),
+            ("device", _device, again),
+            (f"data folder {data}", lambda: _writable(data), "name another in $COVIDMASK_DATA"),
         ):
             try:
-                lines.append(("OK", f"{what}: {probe() or 'fit together'}"))
+                lines.append(("OK", f"{what}: {probe()}"))
             except Exception as error:  # ImportError, RuntimeError, OSError, AttributeError ...
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 lines.append(("FAIL", f"{what}: {reason}; {remedy}"))
@@ -59,16 +51,15 @@ def _packages() -> Iterator[tuple[str, str]]:
     yield "OK", f"covidmask {own['Version']}"
     for line in (f"Python{own['Requires-Python']}", *(metadata.requires("covidmask") or [])):
         needed = Requirement(line)
-        name, marker = needed.name, str(needed.marker or "")
-        extra = next((extra for extra in OPTIONAL if f'extra == "{extra}"' in marker), None)
-        if marker and not extra:
+        name, extra = needed.name, str(needed.marker or "").partition('extra == "')[2][:-1]
+        if needed.marker and extra not in ("medical", "timm", "train"):  # to build and to test
             continue
         try:
-            python = name == "Python"
-            version = platform.python_version() if python else metadata.version(name)
+            known = name != "Python"
+            version = metadata.version(name) if known else platform.python_version()
         except metadata.PackageNotFoundError:
-            what = f"optional ({extra})" if extra else f"pip install {name}"
-            yield "--" if extra else "FAIL", f"{name}: absent, needs {needed.specifier}; {what}"
+            remedy = f"optional ({extra})" if extra else f"pip install {name}"
+            yield "--" if extra else "FAIL", f"{name}: absent, needs {needed.specifier}; {remedy}"
             continue
         # a wheel built for one device calls itself 2.5.0+cpu; the part after + is no version
         fits = needed.specifier.contains(version.split("+")[0], prereleases=True)
@@ -76,24 +67,17 @@ def _packages() -> Iterator[tuple[str, str]]:
         yield "OK" if fits else "FAIL", f"{name} {version}, needs {needed.specifier}{remedy}"
 
 
-def _nms() -> None:
+def _together() -> str:
+    import lightning.fabric  # older ones need pkg_resources of setuptools  # noqa: F401
+    import numpy
     import torch
     from torchvision.ops import nms
 
+    torch.from_numpy(numpy.zeros(2)).numpy()  # torch built for NumPy 1 fails beside NumPy 2
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9]])
     if nms(boxes, torch.tensor([0.5, 0.9]), 0.5).tolist() != [1]:
-        raise RuntimeError("a wrong result")
-
-
-def _from_numpy() -> None:
-    import numpy
-    import torch
-
-    torch.from_numpy(numpy.zeros(2)).numpy()  # torch built for NumPy 1 fails beside NumPy 2
-
-
-def _fabric() -> None:
-    import_module("lightning.fabric")  # older ones need pkg_resources of setuptools
+        raise RuntimeError("nms of torchvision gives a wrong result")
+    return "fit together"
 
 
 def _device() -> str:
@@ -107,8 +91,6 @@ def _device() -> str:
 
 def _writable(folder: Path) -> str:
     """Whether it, or the folder that it would be made in, can be written."""
-    there = Path(os.path.realpath(folder))
-    while not is_there(there):
-        there = there.parent
-    check_writable(there)
+    path = folder.absolute()
+    check_writable(next(filter(is_there, (path, *path.parents))))
     return "can be written" if is_there(folder) else "can be made and written"

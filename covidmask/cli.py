@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timezone
@@ -28,16 +28,12 @@ from covidmask.errors import CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
 from covidmask.files import phantoms_folder, weights_file
 
-NOTICE = (
-    "For research and teaching only. This is no medical device; nothing here may guide the care "
-    "of a patient."
-)
-RANGES = {  # lowest and highest value -> options of any command, and numbers of a preset
-    (1, 2**31): "epochs copies batch_size every series n_boxes hidden size image_size max_size "
-    "fpn_channels box_features box_batch box_detections rpn_batch rpn_train_proposals "
+NOTICE = "For research and teaching only: nothing here may guide the care of a patient."
+RANGES = {  # lowest and highest value -> options, and numbers of a preset; others: 0 to 2^31 - 1
+    (1, 2**31): "per_class epochs copies batch_size every series n_boxes hidden size image_size "
+    "max_size fpn_channels box_features box_batch box_detections rpn_batch rpn_train_proposals "
     "rpn_test_proposals",
     (1e-12, 1e6): "lr anchor_sizes anchor_ratios",
-    (0, 256): "workers",
     (0, 1): "score threshold average paste nms rpn_nms box_nms box_score rpn_positive "
     "box_positive rpn_iou box_iou",
     (-1, 1): "classifier.score",
@@ -52,17 +48,15 @@ def _none(means: str, metavar: str | None = None, help: str | None = None) -> An
     return arg(help_behavior_hint=f"(default: {means})", metavar=metavar, help=help)
 
 
-SCALES = "Scale: two CPU cores (quick, semiseg), one small GPU (colab), or the paper's."
-PresetName = Annotated[Literal["quick", "colab", "paper", "semiseg"], arg(help=SCALES)]
-DEVICES = "auto is CUDA where there is one, else the CPU."
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], arg(help=DEVICES)]
+PresetName = Literal["quick", "colab", "paper", "semiseg"]
+PRESET = arg(help="Scale: two CPU cores (quick, semiseg), one small GPU (colab), or the paper's.")
+AUTO = arg(help="auto is CUDA where there is one, else the CPU.")
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], AUTO]
 JsonFile = Annotated[Path | None, _none("none", "FILE.json", "Write the numbers here, too.")]
 YOURS = "yours in $COVIDMASK_DATA/weights, else the shipped quick ones"
 Weights = Annotated[Path | None, _none(YOURS, "FILE", "Weights that `covidmask train` wrote.")]
 Regime = Literal["heads", "heads_bn", "full"]
-WhichRegime = Annotated[
-    Regime | None, _none("the only one there is", "{heads,heads_bn,full}", "Which classifier.")
-]
+ONE = _none("the only one there is", "{heads,heads_bn,full}", "Which classifier.")
 PHANTOMS = "the preset's phantoms in $COVIDMASK_DATA or ./data"
 
 
@@ -71,11 +65,10 @@ class Phantoms:
     """Make synthetic CT slices, laid out exactly like the real data.
 
     DIR/lesions holds slices with lesion masks, DIR/slices slices of three classes, both with lists
-    for training, validation and test; no patient is in two of them. A folder that is there already
-    is kept. For example: `covidmask phantoms --preset quick --phantoms.size 64 --out small`
+    for training, validation and test. For example: `covidmask phantoms --phantoms.size 64 --out p`
     """
 
-    preset: PresetName = "quick"
+    preset: Annotated[PresetName, PRESET] = "quick"
     out: Annotated[Path | None, _none(PHANTOMS, "DIR", "Folder to make.")] = None
     seed: int = 0  # Another seed gives other patients.
     workers: Annotated[int | None, _none("one for each core", "INT", "Processes that draw.")] = None
@@ -88,15 +81,15 @@ class Phantoms:
         state = "were already there" if (out / "phantoms.json").exists() else "written"
         write_phantoms(out, of, self.seed, cores() if self.workers is None else self.workers)
         masked, classed = sum(of.lesion_patients), 3 * sum(of.class_patients)
-        _say(
-            f"Phantoms {state}: {of.slices_per_patient * masked:,} slices with masks, "
-            f"{of.slices_per_patient * classed:,} of three classes, {of.size} pixels wide, in {out}"
+        each = (
+            f"{of.slices_per_patient} slices each of {masked} patients with masks, {classed} more"
         )
+        _say(f"Phantoms {state}: {each} of three classes, {of.size} pixels wide, in {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OnData:
-    preset: PresetName = "quick"
+    preset: Annotated[PresetName, PRESET] = "quick"
     data: Annotated[Path | None, _none(PHANTOMS, "DIR")] = None
     """Folder that holds lesions/ and slices/, or one of the two, or COVID-SemiSeg."""
 
@@ -107,11 +100,7 @@ class _OnData:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats(_OnData):
-    """Count slices, patients and lesions (the numbers of the paper's Figure 1).
-
-    Reads phantoms, CNCB lesion masks, COVIDx-CT slices and COVID-SemiSeg. For example:
-    `covidmask stats --data data/phantoms-quick`
-    """
+    """Count slices, patients and lesions, as in the paper's Figure 1, of any data set."""
 
     min_area: int = 1  # Lesions of fewer pixels are not counted (released code: of 100 or fewer).
     json: JsonFile = None
@@ -119,21 +108,20 @@ class Stats(_OnData):
     def run(self) -> None:
         root = files.existing_folder(self.folder)
         _check_output("--json", self.json, ".json", root / "phantoms.json")
-        found: dict[str, dict] = {"lesions": {}, "slices": {}}
-        for split in datasets.lesion_splits(root):
-            dataset = datasets.open_lesions(root, split, min_area=self.min_area)
-            found["lesions"][split] = _lesion_numbers(dataset)
-        for split in datasets.slice_splits(root):
-            found["slices"][split] = _class_numbers(datasets.open_slices(root, split))
-        total = 0
-        for part, splits in found.items():
-            for split, numbers in splits.items():
-                total, patients = total + numbers["slices"], numbers["patients"] or "unknown"
-                title = f"{part}, {split}: {numbers['slices']:,} slices of {patients} patients"
-                _table(title, numbers["classes"])
-        if not total:
+        splits = [("lesions", split) for split in datasets.lesion_splits(root)]
+        splits += [("slices", split) for split in datasets.slice_splits(root)]
+        if not splits:
             layouts = "a folder with lesions/ or slices/ in it, or COVID-SemiSeg"
             raise DataError(f"{root}: holds no data that can be read; name {layouts}")
+        found, total = {"lesions": {}, "slices": {}}, 0
+        for part, split in splits:
+            options = {"min_area": self.min_area} if part == "lesions" else {}
+            dataset = getattr(datasets, f"open_{part}")(root, split, **options)
+            total, patients, classes = total + len(dataset), _patients(dataset), _numbers(dataset)
+            whose = f"{len(dataset):,} slices of {patients or 'unknown'} patients"
+            _table(f"{part}, {split}: {whose}", classes)
+            numbers = {"slices": len(dataset), "patients": patients, "classes": classes}
+            found[part][split] = numbers
         _report(f"Statistics of {total:,} slices in {root}", self.json, found)
 
 
@@ -156,7 +144,7 @@ class _TrainOptions(_OnData):
         return {n: value for n, value in _values(self) if n in preset and value != preset[n]}
 
     def _train(
-        self, model: Any, dataset: Any, train: Callable, training: Any, *read: Path, **card: Any
+        self, model: Any, names: list, train: Callable, training: Any, *read: Path, **card: Any
     ) -> None:
         """Train once all outputs can be written; write the weights with their card; say so."""
         from covidmask.models.weights import save_model
@@ -171,13 +159,14 @@ class _TrainOptions(_OnData):
         _check_output("--log-dir", self.log_dir and self.log_dir / "events", "")
         if checkpoint.exists():
             _say(f"Going on from {checkpoint}")
-        device, options = _device(self.device), {"seed": self.seed, "workers": self.workers}
+        device = _device(self.device)
         fabric = make_fabric(training.precision, device, regime == "full", self.log_dir)
+        options = {"seed": self.seed, "workers": self.workers, "memory": self.memory}
         history = train(model, checkpoint=checkpoint, fabric=fabric, **options)
         last = [values for values in history if values["epoch"] == history[-1]["epoch"]]
-        names = [name for name in last[0] if name not in ("step", "epoch", "lr")]
-        means = {name: sum(values[name] for values in last) / len(last) for name in names}
-        if best := card.get("validation_accuracy"):
+        means = {name: sum(values[name] for values in last) / len(last) for name in last[0]}
+        best = card.get("validation_accuracy")
+        if best:
             best = max(values["accuracy"] for values in history if "accuracy" in values)
             card["validation_accuracy"] = best
         card |= {
@@ -189,7 +178,7 @@ class _TrainOptions(_OnData):
             "split": Path(self.split).name,
             "seed": self.seed,
             "steps": len(history),
-            "last_epoch": means,
+            "last_epoch": {n: v for n, v in means.items() if n not in ("step", "epoch", "lr")},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         for package in ("covidmask", "torch", "torchvision"):
@@ -199,12 +188,11 @@ class _TrainOptions(_OnData):
             save_model(model, out, **card)
             for path in (checkpoint, checkpoint.with_suffix(".phantoms.ckpt")):
                 path.unlink(missing_ok=True)
-        what = f"Classifier ({regime})" if regime else "Segmenter"
-        kept = "" if best is None else f", best accuracy on val {best:.3f} (kept)"
+        kept = f", best accuracy on val {best:.3f} (kept)" if best is not None else ""
         _say(
-            f"{what} trained on {len(set(dataset.names)):,} slices: epochs {last[0]['epoch'] + 1}, "
-            f"steps {len(history):,}, mean loss of the last epoch {means['loss']:.4f}{kept}; "
-            f"weights in {out}"
+            f"{kind.capitalize()}{f' ({regime})' if regime else ''} trained on {len(set(names)):,} "
+            f"slices: epochs {last[0]['epoch'] + 1}, steps {len(history):,}, mean loss of the last "
+            f"epoch {means['loss']:.4f}{kept}; weights in {out}"
         )
 
 
@@ -212,9 +200,8 @@ class _TrainOptions(_OnData):
 class TrainSegmenter(_TrainOptions):
     """Train Mask R-CNN to find lesions: the first half of the method.
 
-    The preset semiseg draws phantoms, trains on them first and then on random copies of DIR's
-    slices. --epochs, --batch-size, --lr and --precision are short for --segmenter.epochs and so
-    on. For example: `covidmask train segmenter --preset quick --epochs 2`, or
+    The preset semiseg trains on phantoms first, then on random copies of DIR's slices. --epochs,
+    --batch-size, --lr and --precision are short for --segmenter.epochs and so on. For example:
     `covidmask train segmenter --preset semiseg --data data/covid-semiseg`
     """
 
@@ -246,17 +233,13 @@ class TrainSegmenter(_TrainOptions):
             if first:
                 parts = ("detector", "augment", "pretraining", "phantoms")
                 preset = replace(PRESETS[self.preset], **{p: getattr(self, p) for p in parts})
-                drawn, before = (
-                    phantoms_folder(self.preset),
-                    checkpoint.with_suffix(".phantoms.ckpt"),
-                )
-                pretrain_segmenter(model, preset, drawn, checkpoint=before, **options)
-            options |= {"checkpoint": checkpoint, "memory": self.memory}
-            return train_segmenter(model, dataset, self.segmenter, **options)
+                own = {"checkpoint": checkpoint.with_suffix(".phantoms.ckpt")}
+                pretrain_segmenter(model, preset, phantoms_folder(self.preset), **own, **options)
+            return train_segmenter(model, dataset, self.segmenter, checkpoint=checkpoint, **options)
 
         card = {"pretraining": first, "augment": self.augment, "min_area": self.min_area}
         card["weights_backbone"] = self.weights_backbone
-        self._train(model, dataset, train, self.segmenter, **card)
+        self._train(model, dataset.names, train, self.segmenter, **card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +276,11 @@ class TrainClassifier(_TrainOptions):
         model = covid_ct_mask_net(segmenter, settings)
 
         def train(model: Any, **options: Any) -> list[dict]:
-            options |= {"cache": files.ranked_folder(), "memory": self.memory, "validation": val}
+            options |= {"cache": files.ranked_folder(), "validation": val}
             return train_classifier(model, dataset, self.regime, training, **options)
 
         card = {"regime": self.regime, "validation_accuracy": True if val else None}
-        self._train(model, dataset, train, training, weights, **card)
+        self._train(model, dataset.names, train, training, weights, **card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,11 +306,7 @@ class _EvaluateOptions(_OnData):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSegmenter(_EvaluateOptions):
-    """Judge a segmenter: average precision (AP) of masks and boxes, and Dice.
-
-    Prints COCO's AP, and the AP of the paper's released code under its own name: the two are
-    different measures. For example: `covidmask evaluate segmenter --preset quick`
-    """
+    """Judge a segmenter: Dice, COCO's average precision (AP), and that of the released code."""
 
     score: float = 0.75
     """The released code's AP and Dice take detections that score above it; COCO's AP takes all."""
@@ -348,28 +327,20 @@ class EvaluateSegmenter(_EvaluateOptions):
         result = evaluate_segmenter(model, dataset, **chosen, **options)
         del result["table"]
         measured = {name: value for name, value in result.items() if isinstance(value, float)}
-        author = f"own AP of masks (author_) and mean Dice (dice_) of scores above {self.score:g}"
-        _table(f"COCO's AP (mask_, box_); the released code's {author}", {"value": measured})
-        _table(
-            f"Fused detections above {self.threshold:g}{', mirrored too' * self.mirror}: means of "
-            "all slices, 0 where prediction and truth share no pixel, as in COVID-SemiSeg's tables "
-            "(mae: error of the probabilities; dice_present: on the slices that have it)",
-            result["overlap"],
-        )
-        result |= {"patients": _patients(dataset), "split": self.split, "min_area": area} | chosen
-        whose = f"{len(dataset):,} slices of {result['patients'] or 'unknown'} patients"
-        ap50 = f"mask AP50 {result['mask_ap50']:.3f}"
+        author = f"the released code's own AP (author_) and mean Dice above {self.score:g}"
+        _table(f"COCO's AP (mask_, box_); {author}", {"value": measured})
+        _table(f"Fused detections above {self.threshold:g}: means of slices", result["overlap"])
+        patients, ap50 = _patients(dataset), f"mask AP50 {result['mask_ap50']:.3f}"
+        result |= {"patients": patients, "split": self.split, "min_area": area} | chosen
+        whose = f"{len(dataset):,} slices of {patients or 'unknown'} patients"
         _report(f"Segmenter {weights} judged on {whose}: {ap50}", self.json, result)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateClassifier(_EvaluateOptions):
-    """Judge a classifier: confusion matrix, sensitivity, PPV and accuracy with 95 % intervals.
+    """Judge a classifier: confusion matrix, sensitivity, PPV and accuracy with 95 % intervals."""
 
-    For example: `covidmask evaluate classifier --preset quick --split test`
-    """
-
-    regime: WhichRegime = None
+    regime: Annotated[Regime | None, ONE] = None
 
     def run(self) -> None:
         from covidmask.metrics.classification import patient_bootstrap, report, wilson
@@ -379,36 +350,33 @@ class EvaluateClassifier(_EvaluateOptions):
         dataset = datasets.open_slices(self.folder, self.split)
         weights, options = self._prepare("classifier", self.regime)
         model = load_classifier(weights)
-        classes = model.config.classes
-        found = evaluate_classifier(model, dataset, **options)
-        counts, labels = found["confusion"], found["labels"]
-        right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-        intervals = {"sensitivity": list(map(wilson, right, true))}
-        intervals |= {"ppv": list(map(wilson, right, predicted))}
-        intervals |= {"accuracy": wilson(right.sum(), found["n"])}
-        # classes number their patients on their own in COVIDx-CT
+        found, classes = evaluate_classifier(model, dataset, **options), model.config.classes
+        counts, patients = found["confusion"], _patients(dataset)
+        right, sums = counts.diagonal(), {"sensitivity": counts.sum(1), "ppv": counts.sum(0)}
+        wilsons = {name: list(map(wilson, right, each)) for name, each in sums.items()}
+        wilsons["accuracy"] = wilson(right.sum(), found["n"])
         owners = [f"{c} {p}" for c, p in zip(dataset.labels, dataset.patients, strict=True)]
-        by_patient = patient_bootstrap(
-            labels, found["predictions"], owners, lambda c: report(c)["accuracy"], classes=len(true)
-        )
-        _table(
-            "Confusion matrix in slices (rows: true class, columns: predicted class)",
-            {name: dict(zip(classes, counts[:, i], strict=True)) for i, name in enumerate(classes)},
-        )
-        measures = {"sensitivity (95 %)": "sensitivity", "PPV (95 %)": "ppv"}
-        cells = {title: map(_interval, found[k], intervals[k]) for title, k in measures.items()}
-        _table("", {title: dict(zip(classes, each, strict=True)) for title, each in cells.items()})
-        names, patients = ("accuracy", "sensitivity", "ppv", "support", "n"), len(set(owners))
-        result = {"confusion": counts.tolist()} | {name: found[name] for name in names}
-        result |= {"wilson": intervals, "accuracy_by_patient": by_patient}
-        result |= {"patients": patients, "split": self.split}
+        both, accuracy = (found["labels"], found["predictions"]), lambda c: report(c)["accuracy"]
+        by_patient = patient_bootstrap(*both, owners, accuracy, classes=len(classes))
+
+        def by_class(values: Iterable) -> dict[str, Any]:
+            return dict(zip(classes, values, strict=True))
+
+        rows = "Confusion matrix in slices (rows: true class, columns: predicted class)"
+        _table(rows, by_class(map(by_class, counts.T)))
+        cells = {name: map(_interval, found[name], wilsons[name]) for name in sums}
+        _table("With intervals of 95 %", {name: by_class(each) for name, each in cells.items()})
         whose = f"{found['n']:,} slices of {patients:,} patients"
         _say(
-            f"Accuracy {_interval(found['accuracy'], intervals['accuracy'])}\n"
-            f"A slice is not a patient: there are {whose}, and slices of one patient are alike. "
-            "The intervals above (Wilson) take slices as independent and are too narrow; drawing "
-            f"whole patients, accuracy is {_interval(found['accuracy'], by_patient)}."
+            f"Accuracy {_interval(found['accuracy'], wilsons['accuracy'])}\n"
+            f"A slice is not a patient: there are {whose}. These intervals (Wilson) take slices as "
+            "independent and are too narrow; drawing whole patients, accuracy is "
+            f"{_interval(found['accuracy'], by_patient)}."
         )
+        names = ("accuracy", "sensitivity", "ppv", "support", "n")
+        result = {name: found[name] for name in names} | {"confusion": counts.tolist()}
+        result |= {"wilson": wilsons, "accuracy_by_patient": by_patient}
+        result |= {"patients": patients, "split": self.split}
         done = f"Classifier {weights} judged on {whose}: accuracy {found['accuracy']:.3f}"
         _report(done, self.json, result)
 
@@ -417,10 +385,9 @@ class EvaluateClassifier(_EvaluateOptions):
 class Predict:
     """Draw the lesions of CT slices and give the probabilities of three classes.
 
-    Reads PNG, JPEG and TIFF (8 or 16 bits), DICOM (files, or folders that hold a series) and NIfTI;
-    no patient tag and no name of a DICOM or NIfTI file reaches an output. The weights that come
-    with the package have seen synthetic slices only. For example:
-    `covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out`
+    Reads PNG, JPEG, TIFF, DICOM (files, or folders that hold a series) and NIfTI; no patient tag
+    and no name of a DICOM or NIfTI file reaches an output. The shipped weights have seen synthetic
+    slices only. For example: `covidmask predict scan/ --out out`
     """
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE|DIR [...]")]
@@ -433,10 +400,10 @@ class Predict:
     """Which DICOM series of a folder with several; the message that asks for it counts them."""
     window: Annotated[tuple[float, float], arg(metavar="LEVEL WIDTH")] = (-600.0, 1500.0)
     """Hounsfield units that become black to white, for DICOM and NIfTI; these are for the lung."""
-    preset: PresetName = "quick"
+    preset: Annotated[PresetName, PRESET] = "quick"
     segmenter: Weights = None
     classifier: Weights = None
-    regime: WhichRegime = None
+    regime: Annotated[Regime | None, ONE] = None
     score: float = 0.5  # Boxes that score above it are drawn and counted, 0 to 1.
     threshold: float = 0.5  # Pixels whose probability in the fused detections is above are lesion.
     device: Device = "auto"
@@ -452,27 +419,17 @@ class Predict:
         if self.out.is_file():
             raise OutputError(f"{self.out}: is a file; name a folder with --out")
         _say(NOTICE)
+        segmenter = _weights("segmenter", self.preset, self.segmenter)
+        classifier = _weights("classifier", self.preset, self.classifier, self.regime)
         names = ("score", "series", "slices", "every", "window", "threshold")
-        rows = predict(
-            self.images,
-            _weights("segmenter", self.preset, self.segmenter),
-            _weights("classifier", self.preset, self.classifier, self.regime),
-            self.out,
-            device=_device(self.device),
-            **{name: getattr(self, name) for name in names},
-        )
-        _say(
-            f"{len(rows)} {'slice' if len(rows) == 1 else 'slices'} done: pictures and summary.csv "
-            f"in {self.out}, probabilities in {self.out / 'predictions.csv'}"
-        )
+        options = {name: getattr(self, name) for name in names} | {"device": _device(self.device)}
+        rows = predict(self.images, segmenter, classifier, self.out, **options)
+        _say(f"{len(rows)} slices done: pictures, summary.csv and predictions.csv in {self.out}")
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a .pth file of the paper's author into .safetensors, running nothing from it.
-
-    For example: `covidmask convert released.pth released.safetensors`
-    """
+    """Turn a .pth file of the paper's author into .safetensors, running nothing from it."""
 
     author: Annotated[Positional[Path], arg(metavar="AUTHOR.pth")]  # Segmenter or classifier.
     out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]  # File to write.
@@ -485,11 +442,9 @@ class Convert:
         model = load_author_checkpoint(self.author)
         card = {"command": "covidmask convert", "source": self.author.name}
         save_model(model, self.out, **card, min_area=PRESETS["paper"].min_area)
-        detector = getattr(model, "detector", model)
-        for part in dict.fromkeys((detector, model)):
-            _table("", {type(part.config).__name__: asdict(part.config)})
-        kind = "Segmenter" if detector is model else "Classifier"
-        _say(f"{kind} of {self.author} converted; weights in {self.out}")
+        for part in dict.fromkeys((getattr(model, "detector", model), model)):
+            _say(part.config)
+        _say(f"{self.author} converted; weights in {self.out}")
 
 
 def _commands(preset: config.Preset, **kinds: Any) -> Any:
@@ -500,10 +455,10 @@ def _commands(preset: config.Preset, **kinds: Any) -> Any:
         if isinstance(kind, tuple):
             details["description"], kind = kind[0], _commands(preset, **kind[1])
         elif kind in (Phantoms, TrainSegmenter, TrainClassifier):
-            parts = [field.name for field in fields(kind) if field.default is MISSING]
-            details["default"] = kind(**{part: getattr(preset, part) for part in parts})
+            parts = {f.name: getattr(preset, f.name) for f in fields(kind) if f.default is MISSING}
             if kind is TrainSegmenter and not preset.pretraining:  # then it draws no phantoms
-                details["default"] = replace(details["default"], phantoms=None)
+                parts["phantoms"] = None
+            details["default"] = kind(**parts)
         choice.append(Annotated[kind, subcommand(name, **details)])
     return Union[tuple(choice)]  # noqa: UP007
 
@@ -512,7 +467,7 @@ TRAIN = {"segmenter": TrainSegmenter, "classifier": TrainClassifier}
 JUDGE = {"segmenter": EvaluateSegmenter, "classifier": EvaluateClassifier}
 COMMANDS = {
     "phantoms": Phantoms,
-    "fetch": tyro.conf.OmitSubcommandPrefixes[Fetch],
+    "fetch": Fetch,
     "stats": Stats,
     "train": ("Train the segmenter, then the classifier on it.", TRAIN),
     "evaluate": ("Judge a trained model on slices that it has not seen.", JUDGE),
@@ -529,9 +484,9 @@ def _parse(argv: Sequence[str]) -> Any:
     for before, word in zip(("covidmask", *argv), argv, strict=False):
         name, equals, value = word.partition("=")
         if not word or "\0" in word or (name.startswith("--") and equals and not value):
+            what = name if equals else before
             raise CovidmaskError(
-                f"{name if equals else before}: its value is empty or no text; leave the option "
-                'out, or give it a value ("." is the working folder)'
+                f"{what}: its value is empty or no text; leave it out, or give one"
             )
         if "--preset" in (name, before):
             preset = value or word
@@ -541,12 +496,11 @@ def _parse(argv: Sequence[str]) -> Any:
     command = tyro.cli(
         _commands(PRESETS.get(preset, PRESETS["quick"]), **COMMANDS),
         prog="covidmask",
-        description="COVID-CT-Mask-Net, from CT slices to ranked boxes to three classes. "
-        f"{NOTICE} Each command has a --help of its own.",
+        description=f"From CT slices to ranked boxes to three classes. {NOTICE}",
         args=words,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    for name, value in _values(getattr(command, "data_set", command)):
+    for name, value in _values(command):
         low, high = LIMITS.get(name) or LIMITS.get(name.split(".")[-1], (0, 2**31 - 1))
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not low <= number <= high:
@@ -625,23 +579,20 @@ def _message(error: Exception, command: Any) -> str | None:
 
 def _rank() -> int:
     """Number of this process among those of `torchrun`."""
-    rank = os.environ.get("RANK") or "0"
-    if not rank.isdecimal():
-        raise CovidmaskError(f"RANK={rank}: is no number of a process; unset it, or use torchrun")
-    return int(rank)
+    return int(os.environ.get("RANK") or 0)
 
 
-def _say(text: str) -> None:
+def _say(text: object) -> None:
     if _rank() == 0:
         print(text, flush=True)
 
 
 def _table(title: str, columns: dict[str, dict[str, Any]]) -> None:
     """Print a title, and below it a column of named values for each entry."""
-    import pandas
+    from pandas import DataFrame, Series
 
-    each = {name: pandas.Series(values, dtype=object) for name, values in columns.items()}
-    table = pandas.concat(each, axis=1)
+    # as objects, so that counts beside fractions stay whole
+    table = DataFrame({name: Series(values, dtype=object) for name, values in columns.items()})
     _say(f"{title}\n{table.to_string(float_format='{:.3f}'.format, na_rep='n/a')}")
 
 
@@ -684,39 +635,37 @@ def _device(name: str) -> str:
     """`name`, if this machine has one, with auto resolved."""
     import torch
 
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, True):
         raise CovidmaskError(f"--device {name}: there is none on this machine; use --device cpu")
-    return ("cuda" if cuda else "cpu") if name == "auto" else name
+    return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
 
 
 def _patients(dataset: Any) -> int | None:
-    return len(set(dataset.patients)) if dataset.patients_known else None
+    """How many there are, if known; each class numbers its own in COVIDx-CT."""
+    groups = getattr(dataset, "labels", dataset.patients)
+    both = set(zip(groups, dataset.patients, strict=True))
+    return len(both) if getattr(dataset, "patients_known", True) else None
 
 
-def _lesion_numbers(dataset: Any) -> dict[str, Any]:
-    """The numbers of Figure 1 for one list."""
+def _numbers(dataset: Any) -> dict[str, dict[str, Any]]:
+    """Slices and patients of each class; or regions of each lesion class, as in Figure 1."""
+    from pandas import DataFrame, Series
+
+    if hasattr(dataset, "labels"):
+        columns = datasets.class_statistics(dataset)._asdict()
+        return DataFrame(columns).set_index("classes").to_dict("index")
     found = datasets.lesion_statistics(dataset)
-    limits = (0.02, 0.01)  # GGO, consolidation, as in the paper
-    few, small = found.share_of_slices_below(5), found.share_of_regions_below(*limits)
-    classes: dict[str, dict[str, Any]] = {}
-    for i, (name, limit) in enumerate(zip(found.classes, limits, strict=True)):
-        counts, areas = found.counts[:, i], found.region_fractions[found.region_labels == i + 1]
-        classes[name] = {
-            "regions": int(counts.sum()),
-            "slices_with": int((counts > 0).sum()),
-            "share_of_slices_with_fewer_than_5_regions": float(few[i]),
-            f"share_of_regions_below_{limit:g}_of_the_image": float(small[i]),
-            "mean_area_fraction": float(areas.mean()) if areas.size else float("nan"),
-        }
-    return {"slices": len(dataset), "patients": _patients(dataset), "classes": classes}
-
-
-def _class_numbers(dataset: Any) -> dict[str, Any]:
-    found = datasets.class_statistics(dataset)
-    rows = zip(found.classes, found.slices.tolist(), found.patients.tolist(), strict=True)
-    classes = {name: {"slices": slices, "patients": patients} for name, slices, patients in rows}
-    return {"slices": len(dataset), "patients": int(found.patients.sum()), "classes": classes}
+    areas = Series(found.region_fractions).groupby(found.region_labels).mean()
+    columns = {
+        "regions": found.counts.sum(0),
+        "slices_with": (found.counts > 0).sum(0),
+        "share_of_slices_with_fewer_than_5_regions": found.share_of_slices_below(5),
+        # below 0.02 of the image (GGO) and 0.01 (consolidation), as in the paper
+        "share_of_small_regions": found.share_of_regions_below(0.02, 0.01),
+        "mean_area_fraction": areas.reindex([1, 2]).to_numpy(),
+    }
+    return DataFrame(columns, index=found.classes).to_dict("index")
 
 
 def _interval(value: float, ends: tuple[float, float]) -> str:

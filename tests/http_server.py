@@ -1,7 +1,6 @@
 """A local HTTP server that stands in for the hosts of the data, faults included."""
 
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +12,8 @@ class Host:
 
     A fault is a status (404, 503), or one of: "wrong" (other bytes), "short" (the connection ends
     before the announced length), "cut" (the same, no length announced), "silent" (nothing, until
-    the host is closed), "drip" (a byte every 20 ms), "huge" (a false length), ("to", path): a
-    redirect. When the list is used up, the file comes. A fault that is no list lasts for ever.
+    the host is closed), or ("to", path): a redirect. When the list is used up, the file comes. A
+    fault that is no list lasts for ever.
     """
 
     def __init__(self, root: Path) -> None:
@@ -62,17 +61,10 @@ class Host:
                     data = b"<html>sign in to this network</html>"
                 self.send_response(200)
                 if fault != "cut":
-                    length = 2**40 if fault == "huge" else len(data)
-                    self.send_header("Content-Length", str(length))
+                    self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 if fault in ("short", "cut"):
                     data = data[: len(data) // 2]
-                if fault == "drip":
-                    for byte in data:
-                        self.wfile.write(bytes([byte]))
-                        if host.closing.is_set():
-                            return
-                        time.sleep(0.02)
                 self.wfile.write(data)
 
         return Handler

@@ -152,7 +152,9 @@ def test_module_runs_as_a_program():
 def test_phantoms_are_made_once(run, root, tmp_path):
     folder = root / "phantoms-quick"
     lines = run("phantoms")
-    assert lines[-1].startswith("Phantoms were already there: 18 slices with masks, 30 of three")
+    assert lines[-1].startswith(
+        "Phantoms were already there: 2 slices each of 9 patients with masks, 15"
+    )
     assert lines[-1].endswith(str(folder))
     lines = run("phantoms", "--out", tmp_path / "other", "--seed", 5, "--workers", 1)
     assert lines[-1].startswith("Phantoms written:")
@@ -168,7 +170,7 @@ def test_stats(run, root, tmp_path):
     assert [found["lesions"][s]["slices"] for s in ("train", "val", "test")] == [8, 4, 6]
     assert found["slices"]["train"]["classes"]["COVID-19"] == {"slices": 4, "patients": 2}
     train = found["lesions"]["train"]["classes"]
-    assert 0 <= train["GGO"]["share_of_regions_below_0.02_of_the_image"] <= 1
+    assert 0 <= train["GGO"]["share_of_small_regions"] <= 1
     dataset = open_lesions(root / "phantoms-quick", "train")
     regions = sum(int((dataset[i][1]["labels"] == 2).sum()) for i in range(len(dataset)))
     assert train["C"]["regions"] == regions
@@ -262,7 +264,7 @@ def test_numbers_of_the_preset(run, root, tmp_path):
         tmp_path / "p",
     )
     assert lines[-1].startswith(
-        "Phantoms written: 4 slices with masks, 15 of three classes, 48 pix"
+        "Phantoms written: 1 slices each of 4 patients with masks, 15 more of three classes, 48 pix"
     )
     out = tmp_path / "s.safetensors"
     numbers = ("--detector.lesions", "merged", "--detector.anchor-sizes", 3, 9, "--min-area", 3)
@@ -473,7 +475,7 @@ def test_evaluate_classifier(run, root, tmp_path):
         [name, *map(str, row)] in rows
         for name, row in zip(("Control", "COVID-19"), confusion[::2], strict=True)
     )
-    assert "Confusion matrix" in text and "sensitivity (95 %)" in text
+    assert "Confusion matrix" in text and "With intervals of 95 %" in text
     assert lines[-1].endswith(f"accuracy {found['accuracy']:.3f}; numbers in {tmp_path / 'e.json'}")
 
 
@@ -619,7 +621,9 @@ def test_predict_reads_what_scanners_and_editors_write(run, root, tmp_path):
     out = tmp_path / "out"
     lines, rows = predict(run, root, out, *images)
     assert "research and teaching only" in lines[0] and "need not sum to 1" in lines[-2]
-    assert lines[-1].startswith("5 slices done") and lines[-1].endswith("predictions.csv")
+    assert (
+        lines[-1].startswith("5 slices done") and "summary.csv and predictions.csv in" in lines[-1]
+    )
     names = ["one_lesions.png", "one_2_lesions.png", "A_lesions.png", "b_lesions.png"]
     names.append("slice_0001_lesions.png")  # of the DICOM file, whose name might tell a patient's
     assert [row["picture"] for row in rows] == names
@@ -669,10 +673,10 @@ def test_convert(what, run, root, tmp_path):
     source = author_file(tmp_path / "a.pth", model, detector.anchor_sizes, detector.anchor_ratios)
     lines = run("convert", source, tmp_path / "o.safetensors")
     text = "\n".join(lines)
-    for words in (r"backbone +resnet18\n", r"cut +2\n", r"lesions +both\n"):
-        assert re.search(words, text)
-    assert "(2.0, 4.0, 8.0, 16.0, 32.0)\n" in text and "(0.1, 0.25, 0.5, 1.0, 1.5, 2.0)\n" in text
-    assert bool(re.search(r"n_boxes +16\nhidden +32\n", text)) == (what == "classifier")
+    for words in ("backbone='resnet18'", "cut=2", "lesions='both'"):
+        assert words in text
+    assert "(2.0, 4.0, 8.0, 16.0, 32.0)" in text and "(0.1, 0.25, 0.5, 1.0, 1.5, 2.0)" in text
+    assert ("n_boxes=16, hidden=32" in text) == (what == "classifier")
     assert lines[-1].endswith(f"converted; weights in {tmp_path / 'o.safetensors'}")
     # objects of up to 100 pixels are no lesion, as in the released code
     assert read_card(tmp_path / "o.safetensors")["min_area"] == 101
@@ -705,7 +709,7 @@ def test_check(run, root):
     for part in ("Python 3.", "covidmask 9.9", f"torch {metadata.version('torch')}, needs >=2.2"):
         assert part in text
     assert "[--] absent-one: absent, needs >=1; optional (medical)" in text
-    assert "torch and torchvision: fit together" in text and "device: c" in text
+    assert "torchvision, numpy and lightning: fit together" in text and "device: c" in text
     assert f"data folder {root}: can be written" in text and lines[-1] == "All is well"
 
 
@@ -719,28 +723,26 @@ def test_check_fails_where_something_is_wrong(capsys, monkeypatch, tmp_path):
     failed = [line for line in lines if line.startswith("[FAIL]")]
     assert len(failed) == 4 and lines[-1] == f"4 of {len(lines) - 1} checks failed"
     text = "\n".join(failed)
-    for part in ("needs >=4", "needs >=99", "absent-one: absent", "torchvision: a wrong"):
+    for part in (
+        "needs >=4",
+        "needs >=99",
+        "absent-one: absent",
+        "nms of torchvision gives a wrong",
+    ):
         assert "install covidmask" not in text  # no such project on the package index is ours
         assert part in text
     assert not list(tmp_path.iterdir())  # looking changes nothing
 
 
-@pytest.mark.parametrize(
-    "module, name, words",
-    [
-        ("torch", "from_numpy", "torch and numpy: gone; pip install --upg"),
-        ("covidmask.check", "import_module", "lightning and setuptools: gone; pip install"),
-    ],
-)
-def test_check_tells_what_does_not_fit(module, name, words, capsys, monkeypatch):
+def test_check_tells_what_does_not_fit(capsys, monkeypatch):
     def gone(*_):
         raise RuntimeError("gone\nand more")
 
     monkeypatch.setattr("covidmask.check.metadata", FakeInstallation([]))
-    monkeypatch.setattr(f"{module}.{name}", gone)
+    monkeypatch.setattr("torch.from_numpy", gone)
     assert main(["check"]) == 2
     failed = [line for line in capsys.readouterr().out.splitlines() if line[:6] == "[FAIL]"]
-    assert len(failed) == 1 and words in failed[0]
+    assert len(failed) == 1 and "numpy and lightning: gone; install torch" in failed[0]
 
 
 def test_check_without_installation(capsys, monkeypatch):
@@ -767,10 +769,7 @@ def test_only_the_first_process_prints_and_writes(capsys, monkeypatch, tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".ckpt"]
 
 
-def test_a_rank_that_is_no_number(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "first")
-    assert main(["stats", "--data", str(tmp_path)]) == 2
-    assert "error: RANK=first: is no number" in capsys.readouterr().err
+def test_an_empty_rank_is_none(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "")
     assert main(["stats", "--data", str(tmp_path / "none")]) == 2
     assert "there is no such data folder" in capsys.readouterr().err

@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from covidmask.datasets import classes
-from covidmask.datasets.downloads import ARCHIVES, Place, download, extract, move, partial_folder
+from covidmask.datasets.downloads import ARCHIVES, Place, download, extract
 from covidmask.datasets.lesions import LesionSlices, SemiSeg, split_by_patient
 from covidmask.datasets.scans import IMAGE_SUFFIXES, write_image
-from covidmask.errors import DataError, OutputError
+from covidmask.errors import DataError
 from covidmask.files import SPLITS, atomic_path, one_line, read_lines, some
 
 _TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ FILES: dict[str, dict[str, dict[str, str]]] = {n: entry["files"] for n, entry in
 Source = str | os.PathLike[str]
 
 
-def fetch_covid_semiseg(out: Path, source: Source | None = None, workers: int = 8) -> dict:
+def fetch_covid_semiseg(out: Path, source: Source | None = None) -> dict[str, int]:
     """Download the 50 + 48 slices of COVID-SemiSeg with their masks; count its files.
 
     `out` then holds TrainingSet and TestingSet as published, for `SemiSeg`; and lesion_layout/, the
@@ -40,9 +40,8 @@ def fetch_covid_semiseg(out: Path, source: Source | None = None, workers: int = 
         DataError: a file cannot be had, or is not the published one.
         OutputError: `out` cannot be written.
     """
-    fetched = _begin("covid-semiseg", out, ".", source, (), workers)
-    layout = out / "lesion_layout"
-    lists = [layout / f"{split}.txt" for split in ("train", "test")]
+    fetched = _begin("covid-semiseg", out, ".", source, ())
+    lists = [out / "lesion_layout" / f"{split}.txt" for split in ("train", "test")]
     if fetched or not all(path.is_file() for path in lists):
         for path in lists:
             path.unlink(missing_ok=True)  # they come last, and so mark the layout as complete
@@ -50,7 +49,7 @@ def fetch_covid_semiseg(out: Path, source: Source | None = None, workers: int = 
             dataset = SemiSeg(out, path.stem)
             for index, patient in enumerate(tqdm(dataset.patients, "convert", disable=None)):
                 for part, array in zip(("image", "mask"), dataset.read(index), strict=True):
-                    write_image(layout / part / patient / f"{patient}.png", array)
+                    write_image(path.parent / part / patient / f"{patient}.png", array)
             _write(path, [f"{patient}_{patient}.png" for patient in dataset.patients])
     total = sum(map(len, FILES["covid-semiseg"].values()))
     return {"files fetched": fetched, "files that were there": total - fetched}
@@ -60,9 +59,8 @@ def lay_out_covidx_ct(
     out: Path,
     sources: Sequence[Source],
     lists: Source | None = None,
-    seeds: Sequence[int] = (0,),
+    seed: int = 0,
     per_class: int = 1000,
-    kaggle_version: int = 1,
     allow_missing: bool = False,
 ) -> dict[str, int]:
     """Make `out`/slices of COVIDx-CT-1, check it against the lists, and count what these name.
@@ -76,11 +74,7 @@ def lay_out_covidx_ct(
         DataError: a source or a list is not what it should be; slices are missing or damaged.
         OutputError: `out` cannot be written.
     """
-    if min(seeds, default=0) < 0 or min(per_class, kaggle_version) < 1:
-        raise DataError("--seeds must be at least 0, --per-class and --kaggle-version 1")
-    if not sources:
-        raise DataError("--from: name at least one folder or archive, or kaggle")
-    sources = [_kaggle(kaggle_version) if name == "kaggle" else name for name in sources]
+    sources = [_kaggle() if name == "kaggle" else name for name in sources]
     _begin("covidx-ct", out, "lists", lists, sources)
     entries = {s: classes.read_split(out / f"lists/{s}_COVIDx_CT-1.txt") for s in SPLITS}
     listed = {Path(entry.name).stem: entry for part in entries.values() for entry in part}
@@ -98,25 +92,20 @@ def lay_out_covidx_ct(
         return f"slices/{stem}{suffix}" if right else None
 
     _collect(sources, out, place)
-    found, damaged = set(), 0
-    files = list(os.scandir(out / "slices")) if (out / "slices").is_dir() else []
-    for file in tqdm(files, "check", unit="slice", disable=None):
-        stem, suffix = os.path.splitext(file.name)
-        if stem in listed and suffix in IMAGE_SUFFIXES:
-            if _looks_whole(file.path):
-                found.add(listed[stem].name)
+    found = set()
+    for file in tqdm(list((out / "slices").glob("*")), "check", unit="slice", disable=None):
+        if file.stem in listed and file.suffix in IMAGE_SUFFIXES:
+            if _looks_whole(file):
+                found.add(listed[file.stem].name)
             else:
-                damaged += 1
-                os.unlink(file)  # our link or copy
+                file.unlink()  # our link or copy, so that a whole one can take its place
     there = {split: [e for e in part if e.name in found] for split, part in entries.items()}
     missing = [entry.name for entry in listed.values() if entry.name not in found]
     if missing and not (allow_missing and found):
-        counts = ", ".join(f"{s} {len(entries[s]) - len(there[s]):,}" for s in SPLITS)
         raise DataError(
             f"{out}: of the {len(listed):,} slices of the COVIDx-CT-1 lists, {some(missing)} are "
-            f"missing ({counts}), {damaged:,} of them because their files are damaged; name more "
-            "folders or archives with --from (what was found is kept; versions of the data set "
-            "after the first leave out 28 slices), or leave them out with --allow-missing"
+            "missing or damaged (versions after the first leave out 28); name more folders or "
+            "archives with --from, or leave them out with --allow-missing; what was found is kept"
         )
     (out / "missing.txt").unlink(missing_ok=True)
     if missing:
@@ -126,30 +115,28 @@ def lay_out_covidx_ct(
     drawn = [listed[stem] for stem in stems if stem]  # under their names in v1, with their boxes
     parts = {"train": [entry for entry in drawn if entry.name in found]}
     parts |= {"val": there["val"], "test": there["test"], "train_all": there["train"]}
-    for seed in seeds:
-        for name, by_patient in (("", False), ("_by_patient", True)):
-            sample = classes.balanced_sample(there["train"], per_class, seed, by_patient)
-            parts[f"sample_seed{seed}{name}"] = sample
+    for name, by_patient in (("", False), ("_by_patient", True)):
+        sample = classes.balanced_sample(there["train"], per_class, seed, by_patient)
+        parts[f"sample_seed{seed}{name}"] = sample
     for name, part in parts.items():
         classes.write_split(out / f"slices/{name}.txt", part)
     return {name: len(part) for name, part in parts.items()}
 
 
-def _kaggle(version: int) -> Path:
-    """COVIDx-CT by kagglehub, which keeps it in a folder of its own."""
+def _kaggle() -> Path:
+    """COVIDx-CT-1 by kagglehub, which keeps it in a folder of its own."""
     try:
         import kagglehub
 
-        return Path(kagglehub.dataset_download(f"hgunraj/covidxct/versions/{version}"))
+        return Path(kagglehub.dataset_download("hgunraj/covidxct/versions/1"))
     except Exception as error:  # many ways to fail: not installed, login, consent, network, disk
         raise DataError(
-            f"--from kaggle: the download fails ({one_line(error)}); `pip install kagglehub` if it "
-            "is missing, or download https://www.kaggle.com/datasets/hgunraj/covidxct yourself and "
-            "name its folder with --from"
+            f"--from kaggle: the download fails ({one_line(error)}); `pip install kagglehub`, or "
+            "get https://www.kaggle.com/datasets/hgunraj/covidxct yourself and name its folder"
         ) from error
 
 
-def _looks_whole(path: str) -> bool:
+def _looks_whole(path: Path) -> bool:
     """Whether a PNG or JPEG has its first and last bytes. Decoding 100,000 would take an hour."""
     head = tail = b""
     with suppress(OSError), open(path, "rb") as file:  # the file behind a link may have moved
@@ -161,7 +148,7 @@ def _looks_whole(path: str) -> bool:
 
 
 def lay_out_cncb_lesions(
-    out: Path, source: Source, lists: Source | None = None, seed: int = 0
+    out: Path, sources: Sequence[Source], lists: Source | None = None, seed: int = 0
 ) -> dict[str, int]:
     """Make the layout of `LesionSlices` of CNCB's masked slices, and count what its lists name.
 
@@ -174,7 +161,7 @@ def lay_out_cncb_lesions(
             or are damaged, or a mask holds other codes than 0..3.
         OutputError: `out` cannot be written.
     """
-    _begin("cncb-lesions", out, "lists", lists, [source])
+    _begin("cncb-lesions", out, "lists", lists, sources)
     names = {
         split: [words[0] for _, words in read_lines(out / f"lists/{split}_split_segmentation.txt")]
         for split in ("train", "test")
@@ -191,12 +178,11 @@ def lay_out_cncb_lesions(
         key = f"{kind}/{path.parent.name}/{path.stem}"
         if (other := seen.setdefault(key, path)) != path:
             raise DataError(
-                f"{source}: holds {key} twice, as {other} and as {path}; name the folder above "
-                "one of them"
+                f"{out}: {key} comes twice, as {other} and as {path}; name the folder above one"
             )
         return key + suffix
 
-    _collect([source], out, place)
+    _collect(sources, out, place)
     for split in names:
         dataset = LesionSlices(out, out / f"lists/{split}_split_segmentation.txt")
         for index in tqdm(range(len(dataset)), f"check {split}", unit="slice", disable=None):
@@ -210,19 +196,14 @@ def lay_out_cncb_lesions(
     return {name: len(part) for name, part in names.items()}
 
 
-def _begin(
-    name: str, out: Path, below: str, base: Source | None, sources: Sequence, workers: int = 8
-) -> int:
+def _begin(name: str, out: Path, below: str, base: Source | None, sources: Sequence) -> int:
     """Look at the sources, write the terms, and bring the files of a data set to `out`/`below`."""
     for path in (Path(source).expanduser() for source in sources):
         if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
             problem = "is no archive" if path.exists() else "there is no such file or folder"
             raise DataError(f"{path}: {problem}; name a folder, or {', '.join(ARCHIVES)}")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; choose a folder")
     _write(out / "TERMS.txt", TERMS[name].splitlines())
-    parts = FILES[name].items()
-    return sum(len(download(base or url, files, out / below, workers)) for url, files in parts)
+    return sum(len(download(base or url, f, out / below)) for url, f in FILES[name].items())
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:
@@ -242,25 +223,24 @@ def _collect(sources: Sequence[Source], out: Path, place: Place) -> None:
     def stop(error: OSError) -> None:
         raise error  # a folder that may not be entered is not left out in silence
 
-    with partial_folder(out) as partial, tqdm(desc="look", unit="file", disable=None) as bar:
+    with tqdm(desc="look", unit="file", disable=None) as bar:
         for source in (Path(source).expanduser() for source in sources):
             if source.is_file():
-                for goal in extract(source, partial, new_place):
-                    move(partial / goal, out / goal)
+                extract(source, out, new_place)
                 continue
             for where, folders, files in os.walk(source.resolve(), onerror=stop):
                 folders[:] = sorted(f for f in folders if Path(where, f) != out.resolve())
                 for path in (Path(where, file) for file in sorted(files)):
                     if goal := new_place(PurePosixPath(path.as_posix())):
-                        _link(path, out / goal, partial / "copy")
+                        _link(path, out / goal)
 
 
-def _link(source: Path, target: Path, spare: Path) -> None:
+def _link(source: Path, target: Path) -> None:
     """Link a file; copy it where the disk, or Windows, allows no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)  # a link whose file was moved
     for link in (os.symlink, os.link):
         with suppress(OSError):
             return link(source, target)
-    shutil.copyfile(source, spare)
-    move(spare, target)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
