@@ -17,8 +17,11 @@ import torch
 import torchvision
 
 from covidmask.config import PhantomConfig
+from covidmask.datasets.classes import SliceImages
 from covidmask.files import atomic_path
-from covidmask.metrics.classification import bootstrap
+from covidmask.metrics.classification import bootstrap, wilson
+from covidmask.models.classifier import CovidCTMaskNet
+from covidmask.training.classification import evaluate_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -128,3 +131,20 @@ def gain(right: np.ndarray, base: np.ndarray, patients: Sequence[str], **options
     """
     more = np.asarray(right, dtype=float) - base
     return [float(more.mean()), *interval(lambda drawn: more[drawn].mean(), patients, **options)]
+
+
+def judge(model: CovidCTMaskNet, test: SliceImages, **options) -> dict:
+    """Accuracy, sensitivities and PPV of a classifier, with intervals by patients and by slices."""
+    result = evaluate_classifier(model, test, progress=False)
+    counts, right = result["confusion"], (result["labels"] == result["predictions"]).numpy()
+    by_patient = interval(lambda drawn: right[drawn].mean(), test.patients, **options)
+    return {
+        "accuracy": result["accuracy"],
+        "accuracy_wilson": wilson(int(counts.trace()), len(test)),
+        "accuracy_by_patient": by_patient,
+        "sensitivity": result["sensitivity"],
+        "sensitivity_wilson": [wilson(int(row[k]), int(row.sum())) for k, row in enumerate(counts)],
+        "ppv": result["ppv"],
+        "confusion": counts.tolist(),
+        "predictions": "".join(map(str, result["predictions"].tolist())),  # one digit a slice
+    }

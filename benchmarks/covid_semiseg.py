@@ -231,9 +231,9 @@ def mean_dice(table: np.ndarray, name: str = "dice") -> np.ndarray:
     return np.array([overlap_means(part)[name] for part in table.swapaxes(0, 1)])
 
 
-def summary(rows: list[dict], key: str) -> dict:
+def summary(rows: list[dict]) -> dict:
     """Means over all slices of one arm, with 95 % intervals over slices: there are no patients."""
-    table = tables(rows, key)
+    table = tables(rows)
     result = {name: overlap_means(table[:, i]) for i, name in enumerate(REGIONS)}
     for name in ("dice", "dice_present"):
         limits = bootstrap(len(table), lambda i, name=name: mean_dice(table[i], name), repeats=2000)
@@ -265,51 +265,41 @@ def slashed(values: Iterable[float]) -> str:
 
 def cells(result: dict, arm: str) -> dict[str, str]:
     """What chapter 9 says of one arm, by title."""
-    rows, means = result[arm]["folds"], result[arm]["all_mirrored"]
-    plain, each = [result[arm]["all"][region]["dice"] for region in REGIONS], " / ".join(REGIONS)
-    grey = [one for fold in rows for one in fold["grey"]]  # the same for all arms
+    rows, cells, each = result[arm]["folds"], {}, " / ".join(REGIONS)
+    spread, means = "{:.2f} ({:.2f} to {:.2f})", result[arm]["all_mirrored"]
+    for key, slices in (("dice", "all slices"), ("dice_present", "the {} that have it")):
+        for name, v in means.items():
+            title = f"mean Dice, {name}, {slices.format(v['present'])}"
+            cells[title] = spread.format(v[key], *v[f"{key}_interval"])
+    known = np.mean([row["dice_on_training_slices"] for row in rows], 0)
+    for title, dices in {
+        "the same without the mirror image, all slices": mean_dice(tables(rows, "overlap")),
+        "fold 1 alone, all its slices": mean_dice(tables(rows[:1])),
+        "on the slices that a model trained on, mean of folds": known,
+        "mean of the maps of the three models": mean_dice(np.array(result["averaged"])),
+    }.items():
+        cells[f"{title}: {each}"] = slashed(dices)
+    title = "of the lesion pixels that were found: share with the wrong of the two names"
+    cells[title] = f"{wrong_names(tables(rows)):.2f}"
+    for name, title in NAMED.items():
+        dices = np.concatenate([row["named"][name] for row in rows]).mean(0)
+        cells[f"mean Dice, GGO / C {title}"] = slashed(dices)
+    grey = [one for row in rows for one in row["grey"]]  # the same for all arms
     values = [[one[i] for one in grey if one[i] is not None] for i in range(2)]
-    spread, infection = "{:.2f} ({:.2f} to {:.2f})", means["infection"]
-    ap50 = {name: [row[name] for row in rows] for name in ("mask_ap50", "regions_ap50")}
-    ap50 = {name: spread.format(np.mean(v), min(v), max(v)) for name, v in ap50.items()}
+    title = "median grey value (0 to 1) of the true lesion in a slice, lowest to highest: GGO / C"
+    cells[title] = " / ".join(f"{min(v):.2f} to {max(v):.2f}" for v in values)
+    measures = [means["infection"][name] for name in ("sensitivity", "specificity", "mae")]
+    cells["mean sensitivity / specificity / absolute error, infection"] = slashed(measures)
+    for name, title in (
+        ("mask_ap50", "mask AP50, mean of folds (lowest to highest)"),
+        ("regions_ap50", "the same of the connected regions of the fused mask"),
+    ):
+        values = [row[name] for row in rows]
+        cells[title] = spread.format(np.mean(values), min(values), max(values))
     before = {"steps": 0, "seconds": 0} if arm == "random" else result["pretraining"]
-    steps = rows[0]["steps"] + before["steps"]
     minutes = (np.mean([row["seconds"] for row in rows]) + before["seconds"]) / 60
-    return {
-        **{
-            f"mean Dice, {name}, {slices.format(v['present'])}": spread.format(
-                v[key], *v[f"{key}_interval"]
-            )
-            for key, slices in (("dice", "all slices"), ("dice_present", "the {} that have it"))
-            for name, v in means.items()
-        },
-        f"the same without the mirror image, all slices: {each}": slashed(plain),
-        f"fold 1 alone, all its slices: {each}": slashed(mean_dice(tables(rows[:1]))),
-        f"on the slices that a model trained on, mean of folds: {each}": slashed(
-            np.mean([row["dice_on_training_slices"] for row in rows], 0)
-        ),
-        "of the lesion pixels that were found: share with the wrong of the two names": (
-            f"{wrong_names(tables(rows)):.2f}"
-        ),
-        f"mean Dice of the mean of the three models: {each}": slashed(
-            mean_dice(np.array(result["averaged"]))
-        ),
-        **{
-            f"mean Dice, GGO / C {title}": slashed(
-                np.concatenate([row["named"][name] for row in rows]).mean(0)
-            )
-            for name, title in NAMED.items()
-        },
-        "median grey value (0 to 1) of the true lesion in a slice, lowest to highest: GGO / C": (
-            " / ".join(f"{min(v):.2f} to {max(v):.2f}" for v in values)
-        ),
-        "mean sensitivity / specificity / absolute error, infection": slashed(
-            infection[name] for name in ("sensitivity", "specificity", "mae")
-        ),
-        "mask AP50, mean of folds (lowest to highest)": ap50["mask_ap50"],
-        "the same of the connected regions of the fused mask": ap50["regions_ap50"],
-        "one training": f"{steps:,} steps, {minutes:.0f} minutes",
-    }
+    cells["one training"] = f"{rows[0]['steps'] + before['steps']:,} steps, {minutes:.0f} minutes"
+    return cells
 
 
 def markdown(result: dict) -> str:
@@ -380,10 +370,8 @@ def measure(data: Path, folder: Path, jobs: int, precision: str) -> dict:
         "averaged": together,
         "gain": {name: gains(*(by_arm[arm] for arm in pair)) for name, pair in GAINS.items()},
     }
-    for arm, rows in by_arm.items():
-        plain, mirrored = (summary(rows, key) for key in ("overlap", "overlap_mirrored"))
-        result[arm] = {"all": plain, "all_mirrored": mirrored, "folds": rows}
-    return result
+    arms = {arm: {"all_mirrored": summary(rows), "folds": rows} for arm, rows in by_arm.items()}
+    return result | arms
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ from covidmask.config import PRESETS, TrainingConfig
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionSlices
 from covidmask.datasets.phantom_sets import write_phantoms
-from covidmask.metrics.classification import wilson
 from covidmask.models.classifier import REGIMES, CovidCTMaskNet, covid_ct_mask_net, set_regime
 from covidmask.models.parameters import count_trainable
 from covidmask.models.weights import ShippedWeights
@@ -110,12 +109,7 @@ def train(
 
 
 def train_two_rates(
-    model: CovidCTMaskNet,
-    slices: SliceImages,
-    regime: str,
-    training: TrainingConfig,
-    validation: SliceImages,
-    seed: int,
+    model: CovidCTMaskNet, slices, regime: str, training: TrainingConfig, *, validation, seed: int
 ) -> list[dict]:
     """`train_classifier`, but with a rate and a weight decay of its own for the detector."""
     set_regime(model, regime)
@@ -176,23 +170,6 @@ def detection(
     return {key: values[key] for key in ("box_ap", "box_ap50", "mask_ap", "mask_ap50")}
 
 
-def judge(model: CovidCTMaskNet, test: SliceImages, seed: int) -> dict:
-    """Test slices, once."""
-    result = evaluate_classifier(model, test, progress=False)
-    counts, right = result["confusion"], (result["labels"] == result["predictions"]).numpy()
-    by_patient = common.interval(lambda drawn: right[drawn].mean(), test.patients, seed=seed)
-    return {
-        "accuracy": result["accuracy"],
-        "accuracy_wilson": wilson(int(counts.trace()), len(test)),
-        "accuracy_by_patient": by_patient,
-        "sensitivity": result["sensitivity"],
-        "sensitivity_wilson": [wilson(int(row[k]), int(row.sum())) for k, row in enumerate(counts)],
-        "ppv": result["ppv"],
-        "confusion": counts.tolist(),
-        "predictions": "".join(map(str, result["predictions"].tolist())),  # one digit a slice
-    }
-
-
 def difference(rows: list[dict], test: SliceImages, seed: int) -> list[float] | None:
     """Accuracy of the last row minus that of the first, see `gain`; None for the first itself."""
     right = [np.array(list(row["predictions"]), dtype=int) == test.labels for row in rows]
@@ -230,13 +207,8 @@ def main(
     page: bool = False,
 ) -> None:
     """Do what an earlier call with the same settings has not done; write after each run."""
-    if not page:
-        measure(seed, epochs, data, data_seed, out)
-    if page or out == OUT:
-        common.fill(TWIN, "regimes", markdown(common.read(out)))
-
-
-def measure(seed: int, epochs: int, data: Path, data_seed: int, out: Path) -> None:
+    if page:
+        return common.fill(TWIN, "regimes", markdown(common.read(out)))
     segmenter = ShippedWeights.SEGMENTER_QUICK.load()
     file, digest = ShippedWeights.SEGMENTER_QUICK.value
     result = {
@@ -277,12 +249,14 @@ def measure(seed: int, epochs: int, data: Path, data_seed: int, out: Path) -> No
         row = done.get(run)
         if row is None:
             model, row = train(segmenter, run, slices["train"], slices["val"], seed)
-            row |= judge(model, slices["test"], seed)
+            row |= common.judge(model, slices["test"], seed=seed)
             row["detection"] = detection(segmenter, lesions, model)
         result["regimes"].append(row)
         row.setdefault("minus_heads", difference(result["regimes"], slices["test"], seed))
         common.save(out, result)
         print(f"{run}: {row['accuracy']:.3f}, {row['seconds']:.0f} s", flush=True)
+    if out == OUT:
+        common.fill(TWIN, "regimes", markdown(common.read(out)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python tools/book.py execute
     python tools/book.py html OUT [--stored] [--strict]
 
-Each explains itself with --help. A chapter is edited in its text twin, book/py/NAME.py; book/NAME.ipynb is made from it.
+Each explains itself with --help. A chapter is edited in its text twin, book/py/NAME.py;
+book/NAME.ipynb is made from it.
 """
 
 from __future__ import annotations
@@ -65,10 +66,7 @@ class Client(NotebookClient):
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
-    """Run every cell in `folder`, in place, and drop what depends on the machine.
-
-    How far it is, is said every REPORT_EVERY seconds.
-    """
+    """Run every cell in `folder`, in place, and drop what depends on the machine."""
     code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     start, at, ended = time.monotonic(), "the kernel starts", threading.Event()
 
@@ -103,10 +101,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
 
 
 def tidy(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Outputs without tqdm's bars, which are for the one who waits, not for the page.
-
-    Neighbouring prints become one; where the kernel cuts them is a matter of chance.
-    """
+    """Outputs without tqdm's bars; neighbouring prints become one (the kernel cuts by chance)."""
     result: list[nbformat.NotebookNode] = []
     for output in outputs:
         name = output.get("name") if output.output_type == "stream" else None
@@ -129,9 +124,8 @@ def digest(files: Iterable[Path]) -> str:
     package = [f for f in (ROOT / "covidmask").rglob("*") if "__pycache__" not in f.parts]
     total = hashlib.sha256()
     for file in [*sorted(files), Path(__file__), *sorted(filter(Path.is_file, package))]:
-        total.update(
-            f"{os.path.relpath(file, ROOT)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}".encode()
-        )
+        total.update(f"{os.path.relpath(file, ROOT)}\0".encode())
+        total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
 
 
@@ -177,12 +171,10 @@ def run_chapters(
     With `cache`, only where its twin or anything in the package has changed since the last good
     run. A chapter that fails keeps no other from running.
     """
-    if unknown := set(only) - {twin.stem for twin in twins()}:
+    chapters, failed = {twin.stem: twin for twin in twins()}, []
+    if unknown := set(only) - chapters.keys():
         sys.exit(f"No such chapter: {', '.join(sorted(unknown))}.")
-    failed = []
-    for twin in twins():
-        if only and twin.stem not in only:
-            continue
+    for twin in map(chapters.get, sorted(only) or chapters):
         print(twin.stem, flush=True)
         notebook, stamp = target / f"{twin.stem}.ipynb", target / f"{twin.stem}.key"
         key = digest([twin]) if cache else ""
@@ -193,12 +185,10 @@ def run_chapters(
         elif cache:
             write_text(stamp, key)
     if failed:
-        again = f"{sys.executable} tools/book.py notebooks --only {' '.join(failed)}"
-        if cache:
-            again = "make book, or python tools/book.py execute"
+        again = "execute" if cache else f"notebooks --only {' '.join(failed)}"
         sys.exit(
-            f"Chapters that failed: {', '.join(failed)}. Their errors stand above. "
-            f"To go on (no other chapter runs again):\n\n    {again}\n"
+            f"Chapters that failed: {', '.join(failed)}. Their errors stand above. To go on (no "
+            f"other chapter runs again):\n\n    {sys.executable} tools/book.py {again}\n"
         )
 
 

@@ -25,17 +25,15 @@ from covidmask.config import IMAGE_CLASSES, PRESETS
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionSlices
 from covidmask.datasets.phantom_sets import write_phantoms
-from covidmask.metrics.classification import wilson
 from covidmask.metrics.detection import CocoAP
-from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import SHIPPED, load_classifier, load_segmenter, read_card, save_model
-from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import environment, formatted, interval, unseen, write_text  # noqa: E402
+from common import environment, formatted, interval, judge, unseen, write_text  # noqa: E402
+from quick_preset import train_heads  # noqa: E402
 
 PAGE = ROOT / "book" / "weights.md"
 PRESET = PRESETS["quick"]
@@ -59,15 +57,13 @@ CARD = """
 def train(root: Path, out: Path, origin: dict) -> None:
     """Train both models and write them, without their metrics."""
     lesions = LesionSlices(root / "lesions", "train", min_area=PRESET.min_area)
-    train_slices, val_slices = (SliceImages(root / "slices", split) for split in ("train", "val"))
+    slices = {split: SliceImages(root / "slices", split) for split in ("train", "val")}
     torch.manual_seed(0)
     segmenter = lesion_mask_rcnn(PRESET.detector)
     train_segmenter(segmenter, lesions, PRESET.segmenter)
     # float16 first, so that S is trained on the ranked boxes of the detector that is shipped
     save_model(segmenter, out / SEGMENTER, half=True, **origin)
-    model = covid_ct_mask_net(load_segmenter(out / SEGMENTER), PRESET.classifier)
-    training = PRESET.classifier_training
-    train_classifier(model, train_slices, "heads", training, validation=val_slices)
+    model = train_heads(load_segmenter(out / SEGMENTER), slices, 0)
     save_model(model, out / CLASSIFIER, half=True, **origin)
 
 
@@ -89,15 +85,11 @@ def judge_segmenter(path: Path, root: Path) -> dict:
 def judge_classifier(path: Path, root: Path) -> dict:
     """Accuracy (intervals by patients) and sensitivities (intervals by slices, Wilson)."""
     dataset = SliceImages(root / "slices", "test")
-    found = evaluate_classifier(load_classifier(path), dataset)
-    right = (found["labels"] == found["predictions"]).numpy()
-    limits = interval(lambda drawn: right[drawn].mean(), dataset.patients)
-    values = {"accuracy": (found["accuracy"], *limits)}
-    for name, sensitivity, row in zip(
-        IMAGE_CLASSES, found["sensitivity"], found["confusion"], strict=True
-    ):
-        total = int(row.sum())
-        values[f"sensitivity, {name}"] = sensitivity, *wilson(round(sensitivity * total), total)
+    found = judge(load_classifier(path), dataset)
+    values = {"accuracy": (found["accuracy"], *found["accuracy_by_patient"])}
+    both = zip(found["sensitivity"], found["sensitivity_wilson"], strict=True)
+    for name, (value, limits) in zip(IMAGE_CLASSES, both, strict=True):
+        values[f"sensitivity, {name}"] = value, *limits
     return metrics(dataset, values)
 
 
@@ -152,11 +144,11 @@ def main(data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED) -> None:
     train(write_phantoms(data, PRESET.phantoms, 0), out, origin)
     source = ROOT / "covidmask" / "models" / "weights.py"
     text = source.read_text(encoding="utf-8")
-    for path, load, judge in (
+    for path, load, judged in (
         (out / SEGMENTER, load_segmenter, judge_segmenter),
         (out / CLASSIFIER, load_classifier, judge_classifier),
     ):
-        found = judge(path, test)  # then the file again, the same weights and a card
+        found = judged(path, test)  # then the file again, the same weights and a card
         save_model(load(path), path, half=True, **origin, metrics=found, limits=limits)
         print(path.name, json.dumps(found, indent=1))
         text = re.sub(rf'("{path.name}",\s+)"[0-9a-f]*"', rf'\1"{sha256(path)}"', text)
