@@ -37,13 +37,8 @@ from covidmask.metrics.classification import bootstrap
 from covidmask.metrics.detection import CocoAP, dice, overlap, overlap_means
 from covidmask.models.detector import fuse, lesion_mask_rcnn
 from covidmask.models.weights import load_segmenter, read_card, save_model
+from covidmask.training import segmentation
 from covidmask.training.loop import make_fabric
-from covidmask.training.segmentation import (
-    evaluate_segmenter,
-    predict_lesions,
-    pretrain_segmenter,
-    train_segmenter,
-)
 
 PRESET = PRESETS["semiseg"]
 FOLDS, FOLD_SEED = 5, 2020
@@ -81,7 +76,7 @@ def folds(count: int) -> list[list[int]]:
     return [sorted(part.tolist()) for part in np.array_split(order, FOLDS)]
 
 
-def trained(method: Callable, model: GeneralizedRCNN, *data, weights: Path, precision: str) -> dict:
+def trained(weights: Path, precision: str, method: Callable, model: GeneralizedRCNN, *data) -> dict:
     """Train, unless `weights` are there, and say what it cost; a checkpoint lies beside them."""
     if not weights.exists():
         start = time.perf_counter()
@@ -98,7 +93,7 @@ def phantoms_first(folder: Path, precision: str) -> dict:
     model = lesion_mask_rcnn(PRESET.detector)
     root = write_phantoms(phantoms_folder("semiseg"), PRESET.phantoms, progress=False)
     weights = folder / "phantoms.safetensors"
-    return trained(pretrain_segmenter, model, PRESET, root, weights=weights, precision=precision)
+    return trained(weights, precision, segmentation.pretrain_segmenter, model, PRESET, root)
 
 
 def parts(data: Path, fold: int) -> tuple[Part, Part]:
@@ -120,7 +115,7 @@ def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> d
         training = PRESET.segmenter if arm == "whole" else SHORT
     weights = folder / f"{arm}-{fold}.safetensors"
     slices = Augmented(train, PRESET.augment)
-    cost = trained(train_segmenter, model, slices, training, weights=weights, precision=precision)
+    cost = trained(weights, precision, segmentation.train_segmenter, model, slices, training)
     print(f"{arm}, fold {fold + 1}: trained", flush=True)
     return {
         "arm": arm,
@@ -135,13 +130,13 @@ def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> d
 def fused(model: GeneralizedRCNN, part: Part) -> Iterator[tuple[Tensor, dict, tuple]]:
     """Fused maps, target, and image and mask of each slice."""
     options = {"fused": True, "mirror": True, "progress": False}
-    for index, found, target in predict_lesions(model, part, **options):
+    for index, found, target in segmentation.predict_lesions(model, part, **options):
         yield found["maps"], target, part.read(index)
 
 
 def judge(model: GeneralizedRCNN, train: Part, test: Part) -> dict:
     """All that is measured of one model; counts of `Overlap` and Dice are per test slice."""
-    found = evaluate_segmenter(model, test, progress=False)
+    found = segmentation.evaluate_segmenter(model, test, progress=False)
     limit = grey_limit([train.read(i) for i in range(len(train))])
     mirrored, regions, grey, named = [], CocoAP(), [], {name: [] for name in NAMED}
     for maps, target, (image, truth) in fused(model, test):
