@@ -574,8 +574,8 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # | the same without the mirror image, all slices: infection / GGO / C | 0.74 / 0.56 / 0.30 | 0.73 / 0.56 / 0.30 | 0.73 / 0.56 / 0.29 |
 # | fold 1 alone, all its slices: infection / GGO / C | 0.73 / 0.60 / 0.39 | 0.72 / 0.58 / 0.35 | 0.73 / 0.59 / 0.36 |
 # | on the slices that a model trained on, mean of folds: infection / GGO / C | 0.82 / 0.67 / 0.49 | 0.78 / 0.63 / 0.42 | 0.79 / 0.64 / 0.41 |
+# | mean of the maps of the three models: infection / GGO / C | 0.74 / 0.57 / 0.30 | 0.74 / 0.57 / 0.30 | 0.74 / 0.57 / 0.30 |
 # | of the lesion pixels that were found: share with the wrong of the two names | 0.29 | 0.29 | 0.28 |
-# | mean Dice of the mean of the three models: infection / GGO / C | 0.74 / 0.57 / 0.30 | 0.74 / 0.57 / 0.30 | 0.74 / 0.57 / 0.30 |
 # | mean Dice, GGO / C with names from grey: a found pixel above a limit is consolidation | 0.55 / 0.34 | 0.55 / 0.33 | 0.55 / 0.32 |
 # | mean Dice, GGO / C with the right name for each lesion pixel that was found | 0.67 / 0.58 | 0.66 / 0.56 | 0.67 / 0.55 |
 # | mean Dice, GGO / C of the true outlines, names from grey by the same limit | 0.78 / 0.45 | 0.78 / 0.45 | 0.78 / 0.45 |
