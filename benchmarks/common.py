@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -15,24 +16,25 @@ import numpy as np
 import torch
 import torchvision
 
+from covidmask.config import PhantomConfig
+from covidmask.datasets.classes import SliceImages
 from covidmask.files import atomic_path
-from covidmask.metrics.classification import patient_bootstrap
+from covidmask.metrics.classification import bootstrap, wilson
+from covidmask.models.classifier import CovidCTMaskNet
+from covidmask.training.classification import evaluate_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
 
 def environment() -> dict:
-    """Where and from what the figures came.
+    """Where and from what the figures came; it stops where the code that runs is in no commit.
 
-    Raises:
-        SystemExit: the code that runs is in no commit. Results, chapters and README may differ:
-            an earlier benchmark fills them.
+    Results, chapters and README may differ from it: an earlier benchmark fills them.
     """
 
     def git(*words: str) -> str:
-        command = ["git", *words]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return run.stdout.strip()
 
     commit = git("describe", "--always", "--exclude", "*")
@@ -58,10 +60,11 @@ def environment() -> dict:
 def origin(result: dict, file: str, machine: str | None = None) -> str:
     """The line below a table that says how it came about."""
     machine = machine or f"{result['hardware']}, {result['threads']} thread(s)"
-    return (
+    line = (
         f"Command: `{result['command']}`; {machine}; torch {result['torch']}; {result['date']}; "
         f"commit {result['commit']}; all numbers in {file}."
     )
+    return f"{line} {result.get('note', '')}".rstrip()
 
 
 def read(path: Path) -> dict:
@@ -85,6 +88,11 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
+def formatted(columns: dict[str, str], rows: Iterable[dict]) -> list[str]:
+    """A `table` of results: a format string for each title, filled from the keys of a row."""
+    return table(list(columns), [[f.format(**row) for f in columns.values()] for row in rows])
+
+
 def fill(path: Path, name: str, text: str) -> None:
     """Put `text` between the lines <!-- name --> and <!-- /name -->; in a twin, as comments."""
     start = "# " if path.suffix == ".py" else ""
@@ -99,31 +107,44 @@ def replace_between(path: Path, marks: tuple[str, str], lines: str) -> None:
     write_text(path, f"{before}{marks[0]}{lines}{marks[1]}{after}")
 
 
-def interval(value: Callable, patients: Sequence[str], **options) -> tuple[float, float]:
-    """95 % over patients of `value`, which reads the indices of the slices that were drawn.
+def unseen(phantoms: PhantomConfig) -> PhantomConfig:
+    """Test patients alone. From another data seed they are those on whom nothing was tuned."""
+    lesions, classes = phantoms.lesion_patients[2], phantoms.class_patients[2]
+    return replace(phantoms, lesion_patients=(0, 0, lesions), class_patients=(0, 0, classes))
 
-    For a few hundred slices: each is a class of its own, and the counts say how often it was drawn.
+
+def interval(value: Callable, patients: Sequence[str], **options) -> list:
+    """95 % by `bootstrap` over patients of `value`, which reads the indices of the drawn slices."""
+    owner = np.unique(patients, return_inverse=True)[1]
+    slices = [np.flatnonzero(owner == patient) for patient in range(owner.max() + 1)]
+
+    def of_drawn(drawn: np.ndarray) -> float:
+        return value(np.sort(np.concatenate([slices[patient] for patient in drawn])))
+
+    return bootstrap(len(slices), of_drawn, **options).tolist()
+
+
+def gain(right: np.ndarray, base: np.ndarray, patients: Sequence[str], **options) -> list[float]:
+    """What one accuracy has above another on the same slices, and its 95 % over patients.
+
+    `right` and `base` [M]: the share of the runs that have a slice right.
     """
-    slices = np.arange(len(patients))
-
-    def of_counts(counts: np.ndarray) -> float:
-        return value(np.repeat(slices, counts.diagonal()))
-
-    return patient_bootstrap(slices, slices, patients, of_counts, classes=len(slices), **options)
+    more = np.asarray(right, dtype=float) - base
+    return [float(more.mean()), *interval(lambda drawn: more[drawn].mean(), patients, **options)]
 
 
-def gain(
-    right: np.ndarray, base: np.ndarray, patients: Sequence[str], seeds: int = 1, **options
-) -> tuple[float, float, float]:
-    """What one accuracy has above another on the same slices, and its 95 % interval over patients.
-
-    `right` and `base` [M]: the share of at most `seeds` runs that have a slice right.
-    """
-    steps = np.rint((right - base) * seeds).astype(int) + seeds  # 0..2 * seeds, as if classes
-    worth = np.arange(-seeds, seeds + 1) / seeds
-
-    def mean(counts: np.ndarray) -> float:
-        return counts.diagonal() @ worth / counts.sum()
-
-    low, high = patient_bootstrap(steps, steps, patients, mean, classes=len(worth), **options)
-    return float((right - base).mean()), low, high
+def judge(model: CovidCTMaskNet, test: SliceImages, **options) -> dict:
+    """Accuracy, sensitivities and PPV of a classifier, with intervals by patients and by slices."""
+    result = evaluate_classifier(model, test, progress=False)
+    counts, right = result["confusion"], (result["labels"] == result["predictions"]).numpy()
+    by_patient = interval(lambda drawn: right[drawn].mean(), test.patients, **options)
+    return {
+        "accuracy": result["accuracy"],
+        "accuracy_wilson": wilson(int(counts.trace()), len(test)),
+        "accuracy_by_patient": by_patient,
+        "sensitivity": result["sensitivity"],
+        "sensitivity_wilson": [wilson(int(row[k]), int(row.sum())) for k, row in enumerate(counts)],
+        "ppv": result["ppv"],
+        "confusion": counts.tolist(),
+        "predictions": "".join(map(str, result["predictions"].tolist())),  # one digit a slice
+    }

@@ -1,6 +1,6 @@
 """Chapter 6 shows the results of benchmarks/regimes.py, and the file says where they came from."""
 
-import importlib.util
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -19,20 +19,17 @@ RESULT = json.loads((ROOT / "results" / "regimes.json").read_text(encoding="utf-
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports quick_preset, its neighbour
-    spec = importlib.util.spec_from_file_location("regimes", ROOT / "benchmarks" / "regimes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its neighbour
+    return importlib.import_module("regimes")
 
 
 def test_chapter_shows_the_results_file(benchmark, tmp_path):
     table = benchmark.markdown(RESULT)
     copy = tmp_path / "twin.py"
     copy.write_bytes(benchmark.TWIN.read_bytes())
-    benchmark.fill(copy, "regimes", table)
+    benchmark.common.fill(copy, "regimes", table)
     assert copy.read_text("utf-8") == benchmark.TWIN.read_text("utf-8"), (
-        "run `python benchmarks/regimes.py --table`, then `make notebooks`"
+        "run `python benchmarks/regimes.py --page`, then `make notebooks`"
     )
     notebook = ROOT / "book" / "06_three_regimes.ipynb"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
@@ -44,7 +41,7 @@ def test_filling_the_chapter_twice_changes_nothing(benchmark, tmp_path):
     twin = tmp_path / "twin.py"
     twin.write_text(f"# before\n{start}\n# old\n{end}\n# after\n", encoding="utf-8")
     for _ in range(2):
-        benchmark.fill(twin, "regimes", "| new |\n\ntext")
+        benchmark.common.fill(twin, "regimes", "| new |\n\ntext")
         expected = f"# before\n{start}\n# | new |\n#\n# text\n{end}\n# after\n"
         assert twin.read_text(encoding="utf-8") == expected
 
@@ -98,8 +95,8 @@ def test_minus_heads_is_a_difference_on_the_same_slices(benchmark):
 
     rows = [{"predictions": "0100"}, {"predictions": "0122"}, {"predictions": "0100"}]
     assert benchmark.difference(rows[:1], Test, 0) is None
-    assert benchmark.difference(rows[:2], Test, 0) == (0.5, 0.0, 1.0)
-    assert benchmark.difference(rows, Test, 0) == (0, 0, 0)
+    assert benchmark.difference(rows[:2], Test, 0) == [0.5, 0.0, 1.0]
+    assert benchmark.difference(rows, Test, 0) == [0, 0, 0]
 
 
 def test_what_the_chapter_says_about_the_results():

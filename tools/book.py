@@ -1,19 +1,15 @@
 """Build the book: run the chapters, write the notebooks, make the HTML.
 
-    python tools/book.py notebooks            twins -> book/*.ipynb, executed in place
-    python tools/book.py notebooks --only 04_ranked_boxes          (one chapter or several)
-    python tools/book.py notebooks --stored   only text has changed: the stored outputs stay
-    python tools/book.py notebooks --stored --keep-outputs   also where code was only renamed
-    python tools/book.py execute              twins -> _build/executed, only what has changed
-    python tools/book.py html OUT             OUT/_build/html from _build/executed
-    python tools/book.py html OUT --stored    the same from the outputs stored in book/*.ipynb
+    python tools/book.py notebooks [--only 04_ranked_boxes] [--stored [--keep-outputs]]
+    python tools/book.py execute
+    python tools/book.py html OUT [--stored] [--strict]
 
-A chapter is edited in its text twin, book/py/NAME.py; book/NAME.ipynb is made from it.
+Each explains itself with --help. A chapter is edited in its text twin, book/py/NAME.py;
+book/NAME.ipynb is made from it.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
@@ -22,15 +18,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import jupytext
 import nbformat
+import tyro
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from tyro.conf import Positional
 
 from covidmask.files import atomic_path  # its __init__.py sets what the kernels inherit
 
@@ -42,9 +39,9 @@ REPORT_EVERY = 20  # seconds
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def twins(root: Path = ROOT) -> list[Path]:
-    """Return the text twins of the chapters, in the order of their names."""
-    return sorted((root / "book" / "py").glob("*.py"))
+def twins() -> list[Path]:
+    """The text twins of the chapters, in the order of their names."""
+    return sorted((ROOT / "book" / "py").glob("*.py"))
 
 
 def read_twin(path: Path) -> nbformat.NotebookNode:
@@ -68,33 +65,22 @@ class Client(NotebookClient):
         pass
 
 
-@contextmanager
-def reports(notebook: nbformat.NotebookNode, name: str) -> Iterator[Callable]:
-    """Say every REPORT_EVERY seconds how far `notebook` is; yields the hook for nbclient."""
-    cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
+    """Run every cell in `folder`, in place, and drop what depends on the machine."""
+    code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     start, at, ended = time.monotonic(), "the kernel starts", threading.Event()
 
     def hook(cell: nbformat.NotebookNode, cell_index: int) -> None:
         nonlocal at
-        at = f"cell {cells.index(cell_index) + 1} of {len(cells)}"
+        at = f"cell {code.index(cell_index) + 1} of {len(code)}"
 
     def report() -> None:
         while not ended.wait(REPORT_EVERY):
             minutes, seconds = divmod(int(time.monotonic() - start), 60)
             print(f"  {name}: {at}, {minutes} min {seconds:02d} s", flush=True)
 
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
+    threading.Thread(target=report, daemon=True).start()
     try:
-        yield hook
-    finally:
-        ended.set()
-        thread.join()
-
-
-def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
-    """Run every cell in `folder`, in place, and drop what depends on the machine."""
-    with reports(notebook, name) as hook:
         Client(
             notebook,
             timeout=None,
@@ -104,6 +90,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
             resources={"metadata": {"path": str(folder)}},
             extra_arguments=["--log-level=ERROR"],  # start-up notes are no reader's concern
         ).execute()
+    finally:
+        ended.set()
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})  # drops the Python version
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # wall-clock times
@@ -113,10 +101,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, name: str) -> None:
 
 
 def tidy(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Outputs without tqdm's bars, which are for the one who waits, not for the page.
-
-    Neighbouring prints become one; where the kernel cuts them is a matter of chance.
-    """
+    """Outputs without tqdm's bars; neighbouring prints become one (the kernel cuts by chance)."""
     result: list[nbformat.NotebookNode] = []
     for output in outputs:
         name = output.get("name") if output.output_type == "stream" else None
@@ -134,41 +119,34 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def digest(files: Iterable[Path]) -> str:
+    """SHA-256 of the contents of `files`, and of what a chapter imports or loads: the package."""
+    package = [f for f in (ROOT / "covidmask").rglob("*") if "__pycache__" not in f.parts]
+    total = hashlib.sha256()
+    for file in [*sorted(files), Path(__file__), *sorted(filter(Path.is_file, package))]:
+        total.update(f"{os.path.relpath(file, ROOT)}\0".encode())
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
 def holds(path: Path, text: str) -> bool:
     """Whether there is a file that says just this."""
     return path.exists() and path.read_text(encoding="utf-8") == text
 
 
-def digest(files: Iterable[Path], root: Path = ROOT) -> str:
-    """Return the SHA-256 of the names and contents of `files`."""
-    total = hashlib.sha256()
-    for file in sorted(files):
-        total.update(f"{file.relative_to(root)}\0".encode())
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
-
-
-def package_files() -> list[Path]:
-    """Return what a chapter imports or loads: the package's source, and weights it ships."""
-    files = (ROOT / "covidmask").rglob("*")
-    return [f for f in files if f.is_file() and "__pycache__" not in f.parts]
-
-
 def run_chapter(twin: Path, target: Path) -> bool:
     """Execute one chapter into `target`. On an error print it, write nothing, return False."""
     notebook = read_twin(twin)
-    start = time.monotonic()
     try:
         execute(notebook, ROOT / "book", twin.stem)
     except (CellExecutionError, TimeoutError, RuntimeError) as error:
-        print(f"  {twin.stem} FAILED after {time.monotonic() - start:.0f} s\n{error}", flush=True)
+        print(f"  {twin.stem} FAILED\n{error}", flush=True)
         return False
     write_text(target, nbformat.writes(notebook) + "\n")
-    print(f"  {twin.stem}: {time.monotonic() - start:.0f} s", flush=True)
     return True
 
 
-def keep_outputs(twin: Path, stored: Path, renamed: bool = False) -> bool:
+def keep(twin: Path, stored: Path, renamed: bool = False) -> bool:
     """Write `stored` from its twin with the outputs that it has; False if its code has changed.
 
     With `renamed`, changed code is taken on trust where there are as many code cells as before.
@@ -185,38 +163,32 @@ def keep_outputs(twin: Path, stored: Path, renamed: bool = False) -> bool:
     return True
 
 
-def run_chapters(target: Path, use_cache: bool, only: Sequence[str] = (), keep=None) -> None:
-    """Execute every chapter, or those named in `only`, into the folder `target`.
+def run_chapters(
+    target: Path, only: Sequence[str] = (), *, cache: bool = False, run: Callable = run_chapter
+) -> None:
+    """Make every chapter, or those named in `only`, in the folder `target`, by `run(twin, file)`.
 
-    With `use_cache`, a chapter runs only when its twin or anything in the package has changed
-    since its last good run. With `keep(twin, notebook)` nothing runs: see `keep_outputs`.
-
-    Raises:
-        SystemExit: a chapter failed; the others have run. Or `only` names one that is not there.
+    With `cache`, only where its twin or anything in the package has changed since the last good
+    run. A chapter that fails keeps no other from running.
     """
-    chapters, failed = twins(), []
-    if unknown := set(only) - {twin.stem for twin in chapters}:
+    chapters, failed = {twin.stem: twin for twin in twins()}, []
+    if unknown := set(only) - chapters.keys():
         sys.exit(f"No such chapter: {', '.join(sorted(unknown))}.")
-    chapters = [twin for twin in chapters if not only or twin.stem in only]
-    for number, twin in enumerate(chapters, 1):
-        print(f"[{number}/{len(chapters)}] {twin.stem}", flush=True)
+    for twin in map(chapters.get, sorted(only) or chapters):
+        print(twin.stem, flush=True)
         notebook, stamp = target / f"{twin.stem}.ipynb", target / f"{twin.stem}.key"
-        key = digest([twin, Path(__file__), *package_files()]) if use_cache else ""
-        if use_cache and notebook.exists() and holds(stamp, key):
+        key = digest([twin]) if cache else ""
+        if cache and notebook.exists() and holds(stamp, key):
             print("  unchanged, not run again", flush=True)
-        elif not (keep or run_chapter)(twin, notebook):
+        elif not run(twin, notebook):
             failed.append(twin.stem)
-        elif use_cache:
+        elif cache:
             write_text(stamp, key)
     if failed:
-        again = f"{sys.executable} tools/book.py "
-        if not use_cache:
-            again += f"notebooks --only {' '.join(failed)}"
-        else:
-            again = "make book" if "MAKELEVEL" in os.environ else f"{again}execute"
+        again = "execute" if cache else f"notebooks --only {' '.join(failed)}"
         sys.exit(
-            f"Chapters that failed: {', '.join(failed)}. Their errors stand above. "
-            f"To go on (no other chapter runs again):\n\n    {again}\n"
+            f"Chapters that failed: {', '.join(failed)}. Their errors stand above. To go on (no "
+            f"other chapter runs again):\n\n    {sys.executable} tools/book.py {again}\n"
         )
 
 
@@ -234,58 +206,56 @@ def copy_source(source: Path, stored: bool) -> None:
         shutil.copy(executed, source / "book")
 
 
-def build_html(out: Path, stored: bool, strict: bool) -> None:
-    """Make `out`/_build/html from a clean folder; skip it when nothing has changed.
+def notebooks(only: tuple[str, ...] = (), stored: bool = False, keep_outputs: bool = False) -> None:
+    """Twins -> book/*.ipynb, executed in place.
 
-    Raises:
-        SystemExit: Jupyter Book failed; with `strict`, also on any warning.
+    Args:
+        only: these chapters alone, such as 04_ranked_boxes.
+        stored: run nothing, since only text has changed: the stored outputs stay.
+        keep_outputs: with --stored: also where code was only renamed.
     """
-    source, html = out / "_build" / "book-source", out / "_build" / "html"
+    os.environ["COVIDMASK_SEMISEG"] = ""  # what is committed shows phantoms, never a patient
+    run = partial(keep, renamed=keep_outputs) if stored else run_chapter
+    run_chapters(ROOT / "book", only, run=run)
+
+
+def execute_all() -> None:
+    """Twins -> _build/executed, only what has changed."""
+    run_chapters(ROOT / "_build" / "executed", cache=True)
+
+
+def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = False) -> None:
+    """OUT/_build/html from a clean copy of the book; skipped when nothing has changed.
+
+    Args:
+        out: folder to fill.
+        stored: from book/*.ipynb as they are, instead of _build/executed.
+        strict: warnings are errors.
+    """
+    out = out.resolve()
+    source, pages = out / "_build" / "book-source", out / "_build" / "html"
     stamp = out / "_build" / "html.key"
     copy_source(source, stored)
-    inputs = [f for f in source.rglob("*") if f.is_file()]
-    key = digest(inputs, source) + digest([Path(__file__), *package_files()])
+    key = digest(f for f in source.rglob("*") if f.is_file())
     if not strict and holds(stamp, key):
-        print(f"{html}: unchanged, not built again")
+        print(f"{pages}: unchanged, not built again")
         return
     # A build after a failed one in the same folder forgets the warnings, so nothing is reused.
     stamp.unlink(missing_ok=True)
-    for folder in (html, html.with_name(".doctrees"), html.with_name(".jupyter_cache")):
+    for folder in (pages, pages.with_name(".doctrees"), pages.with_name(".jupyter_cache")):
         shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command += ["build", str(source), "--path-output", str(out), "--all", "--keep-going", "-n"]
     code = subprocess.run(command + ["-W"] * strict, check=False).returncode
-    if code or not (html / "index.html").exists():
+    if code or not (pages / "index.html").exists():
         sys.exit(f"The book was not built (Jupyter Book's exit status {code}); see above.")
     write_text(stamp, key)
 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["notebooks", "execute", "html"])
-    parser.add_argument("out", nargs="?", type=Path, default=ROOT, help="html: folder to fill")
-    parser.add_argument("--only", nargs="+", default=[], help="notebooks: these chapters alone")
-    parser.add_argument(
-        "--stored",
-        action="store_true",
-        help="html: use book/*.ipynb as they are; notebooks: run nothing, keep their outputs",
-    )
-    parser.add_argument(
-        "--keep-outputs", action="store_true", help="with --stored: where code is renamed, too"
-    )
-    parser.add_argument("--strict", action="store_true", help="html: warnings are errors")
-    arguments = parser.parse_args()
-    if arguments.command == "notebooks":
-        os.environ["COVIDMASK_SEMISEG"] = ""  # what is committed shows phantoms, never a patient
-        keep = partial(keep_outputs, renamed=arguments.keep_outputs) if arguments.stored else None
-        run_chapters(ROOT / "book", False, arguments.only, keep)
-    elif arguments.command == "execute":
-        run_chapters(ROOT / "_build" / "executed", use_cache=True)
-    else:
-        build_html(arguments.out.resolve(), arguments.stored, arguments.strict)
+    commands = {"notebooks": notebooks, "execute": execute_all, "html": html}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -4,54 +4,43 @@ A system Chromium comes first. Without one: apt as root on Debian, else playwrig
 `COVIDMASK_BROWSER` names another one.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def starts(path: str) -> bool:
-    """Tell whether the browser answers. Ubuntu's chromium-browser may be a stub that does not."""
-    try:
-        command = [path, "--no-sandbox", "--version"]
-        return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
+PLAYWRIGHT = f"'{sys.executable}' -m playwright install chromium"
+APT = "apt-get update && apt-get install -y --no-install-recommends chromium"
 
 
 def find() -> str | None:
-    """Return the path of a browser that is already there, or None."""
-    if named := os.environ.get("COVIDMASK_BROWSER"):
-        return named
-    for path in filter(None, map(shutil.which, NAMES)):
-        if starts(path):
-            return path
+    """The path of a browser that is there and answers (Ubuntu's may be a stub that does not)."""
     from playwright.sync_api import sync_playwright
 
+    if named := os.environ.get("COVIDMASK_BROWSER"):
+        return named
     with sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-    return path if Path(path).exists() and starts(path) else None
+        paths = [*map(shutil.which, NAMES), playwright.chromium.executable_path]
+    for path in filter(None, paths):
+        try:
+            command = [path, "--no-sandbox", "--version"]
+            if subprocess.run(command, capture_output=True, timeout=60).returncode == 0:
+                return path
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+    return None
 
 
 def install() -> None:
     """Try the ways to get a browser until one works; what they print goes to stderr."""
-    ways = []
     root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if root and shutil.which("apt-get"):
-        ways.append("apt-get update && apt-get install -y --no-install-recommends chromium")
-    with_deps = "--with-deps " if root else ""
-    ways.append(f"'{sys.executable}' -m playwright install {with_deps}chromium")
+    ways = [APT] if root and shutil.which("apt-get") else []
+    ways.append(PLAYWRIGHT + " --with-deps" * root)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for way in ways:
         print(f"Installing a browser: {way}", file=sys.stderr, flush=True)
-        subprocess.run(
-            way, shell=True, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment
-        )
+        subprocess.run(way, shell=True, stdin=subprocess.DEVNULL, stdout=2, env=environment)
         if find():
             return
 
@@ -59,10 +48,10 @@ def install() -> None:
 if __name__ == "__main__":
     if not find():
         install()
-    found = find()
-    if not found:
-        sys.exit(
+    print(
+        find()
+        or sys.exit(
             "The browser tests need Chromium and none could be installed: "
             "install chromium or google-chrome, then run make test again."
         )
-    print(found)
+    )

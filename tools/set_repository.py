@@ -14,31 +14,16 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (
-    "_config.yml",
-    "pyproject.toml",
-    "CITATION.cff",
-    "*.md",
-    "book/*.md",
-    "book/*.ipynb",
-    "book/py/*.py",
-    "tools/setup_cell.py",
-)
+FILES = ("_config.yml", "pyproject.toml", "CITATION.cff", "*.md", "tools/setup_cell.py")
+FILES += ("book/*.md", "book/*.ipynb", "book/py/*.py")
 ADDRESS = re.compile(r"https://github\.com/([A-Za-z0-9-]+/[A-Za-z0-9._-]+)")
 
 
 def set_repository(url: str, root: Path = ROOT) -> list[Path]:
-    """Replace the present OWNER/NAME by that of `url` in every file of `FILES`.
-
-    Returns:
-        The files that changed.
-
-    Raises:
-        ValueError: `url` is no address of a GitHub repository (Colab opens no other).
-    """
+    """Replace the present OWNER/NAME by that of `url`; returns those of `FILES` that changed."""
     match = ADDRESS.fullmatch(url.strip().rstrip("/").removesuffix(".git"))
     if not match:
-        raise ValueError(
+        sys.exit(
             f"{url!r} is no repository address: give URL=https://github.com/OWNER/NAME "
             "(Colab opens notebooks from GitHub only)"
         )
@@ -57,8 +42,5 @@ def set_repository(url: str, root: Path = ROOT) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        files = set_repository(sys.argv[1] if len(sys.argv) == 2 else "")
-    except ValueError as error:
-        sys.exit(str(error))
+    files = set_repository(" ".join(sys.argv[1:]))
     print(f"The address now stands in {len(files)} files; `git diff` shows them.")

@@ -56,6 +56,6 @@ def test_second_address_replaces_the_first(copy):
 )
 def test_no_address(url, copy):
     before = texts(copy)
-    with pytest.raises(ValueError, match="URL=https://github.com/OWNER/NAME"):
+    with pytest.raises(SystemExit, match="URL=https://github.com/OWNER/NAME"):
         set_repository(url, copy)
     assert texts(copy) == before
