@@ -579,7 +579,10 @@ def _message(error: Exception, command: Any) -> str | None:
 
 def _rank() -> int:
     """Number of this process among those of `torchrun`."""
-    return int(os.environ.get("RANK") or 0)
+    rank = os.environ.get("RANK") or "0"
+    if not rank.isdecimal():
+        raise CovidmaskError(f"RANK={rank}: is no number of a process; unset it, or use torchrun")
+    return int(rank)
 
 
 def _say(text: object) -> None:

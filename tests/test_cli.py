@@ -775,6 +775,15 @@ def test_an_empty_rank_is_none(capsys, monkeypatch, tmp_path):
     assert "there is no such data folder" in capsys.readouterr().err
 
 
+def test_a_rank_that_is_no_number(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "first")
+    assert main(["stats", "--data", str(tmp_path)]) == 2
+    assert "error: RANK=first: is no number" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "")
+    assert main(["stats", "--data", str(tmp_path / "none")]) == 2
+    assert "there is no such data folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes(root, tmp_path):
     code = (

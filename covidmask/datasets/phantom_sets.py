@@ -195,6 +195,8 @@ def _write_set(root: str | Path, settings: dict, fill: Callable[[Path], None]) -
                 old = left == folder or time.time() - left.stat().st_mtime > DAY
                 if old and left.name.startswith(f".{home.name}."):
                     shutil.rmtree(left, ignore_errors=True)
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise BrokenProcessPool  # a worker importing a script without the guard leaves no folder
         fill(folder)
         _write_text(folder / "phantoms.json", json.dumps(note, indent=2) + "\n")
         try:

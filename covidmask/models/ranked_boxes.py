@@ -169,6 +169,11 @@ def run_box_head(detector: GeneralizedRCNN, features, proposals: list[Tensor], s
             parts.append(heads.box_predictor(hidden.float()))  # [r, C], [r, 4C]
     order = torch.cat(rows).argsort()
     logits, deltas = (torch.cat(part)[order].float() for part in zip(*parts, strict=True))
+    if logits.shape[1] < 2 or deltas.shape[1] != 4 * logits.shape[1]:
+        raise ValueError(
+            f"the box predictor gives {logits.shape[1]} classes and {deltas.shape[1]} deltas; give "
+            "one with background, a lesion class or more, and four deltas for each of them"
+        )
     return logits.split(counts), deltas.split(counts)
 
 

@@ -106,11 +106,14 @@ def test_train_mode_is_refused_before_batch_norm_has_learned():
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
 
 
-def test_predictors_of_another_form():
-    """Deltas that all classes share."""
+@pytest.mark.parametrize(("classes", "deltas"), [(1, 4), (3, 4)])
+def test_predictors_of_another_form(classes, deltas):
+    """Background alone; deltas that all classes share."""
     detector = lesion_mask_rcnn(TINY_DETECTOR).eval()
-    detector.roi_heads.box_predictor.bbox_pred = torch.nn.Linear(32, 4)
-    with pytest.raises(RuntimeError):
+    predictor = detector.roi_heads.box_predictor
+    predictor.cls_score = torch.nn.Linear(32, classes)
+    predictor.bbox_pred = torch.nn.Linear(32, deltas)
+    with pytest.raises(ValueError, match=f"gives {classes} classes and {deltas} deltas"):
         ranked_boxes(detector, IMAGES, CONFIG)
 
 
