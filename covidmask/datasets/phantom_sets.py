@@ -196,7 +196,7 @@ def _write_set(root: str | Path, settings: dict, fill: Callable[[Path], None]) -
                 if old and left.name.startswith(f".{home.name}."):
                     shutil.rmtree(left, ignore_errors=True)
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise BrokenProcessPool  # a worker importing a script without the guard leaves no folder
+            raise BrokenProcessPool  # a worker that imports a script without the guard
         fill(folder)
         _write_text(folder / "phantoms.json", json.dumps(note, indent=2) + "\n")
         try:
