@@ -95,11 +95,10 @@ def author_ap(
     targets: Iterable[Instances],
     thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> np.ndarray:
-    """AP of masks by the rule of the released code: the mean of `author_image_ap` over images.
+    """The mean of `author_image_ap` over images; predictions and targets may be generators.
 
     His script judges detections with a score above 0.05 by default, and above 0.75 where his README
-    evaluates the light models, and targets of more than 100 pixels; give such (`box_score`,
-    `min_area`). Both arguments may be generators, so that not all masks need be in memory at once.
+    evaluates the light models, and targets of more than 100 pixels (`box_score`, `min_area`).
     """
     pairs = zip(predictions, targets, strict=True)
     rows = [author_image_ap(*pair, thresholds) for pair in pairs]
@@ -113,12 +112,11 @@ def author_image_ap(
 ) -> np.ndarray:
     """AP of one image by the rule of the released code: float64 [T], 0..1, one per IoU threshold.
 
-    - Each target takes the prediction of its own class with the largest mask IoU above the
-      threshold, whatever its score (of equals, the one that scores least). COCO lets predictions
-      choose, in falling score. Two targets may take the same prediction, which counts once.
-    - One curve of precision over recall is drawn for all classes together, in falling score; its
-      precision is made monotonic and summed at each step of recall, as in PASCAL VOC 2010.
-    - Without targets and without predictions the AP is 1; without one of them it is 0.
+    Each target takes the prediction of its own class with the largest mask IoU above the threshold,
+    whatever its score (of equals, the one that scores least); COCO lets predictions choose, in
+    falling score. Two targets may take the same prediction, which counts once. One curve of
+    precision over recall is drawn for all classes together, in falling score, and made monotonic,
+    as in PASCAL VOC 2010. Without targets and predictions the AP is 1; without one of them 0.
     """
     _check_pair(prediction, target)
     n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
@@ -144,9 +142,7 @@ def author_image_ap(
 def semantic_mask(prediction: Instances, score_threshold: float = 0.75) -> np.ndarray:
     """Paint instances that score above a threshold, in rising score: the best lies on top.
 
-    Returns:
-        uint8 [H, W]: 0 background, else 1 + label, such as 2 GGO (or a lesion, if merged) and
-        3 consolidation: as `mask_to_targets`, without the lung.
+    uint8 [H, W]: 0 background, else 1 + label (2 GGO, 3 C), as `mask_to_targets` without the lung.
     """
     masks = binary_masks(prediction).cpu().numpy()
     scores, labels = (prediction[key].detach().cpu().numpy() for key in ("scores", "labels"))
@@ -160,12 +156,9 @@ def semantic_mask(prediction: Instances, score_threshold: float = 0.75) -> np.nd
 def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[list[float]]:
     """Compare the `lesion_maps` with a mask of codes: first all lesions, then each class.
 
-    Args:
-        maps: float32 [classes, H, W]. truth: uint8 [H, W], codes as in `semantic_mask`.
-
-    Returns:
-        What `overlap_means` needs of each region: pixels both in prediction and truth, predicted,
-        true, and in all; and the sum of |probability - truth|.
+    Maps are float32 [classes, H, W]; truth is uint8 [H, W], codes as in `semantic_mask`. A row for
+    `overlap_means` has the pixels both in prediction and truth, predicted, true, and in all; and
+    the sum of |probability - truth|.
     """
     truth, found = np.asarray(truth), fuse(maps, threshold)
     regions = [(found >= 2, truth >= 2, 1 - (1 - maps).prod(0))]
@@ -181,11 +174,10 @@ def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[list
 def overlap_means(table: ArrayLike) -> dict[str, float]:
     """Means over slices of one region: `table` [slices, 5] has rows of `overlap`.
 
-    Returns:
-        dice, sensitivity, specificity, mae (mean absolute error of the probability): 0..1. As in
-        COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts
-        0, also where the truth is empty (Inf-Net's evaluation code). Then dice_present, over the
-        slices whose truth is not empty (NaN without such), and present, their number.
+    dice, sensitivity, specificity, mae (mean absolute error of the probability), 0..1: as in
+    COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts 0,
+    also where the truth is empty (Inf-Net's evaluation code). Then dice_present, over the slices
+    whose truth is not empty (NaN without such), and present, their number.
     """
     both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -206,8 +198,7 @@ def overlap_means(table: ArrayLike) -> dict[str, float]:
 def dice(predicted: ArrayLike, true: ArrayLike) -> float:
     """Dice's coefficient of two bool masks of one shape: `2 |A and B| / (|A| + |B|)`, 0..1.
 
-    NaN when both are empty: there was nothing to find, and nothing was found. Whoever takes a mean
-    decides whether such a slice counts (as 1) or not.
+    NaN when both are empty: whoever takes a mean decides whether such a slice counts (as 1) or not.
     """
     predicted, true = np.asarray(predicted, dtype=bool), np.asarray(true, dtype=bool)
     if predicted.shape != true.shape:

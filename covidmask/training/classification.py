@@ -61,9 +61,8 @@ def train_s(
 ) -> list[dict[str, float]]:
     """Train S alone on ranked boxes that were computed before; see `fit`.
 
-    Args:
-        rows: float32 [M,N,columns]. labels: int64 [M]. names: of the rows, for messages.
-        validation: rows and labels; with them the epoch of the best accuracy is kept.
+    Rows are float32 [M,N,columns], labels int64 [M]; `names` are those of the rows, for messages.
+    With the rows and labels of `validation` the epoch of the best accuracy is kept.
     """
     data = TensorDataset(rows, labels)
     data.names = names
@@ -101,8 +100,7 @@ def train_classifier(
     CPU a step takes its slices one by one, which is faster and needs the memory of one.
 
     Args:
-        dataset: items (image, label) of `SliceImages`.
-        validation: with it the epoch of the best accuracy is kept ("return the best model").
+        dataset: items (image, label) of `SliceImages`; of `validation` the best epoch is kept.
         cache: folder for the ranked boxes of "heads"; see `cache_ranked_boxes`.
         options: `seed` and `checkpoint` of `fit`.
     """

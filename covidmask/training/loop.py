@@ -128,7 +128,7 @@ def fit(
         the end of an epoch also the `accuracy`.
 
     Raises:
-        DataError: fewer slices than one batch, or a batch that the processes cannot share.
+        DataError: a batch size larger than the data, or that the processes cannot share.
         TrainingError: the loss, or a weight after an epoch, is not finite, or the accuracy is NaN.
         CheckpointError: `checkpoint` is damaged, or of another run.
     """
@@ -303,8 +303,8 @@ def read_batches(
     dataset: Dataset, fabric: Fabric, size: int, title: str, progress: bool = True, done: int = 0
 ) -> Iterator[tuple[list[int], list, list[Tensor]]]:
     """Each item once, those of this process: (indices, items, their images on the device)."""
-    indices, names = share(len(dataset), fabric), item_names(dataset)
-    hidden = not (progress and fabric.global_rank == 0)
+    rank, names = fabric.global_rank, item_names(dataset)
+    indices, hidden = range(len(dataset))[rank :: fabric.world_size], not (progress and rank == 0)
     with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
         for start in range(done, len(indices), size):
             part = list(indices[start : start + size])
@@ -312,20 +312,3 @@ def read_batches(
             images = [image for image, *_ in items]
             yield part, items, to_model(images, fabric.device, [names[i] for i in part])
             bar.update(len(part))
-
-
-def share(n: int, fabric: Fabric) -> range:
-    """The items of `range(n)` that this process evaluates: each item belongs to one process."""
-    return range(fabric.global_rank, n, fabric.world_size)
-
-
-def gather(part: Tensor, n: int, fabric: Fabric) -> Tensor:
-    """Put the rows that each process computed for its `share` back into one [n, ...] tensor."""
-    if fabric.world_size == 1:
-        return part
-    parts: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(parts, part)
-    whole = part.new_empty(n, *part.shape[1:])
-    for rank, rows in enumerate(parts):
-        whole[rank :: fabric.world_size] = rows
-    return whole

@@ -54,56 +54,48 @@ def cache_ranked_boxes(
         TrainingError: a box holds NaN.
     """
     fabric = fabric or loop.make_fabric()
-    run = {"fabric": fabric, "batch_size": batch_size, "progress": progress}
-    if folder is None or "encoder" in own_parts(model):
-        return _rank(model, dataset, None, **run)
-    path = Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
-    rows = _read(path)
-    if not fabric.broadcast(rows is not None):  # the first process decides
-        check_writable(folder)
-        begun = path.with_suffix(f".{fabric.global_rank}of{fabric.world_size}")
-        rows = _rank(model, dataset, begun, **run)
-        if fabric.global_rank == 0:
-            _write(path, rows)
-        fabric.barrier()  # now the file is there for all
-        shutil.rmtree(begun, ignore_errors=True)
+    path = begun = None
+    if folder is not None and "encoder" not in own_parts(model):
+        path = Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
+        begun = path.with_suffix(f".{fabric.global_rank}of{fabric.world_size}")  # for a next run
         rows = _read(path)
-    if rows is None:
-        raise OutputError(f"{path}: cannot be read; name a folder that all processes share")
-    return rows
-
-
-def _rank(
-    model: CovidCTMaskNet,
-    dataset: Dataset,
-    begun: Path | None,
-    fabric: Fabric,
-    batch_size: int,
-    progress: bool,
-) -> Tensor:
-    """All ranked boxes; `begun` keeps for a next run what is done, in files named by first rows."""
+        if fabric.broadcast(rows is not None):  # the first process decides
+            return _there(rows, path)
+        check_writable(folder)
     shape = (model.config.n_boxes, len(model.config.columns))
-    rows = torch.empty(len(loop.share(len(dataset), fabric)), *shape)
+    rows = torch.zeros(len(dataset), *shape)
+    own = rows[fabric.global_rank :: fabric.world_size]  # a view
     names, done = loop.item_names(dataset), 0
-    while begun and (found := _read(begun / f"{done}.npy")) is not None:
-        rows[done : done + len(found)] = found
+    while begun and (found := _read(begun / f"{done}.npy")) is not None:  # named by the first row
+        own[done : done + len(found)] = found
         done += len(found)
     kept, clock = done, time.monotonic()
     fast, title = for_inference(model.to(fabric.device).eval()), "ranking boxes"
     for part, _, images in loop.read_batches(dataset, fabric, batch_size, title, progress, done):
-        batch = rows[done : done + len(part)]
+        batch = own[done : done + len(part)]
         with fabric.autocast():
             batch.copy_(fast.ranked_boxes(images))
         if bad := [names[i] for i, one in zip(part, batch, strict=True) if one.isnan().any()]:
-            raise TrainingError(
-                f"{some(bad)}: the detector gives boxes that are not numbers; look at these slices "
-                "and at its weights"
-            )
+            bad = f"{some(bad)}: the detector gives boxes that are not numbers"
+            raise TrainingError(f"{bad}; look at these slices and at its weights")
         done += len(part)
         if begun and time.monotonic() - clock >= SECONDS:
-            _write(begun / f"{kept}.npy", rows[kept:done])
+            _write(begun / f"{kept}.npy", own[kept:done])
             kept, clock = done, time.monotonic()
-    return loop.gather(rows, len(dataset), fabric)
+    rows = fabric.all_reduce(rows, reduce_op="sum").cpu()
+    if path is None:
+        return rows
+    if fabric.global_rank == 0:
+        _write(path, rows)
+    fabric.barrier()  # now the file is there for all
+    shutil.rmtree(begun, ignore_errors=True)
+    return _there(_read(path), path)
+
+
+def _there(rows: Tensor | None, path: Path) -> Tensor:
+    if rows is None:
+        raise OutputError(f"{path}: cannot be read; name a folder that all processes share")
+    return rows
 
 
 def _write(path: Path, rows: Tensor) -> None:
@@ -130,11 +122,10 @@ def settings_digest(detector: nn.Module) -> str:
     for name, part in detector.named_modules():
         for place, owner in (("", part), *sorted(vars(part).items())):
             for key, value in sorted(getattr(owner, "__dict__", {}).items()):
-                if key in ("training", "scales") or "hooks" in key:
-                    continue  # a forward pass writes `scales`
+                if "hooks" in key or {place, key} & {"training", "scales", "map_levels"}:
+                    continue  # a forward pass writes the last two
                 with suppress(TypeError, ValueError):  # what is no JSON is no setting
-                    setting = json.dumps([name, str(type(part)), place, key, value])
-                    total.update(setting.encode())
+                    total.update(json.dumps([name, str(type(part)), place, key, value]).encode())
     return total.hexdigest()[:12]
 
 

@@ -23,7 +23,7 @@ from covidmask.files import some
 from covidmask.metrics import detection
 from covidmask.metrics.detection import IOU_THRESHOLDS, CocoAP, semantic_mask
 from covidmask.models.detector import detect, for_inference, same_size_groups
-from covidmask.training.loop import fit, gather, make_fabric, not_finite, read_batches
+from covidmask.training.loop import fit, make_fabric, not_finite, read_batches
 
 
 def train_segmenter(
@@ -88,9 +88,9 @@ def predict_lesions(
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
     """Run the detector once on each slice; yield (index, prediction, target), both on the CPU.
 
-    With several processes each yields the slices of its share. Slices of different sizes never
-    share a batch, because padding changes the result; so where sizes mix, indices come out of
-    order. With `fused` predictions have `maps`, with `mirror` too; see `models.detector.detect`.
+    Each of several processes yields its share. Where sizes mix, indices come out of order: slices
+    of one size make a batch, because padding changes the result. With `fused` predictions have
+    `maps`, which may `mirror`; see `models.detector.detect`.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
@@ -123,12 +123,11 @@ def evaluate_segmenter(
         options: `batch_size`, `mirror` and `progress` of `predict_lesions`.
 
     Returns:
-        Values in 0..1: those of `CocoAP.compute`, with one AP50 a class; `author_ap` (mean over
-        thresholds), `author_ap50` and `author_ap75` by the rule of the released code;
-        `dice_<class>`, the mean over slices with that class in the truth or the detections (NaN
-        where there is none). `overlap` holds `overlap_means` of "infection" and of each class in
-        the fused maps; `slices`, how many were judged; and `table`, float64 [M, regions, 5], the
-        `overlap` of each slice, in the order of the data set.
+        What `CocoAP.compute` gives; `author_ap` (mean over thresholds), `author_ap50` and
+        `author_ap75` by the rule of the released code; `dice_<class>`, the mean over slices with
+        that class in the truth or the detections (NaN where there is none); all 0..1. `overlap` has
+        `overlap_means` of "infection" and of each class; `slices`, how many were judged; `table`,
+        float64 [M, regions, 5], the `overlap` of each slice, in the order of the data set.
     """
     for name, value in (("score", score), ("threshold", threshold)):
         if not 0 <= value <= 1:
@@ -137,7 +136,9 @@ def evaluate_segmenter(
         raise TrainingError(f"weights that are not finite: {some(bad)}; train the segmenter again")
     fabric = fabric or make_fabric()
     classes = lesion_classes(model.config.lesions)
-    regions, coco, rows = ("infection", *classes), CocoAP(classes), {}
+    regions, coco = ("infection", *classes), CocoAP(classes)
+    columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
+    rows = torch.zeros(len(dataset), sum(columns), dtype=torch.float64)
     found = predict_lesions(model, dataset, fabric=fabric, fused=True, **options)
     for index, prediction, target in found:
         coco.update([prediction], [target])
@@ -145,15 +146,12 @@ def evaluate_segmenter(
         sure = {key: prediction[key][kept] for key in ("labels", "scores", "masks")}
         painted = semantic_mask(sure, score)
         truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
-        rows[index] = [
-            *detection.author_image_ap(sure, target),
-            *(detection.dice(painted == 1 + k, truth == 1 + k) for k in range(1, len(regions))),
-            *chain.from_iterable(detection.overlap(prediction["maps"], truth, threshold)),
-        ]
-    columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
-    ordered = [rows[index] for index in sorted(rows)]  # as `gather` expects them
-    part = torch.tensor(ordered, dtype=torch.float64).reshape(-1, sum(columns))
-    author, dices, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
+        row = [*detection.author_image_ap(sure, target)]
+        row += [detection.dice(painted == 1 + k, truth == 1 + k) for k in range(1, len(regions))]
+        row += chain.from_iterable(detection.overlap(prediction["maps"], truth, threshold))
+        rows[index] = torch.tensor(row, dtype=torch.float64)
+    rows = fabric.all_reduce(rows, reduce_op="sum").cpu()
+    author, dices, counts = rows.split(columns, dim=1)
     author, dices = author.mean(0), dices.nanmean(0)
     table = counts.reshape(-1, len(regions), 5)  # [M, regions, 5]
     return {

@@ -282,7 +282,6 @@ def test_semantic_mask_puts_the_best_score_on_top():
     assert semantic_mask(exact)[0].tolist() == [0, 3, 0, 0]  # by default above 0.75
     tie = instances([[0, 0, 3, 1], [1, 0, 3, 1]], [1, 2], [0.8, 0.8], 4)
     assert semantic_mask(tie)[0].tolist() == [2, 3, 3, 0]  # of equals the last lies on top
-    none = {key: value[:0] for key, value in exact.items()}
     faint = {**exact, "masks": exact["masks"][:, None] * 0.6}
     assert semantic_mask(faint, 0.5).any()
     empty = semantic_mask({**instances([], [], []), "masks": torch.zeros(0, 1, 5, 6)})

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
 from torch.utils.data import Subset
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 import covidmask
 from covidmask.datasets.classes import SliceImages
@@ -223,6 +224,17 @@ def test_a_setting_changed_by_hand_is_another_file(dataset, folder):
     other.detector.roi_heads.box_coder.weights = (1.0, 1.0, 1.0, 1.0)  # of a helper, no module
     rank(other, dataset, folder)
     assert len(list(folder.iterdir())) == 3
+
+
+def test_a_forward_pass_changes_no_setting():
+    """Of torchvision's own, too."""
+    theirs = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=2, min_size=64
+    ).eval()
+    before = ranked_cache.settings_digest(theirs)
+    with torch.no_grad():
+        theirs([torch.rand(3, 64, 64)])
+    assert ranked_cache.settings_digest(theirs) == before
 
 
 def test_slices_that_are_no_files(model, dataset, folder):
