@@ -207,7 +207,7 @@ def fit(
                     loss = sum(named.values())
                     fabric.backward(loss * (1 / len(pieces)))
                 values += torch.stack([loss, *named.values()]).detach() * (1 / len(pieces))
-            values = fabric.all_reduce(values, reduce_op="mean").tolist()
+            values = (joined(values, fabric) / world).tolist()
             values = dict(zip(["loss", *named], values, strict=True))
             if not math.isfinite(values["loss"]):
                 bad = f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}"
@@ -246,6 +246,11 @@ def fit(
         share_buffers(model, world)
     model.eval()
     return history
+
+
+def joined(rows: Tensor, fabric: Fabric) -> Tensor:
+    """The sum over all processes; so each may fill in its own rows, and leave zeros elsewhere."""
+    return fabric.all_reduce(rows, reduce_op="sum").cpu() if fabric.world_size > 1 else rows
 
 
 def share_buffers(model: nn.Module, world: int) -> None:

@@ -82,7 +82,7 @@ def cache_ranked_boxes(
         if begun and time.monotonic() - clock >= SECONDS:
             _write(begun / f"{kept}.npy", own[kept:done])
             kept, clock = done, time.monotonic()
-    rows = fabric.all_reduce(rows, reduce_op="sum").cpu()
+    rows = loop.joined(rows, fabric)
     if path is None:
         return rows
     if fabric.global_rank == 0:

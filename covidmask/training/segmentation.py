@@ -23,7 +23,7 @@ from covidmask.files import some
 from covidmask.metrics import detection
 from covidmask.metrics.detection import IOU_THRESHOLDS, CocoAP, semantic_mask
 from covidmask.models.detector import detect, for_inference, same_size_groups
-from covidmask.training.loop import fit, make_fabric, not_finite, read_batches
+from covidmask.training.loop import fit, joined, make_fabric, not_finite, read_batches
 
 
 def train_segmenter(
@@ -150,8 +150,7 @@ def evaluate_segmenter(
         row += [detection.dice(painted == 1 + k, truth == 1 + k) for k in range(1, len(regions))]
         row += chain.from_iterable(detection.overlap(prediction["maps"], truth, threshold))
         rows[index] = torch.tensor(row, dtype=torch.float64)
-    rows = fabric.all_reduce(rows, reduce_op="sum").cpu()
-    author, dices, counts = rows.split(columns, dim=1)
+    author, dices, counts = joined(rows, fabric).split(columns, dim=1)
     author, dices = author.mean(0), dices.nanmean(0)
     table = counts.reshape(-1, len(regions), 5)  # [M, regions, 5]
     return {
