@@ -428,7 +428,7 @@ def test_validation_keeps_the_best_epoch(run, root, tmp_path):
         ("--detector.rpn-iou 0.7 1.5", "--detector.rpn-iou 1.5: must be at least 0 and at most 1"),
         ("--detector.rpn-iou 0.2 0.7", "--detector.rpn-iou (0.2, 0.7): cannot be built"),
         ("--seed -1", "--seed -1: must be at least 0 and at most"),
-        ("--batch-size 500", "8 slices: less than one batch of 500"),
+        ("--batch-size 500", "batch size 500: give a multiple of the number of processes"),
         ("--weights-backbone NONE", "--weights-backbone NONE"),
         ("--device mps", "--device mps: there is none"),
         ("--out weights.pt", "weights.pt: is written to by --out; let its name end in .safe"),

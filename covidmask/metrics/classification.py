@@ -18,35 +18,32 @@ def confusion(
 
     Labels and predictions are int [M], 0..classes-1: lists, arrays or CPU tensors, not empty.
     """
-    from sklearn.metrics import confusion_matrix
-
     both = [np.asarray(values) for values in (labels, predictions)]
-    if any(values.ndim != 1 or values.dtype.kind not in "iu" for values in both):
+    same = both[0].ndim == 1 and both[0].shape == both[1].shape and both[0].size
+    if not same or any(values.dtype.kind not in "iu" for values in both):
         shapes = " and ".join(f"{values.dtype} {list(values.shape)}" for values in both)
         raise ValueError(f"labels and predictions are {shapes}: give one whole number per slice")
-    if len(both[0]) != len(both[1]) or not len(both[0]):
-        raise ValueError(f"{len(both[0])} labels and {len(both[1])} predictions: give as many")
     low, high = np.min(both), np.max(both)
-    if low < 0 or high >= classes:  # scikit-learn would leave them out silently
+    if low < 0 or high >= classes:
         raise ValueError(f"class {low}..{high}: classes are 0..{classes - 1}")
-    return confusion_matrix(*both, labels=range(classes)).astype(np.int64)
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, tuple(both), 1)
+    return counts
 
 
 def report(confusion: ArrayLike) -> dict:
     """The numbers of Table 2 from a confusion matrix: counts [C, C], true classes in rows.
 
     Returns:
-        - accuracy: float, 0..1: share of all slices that are classified correctly.
-        - sensitivity: C floats, 0..1: share of the slices of a class that are found; NaN for a
-          class without slices.
-        - ppv: C floats, 0..1: share of the predictions of a class that are right (positive
-          predictive value, precision); NaN for a class that is never predicted.
-        - support: C ints: slices of each class. n: int: slices in all.
+        `accuracy`, the share of all slices that are classified correctly; of each class the
+        `sensitivity`, the share of its slices that are found, and the `ppv` (positive predictive
+        value, precision), the share of its predictions that are right; all 0..1, NaN where there
+        is no such slice or prediction. `support`, the slices of each class, and `n`, of all.
     """
     counts = np.asarray(confusion)
-    square = counts.ndim == 2 and counts.shape[0] == counts.shape[1]
     with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN; so is inf % 1
-        if not square or (counts < 0).any() or (counts % 1 != 0).any() or not counts.any():
+        whole = (counts >= 0).all() and (counts % 1 == 0).all() and counts.any()
+        if not whole or counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
             raise ValueError("confusion matrix: it must be square, of whole counts, and not empty")
         right, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
         return {
@@ -66,13 +63,9 @@ def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, floa
     """
     from scipy.stats import binomtest
 
-    whole = float(successes).is_integer() and float(total).is_integer()
-    if not whole or not 0 <= successes <= total or not 0 < level < 1:  # scipy may not say so
-        given = f"{successes} of {total} at level {level}"
-        raise ValueError(f"{given}: give 0 <= successes <= total, both whole, and 0 < level < 1")
-    if total == 0:
+    if successes == total == 0:
         return float("nan"), float("nan")
-    low, high = binomtest(int(successes), int(total)).proportion_ci(level, method="wilson")
+    low, high = binomtest(successes, total).proportion_ci(level, method="wilson")
     return float(low), float(high)
 
 
@@ -85,14 +78,12 @@ def bootstrap(
 ) -> np.ndarray:
     """Percentile interval of a statistic when groups, such as patients, are drawn with replacement.
 
-    scipy's has no answer where a draw gives NaN, or where there is one group.
+    scipy's has no answer where a draw gives NaN (left out here), or where there is one group.
 
     Args:
         groups: how many there are; so many are drawn, `repeats` times.
-        statistic: reads int64 [groups], the numbers of those drawn; gives a number, or an array.
-
-    Returns:
-        float64 [2, ...]: low and high. Draws that give NaN are left out, unless all do.
+        statistic: reads int64 [groups], the numbers of those drawn; gives a number, or an array,
+            and so the result is float64 [2, ...]: low and high.
     """
     if not 0 < level < 1 or repeats < 1:
         raise ValueError(f"level {level}, repeats {repeats}: level is in 0..1, repeats at least 1")
@@ -117,8 +108,7 @@ def patient_bootstrap(
     """Interval of a statistic by `bootstrap`: patients, not slices, are drawn with replacement.
 
     Args:
-        labels, predictions: int [M], 0..classes-1.
-        patients: M names; slices with the same name are drawn together.
+        labels, predictions: int [M], 0..classes-1. patients: M names.
         statistic: reads a confusion matrix int64 [classes, classes], returns a float, or NaN where
             a class is absent; for example `lambda counts: report(counts)["sensitivity"][2]`.
     """
@@ -128,7 +118,8 @@ def patient_bootstrap(
     names, owner = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     counts = np.zeros((len(names), classes, classes), dtype=np.int64)
     np.add.at(counts, (owner, np.asarray(labels), np.asarray(predictions)), 1)
-    low, high = bootstrap(
-        len(names), lambda drawn: statistic(counts[drawn].sum(0)), level, repeats, seed
-    )
-    return float(low), float(high)
+
+    def of_drawn(drawn: np.ndarray) -> float:
+        return statistic(counts[drawn].sum(0))
+
+    return tuple(bootstrap(len(names), of_drawn, level, repeats, seed).tolist())

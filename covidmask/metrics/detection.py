@@ -8,7 +8,6 @@ Predictions and targets are torchvision's dictionaries. A prediction has boxes f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,10 +38,7 @@ class CocoAP:
         """Add images: one prediction and one target for each, of the same height and width."""
         for prediction, target in zip(predictions, targets, strict=True):
             _check_pair(prediction, target)
-        self._metric.update(
-            [self._plain(prediction, "scores") for prediction in predictions],
-            [self._plain(target) for target in targets],
-        )
+            self._metric.update([self._plain(prediction, "scores")], [self._plain(target)])
 
     def _plain(self, instances: Instances, *more: str) -> Instances:
         plain = {key: instances[key].detach().cpu() for key in ("boxes", "labels", *more)}
@@ -98,43 +94,37 @@ def author_ap(
     predictions: Iterable[Instances],
     targets: Iterable[Instances],
     thresholds: Sequence[float] = IOU_THRESHOLDS,
-    mask_threshold: float = 0.5,
 ) -> np.ndarray:
-    """AP of masks by the rule of the released code: the mean of `author_image_ap` over images.
+    """The mean of `author_image_ap` over images; predictions and targets may be generators.
 
     His script judges detections with a score above 0.05 by default, and above 0.75 where his README
-    evaluates the light models, and targets of more than 100 pixels; give such (`box_score`,
-    `min_area`). Both arguments may be generators, so that not all masks need be in memory at once.
+    evaluates the light models, and targets of more than 100 pixels (`box_score`, `min_area`).
     """
     pairs = zip(predictions, targets, strict=True)
-    rows = [author_image_ap(*pair, thresholds, mask_threshold) for pair in pairs]
+    rows = [author_image_ap(*pair, thresholds) for pair in pairs]
     if not rows:
         raise ValueError("average precision of no image: give at least one")
     return np.mean(rows, axis=0)
 
 
 def author_image_ap(
-    prediction: Instances,
-    target: Instances,
-    thresholds: Sequence[float] = IOU_THRESHOLDS,
-    mask_threshold: float = 0.5,
+    prediction: Instances, target: Instances, thresholds: Sequence[float] = IOU_THRESHOLDS
 ) -> np.ndarray:
     """AP of one image by the rule of the released code: float64 [T], 0..1, one per IoU threshold.
 
-    - Each target takes the prediction of its own class with the largest mask IoU above the
-      threshold, whatever its score (of equals, the one that scores least). COCO lets predictions
-      choose, in falling score. Two targets may take the same prediction, which counts once.
-    - One curve of precision over recall is drawn for all classes together, in falling score; its
-      precision is made monotonic and summed at each step of recall, as in PASCAL VOC 2010.
-    - Without targets and without predictions the AP is 1; without one of them it is 0.
+    Each target takes the prediction of its own class with the largest mask IoU above the threshold,
+    whatever its score (of equals, the one that scores least); COCO lets predictions choose, in
+    falling score. Two targets may take the same prediction, which counts once. One curve of
+    precision over recall is drawn for all classes together, in falling score, and made monotonic,
+    as in PASCAL VOC 2010. Without targets and predictions the AP is 1; without one of them 0.
     """
     _check_pair(prediction, target)
     n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
     if not n_predictions or not n_targets:
         return np.full(len(thresholds), float(n_predictions == n_targets))
     order = prediction["scores"].detach().argsort(stable=True)  # rising
-    masks = binary_masks(prediction, mask_threshold)[order].flatten(1).float()  # [K, H*W]
-    true = binary_masks(target, mask_threshold).flatten(1).float()  # [L, H*W]
+    masks = binary_masks(prediction)[order].flatten(1).float()  # [K, H*W]
+    true = binary_masks(target).flatten(1).float()  # [L, H*W]
     both = masks @ true.T  # [K, L]
     iou = both / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)  # 0 if both are empty
     same_class = prediction["labels"][order][:, None] == target["labels"]
@@ -149,42 +139,26 @@ def author_image_ap(
     return (right * envelope).sum(1) / n_targets  # each hit is one step of recall
 
 
-def semantic_mask(
-    prediction: Instances,
-    score_threshold: float = 0.75,
-    shape: tuple[int, int] | None = None,
-    mask_threshold: float = 0.5,
-) -> np.ndarray:
+def semantic_mask(prediction: Instances, score_threshold: float = 0.75) -> np.ndarray:
     """Paint instances that score above a threshold, in rising score: the best lies on top.
 
-    Returns:
-        uint8 [H, W], by default of the masks' shape: 0 background, else 1 + label, such as 2 GGO
-        (or a lesion, if merged) and 3 consolidation: as `mask_to_targets`, without the lung.
+    uint8 [H, W]: 0 background, else 1 + label (2 GGO, 3 C), as `mask_to_targets` without the lung.
     """
-    masks = binary_masks(prediction, mask_threshold).cpu().numpy()
+    masks = binary_masks(prediction).cpu().numpy()
     scores, labels = (prediction[key].detach().cpu().numpy() for key in ("scores", "labels"))
-    codes = np.zeros(shape or masks.shape[1:], dtype=np.uint8)
+    codes = np.zeros(masks.shape[1:], dtype=np.uint8)
     for i in np.argsort(scores, kind="stable"):
         if scores[i] > score_threshold:
             codes[masks[i]] = labels[i] + 1
     return codes
 
 
-class Overlap(NamedTuple):
-    """What measures of overlap need of one region in one slice: counts of pixels."""
-
-    both: float  # in the prediction and in the truth
-    predicted: float
-    true: float
-    pixels: float  # of the slice
-    error: float  # sum of |probability - truth|
-
-
-def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Overlap]:
+def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[list[float]]:
     """Compare the `lesion_maps` with a mask of codes: first all lesions, then each class.
 
-    Args:
-        maps: float32 [classes, H, W]. truth: uint8 [H, W], codes as in `semantic_mask`.
+    Maps are float32 [classes, H, W]; truth is uint8 [H, W], codes as in `semantic_mask`. A row for
+    `overlap_means` has the pixels both in prediction and truth, predicted, true, and in all; and
+    the sum of |probability - truth|.
     """
     truth, found = np.asarray(truth), fuse(maps, threshold)
     regions = [(found >= 2, truth >= 2, 1 - (1 - maps).prod(0))]
@@ -193,18 +167,17 @@ def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[Over
     for predicted, true, probability in regions:
         error = np.abs(probability.numpy() - true).sum()
         counts = (predicted & true).sum(), predicted.sum(), true.sum(), true.size, error
-        result.append(Overlap(*map(float, counts)))
+        result.append([float(count) for count in counts])
     return result
 
 
 def overlap_means(table: ArrayLike) -> dict[str, float]:
-    """Means over slices of one region: `table` [slices, 5] has rows of `Overlap`.
+    """Means over slices of one region: `table` [slices, 5] has rows of `overlap`.
 
-    Returns:
-        dice, sensitivity, specificity, mae (mean absolute error of the probability): 0..1. As in
-        COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts
-        0, also where the truth is empty (Inf-Net's evaluation code). Then dice_present, over the
-        slices whose truth is not empty (NaN without such), and present, their number.
+    dice, sensitivity, specificity, mae (mean absolute error of the probability), 0..1: as in
+    COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts 0,
+    also where the truth is empty (Inf-Net's evaluation code). Then dice_present, over the slices
+    whose truth is not empty (NaN without such), and present, their number.
     """
     both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -225,8 +198,7 @@ def overlap_means(table: ArrayLike) -> dict[str, float]:
 def dice(predicted: ArrayLike, true: ArrayLike) -> float:
     """Dice's coefficient of two bool masks of one shape: `2 |A and B| / (|A| + |B|)`, 0..1.
 
-    NaN when both are empty: there was nothing to find, and nothing was found. Whoever takes a mean
-    decides whether such a slice counts (as 1) or not.
+    NaN when both are empty: whoever takes a mean decides whether such a slice counts (as 1) or not.
     """
     predicted, true = np.asarray(predicted, dtype=bool), np.asarray(true, dtype=bool)
     if predicted.shape != true.shape:

@@ -24,10 +24,8 @@ from covidmask.training.ranked_cache import cache_ranked_boxes, settings_digest
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy of each class on its own, averaged (Algorithm 1, line 9).
 
-    The paper prints the positive term alone; the released code, and this, has both.
-
-    Args:
-        logits: float [B,C]. labels: int64 [B].
+    The paper prints the positive term alone; the released code, and this, has both. Logits are
+    float [B,C], labels int64 [B].
     """
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
 
@@ -45,6 +43,12 @@ def check_classes(model: CovidCTMaskNet, dataset: Dataset) -> None:
             raise DataError(f"{name}: label {label}; the model's classes are 0 to {len(ours) - 1}")
 
 
+@torch.no_grad()
+def s_logits(s: nn.Module, rows: Tensor) -> Tensor:
+    """Logits [M,C] on the CPU, computed where S lies."""
+    return s(rows.to(next(s.parameters()).device)).cpu()
+
+
 def train_s(
     s: nn.Module,
     rows: Tensor,
@@ -55,15 +59,13 @@ def train_s(
     names: Sequence[str] | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
-    """Train S alone on ranked boxes that were computed before.
+    """Train S alone on ranked boxes that were computed before; see `fit`.
 
-    Args:
-        rows: float32 [M,N,columns]. labels: int64 [M].
-        validation: rows and labels; with them the epoch of the best accuracy is kept.
-        names: of the rows, for messages. options: those of `fit`.
+    Rows are float32 [M,N,columns], labels int64 [M]; `names` are those of the rows, for messages.
+    With the rows and labels of `validation` the epoch of the best accuracy is kept.
     """
     data = TensorDataset(rows, labels)
-    data.names = names or [f"row {i}" for i in range(len(rows))]
+    data.names = names
 
     def losses(wrapped, items: list) -> dict[str, Tensor]:
         batch_rows, batch_labels = map(torch.stack, zip(*items, strict=True))
@@ -75,12 +77,6 @@ def train_s(
 
     judge = accuracy if validation else None
     return fit(s, data, losses, training, accuracy=judge, images=False, title="S", **options)
-
-
-@torch.no_grad()
-def s_logits(s: nn.Module, rows: Tensor) -> Tensor:
-    """Logits [M,C] on the CPU, computed where S lies."""
-    return s(rows.to(next(s.parameters()).device)).cpu()
 
 
 def train_classifier(
@@ -104,33 +100,32 @@ def train_classifier(
     CPU a step takes its slices one by one, which is faster and needs the memory of one.
 
     Args:
-        dataset: items (image, label) of `SliceImages`.
-        validation: with it the epoch of the best accuracy is kept ("return the best model").
+        dataset: items (image, label) of `SliceImages`; of `validation` the best epoch is kept.
         cache: folder for the ranked boxes of "heads"; see `cache_ranked_boxes`.
-        options: `seed` and `checkpoint`; they and the others as in `fit`.
+        options: `seed` and `checkpoint` of `fit`.
     """
     fabric = fabric or make_fabric(training.precision, find_unused_parameters=regime == "full")
     for part in (dataset, validation):
         if part is not None:
             check_classes(model, part)
     set_regime(model, regime)
-    run = {
+    options |= {"fabric": fabric, "progress": progress}
+    options["run"] = {
         "regime": regime,
         "detector": settings_digest(model.detector),
         "classifier": asdict(model.config),
-        "segmenter": digest(model.detector),  # S of one detector must not go on with another
+        # S of one detector must not go on with another
+        "segmenter": digest(model.detector.state_dict().values()),
     }
-    options |= {"fabric": fabric, "run": run, "progress": progress}
     if regime == "heads":
 
         def ranked(part: Dataset) -> tuple[Tensor, Tensor]:
-            settings = {"fabric": fabric, "folder": cache, "progress": progress}
-            return cache_ranked_boxes(model, part, **settings), torch.tensor(part.labels)
+            rows = cache_ranked_boxes(model, part, fabric=fabric, folder=cache, progress=progress)
+            return rows, torch.tensor(part.labels)
 
-        rows, labels = ranked(dataset)
         options["names"] = item_names(dataset)
         options["validation"] = None if validation is None else ranked(validation)
-        return train_s(model.s, rows, labels, training, **options)
+        return train_s(model.s, *ranked(dataset), training, **options)
 
     def losses(wrapped, items: list) -> dict[str, Tensor]:
         images, labels = zip(*items, strict=True)
@@ -140,18 +135,10 @@ def train_classifier(
     def accuracy() -> float:
         return evaluate_classifier(model, validation, fabric=fabric, progress=False)["accuracy"]
 
-    return fit(
-        model,
-        dataset,
-        losses,
-        training,
-        accuracy=None if validation is None else accuracy,
-        singly=fabric.device.type == "cpu",  # slices do not touch each other
-        workers=workers,
-        memory=memory,
-        title=f"classifier, {regime}",
-        **options,
-    )
+    options |= {"workers": workers, "memory": memory, "title": f"classifier, {regime}"}
+    options["singly"] = fabric.device.type == "cpu"  # slices do not touch each other
+    judge = None if validation is None else accuracy
+    return fit(model, dataset, losses, training, accuracy=judge, **options)
 
 
 def evaluate_classifier(

@@ -13,8 +13,7 @@ import io
 import logging
 import math
 import os
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from covidmask.config import TrainingConfig
 from covidmask.datasets.memory import InMemory
 from covidmask.errors import CheckpointError, DataError, TrainingError
-from covidmask.files import atomic_path, some
+from covidmask.files import atomic_path, one_line, some
 from covidmask.models.detector import check_images, to_model
 
 
@@ -51,16 +50,12 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
     except (PermissionError, MemoryError):
         raise  # the file may be whole
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        reason = f"truncated, or no checkpoint ({(str(error) or repr(error)).splitlines()[0]})"
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "holds more than plain data and is not read"
+        reason = f"truncated, or holds more than plain data ({one_line(error).split('.')[0]})"
         raise CheckpointError(f"{path}: {reason}; delete it, or name another checkpoint") from error
     changed = [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in run.items() if saved.get(k) != v]
     if changed:
-        raise CheckpointError(
-            f"{path}: belongs to another run ({', '.join(changed)}); "
-            "resume with the same settings, or name another checkpoint"
-        )
+        changed = f"{path}: belongs to another run ({', '.join(changed)})"
+        raise CheckpointError(f"{changed}; take the same settings, or name another checkpoint")
     return state
 
 
@@ -70,13 +65,10 @@ def make_fabric(
     find_unused_parameters: bool = False,
     log_dir: str | Path | None = None,
 ) -> Fabric:
-    """Choose the device and join the other processes that `torchrun` started, if any.
+    """Choose the device ("auto": CUDA or CPU) and join the processes that `torchrun` started.
 
-    Args:
-        precision: Lightning Fabric's names, such as "32-true" or "bf16-mixed".
-        device: "auto" is CUDA when present, else CPU; MPS is used only when asked for.
-        find_unused_parameters: for models of which some parameter gets no gradient ("full").
-        log_dir: folder for TensorBoard.
+    `find_unused_parameters` is for models of which some parameter gets no gradient ("full");
+    `log_dir` is a folder for TensorBoard.
     """
     # Lightning advises on each new GPU to give up digits for speed; that choice is the reader's
     for name in ("fabric", "pytorch"):  # the one that was imported last speaks for both
@@ -119,17 +111,15 @@ def fit(
     """Train what requires a gradient in `model`, in place, with Adam; it ends in eval mode.
 
     Args:
-        dataset: its items are given to `losses` as a list. An `endless` one (see `Augmented`) gives
-            new items in every epoch.
-        losses: (model, items) -> named losses; their sum is minimised.
+        dataset: an `endless` one (see `Augmented`) gives new items in every epoch.
+        losses: (model, list of items) -> named losses; their sum is minimised.
         checkpoint: file to write after every epoch, and to go on from when it is there.
-        run: settings that a resumed run must share, besides `training`, seed, names of the data
-            and the weights of `model` before the first step.
+        run: settings that a resumed run must share, besides those of `fit` that matter.
         accuracy: judges `model` after each epoch; the weights with the highest value are kept. Not
             together with `training.average`, whose weights it does not see.
-        images: items begin with an image, to be looked at before a GPU would have to wait for that.
-        singly: differentiate the items of a batch one by one and add up their gradients: the same
-            step for less memory where items do not touch each other (no batch statistics).
+        images: items begin with an image, which is looked at before it goes to a GPU.
+        singly: add up the gradients of one item at a time: the same step for less memory where
+            items do not touch each other (no batch statistics).
         workers: processes that read slices; 0 reads in this one.
         memory: MiB for slices that are decoded once, before the first step; see `InMemory`.
 
@@ -138,7 +128,7 @@ def fit(
         the end of an epoch also the `accuracy`.
 
     Raises:
-        DataError: fewer slices than one batch, or a batch that the processes cannot share.
+        DataError: a batch size larger than the data, or that the processes cannot share.
         TrainingError: the loss, or a weight after an epoch, is not finite, or the accuracy is NaN.
         CheckpointError: `checkpoint` is damaged, or of another run.
     """
@@ -147,10 +137,9 @@ def fit(
     fabric = fabric or make_fabric(training.precision)
     world, rank, size = fabric.world_size, fabric.global_rank, training.batch_size
     hidden = not (progress and rank == 0)
-    if size < 1 or size % world:
-        raise DataError(f"batch size {size}: give a multiple of the number of processes, {world}")
-    if len(dataset) < size:
-        raise DataError(f"{len(dataset)} slices: less than one batch of {size}; give more slices")
+    if not 0 < size <= len(dataset) or size % world:
+        wanted = f"a multiple of the number of processes, {world}, up to {len(dataset)} slices"
+        raise DataError(f"batch size {size}: give {wanted}")
     steps_per_epoch = len(dataset) // size  # the rest of an epoch's order waits for another epoch
     total = steps_per_epoch * training.epochs
     names, endless = item_names(dataset), getattr(dataset, "endless", False)
@@ -161,7 +150,6 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
     wrapped, optimizer = fabric.setup(model, optimizer)
-    precision = fabric.strategy.precision  # with 16-mixed it adapts the scale of the loss
     run = {
         "training": asdict(training),
         "seed": seed,
@@ -169,21 +157,22 @@ def fit(
         "data": hashlib.sha256("\n".join(names).encode()).hexdigest()[:12],
         "processes": world,
         **(run or {}),
-        "weights at the start": digest(model),  # now the same in all processes
+        "weights at the start": digest(model.state_dict().values()),  # now the same in all
     }
-    history: list[dict[str, float]] = []
-    best, best_weights = -math.inf, None
-    average = copy.deepcopy(model.state_dict()) if training.average else None
-    parts = {"model": model, "optimizer": optimizer, "precision": precision}
+    # with 16-mixed the precision adapts the scale of the loss
+    parts = {"model": model, "optimizer": optimizer, "precision": fabric.strategy.precision}
+    state = {"history": [], "best": -math.inf, "best_weights": None, "average": None}
+    if training.average:
+        state["average"] = copy.deepcopy(model.state_dict())
     if checkpoint is not None and Path(checkpoint).exists():
-        state = load_checkpoint(checkpoint, run)
-        if bad := not_finite(state["model"]):
+        saved = load_checkpoint(checkpoint, run)
+        if bad := not_finite(saved["model"]):
             remedy = "delete it and start again, with a lower learning rate"
             raise CheckpointError(f"{checkpoint}: holds NaN or infinity in {some(bad)}; {remedy}")
         for name, part in parts.items():
-            part.load_state_dict(state[name])
-        history, best, best_weights = state["history"], state["best"], state["best_weights"]
-        average = fabric.to_device(state["average"])
+            part.load_state_dict(saved[name])
+        state = fabric.to_device({name: saved[name] for name in state})
+    history, average = state["history"], state["average"]
 
     start = len(history)
     order = [
@@ -199,8 +188,8 @@ def fit(
         num_workers=workers,
         pin_memory=cuda,
     )
-    with tqdm(total=total, initial=start, desc=title, disable=hidden) as bar:
-        for step, items in enumerate(loader, start):
+    with tqdm(loader, title, total, initial=start, disable=hidden) as bar:
+        for step, items in enumerate(bar, start):
             torch.manual_seed(step_seed(seed, step, rank))
             lr = learning_rate(training, step, total)
             for group in optimizer.param_groups:
@@ -218,55 +207,56 @@ def fit(
                     loss = sum(named.values())
                     fabric.backward(loss * (1 / len(pieces)))
                 values += torch.stack([loss, *named.values()]).detach() * (1 / len(pieces))
-            if world > 1:
-                values = fabric.all_reduce(values, reduce_op="mean")
-            values = dict(zip(["loss", *named], values.tolist(), strict=True))
+            values = (joined(values, fabric) / world).tolist()
+            values = dict(zip(["loss", *named], values, strict=True))
             if not math.isfinite(values["loss"]):
-                raise TrainingError(
-                    f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}; "
-                    "look at these slices, or lower the learning rate"
-                )
+                bad = f"step {step}: the loss is not finite ({values}) on {', '.join(batch)}"
+                raise TrainingError(f"{bad}; look at these slices, or lower the learning rate")
             optimizer.step()
-            if average is not None:  # of weights and batch-norm statistics; counters are copied
+            if average:  # of weights and batch-norm statistics; counters are copied
                 decay = min(training.average, (step + 1) / (step + 10))
                 for name, value in model.state_dict().items():
                     floats = value.is_floating_point()
                     average[name].lerp_(value, 1 - decay) if floats else average[name].copy_(value)
             epoch = step // steps_per_epoch
             history.append({"step": step, "epoch": epoch, "lr": lr, **values})
-            bar.update()
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             if (step + 1) % steps_per_epoch == 0:
-                _share_buffers(model, world)
+                share_buffers(model, world)
                 if bad := not_finite(model.state_dict()):  # of the last step no loss would tell
-                    raise TrainingError(
-                        f"step {step}: weights that are not finite: {some(bad)}; lower the "
-                        "learning rate, or look for extreme slices"
-                    )
+                    bad = f"step {step}: weights that are not finite: {some(bad)}"
+                    raise TrainingError(f"{bad}; lower the learning rate, or look at the slices")
                 if accuracy:
                     model.eval()
                     history[-1]["accuracy"] = value = accuracy()
                     model.train()
-                    if value > best:
-                        best = value
-                        best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
-                    if best_weights is None:
-                        raise TrainingError(
-                            f"accuracy is {value} after epoch {epoch}; look at the validation data"
-                        )
+                    if math.isnan(value):
+                        bad = f"accuracy is nan after epoch {epoch}"
+                        raise TrainingError(f"{bad}; look at the validation data")
+                    if value > state["best"]:
+                        state["best"] = value
+                        state["best_weights"] = copy.deepcopy(model.state_dict())
                 if checkpoint is not None and rank == 0:
-                    state = {name: part.state_dict() for name, part in parts.items()}
-                    state |= {"run": run, "history": history, "average": average}
-                    state |= {"best": best, "best_weights": best_weights}
-                    save_checkpoint(checkpoint, state)
+                    states = {name: part.state_dict() for name, part in parts.items()}
+                    save_checkpoint(checkpoint, {**states, **state, "run": run})
             fabric.log_dict({k: v for k, v in history[-1].items() if k != "step"}, step)
-    if accuracy and best_weights is not None:  # those of a checkpoint may be unwanted
-        model.load_state_dict(best_weights)
-    if average is not None:
-        model.load_state_dict(average)
-        _share_buffers(model, world)
+    final = state["best_weights"] if accuracy else average  # best ones of before may be unwanted
+    if final:
+        model.load_state_dict(final)
+        share_buffers(model, world)
     model.eval()
     return history
+
+
+def joined(rows: Tensor, fabric: Fabric) -> Tensor:
+    """The sum over all processes; so each may fill in its own rows, and leave zeros elsewhere."""
+    return fabric.all_reduce(rows, reduce_op="sum").cpu() if fabric.world_size > 1 else rows
+
+
+def share_buffers(model: nn.Module, world: int) -> None:
+    """Batch-norm statistics differ between processes until those of the first are sent round."""
+    for buffer in model.buffers() if world > 1 else ():
+        torch.distributed.broadcast(buffer, 0)
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
@@ -274,17 +264,17 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
     return [name for name, value in state.items() if not value.isfinite().all()]
 
 
-def digest(module: nn.Module) -> str:
-    """A short hash of all weights and buffers."""
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A short hash of the elements in order, whatever their type, device and layout."""
     total = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        total.update(as_bytes(tensor))
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()[:12]
 
 
-def as_bytes(tensor: Tensor) -> bytes:
-    """The elements in order, of any type, device and layout."""
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+def pinnable(items: list) -> list:
+    """A batch whose memory can be pinned; that of an image repeated by `expand` cannot."""
+    return apply_to_collection(items, Tensor, Tensor.contiguous)
 
 
 def item_names(dataset: Dataset) -> Sequence[str]:
@@ -318,8 +308,8 @@ def read_batches(
     dataset: Dataset, fabric: Fabric, size: int, title: str, progress: bool = True, done: int = 0
 ) -> Iterator[tuple[list[int], list, list[Tensor]]]:
     """Each item once, those of this process: (indices, items, their images on the device)."""
-    indices, names = share(len(dataset), fabric), item_names(dataset)
-    hidden = not (progress and fabric.global_rank == 0)
+    rank, names = fabric.global_rank, item_names(dataset)
+    indices, hidden = range(len(dataset))[rank :: fabric.world_size], not (progress and rank == 0)
     with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
         for start in range(done, len(indices), size):
             part = list(indices[start : start + size])
@@ -327,32 +317,3 @@ def read_batches(
             images = [image for image, *_ in items]
             yield part, items, to_model(images, fabric.device, [names[i] for i in part])
             bar.update(len(part))
-
-
-def share(n: int, fabric: Fabric) -> range:
-    """The items of `range(n)` that this process evaluates: each item belongs to one process."""
-    return range(fabric.global_rank, n, fabric.world_size)
-
-
-def gather(part: Tensor, n: int, fabric: Fabric) -> Tensor:
-    """Put the rows that each process computed for its `share` back into one [n, ...] tensor."""
-    if fabric.world_size == 1:
-        return part
-    parts: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(parts, part)
-    whole = part.new_empty(n, *part.shape[1:])
-    for rank, rows in enumerate(parts):
-        whole[rank :: fabric.world_size] = rows
-    return whole
-
-
-def _share_buffers(model: nn.Module, world: int) -> None:
-    """Batch-norm statistics differ between processes until those of the first are sent round."""
-    if world > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-def pinnable(items: list) -> list:
-    """A batch whose memory can be pinned; that of an image repeated by `expand` cannot."""
-    return apply_to_collection(items, Tensor, Tensor.contiguous)

@@ -23,32 +23,30 @@ from covidmask.files import some
 from covidmask.metrics import detection
 from covidmask.metrics.detection import IOU_THRESHOLDS, CocoAP, semantic_mask
 from covidmask.models.detector import detect, for_inference, same_size_groups
-from covidmask.training.loop import fit, gather, make_fabric, not_finite, read_batches
+from covidmask.training.loop import fit, joined, make_fabric, not_finite, read_batches
 
 
 def train_segmenter(
     model: GeneralizedRCNN, dataset: Dataset, training: TrainingConfig, **options: Any
 ) -> list[dict[str, float]]:
-    """Minimise the sum of the five losses of Mask R-CNN, in place; see `fit`.
+    """Minimise the sum of the five losses of Mask R-CNN, in place, on items of `LesionSlices`.
 
-    Args:
-        dataset: items (image, target) of `LesionSlices`.
-        options: `fabric`, `seed`, `checkpoint`, `workers`, `memory`, `progress`, `title` of `fit`.
+    Options are `fabric`, `seed`, `checkpoint`, `workers`, `memory`, `progress`, `title` of `fit`.
     """
 
     def losses(wrapped, items: list) -> dict[str, Tensor]:
         images, targets = zip(*items, strict=True)
         return wrapped(list(images), list(targets))
 
-    augment, lesions = None, dataset
-    if isinstance(dataset, Augmented):
-        augment, lesions = asdict(dataset.config) | {"seed": dataset.seed}, dataset.dataset
+    lesions = getattr(dataset, "dataset", dataset)
     run = {  # what decides the items besides their names; None where a data set does not say
         "segmenter": asdict(model.config),
-        "augment": augment,
+        "augment": None,
         "lesions": getattr(lesions, "lesions", None),
-        "min_area": augment["min_area"] if augment else getattr(lesions, "min_area", None),
+        "min_area": getattr(lesions, "min_area", None),
     }
+    if isinstance(dataset, Augmented):
+        run["augment"] = asdict(dataset.config) | {"seed": dataset.seed}
     model.requires_grad_(True)
     return fit(model, dataset, losses, training, run=run, **{"title": "segmenter"} | options)
 
@@ -63,9 +61,9 @@ def pretrain_segmenter(
     progress: bool = True,
     **options: Any,
 ) -> list[dict[str, float]]:
-    """Train on random copies of a preset's phantoms, which are drawn where `folder` lacks them.
+    """Train as the preset's `pretraining` says on random copies (`augment`) of its phantoms.
 
-    The preset has `augment` and `pretraining`; options are those of `train_segmenter`.
+    They are drawn where `folder` lacks them; options are those of `train_segmenter`.
     """
     fabric = fabric or make_fabric(preset.pretraining.precision)
     if fabric.global_rank == 0:
@@ -90,10 +88,9 @@ def predict_lesions(
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
     """Run the detector once on each slice; yield (index, prediction, target), both on the CPU.
 
-    With several processes each yields the slices of its share. Slices of different sizes never
-    share a batch, because padding changes the result; so where sizes mix, indices come out of
-    order. With `fused` predictions have `maps`, as those of `models.detector.detect`, which may be
-    the mean with those of the mirror image.
+    Each of several processes yields its share. Where sizes mix, indices come out of order: slices
+    of one size make a batch, because padding changes the result. With `fused` predictions have
+    `maps`, which may `mirror`; see `models.detector.detect`.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
@@ -126,12 +123,11 @@ def evaluate_segmenter(
         options: `batch_size`, `mirror` and `progress` of `predict_lesions`.
 
     Returns:
-        Values in 0..1: those of `CocoAP.compute`, with one AP50 a class; `author_ap` (mean over
-        thresholds), `author_ap50` and `author_ap75` by the rule of the released code;
-        `dice_<class>`, the mean over slices with that class in the truth or the detections (NaN
-        where there is none). `overlap` holds `overlap_means` of "infection" and of each class in
-        the fused maps; `slices`, how many were judged; and `table`, float64 [M, regions, 5], the
-        `Overlap` of each slice, in the order of the data set.
+        What `CocoAP.compute` gives; `author_ap` (mean over thresholds), `author_ap50` and
+        `author_ap75` by the rule of the released code; `dice_<class>`, the mean over slices with
+        that class in the truth or the detections (NaN where there is none); all 0..1. `overlap` has
+        `overlap_means` of "infection" and of each class; `slices`, how many were judged; `table`,
+        float64 [M, regions, 5], the `overlap` of each slice, in the order of the data set.
     """
     for name, value in (("score", score), ("threshold", threshold)):
         if not 0 <= value <= 1:
@@ -140,24 +136,21 @@ def evaluate_segmenter(
         raise TrainingError(f"weights that are not finite: {some(bad)}; train the segmenter again")
     fabric = fabric or make_fabric()
     classes = lesion_classes(model.config.lesions)
-    regions, coco, rows = ("infection", *classes), CocoAP(classes), {}
+    regions, coco = ("infection", *classes), CocoAP(classes)
+    columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
+    rows = torch.zeros(len(dataset), sum(columns), dtype=torch.float64)
     found = predict_lesions(model, dataset, fabric=fabric, fused=True, **options)
     for index, prediction, target in found:
-        maps = prediction.pop("maps")
-        prediction.pop("semantic", None)
         coco.update([prediction], [target])
         kept = prediction["scores"] > score
-        author = detection.author_image_ap({k: v[kept] for k, v in prediction.items()}, target)
-        painted = semantic_mask(prediction, score)
+        sure = {key: prediction[key][kept] for key in ("labels", "scores", "masks")}
+        painted = semantic_mask(sure, score)
         truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
-        codes = range(2, 2 + len(classes))
-        dices = [detection.dice(painted == code, truth == code) for code in codes]
-        counts = chain.from_iterable(detection.overlap(maps, truth, threshold))
-        rows[index] = [*author, *dices, *counts]
-    columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
-    ordered = [rows[index] for index in sorted(rows)]  # as `gather` expects them
-    part = torch.tensor(ordered, dtype=torch.float64).reshape(-1, sum(columns))
-    author, dices, counts = gather(part, len(dataset), fabric).split(columns, dim=1)
+        row = [*detection.author_image_ap(sure, target)]
+        row += [detection.dice(painted == 1 + k, truth == 1 + k) for k in range(1, len(regions))]
+        row += chain.from_iterable(detection.overlap(prediction["maps"], truth, threshold))
+        rows[index] = torch.tensor(row, dtype=torch.float64)
+    author, dices, counts = joined(rows, fabric).split(columns, dim=1)
     author, dices = author.mean(0), dices.nanmean(0)
     table = counts.reshape(-1, len(regions), 5)  # [M, regions, 5]
     return {

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, TinySlices
 from torch.utils.data import Subset
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 import covidmask
 from covidmask.datasets.classes import SliceImages
@@ -46,6 +47,11 @@ class Files(SliceImages):
 def dataset(tmp_path, monkeypatch):
     (tmp_path / "slices").mkdir()
     return Files(tmp_path / "slices", 6, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def every_batch_is_kept(monkeypatch):
+    monkeypatch.setattr(ranked_cache, "SECONDS", 0)
 
 
 @pytest.fixture
@@ -135,58 +141,54 @@ def test_a_killed_run_goes_on(model, dataset, folder):
     assert len(list(folder.iterdir())) == 1
 
 
-RECORD = TINY_CLASSIFIER.n_boxes * 5 * 4 + 4  # bytes of a slice: its boxes and their sum
+def test_another_kill_at_another_batch_size(model, dataset, folder):
+    expected = rank(model, dataset)
+    for fails_at, size in ((3, 1), (5, 2)):
+        dataset.fails_at = fails_at
+        with pytest.raises(KeyboardInterrupt):
+            rank(model, dataset, folder, batch_size=size)
+    dataset.fails_at = None
+    dataset.reads.clear()
+    torch.testing.assert_close(rank(model, dataset, folder, batch_size=4), expected)
+    assert dataset.reads == [5]
 
 
-def killed(model, dataset, folder):
-    """The file that a run leaves behind when it is killed after four slices."""
+def test_not_every_batch_is_kept_at_once(model, dataset, folder, monkeypatch):
+    monkeypatch.setattr(ranked_cache, "SECONDS", 60)
+    dataset.fails_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        rank(model, dataset, folder)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-7], lambda c: bytes(len(c)), lambda c: b""])
+def test_what_a_killed_run_left_is_trusted_as_far_as_it_is_whole(model, dataset, folder, damage):
+    expected = rank(model, dataset)
     dataset.fails_at = 4
     with pytest.raises(KeyboardInterrupt):
         rank(model, dataset, folder)
     dataset.fails_at = None
     dataset.reads.clear()
     (part,) = folder.iterdir()
-    assert part.stat().st_size == 4 * RECORD
-    return part
+    assert sorted(path.name for path in part.iterdir()) == ["0.npy", "2.npy"]
+    (part / "2.npy").write_bytes(damage((part / "2.npy").read_bytes()))
+    torch.testing.assert_close(rank(model, dataset, folder), expected)
+    assert dataset.reads == [2, 3, 4, 5] and len(list(folder.iterdir())) == 1
 
 
-def zeros_at_the_end(content):
-    return content[: 2 * RECORD] + bytes(4 * RECORD)  # what a crash of the machine can leave
+def test_a_full_disk_is_told_and_the_run_goes_on(model, dataset, folder, monkeypatch):
+    expected, save = rank(model, dataset), np.save
 
+    def full(path, rows):
+        save(path, rows)
+        if len(dataset.reads) > 2:
+            raise OSError(28, "No space left on device")
 
-@pytest.mark.parametrize(
-    "damage, again",
-    [
-        (lambda content: content[: 3 * RECORD + 7], [3, 4, 5]),  # killed while it wrote
-        (zeros_at_the_end, [2, 3, 4, 5]),
-        (lambda content: content[:RECORD] + b"?" + content[RECORD + 1 :], [1, 2, 3, 4, 5]),
-        (lambda content: bytes(len(content)), [0, 1, 2, 3, 4, 5]),
-        (lambda content: b"", [0, 1, 2, 3, 4, 5]),
-    ],
-    ids=["cut", "zeros at the end", "another byte", "only zeros", "empty"],
-)
-def test_what_a_killed_run_left_is_trusted_as_far_as_it_is_whole(
-    model, dataset, folder, damage, again
-):
-    expected = rank(model, dataset)
-    part = killed(model, dataset, folder)
-    part.write_bytes(damage(part.read_bytes()))
-    rows = rank(model, dataset, folder)
-    assert dataset.reads == again
-    torch.testing.assert_close(rows, expected)
-    assert len(list(folder.iterdir())) == 1
-
-
-def test_a_full_disk_is_told_and_the_run_goes_on(model, dataset, folder):
-    resource = pytest.importorskip("resource", reason="needs limits of Unix")
-    expected = rank(model, dataset)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * RECORD + 9, before[1]))
-    try:
-        with pytest.raises(OutputError, match="cannot be kept.*free some space"):
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        dataset.reads.clear()
+        with pytest.raises(OutputError, match="2.npy: cannot be written .No space left on device"):
             rank(model, dataset, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     dataset.reads.clear()
     torch.testing.assert_close(rank(model, dataset, folder), expected)
     assert dataset.reads == [2, 3, 4, 5]
@@ -224,35 +226,15 @@ def test_a_setting_changed_by_hand_is_another_file(dataset, folder):
     assert len(list(folder.iterdir())) == 3
 
 
-def test_another_row_encoder_is_another_file():
-    """Also a function of the reader's that differs in a number alone, wherever that stands."""
-
-    class Rows:
-        def __init__(self, *parts):
-            self.parts = parts
-
-    class Learned(torch.nn.Module):
-        def __init__(self, weight):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.tensor([weight]))
-
-    def times(factor):
-        return lambda boxes: boxes * factor
-
-    def plus(boxes, more=1):
-        return boxes + more
-
-    def plus_two(boxes, more=2):
-        return boxes + more
-
-    def same():
-        yield from (None, Rows("score"), Rows("score", "dx"), Rows("score", times(2)))
-        yield from (Rows(times(2)), Rows(times(3)), Rows(plus), Rows(plus_two))
-        yield from (Learned(1.0), Learned(2.0), Rows(torch.ones(2)), Rows(torch.zeros(2)))
-
-    texts = [ranked_cache._text(encoder) for encoder in same()]
-    assert texts == [ranked_cache._text(encoder) for encoder in same()]
-    assert len(set(texts)) == len(texts)
+def test_a_forward_pass_changes_no_setting():
+    """Of torchvision's own, too."""
+    theirs = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=2, min_size=64
+    ).eval()
+    before = ranked_cache.settings_digest(theirs)
+    with torch.no_grad():
+        theirs([torch.rand(3, 64, 64)])
+    assert ranked_cache.settings_digest(theirs) == before
 
 
 def test_slices_that_are_no_files(model, dataset, folder):
@@ -284,22 +266,20 @@ def test_names_are_not_needed(model, folder):
     assert torch.equal(rank(model, part, folder), rank(model, part, folder))
 
 
-def test_two_runs_at_once_that_both_are_killed(model, dataset, folder, monkeypatch):
-    """Both append what they have computed to one file."""
-    expected = rank(model, dataset)
-    append = ranked_cache._append
+def test_two_runs_at_once(model, dataset, folder, monkeypatch):
+    """One is done in the middle of the other, and takes its folder away."""
+    expected, write, others = rank(model, dataset), ranked_cache._write, []
 
-    def twice(*arguments):
-        append(*arguments)
-        append(*arguments)
-        raise KeyboardInterrupt
+    def interrupted(path, rows):
+        if path.name == "2.npy":
+            monkeypatch.setattr(ranked_cache, "_write", write)
+            others.append(rank(model, dataset, folder, batch_size=3))
+        write(path, rows)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(ranked_cache, "_append", twice)
-        rank(model, dataset, folder)
-    (part,) = folder.iterdir()
-    assert part.stat().st_size == 4 * RECORD  # of the slices 0, 1, 0, 1
+    monkeypatch.setattr(ranked_cache, "_write", interrupted)
     torch.testing.assert_close(rank(model, dataset, folder), expected)
+    torch.testing.assert_close(others[0], expected)
+    assert [path.suffix for path in folder.iterdir()] == [".npy"]
 
 
 def test_a_finished_file_with_a_gap_is_computed_again(model, dataset, folder):
@@ -315,20 +295,9 @@ def test_boxes_that_are_no_numbers_name_the_slice(model, dataset, folder, monkey
         CovidCTMaskNet, "ranked_boxes", lambda *arguments: ranked(*arguments) * torch.nan
     )
     for place in (None, folder):
-        with pytest.raises(TrainingError, match="phantom_0.png.*5 other slices; look at"):
+        with pytest.raises(TrainingError, match="2 .phantom_0.png, phantom_1.png.: .*look at"):
             rank(model, dataset, place)
     assert not list(folder.glob("ranked-*"))
-
-
-def test_a_part_that_cannot_be_removed_is_no_harm(model, dataset, folder, monkeypatch):
-    def unlink(path, **_):
-        raise PermissionError(path)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("covidmask.training.ranked_cache.check_writable", lambda path: path.mkdir())
-        patched.setattr(Path, "unlink", unlink)
-        rows = rank(model, dataset, folder)
-    assert torch.equal(rows, rank(model, dataset, folder))
 
 
 def test_the_first_process_decides_whether_boxes_are_there(model, dataset, folder, monkeypatch):

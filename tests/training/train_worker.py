@@ -37,13 +37,13 @@ def main(kind: str, folder: Path, announce: bool) -> None:
     options = {"fabric": fabric, "checkpoint": folder / "run.ckpt", "progress": False}
     epochs = []  # weights at the end of each epoch, to compare between ranks
     if kind == "segmenter":
-        save, data = loop._share_buffers, TinyLesions(16)
+        save, data = loop.share_buffers, TinyLesions(16)
 
         def spy(trained, world):
             save(trained, world)
             epochs.append({k: v.clone() for k, v in trained.state_dict().items()})
 
-        loop._share_buffers = spy
+        loop.share_buffers = spy
         history = train_segmenter(model, data, training, **options)
         result = evaluate_segmenter(model, data, fabric=fabric, progress=False)
         seen = predict_lesions(model, data, fabric=fabric, batch_size=3, progress=False)
