@@ -670,8 +670,8 @@ published = [
 ]
 print(f"{'model':18} {'published':>9} {'count':>12}   rule")
 for name, millions, rule, count in published:
-    shown = f"{count:12,}" if count else f"{'-':>12}"
-    print(f"{name:18} {millions:8g}M {shown}   {rule}")
+    counted = f"{count:12,}" if count else f"{'-':>12}"
+    print(f"{name:18} {millions:8g}M {counted}   {rule}")
 
 # %% [markdown]
 # The first three lines and "heads" stand in Table 1 of the paper {cite:p}`TerSarkisov2020`, the

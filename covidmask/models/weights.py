@@ -152,6 +152,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
+        if Path(path).stat() and Path(path).is_file():
+            open(path, "rb").close()  # safetensors says of any fault that there is no such file
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
             newer = header.get("format", 1) > FORMAT

@@ -267,7 +267,9 @@ def test_own_encoder_and_s(kind, tmp_path):
         assert model.config.columns == tuple(encoder.columns)
         slices = [(image, 0) for image in IMAGES]
         kept = cache_ranked_boxes(model, slices, folder=tmp_path, progress=False)
-        assert torch.equal(kept, rows) and not list(tmp_path.iterdir()), "its code may change"
+        assert torch.allclose(kept, rows, atol=1e-4) and not list(tmp_path.iterdir()), (
+            "its code may change"
+        )
     set_regime(model, "full")
     model(IMAGES).square().sum().backward()
     own = [part for part in (encoder, s) if isinstance(part, nn.Module)]
