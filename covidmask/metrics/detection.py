@@ -158,7 +158,7 @@ def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[list
 
     Maps are float32 [classes, H, W]; truth is uint8 [H, W], codes as in `semantic_mask`. A row for
     `overlap_means` has the pixels both in prediction and truth, predicted, true, and in all; and
-    the sum of |probability - truth|.
+    the sum of `|probability - truth|`.
     """
     truth, found = np.asarray(truth), fuse(maps, threshold)
     regions = [(found >= 2, truth >= 2, 1 - (1 - maps).prod(0))]
