@@ -63,12 +63,18 @@ class Slice:
 def hounsfield_to_unit(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Map Hounsfield units of any shape to float32 in 0..1, by a window of level and width in HU.
 
-    Level - width/2 and below become 0, level + width/2 and above 1; else `DataError`.
+    Level - width/2 and below become 0, level + width/2 and above 1.
+
+    Raises:
+        DataError: level and width are not finite numbers, the width above 0.
     """
     level, width = map(float, window)
-    if not (abs(level) <= 1e6 and 1e-3 <= width <= 1e6):
-        raise DataError(f"window {level:g} {width:g}: give a level, and a width above 0, in HU")
-    unit = (np.asarray(hu, dtype=np.float32) - (level - width / 2)) / width
+    if not (math.isfinite(level) and math.isfinite(width) and width > 0):
+        raise DataError(f"window {level:g} {width:g}: give finite numbers, the width above 0")
+    # no double is outside 64 bits, but 1e308 is infinite in 32, and 1e-50 is 0
+    wide = np.float32 if 1e-30 < width < 1e30 and abs(level) < 1e30 else np.float64
+    with np.errstate(over="ignore"):  # far outside the window: clipped
+        unit = (np.asarray(hu, dtype=wide) - (level - width / 2)) / width
     return np.clip(unit, 0, 1).astype(np.float32)
 
 

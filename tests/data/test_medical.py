@@ -27,9 +27,24 @@ def test_window():
     unit = hounsfield_to_unit(np.array([-2048, -1350, -600, 150, 3000]), WINDOW)
     assert unit.dtype == np.float32
     assert unit.tolist() == [0, 0, 0.5, 1, 1]
-    for bad in ((0, 0), (0, -1), (0, np.nan), (np.nan, 1), (0, np.inf), (-np.inf, 1), (0, 1e308), (0, 1e-300)):
+    for bad in ((0, 0), (0, -1), (0, np.nan), (np.nan, 1), (0, np.inf), (-np.inf, 1)):
         with pytest.raises(ValueError, match="width"):
             hounsfield_to_unit(HU, bad)
+
+
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        ((1e308, 1e308), [0, 0]),
+        ((0, 1e308), [0.5, 0.5]),
+        ((-1e308, 1.5e308), [1, 1]),
+        ((0, 1e-300), [0.5, 1]),
+        ((1, 5e-324), [0, 0]),
+    ],
+)
+def test_windows_at_the_ends_of_what_a_number_can_be(window, expected):
+    unit = hounsfield_to_unit(np.array([0, 0.5]), window)
+    assert unit.dtype == np.float32 and unit.tolist() == expected
 
 
 def write_dicom(path, stored, syntax=None, **tags):
