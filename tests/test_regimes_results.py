@@ -103,13 +103,13 @@ def test_what_the_chapter_says_about_the_results():
     """The sentences below the table, in numbers: change both together."""
     heads, bn, full, gentle_bn, gentle_full, longer = RESULT["regimes"]
     assert bn["minus_heads"][1] < 0 < bn["minus_heads"][2]
-    assert full["minus_heads"][1] > 0
-    for row in (gentle_bn, gentle_full):
-        assert row["accuracy"] > heads["accuracy"] and row["minus_heads"][1] < 0
-    assert gentle_full["accuracy"] < full["accuracy"]
-    assert full["accuracy"] - gentle_full["accuracy"] > 0.03
-    others = [row["accuracy"] for row in (heads, bn, gentle_bn, gentle_full)]
-    assert longer["accuracy"] > max(others) - 0.01 and full["accuracy"] > longer["accuracy"]
+    for row in (full, gentle_full, longer):
+        assert row["minus_heads"][1] > 0
+    assert abs(gentle_bn["minus_heads"][1]) < 0.005 < gentle_bn["minus_heads"][2]
+    assert gentle_bn["accuracy"] - bn["accuracy"] > 0.03 > heads["accuracy"] - bn["accuracy"]
+    assert abs(longer["accuracy"] - gentle_bn["accuracy"]) < 0.01
+    best = max(row["accuracy"] for row in (heads, bn, gentle_bn, longer))
+    assert min(full["accuracy"], gentle_full["accuracy"]) > best + 0.02
     before = RESULT["detection_before"]["box_ap50"]
     ap50 = [row["detection"]["box_ap50"] / before for row in RESULT["regimes"]]
     assert ap50[1] < 0.3 and ap50[2] < 0.3 and ap50[3] > 0.9 and ap50[4] < 0.5
