@@ -97,7 +97,9 @@ class TrainingConfig:
     weight_decay: float = 1e-3
     warmup: int = 0  # steps over which the rate grows linearly from 0
     cosine: bool = False  # fall to 0 along half a cosine after the warm-up
-    average: float = 0  # decay of a running average of the weights, which is kept; 0: the last ones
+    average: float = (
+        0.0  # decay of a running average of the weights, which is kept; 0: the last ones
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # of Lightning Fabric
 
 
@@ -118,7 +120,7 @@ class AugmentConfig:
     size: int  # pixels per side of every copy
     copies: int  # of each slice in an epoch
     min_area: int  # lesions of fewer pixels of a copy are no instances
-    paste: float = 0  # share of the copies that get the lesions of another slice, too
+    paste: float = 0.0  # share of the copies that get the lesions of another slice, too
 
 
 @dataclass(frozen=True)

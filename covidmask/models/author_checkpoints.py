@@ -105,7 +105,7 @@ def _read_author_file(path: str | Path) -> Any:
                 return torch.load(file, "cpu", weights_only=True)
             raise pickle.UnpicklingError("torch.save wrote no such file")
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's words, and ours
+        foreign = re.search(r"(?:GLOBAL|class) (\S+)", str(error))  # torch's words, and ours
         reason = f"it holds the foreign object {foreign[1]}" if foreign else one_line(error)[:200]
         raise CheckpointError(
             f"{path}: not read ({reason}); download a file of the author's own release again"

@@ -113,7 +113,9 @@ def test_a_passing_fault_is_overcome(faults, host, files, out):
         (("to", PATHS[1]), 93, "redirects"),
     ],
 )
-def test_a_lasting_fault_ends_in_one_sentence(fault, requests, words, host, files, out, monkeypatch):
+def test_a_lasting_fault_ends_in_one_sentence(
+    fault, requests, words, host, files, out, monkeypatch
+):
     monkeypatch.setattr(downloads, "MAX_BYTES", 4000)
     download(host.url, {PATHS[0]: files[PATHS[0]]}, out)
     (out / PATHS[1]).parent.mkdir()
@@ -900,8 +902,8 @@ def test_commands_with_bad_input(command, words, tmp_path, monkeypatch, capsys):
 def test_help_names_every_option_and_loads_neither_torch_nor_pooch(capsys):
     assert main(["fetch", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in "covid-semiseg covidx-ct cncb-lesions --out --source --from --seed --per-class".split():
-        assert word in text
+    words = ("covid-semiseg", "covidx-ct", "cncb-lesions", "--out", "--source", "--from", "--seed")
+    assert all(word in text for word in (*words, "--per-class"))
     assert "non-commercial" in text and "established" in text and "None" not in text
     code = "import sys; from covidmask.cli import main; main(['fetch', '--help']); "
     code += "print([m for m in ('torch', 'numpy', 'pooch', 'requests') if m in sys.modules])"

@@ -326,7 +326,10 @@ def test_weights_of_another_type_are_refused(segmenter, tmp_path, kind):
     header = safe_open(path, "pt").metadata()
     state = {name: tensor.contiguous() for name, tensor in segmenter.state_dict().items()}
     state["rpn.head.conv.0.0.bias"] = state["rpn.head.conv.0.0.bias"].to(kind)
-    save_file(state, path, metadata=header)
+    try:
+        save_file(state, path, metadata=header)
+    except KeyError:
+        pytest.skip("this safetensors writes no such numbers")
     with pytest.raises(CheckpointError, match=f"rpn.head.conv.0.0.bias holds .* type, {kind}"):
         weights.load_segmenter(path)
 
