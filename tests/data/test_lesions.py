@@ -14,6 +14,7 @@ from covidmask.datasets.lesions import (
     LesionSlices,
     lesion_statistics,
     mask_to_targets,
+    open_lesions,
     split_by_patient,
 )
 from covidmask.errors import DataError
@@ -387,3 +388,11 @@ def test_the_shares_are_of_patients_and_depend_on_the_seed():
 def test_bad_fractions(fractions):
     with pytest.raises(ValueError, match="sum to 1"):
         split_by_patient(["a"], fractions, seed=0)
+
+
+def test_every_lesion_counts_unless_the_reader_says_otherwise(tmp_path):
+    point = np.ones((12, 16), dtype=np.uint8)
+    point[5, 7] = 2
+    write_slice(tmp_path, "1", "1", mask=point)
+    found = [len(open_lesions(tmp_path, "all", **o)[0][1]["boxes"]) for o in ({}, {"min_area": 2})]
+    assert found == [1, 0]

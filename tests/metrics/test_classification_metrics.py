@@ -185,6 +185,9 @@ def test_bootstrap_of_other_numbers_of_classes():
 def test_tables_of_labels_are_refused():
     with pytest.raises(ValueError, match=r"int64 \[2, 3\] .* one whole number per slice"):
         confusion([[0, 1, 2], [0, 1, 2]], [[0, 0], [1, 1], [2, 2]])
+    for labels, predictions in (([0, 1], [0]), ([0], [0, 1]), ([], [])):  # numpy would repeat one
+        with pytest.raises(ValueError, match="one whole number per slice"):
+            confusion(np.array(labels, int), np.array(predictions, int))
 
 
 @pytest.mark.parametrize("values", [(1.5, 3), (math.nan, 3), (1, math.inf), (1, 2.5)])
