@@ -104,7 +104,7 @@ def read_split(path: str | Path, classes: tuple[str, ...] = IMAGE_CLASSES) -> li
                 known = f"one of 0 to {len(classes) - 1} ({', '.join(classes)})"
                 raise ValueError(f"label {label} contradicts {name}, or is not {known}")
             if not (0 <= xmin < xmax and 0 <= ymin < ymax):
-                raise ValueError(f"the box {box} is empty")
+                raise ValueError(f"the box {box} is empty or begins below 0")
         except ValueError as error:  # DataError is one
             raise DataError(
                 f"{path}, line {number}: {error}; expected `name [label [xmin ymin xmax ymax]]`"

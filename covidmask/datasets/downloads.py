@@ -43,6 +43,8 @@ def download(base: str | Path, files: Mapping[str, str], out: Path) -> list[str]
         files: name, with / between folders, -> SHA-256 in hexadecimal digits.
     """
     local = os.path.isdir(base) or isinstance(base, Path)
+    if not local and "://" not in base:
+        raise DataError(f"{base}: there is no such folder; name one, or an address with https://")
 
     def get(url: str, file: str, _: pooch.Pooch) -> None:
         if local:

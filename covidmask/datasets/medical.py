@@ -126,7 +126,10 @@ def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None
 
         # of many frames, pydicom reads the one alone
         dataset = _open_dicom(path, pixels=frame is None)
-        check_size(whole(dataset, "Columns") or 0, whole(dataset, "Rows") or 0, path)
+        size = [whole(dataset, tag) for tag in ("Columns", "Rows")]
+        if None in size:  # also where pydicom found the pixels cut short
+            raise ValueError("no rows and columns are stated, or the file is cut short")
+        check_size(*size, path)
         slope, intercept, unit = (
             None if (value := frame_value(dataset, frame or 0, keyword)) == "" else value
             for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType")

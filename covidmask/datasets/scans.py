@@ -15,7 +15,15 @@ from PIL import Image, ImageOps
 from covidmask.datasets import medical
 from covidmask.datasets.medical import Slice
 from covidmask.errors import DataError
-from covidmask.files import LOCKED, atomic_path, check_finite, check_size, decoding, readable
+from covidmask.files import (
+    LOCKED,
+    MAX_PIXELS,
+    atomic_path,
+    check_finite,
+    check_size,
+    decoding,
+    readable,
+)
 
 LUNG_WINDOW = (-600.0, 1500.0)  # level, width in HU
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # what the public data sets hold, in order of preference
@@ -112,9 +120,13 @@ def _open(path: Path) -> Image.Image:
     """Decode and turn a picture completely; Pillow alone would leave the pixels for later."""
     problem = "this is no image, or a damaged or truncated one"
     with decoding(path, problem, "expected PNG, JPEG, TIFF, DICOM or NIfTI"):
-        with Image.open(path, formats=FORMATS) as picture:
-            check_size(*picture.size, path)  # before any pixel is decoded
-            picture.verify()  # PNG: the checksums, and that the end of the file is there
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                check_size(*picture.size, path)  # before any pixel is decoded
+                picture.verify()  # PNG: the checksums, and that the end of the file is there
+        except Image.DecompressionBombError as error:  # Pillow's limit is above ours
+            what = f"the image has more than {MAX_PIXELS:,} pixels"
+            raise DataError(f"{path}: {what}; resize it, or check that it is a slice") from error
         # again, because `verify` uses the file up; open, because by its name Pillow would map a
         # plain TIFF into memory with the sides that it has after turning
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:

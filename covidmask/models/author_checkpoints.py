@@ -94,6 +94,8 @@ def _read_author_file(path: str | Path) -> Any:
     inert = ModuleType("inert_pickle")  # as `torch.load(pickle_module=...)` wants one
     inert.Unpickler, inert.UnpicklingError = _InertUnpickler, pickle.UnpicklingError
     inert.load = lambda file, **options: _InertUnpickler(file, **options).load()
+    if not Path(path).is_file():  # a pipe could block for ever
+        raise CheckpointError(f"{path}: there is no such file, or it is a folder; check the path")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             start = file.read(len(LEGACY_START))

@@ -40,6 +40,7 @@ STAGES = {  # torchvision's: layers that give a map, of half the size each; the 
     "mobilenet_v2": ("1", "3", "6", "13", "17"),
 }
 ROWS = 128  # boxes that RoIAlign takes at a time: few enough to stay in the processor's cache
+LONGEST = 64  # times the shorter side: of a longer strip nothing would be left after resizing
 LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
 # Where a batch norm is known to read the convolution that stands before it, and nothing else does.
 # Elsewhere the order of attributes says nothing about the order of calls.
@@ -73,6 +74,8 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackb
             name such as "IMAGENET1K_V1"; for timm's "pretrained", or the tag of one of its sets.
     """
     name, cut, levels = config.backbone, config.cut, config.levels
+    if not config.anchor_sizes or not config.anchor_ratios:
+        raise DataError("there are no anchors; give one size and one ratio or more")
     if cut not in (0, 1, 2) or (name == "resnet50" and cut):
         raise DataError(f"cut {cut}: choose 0, 1 or 2, and 0 for resnet50")
     if levels is None:  # the paper's choice: all of ResNet-50, one of the light models
@@ -81,7 +84,11 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackb
         stages = STAGES[name][: len(STAGES[name]) - cut]
         if not 1 <= levels <= len(stages):
             raise DataError(f"levels {levels}: choose 1 to {len(stages)}")
-        body = get_model(name, weights=weights)
+        try:
+            body = get_model(name, weights=weights)
+        except (KeyError, ValueError, OSError) as error:  # unknown to torchvision, or no network
+            problem = f"weights {weights}: no such weights of {name} could be had ({error})"
+            raise DataError(f"{problem}; check their name and the network") from error
         body, stages, widths = getattr(body, "features", body), stages[-levels:], []
         for stage in stages:
             norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
@@ -395,7 +402,9 @@ def check_images(
         kind, shape = getattr(image, "dtype", None), list(getattr(image, "shape", []))
         fits = kind in kinds and len(shape) == 3 and shape[0] == 3 and image.numel()
         found = f"{type(image).__name__}, {kind} {shape}; give a torch.float32 tensor [3, H, W]"
-        if fits and image.is_cpu:
+        if fits and max(shape[1:]) > LONGEST * min(shape[1:]):
+            fits, found = False, f"{shape[2]} x {shape[1]} pixels, too thin a strip; crop it"
+        elif fits and image.is_cpu:
             low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
             fits = low >= -1e-3 and high <= 1.001  # interpolation may step over by its rounding
             found = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 import textwrap
 from dataclasses import asdict
 from enum import Enum
@@ -152,8 +154,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        if Path(path).stat() and Path(path).is_file():
-            open(path, "rb").close()  # safetensors says of any fault that there is no such file
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe could block for ever
+            raise CheckpointError(f"{path}: this is a folder, pipe or device; name a weights file")
+        open(path, "rb").close()  # safetensors says of any fault that there is no such file
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
             newer = header.get("format", 1) > FORMAT

@@ -160,7 +160,9 @@ def test_nobody_answers(files, out):
         port = free.getsockname()[1]
     with pytest.raises(DataError, match="cannot be fetched .*Connection refused"):
         download(f"http://127.0.0.1:{port}", files, out)
-    with pytest.raises(DataError, match="check the address"):
+    with pytest.raises(
+        DataError, match="nowhere: there is no such folder; name one, or an address"
+    ):
         download("nowhere", files, out)
     assert tree(out) == []
 

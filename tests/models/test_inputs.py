@@ -82,3 +82,8 @@ def test_what_goes_to_another_device_is_looked_at_before():
     with pytest.raises(DataError):
         to_model([GOOD * 255], meta)
     check_images([(GOOD * 255).to(meta)])  # not read
+
+
+def test_a_strip_that_resizing_would_leave_nothing_of():
+    with pytest.raises(DataError, match="image 1: 8 x 4000 pixels, too thin a strip"):
+        check_images([torch.rand(3, 64, 64), torch.rand(3, 4000, 8)])

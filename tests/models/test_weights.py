@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import time
 import zipfile
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import warn_if_stale
 
+from covidmask import models
 from covidmask.config import QUICK, ClassifierConfig, DetectorConfig
 from covidmask.datasets.phantoms import old_friend
 from covidmask.errors import CheckpointError
@@ -360,3 +362,11 @@ def test_odd_weights_of_an_author_file(segmenter, tmp_path, change):
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match="odd.pth: "):
         author_checkpoints.load_author_checkpoint(tmp_path / "odd.pth")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_no_file_of_weights(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for read in (weights.load_segmenter, models.load_author_checkpoint):
+        with pytest.raises(CheckpointError, match="pipe.safetensors: .*folder"):
+            read(tmp_path / "pipe.safetensors")
