@@ -15,6 +15,7 @@ SPLITS = ("train", "val", "test")
 PACKAGES = "pydicom nibabel python-gdcm"  # the extra `medical`, by the names that pip knows
 MIN_SIDE = 8  # a slice with a shorter side is a broken file
 LOCKED = "cannot be opened", "check the path and who may read it"
+LONGEST = 64  # times the shorter side: of a longer strip nothing would be left after resizing
 MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a decompression bomb
 
 
@@ -169,6 +170,10 @@ def check_size(width: int, height: int, path: str | Path) -> None:
         raise DataError(
             f"{path}: the image has {width} x {height} pixels, not from {MIN_SIDE} x {MIN_SIDE} to "
             f"{MAX_PIXELS:,} in all; resize it, or check that this is a CT slice"
+        )
+    if max(width, height) > LONGEST * min(width, height):
+        raise DataError(
+            f"{path}: the image has {width} x {height} pixels, too thin a strip; crop it"
         )
 
 

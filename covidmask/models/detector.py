@@ -32,6 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from covidmask.config import LESION_CLASSES, DetectorConfig, lesion_classes
 from covidmask.errors import DataError
+from covidmask.files import LONGEST
 from covidmask.models.semantic import SemanticBranch
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -40,7 +41,6 @@ STAGES = {  # torchvision's: layers that give a map, of half the size each; the 
     "mobilenet_v2": ("1", "3", "6", "13", "17"),
 }
 ROWS = 128  # boxes that RoIAlign takes at a time: few enough to stay in the processor's cache
-LONGEST = 64  # times the shorter side: of a longer strip nothing would be left after resizing
 LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
 # Where a batch norm is known to read the convolution that stands before it, and nothing else does.
 # Elsewhere the order of attributes says nothing about the order of calls.

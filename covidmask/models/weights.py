@@ -155,7 +155,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe could block for ever
-            raise CheckpointError(f"{path}: this is a folder, pipe or device; name a weights file")
+            raise OSError("this is a folder, pipe or device")
         open(path, "rb").close()  # safetensors says of any fault that there is no such file
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
