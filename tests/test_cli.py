@@ -429,7 +429,7 @@ def test_validation_keeps_the_best_epoch(run, root, tmp_path):
         ("--detector.rpn-iou 0.2 0.7", "--detector.rpn-iou (0.2, 0.7): cannot be built"),
         ("--seed -1", "--seed -1: must be at least 0 and at most"),
         ("--batch-size 500", "batch size 500: give a multiple of the number of processes"),
-        ("--weights-backbone NONE", "--weights-backbone NONE"),
+        ("--weights-backbone NONE", "no such weights of resnet18"),
         ("--device mps", "--device mps: there is none"),
         ("--out weights.pt", "weights.pt: is written to by --out; let its name end in .safe"),
     ],
