@@ -362,6 +362,9 @@ def lesion_mask_rcnn(
         `masks` [K,1,H,W] (probabilities); in train mode, given targets too, the five losses.
     """
     classes = LESION_CLASSES.get(config.lesions) or lesion_classes(config.lesions)
+    for side in (config.image_size, config.max_size):
+        if not 1 <= side <= 8192:
+            raise DataError(f"image size {side}: give 1 to 8192 pixels for both sides")
     if backbone is None:
         backbone = fpn_backbone(config, weights)
         strides = backbone.strides

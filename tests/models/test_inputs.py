@@ -1,6 +1,7 @@
 """Images that a network would take without a word are refused in words."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,3 +88,9 @@ def test_what_goes_to_another_device_is_looked_at_before():
 def test_a_strip_that_resizing_would_leave_nothing_of():
     with pytest.raises(DataError, match="image 1: 8 x 4000 pixels, too thin a strip"):
         check_images([torch.rand(3, 64, 64), torch.rand(3, 4000, 8)])
+
+
+@pytest.mark.parametrize("side", [-5, 0, 10_000_000])
+def test_sizes_that_no_image_can_be_brought_to(side):
+    with pytest.raises(DataError, match=f"image size {side}: give 1 to 8192"):
+        lesion_mask_rcnn(replace(TINY_DETECTOR, image_size=side))
