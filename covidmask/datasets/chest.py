@@ -1,0 +1,735 @@
+"""A synthetic chest in Hounsfield units (HU): anatomy by tissue, and lesions as radiology has them.
+
+Lengths are fractions of the image side, so that a patient looks the same at every size; x points
+to the right of the image (the patient's left), y to the back, z from apex to base. Every random
+number comes from a generator keyed by explicit integers: the same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.random import Generator, default_rng
+from scipy.ndimage import gaussian_filter
+
+from covidmask.datasets.scanner import Scanner, develop, draw_scanner, scan
+
+GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background and 1 lung
+HEIGHT = 0.75  # of the lungs, in image sides: z = HEIGHT * position
+MIN_AREA = 0.001  # of the image: smaller cross-sections are not drawn (16 pixels at 128 x 128)
+EDGE = 0.007  # width of an edge: a scanner blurs about as much
+AIR, FAT, WATER, BLOOD, MUSCLE, LIVER, MARROW, CORTEX = -1000, -100, 5, 40, 50, 60, 180, 750
+VESSEL_SIGMAS = (0.0016, 0.0024, 0.0036, 0.0055, 0.0085)  # radii of tubes and nodules
+POSITIONS = np.round(np.arange(0.1, 0.9001, 0.005), 3)
+Point = tuple[float, float, float]  # x, y, z
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """An ellipsoid whose outline is wavy and rough, cut off by the pleura."""
+
+    code: int  # GGO or CONSOLIDATION
+    centre: Point
+    radii: tuple[float, float, float]  # along its own two axes in the slice, and along z
+    angle: float  # of the first axis, radians
+    hu: float  # GGO: above the lung around it; consolidation: absolute
+    edge: float  # width over which it fades out
+    waves: tuple[tuple[float, float], ...]  # outline: amplitude, phase of 2, 3, 4 waves per turn
+    rough: float = 0.0  # how far noise moves the outline
+    rind: float = np.inf  # it reaches no deeper below the chest wall than this
+    inset: float = 0.0  # the outline lies this far inside: a core in another lesion
+    hollow: float = np.inf  # only a ring of this width is drawn: a reversed halo
+    mottle: float = 0.3  # relative deviation of its density
+    paving: float = 0.0  # HU of the net of thickened septa in it: crazy paving
+    bronchogram: float = 0.0  # share of the vessels' places that are air: bronchi in consolidation
+
+
+@dataclass(frozen=True)
+class Patient:
+    """Anatomy and lesions of one synthetic patient; `draw` gives any slice of it."""
+
+    seed: int
+    label: int  # 0 control, 1 common pneumonia, 2 COVID-19
+    scale: float  # body size
+    rotation: float  # radians
+    offset: tuple[float, float]  # of the body centre
+    thorax: tuple[float, float]  # half axes of the inner chest wall
+    square: float  # 0: its outline is an ellipse; 1: nearly a rectangle
+    taper: float  # how much it narrows to the front
+    bend: float  # deviation of the shift of all things
+    fat: float  # thickness under the skin
+    muscle: float  # thickness outside the ribs
+    heart: float  # relative size
+    bones: tuple[float, float]  # phase of the ribs, and how they slope
+    dome: float  # position of the top of the diaphragm: low in expiration
+    lung_hu: float
+    gravity: float  # HU between the front and the back of the lungs
+    holes: float  # share of the lung that emphysema has thinned
+    dependent: float  # HU of the band of dependent density at the back; 0 for none
+    fissure: tuple[float, float, float]  # y at mid height, slope, HU of the oblique fissures
+    fluid: tuple[float, float]  # height of an effusion in the right and the left chest; 0: none
+    vessels: float  # relative weight
+    thickness: float  # of a slice
+    spare: bool  # masks leave out the vessels in GGO, as in COVID-SemiSeg
+    lesions: tuple[Lesion, ...]
+    # segments of vessels, scars, nodules: x, y, z of both ends, index of sigma, weight, bronchus
+    tubes: np.ndarray = field(repr=False, compare=False)
+
+
+def _ramp(t: float, start: float, end: float) -> float:
+    """0 before `start`, 1 after `end`, smooth between."""
+    t = min(max((t - start) / (end - start), 0.0), 1.0)
+    return t * t * (3 - 2 * t)
+
+
+def _swell(t: float, start: float, end: float) -> float:
+    """Relative radius at `t` of something round that begins at `start` and ends at `end`."""
+    middle, half = (start + end) / 2, (end - start) / 2
+    return max(1 - abs((t - middle) / half) ** 3, 0.0) ** 0.5
+
+
+def _cover(level: np.ndarray, edge: float = EDGE) -> np.ndarray:
+    """Share of a pixel that lies inside (0..1)."""
+    return np.clip(0.5 + level / edge, 0, 1)
+
+
+def _ellipse(x, y, cx, cy, a, b, angle=0.0):
+    """Level of an ellipse: about the distance to its edge, positive inside."""
+    x, y = x - cx, y - cy
+    if angle:
+        cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+        x, y = cos * x + sin * y, cos * y - sin * x
+    return (1 - np.sqrt((x / a) ** 2 + (y / b) ** 2)) * min(a, b)
+
+
+class _Grid:
+    """Coordinates of the pixels of a slice, and the part of it that holds a thing."""
+
+    def __init__(self, patient: Patient, t: float, size: int):
+        self.patient, self.size = patient, size
+        axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
+        dx, dy = axis[None, :] - patient.offset[0], axis[:, None] - patient.offset[1]
+        self.cos = np.float32(np.cos(patient.rotation) / patient.scale)
+        self.sin = np.float32(np.sin(patient.rotation) / patient.scale)
+        # nobody is made of ellipses: everything is shifted a little, smoothly
+        fields = default_rng((patient.seed, patient.label, 3))
+        bend = [patient.bend * texture(fields, 6, size, 5 * t) for _ in range(2)]
+        self.x = (self.cos * dx + self.sin * dy + bend[0]).astype(np.float32)  # [size, size]
+        self.y = (self.cos * dy - self.sin * dx + bend[1]).astype(np.float32)
+
+    def pixel(self, x, y):
+        """Column and row of points."""
+        zoom = self.patient.scale**2
+        column = zoom * (self.cos * x - self.sin * y) + self.patient.offset[0] + 0.5
+        row = zoom * (self.sin * x + self.cos * y) + self.patient.offset[1] + 0.5
+        return column * self.size - 0.5, row * self.size - 0.5
+
+    def box(self, x: float, y: float, reach: float) -> tuple[slice, slice]:
+        reach = (reach + 2 * EDGE) * self.patient.scale * self.size
+        return tuple(
+            slice(int(max(at - reach, 0)), int(max(at + reach, 0)) + 2)
+            for at in self.pixel(x, y)[::-1]
+        )
+
+    def paint(self, hu, value, cx, cy, a, b, angle=0.0, cortex=0.0, edge=EDGE):
+        """Draw an ellipse of that HU; with `cortex` a bone: a shell of that width, then marrow."""
+        box = self.box(cx, cy, max(a, b))
+        level = _ellipse(self.x[box], self.y[box], cx, cy, a, b, angle)
+        if cortex:
+            value = CORTEX + (value - CORTEX) * _cover(level - cortex)
+        hu[box] += _cover(level, edge) * (value - hu[box])
+
+
+def texture(rng: Generator, cells: int, size: int, turn: float = 0.0) -> np.ndarray:
+    """Smooth random field [size, size] of deviation 1, the same at every size; `turn` changes it
+    slowly, so that neighbouring slices agree."""
+    at = (np.arange(size) + 0.5) / size * (cells - 1)
+    weights = np.exp(-0.5 * ((at[:, None] - np.arange(cells)) / 0.7) ** 2)
+    weights = (weights / np.sqrt((weights**2).sum(1, keepdims=True))).astype(np.float32)
+    knots = rng.standard_normal((2, cells, cells), dtype=np.float32)
+    knots = np.float32(np.cos(turn)) * knots[0] + np.float32(np.sin(turn)) * knots[1]
+    return weights @ knots @ weights.T
+
+
+def _thorax(patient: Patient, t: float) -> tuple[float, float, float]:
+    """Centre y and half axes of the inner chest wall: narrow at the apex."""
+    grow = 0.5 + 0.5 * _ramp(t, -0.1, 0.45)
+    a, b = patient.thorax
+    return 0.05 * (1 - grow), a * grow, b * (0.25 + 0.75 * grow)
+
+
+def _wall_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Depth below the inner chest wall (positive inside)."""
+    cy, a, b = _thorax(patient, t)
+    v = (y - cy) / b
+    u, v = np.abs(x / (a * (1 + patient.taper * v))), np.abs(v)  # narrower in front
+    radius = np.sqrt(u * u + v * v)
+    # a superellipse without powers of whole images: the corners are moved outwards
+    corner = 2 * u * v / np.maximum(u * u + v * v, 1e-6)
+    return (1 - radius * (1 - patient.square * 0.12 * corner * corner)) * b
+
+
+def _organs(patient: Patient, t: float) -> list[tuple]:
+    """(HU, x, y, half axes, angle) of heart, great vessels, oesophagus and spine's muscles."""
+    cy, _, b = _thorax(patient, t)
+    back = cy + 0.78 * b
+    drawn = [(BLOOD - 10, 0.014, back - 0.085, 0.016, 0.011, 0.0)]  # oesophagus
+    if t < 0.34:  # veins and arteries to head and arms
+        for x, y, r in (
+            (-0.024, -0.03, 0.018),
+            (0.030, -0.012, 0.013),
+            (0.050, 0.035, 0.014),
+            (-0.055, -0.045, 0.019),
+            (0.05, -0.065, 0.017),
+        ):
+            drawn.append((BLOOD, x, y + 0.5 * cy, r, r * 1.05, 0.0))
+    if s := _swell(t, 0.27, 0.42):  # arch of the aorta
+        drawn.append((BLOOD + 8, 0.022, 0.01, 0.1 * s, 0.034 * s, 0.95))
+    if s := _swell(t, 0.33, 0.66):
+        drawn.append((BLOOD + 8, -0.022, -0.075, 0.042 * s, 0.04 * s, 0.0))  # ascending aorta
+    if t > 0.36:
+        drawn.append((BLOOD + 8, 0.055, back - 0.055, 0.029, 0.029, 0.0))  # descending aorta
+    if s := _swell(t, 0.26, 0.62):
+        drawn.append((BLOOD, -0.068, -0.045, 0.022 * s, 0.024 * s, 0.0))  # superior vena cava
+    if s := _swell(t, 0.4, 0.58):  # pulmonary trunk and arteries
+        drawn.append((BLOOD + 2, 0.036, -0.085, 0.036 * s, 0.042 * s, 0.3))
+        drawn.append((BLOOD + 2, -0.035, -0.012, 0.075 * s, 0.021 * s, -0.2))
+        drawn.append((BLOOD + 2, 0.07, 0.015, 0.04 * s, 0.024 * s, 0.7))
+    h = patient.heart * _ramp(t, 0.42, 0.66)
+    if h:
+        drawn.append((BLOOD, 0.06, -0.055, 0.05 + 0.095 * h, 0.04 + 0.07 * h, 0.45))
+        drawn.append((BLOOD, -0.03, -0.035, 0.04 + 0.04 * h, 0.05 + 0.035 * h, 0.0))
+    return drawn
+
+
+def _domes(patient: Patient, t: float) -> list[tuple]:
+    """The section of the two domes of the diaphragm, as (HU, x, y, half axes, angle)."""
+    domes = []
+    for hu, x, top, wide in (
+        (LIVER, -0.185, patient.dome, 0.175),
+        (MUSCLE - 5, 0.2, patient.dome + 0.05, 0.155),
+    ):
+        s = max(t - top, 0.0) / (1.02 - top)
+        if s > 0:
+            s = min(s, 1.0) ** 0.5
+            domes.append((hu, x, -0.05, wide * s, 0.25 * s, 0.0))
+    return domes
+
+
+def lung_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray, wall=None) -> np.ndarray:
+    """Level of both lungs (positive inside): the chest without mediastinum, spine, diaphragm."""
+    cy, _, b = _thorax(patient, t)
+    back = cy + 0.78 * b
+    wall = _wall_level(patient, t, x, y) if wall is None else wall
+    # half width of the mediastinum: sheets of pleura and fat in front, organs in the middle
+    thin = 0.005 + 0.045 * np.exp(-(((y - 0.015) / 0.085) ** 2))
+    thin += 0.05 * np.exp(-(((y - back) / 0.06) ** 2)) + 0.07 * np.clip(
+        (cy - 0.55 * b - y) / b, 0, 1
+    )
+    level = np.minimum(wall, np.abs(x - 0.01) - thin)
+    level = np.minimum(level, -_ellipse(x, y, 0, back + 0.01, 0.058, 0.07))
+    for _, cx, oy, a, c, angle in [*_organs(patient, t), *_domes(patient, t)]:
+        if max(a, c) > 0.012:
+            level = np.minimum(level, -_ellipse(x, y, cx, oy, a + 0.006, c + 0.006, angle))
+    for side, height in zip((-1, 1), patient.fluid, strict=True):
+        if height and t > 0.35:
+            line = cy + b * (1 - height * _ramp(t, 0.3, 1.0)) - 0.25 * (np.abs(x) - 0.2) ** 2
+            level = np.where(x * side > 0, np.minimum(level, line - y), level)
+    return level
+
+
+def _lesion_level(lesion: Lesion, z: float, x, y, depth, noise) -> np.ndarray:
+    """Level of the cross-section of a lesion at height `z`, before the pleura cuts it."""
+    cx, cy, cz = lesion.centre
+    a, b, c = lesion.radii
+    section = max(1 - ((z - cz) / c) ** 2, 0.0) ** 0.5
+    u = (np.cos(lesion.angle) * (x - cx) + np.sin(lesion.angle) * (y - cy)) / a
+    v = (np.cos(lesion.angle) * (y - cy) - np.sin(lesion.angle) * (x - cx)) / b
+    outline = section
+    if lesion.waves:
+        turn = np.arctan2(v, u)
+        waves = (w * np.cos(k * turn + p) for k, (w, p) in enumerate(lesion.waves, start=2))
+        outline = section * (1 + sum(waves))
+    level = (outline - np.sqrt(u * u + v * v)) * min(a, b)
+    level = np.minimum(level, lesion.rind - depth) if lesion.rind < 1 else level
+    level = level + lesion.rough * noise - lesion.inset
+    return np.minimum(level, lesion.hollow - level) if lesion.hollow < 1 else level
+
+
+def _visible_area(patient: Patient, lesion: Lesion, t: float) -> float:
+    """Area of a lesion in a slice as a fraction of the image, the same for every image size."""
+    if abs(HEIGHT * t - lesion.centre[2]) >= lesion.radii[2]:
+        return 0.0
+    reach = 1.4 * max(lesion.radii[:2])
+    steps = np.linspace(-reach, reach, 40)
+    x, y = lesion.centre[0] + steps[None, :], lesion.centre[1] + steps[:, None]
+    wall = _wall_level(patient, t, x, y)
+    inside = _lesion_level(lesion, HEIGHT * t, x, y, wall, 0.0) > 0
+    inside &= (lung_level(patient, t, x, y, wall) > 0) & (x * lesion.centre[0] > 0)
+    return float(inside.sum()) * ((steps[1] - steps[0]) * patient.scale) ** 2
+
+
+def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
+    """The lesions that a slice shows: those with at least `MIN_AREA` of the image in it."""
+    return tuple(x for x in patient.lesions if _visible_area(patient, x, position) >= MIN_AREA)
+
+
+def _tubes(start, end, kind, weight, bronchus=0.0) -> np.ndarray:
+    """Rows of `Patient.tubes` for segments from `start` to `end` [n, 3]."""
+    rows = np.empty((len(start), 9), np.float32)
+    rows[:, :3], rows[:, 3:6] = start, end
+    rows[:, 6], rows[:, 7], rows[:, 8] = kind, weight, bronchus
+    return rows
+
+
+def _grow_tubes(rng: Generator) -> np.ndarray:
+    """Vessel trees from both hila with bronchi beside the first branches; scars and nodules."""
+    rows = []
+    for side in (-1, 1):
+        roots = rng.integers(13, 19)
+        way = rng.normal(0, 1, (roots, 3)) * (0.7, 0.9, 1.1)
+        way[:, 0] = side * (np.abs(way[:, 0]) + 0.2)
+        start = (side * 0.075, 0.012, 0.49 * HEIGHT) + rng.normal(0, 1, (roots, 3)) * (
+            (0.008, 0.02, 0.06)
+        )
+        radius = rng.uniform(0.005, 0.0095, roots)
+        for generation in range(6):
+            way /= np.linalg.norm(way, axis=1, keepdims=True)
+            length = (0.075, 0.062, 0.052, 0.042, 0.032, 0.024)[generation]
+            end = start + way * length * rng.uniform(0.6, 1.4, (len(way), 1))
+            kind = np.abs(np.log(radius[:, None] / VESSEL_SIGMAS)).argmin(1)
+            rows.append(_tubes(start, end, kind, rng.uniform(0.75, 1.1, len(way))))
+            if generation < 3:  # a bronchus runs beside every second artery
+                off = np.cross(way, rng.normal(0, 1, 3))
+                off *= 2.1 * radius[:, None] / (np.linalg.norm(off, axis=1, keepdims=True) + 1e-6)
+                pair = slice(0, None, 2)
+                inner = np.maximum(kind - 1, 0)
+                rows.append(
+                    _tubes(start[pair] + off[pair], end[pair] + off[pair], inner[pair], 1.0, 1.0)
+                )
+            # each branch goes on nearly straight and gives off a smaller one
+            bend = rng.normal(0, 1, (2, *way.shape)) * np.array([0.28, 0.75])[:, None, None]
+            way = (way[None] + bend).reshape(-1, 3)
+            start = np.concatenate(
+                [end, start + rng.uniform(0.3, 0.9, (len(end), 1)) * (end - start)]
+            )
+            radius = np.concatenate([radius * 0.8, radius * rng.uniform(0.45, 0.75, len(radius))])
+            keep = radius > 0.0009
+            way, start, radius = way[keep], start[keep], radius[keep]
+        count = int(rng.integers(150, 500))  # small vessels, that reach everywhere
+        middle = rng.uniform((0.03, -0.27, 0.05), (0.36, 0.3, 0.75), (count, 3)) * (side, 1, 1)
+        way = middle - (side * 0.075, 0.012, 0.49 * HEIGHT) + rng.normal(0, 0.05, (count, 3))
+        way *= rng.uniform(0.008, 0.022, (count, 1)) / np.linalg.norm(way, axis=1, keepdims=True)
+        kind = rng.choice(4, count, p=[0.45, 0.35, 0.15, 0.05])
+        rows.append(_tubes(middle - way, middle + way, kind, rng.uniform(0.5, 1.0, count)))
+        for _ in range(rng.poisson(1.5)):  # scars and plate atelectasis: flat lines
+            turn = rng.uniform(0, np.pi)
+            half = rng.uniform(0.02, 0.06) * np.array([np.cos(turn), np.sin(turn), 0])
+            middle = side * rng.uniform(0.12, 0.3), rng.uniform(-0.1, 0.18), rng.uniform(0.15, 0.7)
+            lift = np.arange(-0.03, 0.031, 0.004)[:, None] * (0, 0, 1)
+            rows.append(_tubes(middle + lift - half, middle + lift + half, 0, 0.35))
+        count = rng.poisson(2.0)  # small nodules
+        at = rng.uniform((0.08, -0.18, 0.07), (0.32, 0.2, 0.7), (count, 3)) * (side, 1, 1)
+        rows.append(
+            _tubes(at, at + (0, 0, 0.006), rng.integers(2, 5, count), rng.uniform(0.5, 1.2))
+        )
+    return np.concatenate(rows)
+
+
+def _draw_tubes(grid: _Grid, z: float, thick: float) -> tuple[np.ndarray, np.ndarray]:
+    """Density [2, size, size] of vessels and of the lumen of bronchi near height `z`."""
+    rows, size = grid.patient.tubes, grid.size
+    density = np.zeros((2, size, size), np.float32)
+    low, high = np.minimum(rows[:, 2], rows[:, 5]), np.maximum(rows[:, 2], rows[:, 5])
+    sigmas = np.array(VESSEL_SIGMAS, np.float32)[rows[:, 6].astype(int)]
+    reach = 2.6 * np.hypot(sigmas, thick)
+    near = (low - reach < z) & (high + reach > z)
+    rows, sigmas = rows[near], sigmas[near]
+    for kind, bronchus in itertools.product(range(len(VESSEL_SIGMAS)), (0, 1)):
+        part = rows[(rows[:, 6] == kind) & (rows[:, 8] == bronchus)]
+        if not len(part):
+            continue
+        sigma, deep = VESSEL_SIGMAS[kind], float(np.hypot(VESSEL_SIGMAS[kind], thick))
+        step = part[:, 3:6] - part[:, :3]
+        length = np.linalg.norm(step, axis=1)
+        # points only where the segment runs through the slice
+        dz = np.where(np.abs(step[:, 2]) < 1e-6, 1e-6, step[:, 2])
+        ends = np.stack([(z - 2.6 * deep - part[:, 2]) / dz, (z + 2.6 * deep - part[:, 2]) / dz])
+        first, last = np.clip(ends.min(0), 0, 1), np.clip(ends.max(0), 0, 1)
+        count = np.ceil((last - first) * length / (0.8 * sigma)).astype(int) + 1
+        owner = np.repeat(np.arange(len(part)), count)
+        rank = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+        along = first[owner] + (rank + 0.5) / count[owner] * (last - first)[owner]
+        points = part[owner, :3] + along[:, None] * step[owner]
+        away = (points[:, 2] - z) / deep
+        spacing = ((last - first) * length / count)[owner]
+        mass = part[owner, 7] * np.exp(-0.5 * away**2) * np.maximum(spacing, 0.8 * sigma)
+        mass *= np.sqrt(2 * np.pi) * sigma * (size * grid.patient.scale) ** 2
+        mass *= np.sqrt(sigma / deep)  # a thick slice dilutes what is thinner than it
+        column, row = grid.pixel(points[:, 0], points[:, 1])
+        left, top = np.floor(column).astype(int), np.floor(row).astype(int)
+        fx, fy = column - left, row - top
+        splat = np.zeros(size * size)
+        for i, j in itertools.product((0, 1), (0, 1)):  # each point is shared among four pixels
+            share = mass * np.abs(1 - i - fx) * np.abs(1 - j - fy)
+            x, y = left + i, top + j
+            inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+            splat += np.bincount((y * size + x)[inside], share[inside], size * size)
+        image = splat.reshape(size, size).astype(np.float32)
+        width = sigma * size * grid.patient.scale
+        if bronchus:  # its wall is twice as wide as its lumen
+            density[1] += gaussian_filter(image, width, truncate=2.5)
+            density[0] += 1.4 * gaussian_filter(image, 1.7 * width, truncate=2.5)
+        else:
+            density[0] += gaussian_filter(image, width, truncate=2.5)
+    return density
+
+
+def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """HU float32 [size, size] of one slice before any scanner, and its mask uint8 [size, size].
+
+    Args:
+        position: 0 (apex) to 1 (base of the lungs).
+        size: pixels per side, 32 to 1024. Anatomy and lesions do not depend on it.
+    """
+    if not 0 <= position <= 1 or not 32 <= size <= 1024:
+        raise ValueError(f"position {position} must lie in 0..1 and size {size} in 32..1024")
+    t, z = position, HEIGHT * position
+    grid = _Grid(patient, t, size)
+    x, y = grid.x, grid.y
+    fields = default_rng((patient.seed, patient.label, 2))
+    coarse, patchy, medium, fine = (
+        texture(fields, cells, size, turn * t)
+        for cells, turn in ((14, 12), (7, 6), (26, 20), (70, 60))
+    )
+    wall = _wall_level(patient, t, x, y)
+    hu = _body(grid, t, wall)
+    hu += (hu > -300) * (9 * medium + 6 * fine)
+    level = lung_level(patient, t, x, y, wall)
+    cy, _, half = _thorax(patient, t)
+    air = patient.lung_hu + patient.gravity * (y - cy + half) / (2 * half)
+    air += 16 * coarse + 14 * fine + 10 * medium
+    if patient.holes:
+        air -= 110 * np.clip(3 * (medium + 0.6 * coarse - 2.3 + 6 * patient.holes), 0, 1)
+    if patient.dependent:
+        band = np.exp(-((np.maximum(level, 0) / 0.02) ** 2)) * np.clip(0.6 + 0.7 * patchy, 0, 1.4)
+        air += patient.dependent * band * np.clip((y - cy - 0.45 * half) / 0.06, 0, 1)
+    middle, slope, shade = patient.fissure
+    crack = (
+        y - middle - slope * (0.5 - t) - 0.012 * coarse + 0.5 * (np.abs(x) - 0.2) ** 2
+    ) / 0.0032
+    air += shade * np.exp(-(crack**2)) * np.clip(0.5 + patchy, 0, 1)
+    vessel, lumen = _draw_tubes(grid, z, patient.thickness)
+    vessel = 1 - np.exp(-1.5 * patient.vessels * vessel)
+    vessel *= np.clip(level / 0.012, 0, 1)
+    lumen = (1 - np.exp(-2.2 * lumen)) * (level > 0)
+    mask = (level > 0).astype(np.uint8)
+    solid = np.zeros_like(air)  # share of a pixel that consolidation takes
+    for lesion in visible_lesions(patient, position):
+        box = grid.box(*lesion.centre[:2], 1.35 * max(lesion.radii[:2]) + 2 * lesion.rough)
+        noise = medium[box] + 0.55 * fine[box] + 0.7 * coarse[box]
+        shape = _lesion_level(lesion, z, x[box], y[box], wall[box], noise)
+        cover = _cover(shape, lesion.edge) * (x[box] * lesion.centre[0] > 0)  # it stays in its lung
+        inside = (cover > 0.5) & (level[box] > 0)
+        mottle = 0.5 * medium[box] + 0.35 * fine[box] + 0.45 * coarse[box]
+        if lesion.code == GGO:
+            net = np.exp(-(((fine[box] + 0.4 * medium[box]) / 0.3) ** 2))
+            extra = lesion.hu * np.clip(1 + lesion.mottle * mottle, 0.1, 2.5)
+            thin = np.clip((-150 - air[box]) / 500, 0, 1)  # what is dense already gains less
+            air[box] += cover * (extra + lesion.paving * net) * thin
+            if patient.spare:
+                inside &= vessel[box] < 0.6
+            inside &= mask[box] != CONSOLIDATION
+        else:
+            tubes = lesion.bronchogram * (vessel[box] > 0.45) * (coarse[box] > -0.3)
+            value = lesion.hu + 90 * lesion.mottle * mottle - tubes * 700
+            air[box] += cover * (value - air[box])
+            solid[box] = np.maximum(solid[box], cover)
+        mask[box][inside] = lesion.code
+    air += vessel * (1 - solid) * np.maximum(BLOOD - air, 0)
+    air += lumen * (0.85 * AIR - air) * (1 - 0.3 * solid)
+    hu += _cover(level) * (air - hu)
+    _airway(grid, t, hu, mask)
+    return hu, mask
+
+
+def _airway(grid: _Grid, t: float, hu: np.ndarray, mask: np.ndarray) -> None:
+    """The trachea, which divides into the two main bronchi, each with its wall."""
+    if t > 0.56:
+        return
+    apart = 0.085 * _ramp(t, 0.4, 0.56)
+    radius = 0.024 - 0.01 * _ramp(t, 0.4, 0.46)
+    for side in (-1, 1) if t > 0.4 else (1,):
+        at = side * apart, 0.02 + 0.2 * apart, radius * (1.1 + 5 * apart), radius
+        wider = (at[0], at[1], at[2] + 0.006, at[3] + 0.006)
+        grid.paint(hu, MUSCLE - 30, *wider)
+        grid.paint(hu, AIR + 15, *at)
+        box = grid.box(*at[:2], max(wider[2:]))
+        mask[box][_ellipse(grid.x[box], grid.y[box], *wider) > 0] = 0
+
+
+def _body(grid: _Grid, t: float, wall: np.ndarray) -> np.ndarray:
+    """HU of everything but the lungs: table, skin, fat, muscle, bones, mediastinum, abdomen."""
+    patient, x, y = grid.patient, grid.x, grid.y
+    cy, a, b = _thorax(patient, t)
+    back = cy + 0.78 * b
+    shoulders = 0.06 * _ramp(-t, -0.4, 0.0)
+    full_a = patient.thorax[0] + 0.03 + patient.muscle + 0.3 * shoulders
+    full_b = patient.thorax[1] + 0.025 + patient.muscle
+    rim = patient.fat
+    hu = np.full(x.shape, AIR, np.float32)
+    body = _ellipse(x, y, 0, -0.1 * rim, full_a + 1.2 * rim, full_b + rim)
+    table = np.abs(y - full_b - rim - 0.02 + 0.3 * x * x)
+    hu += _cover(0.005 - table) * (np.abs(x) < 0.42) * 700
+    hu += _cover(body) * (MUSCLE - 20 - AIR)  # skin
+    hu += _cover(body - 0.006) * (FAT - MUSCLE + 20)
+    ring = body - rim - 0.02 * np.cos(2 * np.arctan2(y, x)) * _ramp(t, 0.3, 0.7)
+    hu += _cover(ring) * (MUSCLE - FAT)
+    seam = np.abs(wall + 0.034 + 0.012 * np.cos(5 * x / a))  # fat between the muscles of the wall
+    hu += _cover(0.004 - seam) * _cover(ring - 0.01) * (FAT + 40 - MUSCLE) * 0.8
+    armpit = _cover(_ellipse(np.abs(x), y, 0.9 * full_a, -0.03, 0.055, 0.11), 0.03)
+    hu += armpit * _cover(ring) * _ramp(-t, -0.55, -0.2) * (FAT - MUSCLE)
+    # ribs run downwards to the front: a slice cuts each as an arc
+    turn = np.arctan2((y - cy) / b, np.abs(x) / a)
+    phase, slope = patient.bones
+    run = (11 * turn + phase + slope * t + 0.35 * np.sign(x)) / (2 * np.pi)
+    run = np.abs(run - np.round(run)) * 2 * np.pi / 11 * b  # length along the wall
+    arc = np.minimum(0.0105 - np.abs(wall + 0.017), 0.03 - run)
+    arc = np.where(turn < -1.25, -1, arc)  # cartilage in front
+    hu += _cover(arc) * (CORTEX + (MARROW - CORTEX) * _cover(arc - 0.005) - hu)
+    paint = grid.paint
+    for side in (-1, 1):
+        if t < 0.62:  # shoulder blade: a plate and its spine
+            fade = _ramp(-t, -0.62, -0.45)
+            paint(hu, MARROW, side * 0.8 * full_a, 0.55 * full_b, 0.012, 0.085 * fade + 1e-3,
+                  side * 0.75, 0.004)  # fmt: skip
+            if t < 0.4:
+                paint(hu, MARROW, side * 0.83 * full_a, 0.63 * full_b, 0.05, 0.009, side * 0.5,
+                      0.004)  # fmt: skip
+        if t < 0.16:  # collar bone
+            paint(hu, MARROW, side * 0.13, -0.6 * b, 0.07, 0.014, -side * 0.35, 0.005)
+        paint(hu, MARROW, side * 0.055, back + 0.03, 0.04, 0.011, side * 0.5, 0.004)
+        paint(hu, MUSCLE + 5, side * 0.052, back + 0.075, 0.04, 0.03, side * 0.3)
+    paint(hu, MARROW, 0, back + 0.085, 0.009, 0.042, 0.0, 0.004)  # spinous process
+    paint(hu, MARROW, 0, cy - b - 0.016, 0.05, 0.013, 0.0, 0.004)  # sternum
+    inner = _cover(wall - 0.002) * (hu < 300)
+    hu += inner * (FAT + 10 - hu)  # fat of the mediastinum; the lungs are drawn over it
+    for value, cx, oy, half_a, half_b, angle in [*_organs(patient, t), *_domes(patient, t)]:
+        paint(hu, value, cx, oy, half_a, half_b, angle, edge=2 * EDGE)
+    for side, height in zip((-1, 1), patient.fluid, strict=True):
+        if height and t > 0.35:
+            line = cy + b * (1 - height * _ramp(t, 0.3, 1.0)) - 0.25 * (np.abs(x) - 0.2) ** 2
+            hu += (x * side > 0.03) * _cover(y - line) * _cover(wall) * (WATER - hu)
+    if t > patient.dome + 0.12:  # gas of the stomach
+        paint(hu, AIR + 50, 0.2, -0.12, 0.05, 0.03)
+    paint(hu, MARROW, 0, back, 0.045, 0.038, 0.0, 0.005)  # vertebra
+    paint(hu, BLOOD - 10, 0, back + 0.052, 0.018, 0.015)  # its canal
+    return hu
+
+
+def _place(patient: Patient, side: int, turn: float, depth: float, t: float) -> Point:
+    """The point at `depth` (0 inner .. 1 pleura) on a ray; turn 0 is lateral, pi/2 posterior."""
+    cy, a, _ = _thorax(patient, t)
+    x0, y0 = side * 0.55 * a, cy + 0.035
+    across, down, steps = side * np.cos(turn), np.sin(turn), np.linspace(0, 0.4, 161)
+    outside = lung_level(patient, t, x0 + across * steps, y0 + down * steps) <= 0
+    reach = steps[np.argmax(outside)]  # the first outside, or 0
+    return float(x0 + across * depth * reach), float(y0 + down * depth * reach), HEIGHT * t
+
+
+def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) -> Lesion:
+    """A lesion of that radius with everything else drawn, unless `given`."""
+    ggo, radius = code == GGO, float(radius)
+    shape = rng.uniform(0.65, 1.5)
+    drawn = dict(
+        radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
+        angle=rng.uniform(0, np.pi),
+        hu=rng.uniform(120, 380) if ggo else rng.uniform(-120, 50),
+        edge=rng.uniform(0.01, 0.026) if ggo else rng.uniform(0.007, 0.014),
+        waves=tuple((rng.normal(0, 0.06), rng.uniform(0, 2 * np.pi)) for _ in range(3)),
+        rough=rng.uniform(0.05, 0.2) * radius,
+        paving=rng.uniform(60, 220) if ggo and rng.random() < 0.3 else 0.0,
+        mottle=rng.uniform(0.1, 0.7),
+        bronchogram=float(rng.random() < 0.5),
+    )
+    return Lesion(code, centre, **(drawn | given))
+
+
+def _meet(one: Lesion, other: Lesion) -> bool:
+    """Whether two lesions may touch in a slice, or nearly so."""
+    reach = max(one.radii[:2]) + max(other.radii[:2]) + 0.012
+    apart = np.hypot(*np.subtract(one.centre[:2], other.centre[:2]))
+    return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
+
+
+def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
+    """COVID-19 of up to half a lung: foci that grow and merge, rinds below the pleura, patches."""
+    lesions: list[Lesion] = []
+    kind = rng.choice(["foci", "rind", "patches"], p=[0.4, 0.35, 0.25])
+    ggo_hu, dense = np.exp(rng.uniform(np.log(70), np.log(380))), rng.random()
+    edge, paving = (
+        np.exp(rng.uniform(np.log(0.008), np.log(0.07))),
+        rng.choice([0.0, rng.uniform(50, 250)]),
+    )
+    mottle = rng.uniform(0.2, 1.3)
+    sides = (-1, 1) if rng.random() < 0.75 else (int(rng.choice([-1, 1])),)
+    spread = 0.9 * rng.random() + 0.1
+    for side in sides:
+        for _ in range(rng.integers(4, 30) if kind == "foci" else rng.integers(1, 4)):
+            t = float(np.clip(rng.normal(0.55, 0.22), 0.1, 0.9))
+            if kind == "foci":
+                centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.3, 0.95), t)
+                radius = float(np.exp(rng.uniform(np.log(0.018), np.log(0.06 + 0.12 * spread))))
+                rind, rough = np.inf, rng.uniform(0.15, 0.45) * radius
+                radii = (radius * rng.uniform(0.6, 1.6), radius, radius * rng.uniform(0.8, 1.6))
+            elif kind == "rind":
+                centre = _place(patient, side, rng.normal(0.7, 0.7), 0.9, t)
+                radii = (rng.uniform(0.1, 0.34), rng.uniform(0.08, 0.25), rng.uniform(0.1, 0.35))
+                rind, rough = rng.uniform(0.02, 0.05 + 0.08 * spread), rng.uniform(0.01, 0.04)
+            else:
+                centre = _place(patient, side, rng.normal(0.4, 1.2), rng.uniform(0, 0.6), t)
+                radii = tuple(rng.uniform(0.1, 0.2 + 0.28 * spread, 3))
+                rind, rough = np.inf, rng.uniform(0.02, 0.07)
+            angle = rng.uniform(0, np.pi)
+            shape = dict(radii=radii, angle=angle, waves=(), rind=rind, rough=rough)
+            ggo = _lesion(rng, GGO, centre, 0.05, hu=ggo_hu * rng.uniform(0.8, 1.2), edge=edge,
+                          paving=paving, mottle=mottle, **shape)  # fmt: skip
+            all_dense = dense > 0.85 and rng.random() < 0.7
+            if not all_dense:
+                lesions.append(ggo)
+            if all_dense or (dense > 0.3 and rng.random() < 0.7):
+                inset = 0.0 if all_dense else rng.uniform(0.004, 0.5) * min(min(radii), rind)
+                hu = min(patient.lung_hu + ggo_hu + 120, -250) + rng.uniform(0, 350)
+                lesions.append(
+                    _lesion(
+                        rng,
+                        CONSOLIDATION,
+                        centre,
+                        0.05,
+                        inset=inset,
+                        hu=min(hu, 50),
+                        edge=min(edge, 0.03),
+                        mottle=2.5 * mottle,
+                        **shape,
+                    )  # fmt: skip
+                )
+    return tuple(sorted(lesions, key=lambda lesion: lesion.code))
+
+
+def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion, ...]:
+    """Foci of pneumonia (label 1) or COVID-19, apart and large enough to be seen; perhaps none."""
+    lesions: list[Lesion] = []
+    covid, foci = label == 2, 0
+    if covid:
+        wanted = rng.choice([8, 20, 30, 40], p=[0.1, 0.25, 0.3, 0.35])  # lesions
+    else:
+        wanted = rng.choice([1, 2, 3, 6], p=[0.5, 0.25, 0.1, 0.15])  # foci; 6: viral, patchy
+        first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7 and wanted < 6
+    for number in range(5 * wanted):
+        if (len(lesions) if covid else foci) >= wanted:
+            break
+        t = float(np.clip(rng.normal(0.66 if covid else 0.52, 0.2), 0.15, 0.88))
+        if covid:
+            side = 1 if (number + rng.integers(2)) % 2 else -1
+            centre = _place(patient, side, rng.normal(0.6, 0.65), rng.uniform(0.6, 0.9), t)
+            if rng.random() < 0.62:
+                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.75, 0.28), 0.035, 0.11))]
+                if rng.random() < 0.17:  # a core leaves a ring of GGO: halo
+                    radius = 0.55 * min(new[0].radii[:2])
+                    new.append(_lesion(rng, CONSOLIDATION, centre, radius, bronchogram=0.0))
+                elif rng.random() < 0.08:  # reversed halo: a ring of consolidation
+                    new.append(replace(new[0], code=CONSOLIDATION, hu=-60.0, hollow=0.014))
+            else:
+                radius = np.clip(rng.lognormal(-2.95, 0.22), 0.034, 0.08)
+                new = [_lesion(rng, CONSOLIDATION, centre, radius)]
+        else:
+            side = int(first_side if one_sided else rng.choice([-1, 1]))
+            central = rng.random() < 0.5
+            turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
+            depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
+            centre = _place(patient, side, turn, depth, t)
+            radius = np.clip(rng.lognormal(-2.3 if wanted < 6 else -2.8, 0.35), 0.045, 0.17)
+            code = GGO if rng.random() < (0.15 if wanted < 6 else 0.5) else CONSOLIDATION
+            new = [_lesion(rng, code, centre, radius)]
+            if code == CONSOLIDATION and rng.random() < 0.3:  # a rim of GGO around it
+                rim = rng.uniform(1.25, 1.6)
+                radii = tuple(rim * r for r in new[0].radii)
+                new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))
+        free = not any(_meet(new[0], other) for other in lesions)
+        if free and _visible_area(patient, new[0], t) > 2 * MIN_AREA:
+            lesions += new
+            foci += 1
+    return tuple(lesions)
+
+
+def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
+    """Draw the anatomy and the lesions of a synthetic patient.
+
+    Args:
+        seed: at least 0. The same arguments give the same patient everywhere.
+        label: 0 control (no lesions), 1 common pneumonia, 2 COVID-19 (both have lesions).
+        severe: with lesions of up to half a lung, as in COVID-SemiSeg; else small and few, as in
+            the paper's Figure 1.
+    """
+    if seed < 0 or label not in (0, 1, 2):
+        raise ValueError(f"seed {seed}, label {label}: seed must be >= 0 and label 0, 1 or 2")
+    rng = default_rng((seed, label, 0))
+    breath = rng.uniform(0, 1) ** 1.5  # 0 inspiration, 1 expiration: denser, higher diaphragm
+    fluid = rng.uniform(0.08, 0.3, 2) * (rng.random(2) < 0.07)
+    patient = Patient(
+        seed=int(seed),
+        label=int(label),
+        scale=rng.uniform(0.93, 1.1),
+        rotation=rng.normal(0, 0.05),
+        offset=(rng.normal(0, 0.012), rng.normal(0, 0.012)),
+        thorax=(rng.uniform(0.345, 0.385), rng.uniform(0.255, 0.31)),
+        square=rng.uniform(0, 0.9),
+        taper=rng.uniform(0, 0.14),
+        bend=rng.uniform(0.002, 0.007),
+        fat=rng.uniform(0.008, 0.045),
+        muscle=rng.uniform(0.02, 0.04),
+        heart=rng.uniform(0.7, 1.15),
+        bones=(rng.uniform(0, 2 * np.pi), rng.uniform(8, 14)),
+        dome=0.78 - 0.16 * breath + rng.normal(0, 0.02),
+        lung_hu=-880 + 110 * breath + rng.normal(0, 15),
+        gravity=rng.uniform(20, 60) + 60 * breath,
+        holes=rng.uniform(0.02, 0.25) if rng.random() < 0.15 else 0.0,
+        dependent=rng.uniform(60, 240) if rng.random() < 0.5 else 0.0,
+        fissure=(rng.normal(0.02, 0.02), rng.uniform(0.25, 0.5), rng.uniform(0, 130)),
+        fluid=(float(fluid[0]), float(fluid[1])),
+        vessels=rng.uniform(0.7, 1.8),
+        thickness=rng.choice([0.001, 0.003, 0.008]),
+        spare=bool(severe and rng.random() < 0.6),
+        lesions=(),
+        tubes=_grow_tubes(rng),
+    )
+    if severe and label == 2:
+        return replace(patient, lesions=_severe(patient, default_rng((seed, label, 1))))
+    return _with_lesions(patient, label)
+
+
+def _with_lesions(patient: Patient, label: int) -> Patient:
+    """The patient with lesions of class `label`; draws again until there is at least one."""
+    for attempt in itertools.count() if label else ():
+        if lesions := _draw_lesions(patient, label, default_rng((patient.seed, label, 1, attempt))):
+            return replace(patient, lesions=lesions)
+    return patient
+
+
+def render(
+    patient: Patient, position: float, size: int, scanner: Scanner | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A slice as the scanner shows it: image float32 [size, size] in 0..1, and the mask of `draw`.
+
+    Args:
+        position, size: as for `draw`; noise, unlike anatomy, depends on the size.
+        scanner: None draws one for the patient.
+    """
+    if scanner is None:
+        scanner = draw_scanner(default_rng((patient.seed, patient.label, 6)))
+    hu, mask = draw(patient, position, size)
+    noise = default_rng((patient.seed, patient.label, 7, round(position * 1e6), size))
+    shoulders = max(0.0, 1 - 3 * position)
+    return develop(scan(hu, scanner, noise, shoulders), scanner), mask

@@ -1,0 +1,74 @@
+"""Where the lungs are in a slice: no network, but thresholds and connected parts."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+from covidmask.errors import DataError
+
+AIR = -320.0  # HU: below it is air, lung or gas
+TRACHEA = 0.0025  # of the slice: smaller dark parts are airways, gut or noise
+CLOSE = 1 / 24  # of the slice's side: vessels and lesions narrower than it are lung, too
+
+
+def find_lungs(hu: np.ndarray) -> np.ndarray:
+    """Both lungs, with the vessels and most lesions in them.
+
+    Of the dark parts inside the body the large ones are lung. A consolidation that is open to the chest wall and wider than `CLOSE` stays outside,
+    and where the gut holds much gas it may be taken for lung.
+
+    Args:
+        hu: [H, W], Hounsfield units.
+
+    Returns:
+        bool [H, W]; nothing is set where a slice shows no lung.
+    """
+    if hu.ndim != 2:
+        raise DataError(f"lungs are sought in one slice [H, W], not in {list(hu.shape)}")
+    side = max(hu.shape)
+    step = max(1, side // 256)  # a quarter of the pixels is enough for a coarse outline
+    small = ndimage.median_filter(hu[::step, ::step], 3)
+    dense, count = ndimage.label(small >= AIR)
+    if not count:
+        return np.zeros(hu.shape, bool)
+    body = dense == 1 + np.bincount(dense.ravel())[1:].argmax()  # and not the table
+    around = np.pad(~body, 1, constant_values=True)
+    around = (ndimage.label(around)[0] == 1)[1:-1, 1:-1]  # reaches the upper left corner
+    dark = ndimage.binary_opening((small < AIR) & ~around)
+    parts, count = ndimage.label(dark)
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    large = sizes >= TRACHEA * dark.size
+    large[0] = False
+    lungs = large[parts]
+    if not lungs.any():
+        return np.zeros(hu.shape, bool)
+    radius = max(1, round(CLOSE * max(small.shape) / 2))
+    disc = np.hypot(*np.ogrid[-radius : radius + 1, -radius : radius + 1]) <= radius
+    margin = radius + 1
+    closed = np.zeros_like(lungs)
+    for side in _sides(lungs):  # one lung at a time, or the mediastinum would be closed over
+        wide = np.pad(side, margin)
+        filled = ndimage.binary_fill_holes(ndimage.binary_closing(wide, disc))
+        closed |= filled[margin:-margin, margin:-margin]
+    grown = closed.repeat(step, 0).repeat(step, 1)[: hu.shape[0], : hu.shape[1]]
+    return grown
+
+
+def _sides(lungs: np.ndarray) -> list[np.ndarray]:
+    """The parts left and right of the middle of all of them."""
+    columns = np.flatnonzero(lungs.any(0))
+    middle = (columns[0] + columns[-1]) // 2
+    right = np.arange(lungs.shape[1]) > middle
+    return [lungs & right, lungs & ~right]
+
+
+def crop_box(lungs: np.ndarray, margin: float = 0.03) -> tuple[slice, slice]:
+    """Rows and columns that hold the lungs and a margin, in parts of the longer side; all, if none."""
+    if not lungs.any():
+        return slice(0, lungs.shape[0]), slice(0, lungs.shape[1])
+    extra = round(margin * max(lungs.shape))
+    return tuple(
+        slice(max(int(at[0]) - extra, 0), min(int(at[-1]) + 1 + extra, length))
+        for at, length in ((np.flatnonzero(lungs.any(1 - k)), lungs.shape[k]) for k in (0, 1))
+    )
