@@ -165,15 +165,12 @@ def listed_splits(folder: Path) -> list[str]:
 
 
 def check_size(width: int, height: int, path: str | Path) -> None:
-    """Raise `DataError` where an image is too small, or too large, to be a slice."""
-    if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
+    """Raise `DataError` where an image is too small, too large or too thin to be a slice."""
+    short, long = sorted((width, height))
+    if short < MIN_SIDE or short * long > MAX_PIXELS or long > LONGEST * short:
         raise DataError(
             f"{path}: the image has {width} x {height} pixels, not from {MIN_SIDE} x {MIN_SIDE} to "
-            f"{MAX_PIXELS:,} in all; resize it, or check that this is a CT slice"
-        )
-    if max(width, height) > LONGEST * min(width, height):
-        raise DataError(
-            f"{path}: the image has {width} x {height} pixels, too thin a strip; crop it"
+            f"{MAX_PIXELS:,} in all, or is too thin a strip; resize it, or check that it is a slice"
         )
 
 

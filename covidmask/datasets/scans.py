@@ -15,15 +15,7 @@ from PIL import Image, ImageOps
 from covidmask.datasets import medical
 from covidmask.datasets.medical import Slice
 from covidmask.errors import DataError
-from covidmask.files import (
-    LOCKED,
-    MAX_PIXELS,
-    atomic_path,
-    check_finite,
-    check_size,
-    decoding,
-    readable,
-)
+from covidmask.files import LOCKED, atomic_path, check_finite, check_size, decoding, readable
 
 LUNG_WINDOW = (-600.0, 1500.0)  # level, width in HU
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # what the public data sets hold, in order of preference
@@ -67,7 +59,7 @@ def read_slices(
                 nifti = medical.NiftiVolume(each.path)
             image = nifti.read(each.index, window)
         elif kind == "DICOM":
-            image = medical.read_dicom(each.path, window, each.index)
+            image = medical.read_dicom(each.path, window)
         else:  # whatever it is called
             image = _to_unit(_open(each.path), each.path)
         image = image.T if each.transpose else image
@@ -86,13 +78,11 @@ def read_mask(path: str | Path) -> np.ndarray:
     """
     picture = _open(readable(path))
     mask = np.asarray(picture)
-    if picture.mode not in ("P", "L", "1") and not picture.mode.startswith("I"):
-        problem = f"is of mode {picture.mode}: colours, not class codes"
-    elif mask.max() > 255 or mask.min() < 0:
-        problem = "holds codes outside 0..255"
-    else:
-        return mask.astype(np.uint8)
-    raise DataError(f"{path}: the mask {problem}; save it as a palette or 8-bit grey PNG")
+    coded = picture.mode in ("P", "L", "1") or picture.mode.startswith("I")
+    if not coded or mask.max() > 255 or mask.min() < 0:
+        problem = f"is of mode {picture.mode}, colours, or holds codes outside 0..255"
+        raise DataError(f"{path}: the mask {problem}; save it as a palette or 8-bit grey PNG")
+    return mask.astype(np.uint8)
 
 
 def write_image(path: str | Path, array: np.ndarray) -> None:
@@ -100,7 +90,6 @@ def write_image(path: str | Path, array: np.ndarray) -> None:
 
     Raises:
         DataError: the name does not end in .png, or shape, type or range is another.
-        OutputError: the file cannot be written.
     """
     path, array = Path(path), np.asarray(array)
     unit = array.dtype.kind == "f" and ((array >= 0) & (array <= 1)).all()  # NaN is neither
@@ -120,13 +109,9 @@ def _open(path: Path) -> Image.Image:
     """Decode and turn a picture completely; Pillow alone would leave the pixels for later."""
     problem = "this is no image, or a damaged or truncated one"
     with decoding(path, problem, "expected PNG, JPEG, TIFF, DICOM or NIfTI"):
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                check_size(*picture.size, path)  # before any pixel is decoded
-                picture.verify()  # PNG: the checksums, and that the end of the file is there
-        except Image.DecompressionBombError as error:  # Pillow's limit is above ours
-            what = f"the image has more than {MAX_PIXELS:,} pixels"
-            raise DataError(f"{path}: {what}; resize it, or check that it is a slice") from error
+        with Image.open(path, formats=FORMATS) as picture:
+            check_size(*picture.size, path)  # before any pixel is decoded
+            picture.verify()  # PNG: the checksums, and that the end of the file is there
         # again, because `verify` uses the file up; open, because by its name Pillow would map a
         # plain TIFF into memory with the sides that it has after turning
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
@@ -209,8 +194,8 @@ def find_scans(
         parts = medical.axial_series(dicom, folder is not None, left_out) if dicom else []
         if parts and (series is not None or (folder and len(parts) > 1)):
             if series not in range(1, len(parts) + 1):
-                each = (f"{len(p)} of {p[0].series[3]} x {p[0].series[2]} pixels" for p in parts)
-                listed = "; ".join(f"{number}: {words}" for number, words in enumerate(each, 1))
+                sizes = (f"{len(p)} of {p[0].series[2]} x {p[0].series[3]} pixels" for p in parts)
+                listed = "; ".join(f"{number}: {words}" for number, words in enumerate(sizes, 1))
                 raise DataError(
                     f"{source}: holds {len(parts)} axial CT series (number: slices; {listed}); "
                     "choose one of these numbers with --series"
@@ -239,12 +224,7 @@ def _files(folder: Path) -> list[Path]:
             raise error
 
     files: list[Path] = []
-    seen: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link led around in a circle
-            folders.clear()
-            continue
-        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files)
