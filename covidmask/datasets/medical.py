@@ -41,8 +41,7 @@ class Slice:
     instance: int | None = None  # DICOM's instance number
     position: float | None = None  # mm along the normal, rising to the head; None where unknown
     spacing: tuple[float, float] | None = None  # mm between rows and between columns, as read
-    reverse: tuple[bool, bool] = (False, False)  # rows, columns run to the front, the right: turn
-    transpose: bool = False  # in the file, rows run to a side: swap the axes, and then reverse
+    turn: tuple[bool, int, int] = (False, 1, 1)  # swap the axes, then steps of rows and columns
     # what sorts DICOM
     series: tuple = ()  # number, name, columns, rows: equal within a series
     plane: np.ndarray | None = None  # [2, 3], unit vectors along a row, a column; 0 where unknown
@@ -125,15 +124,12 @@ def _no_ct_slice(header: Dataset) -> str:
 
 
 def read_dicom(path: Path, window: tuple[float, float]) -> np.ndarray:
-    """Read one grey DICOM slice: float32 [H, W] in 0..1.
+    """Read one CT slice: float32 [H, W] in 0..1. Raises `DataError`.
 
     Stored values become HU by rescale slope and intercept, 1 and 0 where a tag is absent or
     empty, and a window (level, width) maps them to 0..1. Padding outside the reconstruction circle
     (often -2048) becomes 0. MONOCHROME1 (low values bright) is inverted only if neither rescale
     tag holds a value: with one the values are HU, and it speaks of display alone.
-
-    Raises:
-        DataError: as `read_image`, and where the file is no single CT slice in HU.
     """
     remedy = f"export it again, uncompressed, or run `pip install {PACKAGES}`"
     with decoding(path, "the pixels cannot be decoded", remedy):
@@ -164,9 +160,6 @@ def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list
     hangs on a threshold, such as whether slices are turned, is the same for all. Files that name
     no series belong together only where they lie in one folder and were found there (`folder`).
     `left_out` counts other files (localizers, other planes and modalities, ...), by reasons.
-
-    Raises:
-        DataError: pydicom is absent, a file is no DICOM or its header is damaged.
     """
     groups: list[list[Slice]] = []
     problem = "this is no DICOM file, or its header is damaged", "export the slice again"
@@ -214,17 +207,14 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
     """Sort one of `axial_series` by position along the normal, else by instance number.
 
     `notes` takes sentences about copies, gaps and missing positions of what is called `source`.
-
-    Raises:
-        DataError: neither tells the order.
     """
     plane = series[0].plane
     across, down = plane if plane.any() else np.eye(3)[:2]
     normal = np.cross(across, down)
     normal = normal * (-1 if normal[2] < 0 else 1)  # to the head
-    if transpose := bool(abs(across[1]) > abs(across[0])):
+    if swap := bool(abs(across[1]) > abs(across[0])):  # rows run to a side
         across, down = down, across
-    reverse = bool(down[1] < 0), bool(across[0] < 0)
+    turn = swap, -1 if down[1] < 0 else 1, -1 if across[0] < 0 else 1
     placed = plane.any() and np.isfinite([each.corner for each in series]).all()
     if not placed and len(series) > 1:
         numbers = {each.instance for each in series}
@@ -240,9 +230,8 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
     turned = []
     for each in series:
         position = float(normal @ each.corner) if placed else None
-        spacing = each.spacing[::-1] if each.spacing and transpose else each.spacing
-        way = {"reverse": reverse, "transpose": transpose}
-        turned.append(replace(each, position=position, spacing=spacing, **way))
+        spacing = each.spacing[::-1] if each.spacing and swap else each.spacing
+        turned.append(replace(each, position=position, spacing=spacing, turn=turn))
     place = attrgetter("position" if placed else "instance")
     kept: list[Slice] = []
     for each in sorted(turned, key=place):
@@ -256,12 +245,11 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
             "(copies, or a second acquisition?); the lowest instance number stays."
         )
     steps = np.diff([place(each) for each in kept])
-    usual = float(np.median(steps)) if len(steps) > 1 else math.inf
-    if gaps := int((steps > UNEVEN * usual).sum()):
-        widest, unit = int(steps.argmax()), "mm" if placed else "instance numbers"
+    if len(steps) > 1 and steps.max() > UNEVEN * (usual := np.median(steps)):
+        widest, unit = steps.argmax(), "mm" if placed else "instance numbers"
         notes.append(
-            f"{source}: {gaps} gap{'s' * (gaps > 1)}: slices are {usual:.4g} {unit} apart, but "
-            f"{steps[widest]:.4g} from slice {widest + 1} to {widest + 2}; some may be missing."
+            f"{source}: slices are {usual:.4g} {unit} apart, but up to {steps[widest]:.4g}, from "
+            f"slice {widest + 1} to {widest + 2}; some may be missing."
         )
     return tuple(kept)
 

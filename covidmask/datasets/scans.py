@@ -35,10 +35,9 @@ def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> n
     and an alpha channel is dropped. DICOM (.dcm, .dicom, or the letters DICM at byte 128) and NIfTI
     (.nii, .nii.gz; the middle axial slice) hold HU, which the window (level, width) maps to 0..1.
 
-    Raises:
-        DataError: the file is missing, locked, damaged, no image, smaller than 8x8 or larger than
-            67 megapixels; it holds NaN, infinite or other values than above, or 16 bits that all
-            lie within 4096 levels.
+    Raises `DataError`: the file is missing, locked, damaged, no image, smaller than 8x8 or larger
+    than 67 megapixels; it holds NaN, infinite or other values than above, or 16 bits that all lie
+    within 4096 levels.
     """
     return next(read_slices([Slice(Path(path))], window))
 
@@ -62,9 +61,8 @@ def read_slices(
             image = medical.read_dicom(each.path, window)
         else:  # whatever it is called
             image = _to_unit(_open(each.path), each.path)
-        image = image.T if each.transpose else image
-        rows, columns = (-1 if reverse else 1 for reverse in each.reverse)
-        yield np.ascontiguousarray(image[::rows, ::columns])
+        swap, rows, columns = each.turn
+        yield np.ascontiguousarray((image.T if swap else image)[::rows, ::columns])
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -73,8 +71,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     The codes of a palette picture (mode P) are its indices. `convert("L")` would replace them by
     the brightness of their colours, e.g. 0, 1, 2 by 0, 38, 75, so it is never called here.
 
-    Raises:
-        DataError: as `read_image`, and for colour pictures, which hold no codes.
+    Raises `DataError` as `read_image`, and for colour pictures, which hold no codes.
     """
     picture = _open(readable(path))
     mask = np.asarray(picture)
@@ -86,10 +83,9 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def write_image(path: str | Path, array: np.ndarray) -> None:
-    """Write [H, W] grey or [H, W, 3] RGB, floats in 0..1 or uint8, as an 8-bit PNG, atomically.
+    """Write [H, W] grey or [H, W, 3] RGB, floats in 0..1 or uint8, as an 8-bit .png, atomically.
 
-    Raises:
-        DataError: the name does not end in .png, or shape, type or range is another.
+    Raises `DataError` for another suffix, shape, type or range.
     """
     path, array = Path(path), np.asarray(array)
     unit = array.dtype.kind == "f" and ((array >= 0) & (array <= 1)).all()  # NaN is neither
@@ -106,7 +102,7 @@ def write_image(path: str | Path, array: np.ndarray) -> None:
 
 
 def _open(path: Path) -> Image.Image:
-    """Decode and turn a picture completely; Pillow alone would leave the pixels for later."""
+    # decoded and turned completely; Pillow alone would leave the pixels for later
     problem = "this is no image, or a damaged or truncated one"
     with decoding(path, problem, "expected PNG, JPEG, TIFF, DICOM or NIfTI"):
         with Image.open(path, formats=FORMATS) as picture:
@@ -163,12 +159,8 @@ def find_scans(
     folder, searched with the folders in it, may hold one, or `series` (from 1) says which. See
     `medical.axial_series` for what a series is, and `medical.ordered` for the order.
 
-    Returns:
-        The scans, pictures first, and sentences about what was left out, copies and gaps.
-
-    Raises:
-        DataError: a folder holds nothing to look at or several series, there is no such series, a
-            file is damaged or cannot be opened, or nothing tells the order of a series.
+    Returns the scans, pictures first, and sentences about what was left out, copies and gaps.
+    Raises `DataError` where there is nothing to look at, no such series, no order or a bad file.
     """
     pictures: list[Slice] = []
     volumes: list[tuple[str, tuple[Slice, ...]]] = []
@@ -182,7 +174,7 @@ def find_scans(
         left_out: Counter[str] = Counter()
         dicom = []
         for path in files:
-            kind = _kind(path, empty=folder is not None)
+            kind = _kind(path)
             if kind == "NIfTI":
                 volumes.append((str(path), medical.NiftiVolume(path).slices(notes)))
             elif kind == "DICOM":
@@ -217,8 +209,7 @@ def find_scans(
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file in a folder and below, but hidden ones (macOS writes ._IM0001)."""
-
+    # every file in it and below, but hidden ones (macOS writes ._IM0001)
     def stop(error: OSError) -> None:
         with decoding(error.filename, *LOCKED):
             raise error
@@ -230,9 +221,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _kind(path: Path, empty: bool = False) -> str:
-    """NIfTI, DICOM, picture, or in a few words why a file of a folder is none of them."""
-    name = readable(path, empty).name.lower()
+def _kind(path: Path) -> str:
+    # NIfTI, DICOM, picture, or in a few words why a file of a folder is none of them
+    name = readable(path).name.lower()
     if name.endswith((".nii", ".nii.gz")):
         return "NIfTI"
     with open(path, "rb") as file:
@@ -256,8 +247,7 @@ def choose_slices(
         slices: "all", or numbers and ranges from 1, such as "20-80" or "3,17,40-45".
         every: take the first, and then each `every`-th, of these or of all.
 
-    Raises:
-        DataError: the volume has no such slices, or `every` is below 1.
+    Raises `DataError` where the volume has no such slices, or `every` is below 1.
     """
     if every is not None and every < 1:
         raise DataError(f"every {every}: must be a whole number from 1")
