@@ -140,11 +140,6 @@ def weights_file(kind: str, preset: str, regime: str | None = None) -> Path:
     return data_root() / "weights" / f"{name}.safetensors"
 
 
-def ranked_folder() -> Path:
-    """Where training keeps the ranked boxes of slices; it may be deleted at any time."""
-    return data_root() / "ranked"
-
-
 def existing_folder(root: str | Path) -> Path:
     """`root`, if it is there; else `DataError`."""
     if not Path(root).is_dir():

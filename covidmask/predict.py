@@ -82,16 +82,13 @@ def predict(
     tables = [out / "predictions.csv", out / "summary.csv"]
     outputs = [*(out / row["picture"] for row in rows), *tables]
     _check_outputs(outputs, *(one.path for one in each), segmenter, classifier)
-    volumes = [scan for scan in scans if scan.volume]
-    if (series, slices, every, window) != (None, None, None, LUNG_WINDOW) and not volumes:
-        notes.append("here is no volume: --series, --slices, --every and --window change nothing.")
     greys = read_slices(tqdm(each, desc="checking images"), window)  # a bad one stops us here
     # but for one pixel in 200, as a few bright ones do not help the rest
     spans = [np.ptp(np.percentile(grey, (0.5, 99.5))) for grey in greys]
     if flat := [_called(row) for row, span in zip(rows, spans, strict=True) if span < FLAT]:
         why = "use less than an eighth of the grey values, so the networks see next to nothing"
         notes.append(f"{some(flat)} {why}; are they grey from black to white, volumes in HU?")
-    for scan in volumes:
+    for scan in scans:
         count = f"{owners.count(scan)} of {len(scan.slices)}"
         tqdm.write(f"{scan.name}: {scan.source}; looking at {count} slices")
     for note in notes:

@@ -343,20 +343,6 @@ def test_a_name_as_long_as_the_system_allows(name, tmp_path, stub):
     assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".csv", ".csv", ".png"]
 
 
-def test_options_without_effect_are_noted(tmp_path, stub, capsys):
-    picture = write_picture(tmp_path / "a.png")
-    for options in (
-        ["--slices", "9"],
-        ["--every", "2"],
-        ["--window", "40", "400"],
-        ["--series", "1"],
-    ):
-        assert predict([picture], tmp_path / "out", *options)[0] == 0
-        assert "Note: here is no volume" in capsys.readouterr().out
-    predict([picture], tmp_path / "out")
-    assert "here is no volume" not in capsys.readouterr().out
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs names that are no text")
 def test_a_name_that_is_no_text(tmp_path, stub):
     name = os.fsdecode(b"\xff.png")

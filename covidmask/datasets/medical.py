@@ -95,13 +95,13 @@ def _no_ct_slice(header: Dataset) -> str:
         if not stored_as or stored_as.name.endswith("Image Storage"):
             raise ValueError("it ends before it states rows")
         return "no image"  # DICOMDIR, reports, presentation states
-    made = " ".join(map(str, np.atleast_1d(header.get("ImageType") or ""))).upper()
+    made = str(header.get("ImageType")).upper()
     # few captures say that there is text in the pixels
     capture = f"{header.get('SOPClassUID') or stored_as}.".startswith(f"{SECONDARY_CAPTURE}.")
     capture = capture and np.isnan(_numbers(header, "ImageOrientationPatient", 6)).any()
-    frames = (_number(header, "NumberOfFrames") or 1) != 1
     # enhanced CT states slope and place by frame, out of our sight
-    enhanced = any(f"{k}FunctionalGroupsSequence" in header for k in ("Shared", "PerFrame"))
+    several = any(f"{k}FunctionalGroupsSequence" in header for k in ("Shared", "PerFrame"))
+    several = several or (_number(header, "NumberOfFrames") or 1) != 1
     shown = str(header.get("PhotometricInterpretation") or "MONO")
     grey = shown.startswith("MONO") and (_number(header, "SamplesPerPixel") or 1) == 1
     slope = _number(header, "RescaleSlope", float)
@@ -112,7 +112,7 @@ def _no_ct_slice(header: Dataset) -> str:
         "no CT": header.get("Modality") not in (None, "", "CT"),
         "burned-in text, which may name the patient": header.get("BurnedInAnnotation") == "YES",
         "screen capture, which may name the patient": "SCREEN SAVE" in made or capture,
-        "several frames in one file": frames or enhanced,
+        "several frames in one file": several,
         "no grey values": not grey,
         # US: unspecified, which old scanners wrote
         "a rescale type that is not HU": not unit.startswith(("HU", "HOUNSFIELD", "US")),
@@ -269,11 +269,11 @@ class NiftiVolume:
 
             nibabel.imageglobals.logger.setLevel("CRITICAL")  # it would print what it mends
             image = nibabel.load(path)
-            if not isinstance(image, nibabel.Nifti1Image):  # Nifti2Image is one, too
-                raise DataError(f"{path}: the file is CIFTI, no volume; save one 3-D NIfTI volume")
             self._proxy, shape = image.dataobj, tuple(map(int, image.shape))
-            if len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) > 1:
-                raise DataError(f"{path}: the image has shape {shape}; save one 3-D volume")
+            volume = isinstance(image, nibabel.Nifti1Image)  # Nifti2Image is one, too; CIFTI is not
+            if not volume or len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) > 1:
+                what = f"{type(image).__name__} of shape {shape}"
+                raise DataError(f"{path}: the file is a {what}; save one 3-D NIfTI volume")
             self._shape = (*shape, 1)[:3]
             most = MAX_GZ_BYTES if self._packed else path.stat().st_size - self._proxy.offset
             if math.prod(shape) * self._proxy.dtype.itemsize > most:  # before memory is taken

@@ -83,19 +83,12 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def write_image(path: str | Path, array: np.ndarray) -> None:
-    """Write [H, W] grey or [H, W, 3] RGB, floats in 0..1 or uint8, as an 8-bit .png, atomically.
-
-    Raises `DataError` for another suffix, shape, type or range.
-    """
-    path, array = Path(path), np.asarray(array)
-    unit = array.dtype.kind == "f" and ((array >= 0) & (array <= 1)).all()  # NaN is neither
-    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if path.suffix.lower() != ".png" or not shaped or not (unit or array.dtype == np.uint8):
-        raise DataError(
-            f"{path}: cannot write {array.dtype} of shape {array.shape} there; let the name end in "
-            ".png, and pass [H, W] or [H, W, 3], floats in 0..1 or uint8"
-        )
+    """Write [H, W] grey or [H, W, 3] RGB, uint8 or floats in 0..1, as an 8-bit PNG, atomically."""
+    array = np.asarray(array)
     if array.dtype != np.uint8:
+        # NaN is neither
+        if array.dtype.kind != "f" or not ((array >= 0) & (array <= 1)).all():
+            raise DataError(f"{path}: would hold other values than uint8 or floats in 0..1")
         array = np.rint(array * 255).astype(np.uint8)
     with atomic_path(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")

@@ -436,7 +436,7 @@ def test_cifti_is_no_volume():
     path = Path(nibabel.__file__).parent / "tests" / "data" / "row_major.dconn.nii"
     if not path.exists():
         pytest.skip("this release of nibabel comes without its test data")
-    with pytest.raises(DataError, match="row_major.dconn.nii: the file is CIFTI"):
+    with pytest.raises(DataError, match="row_major.dconn.nii: the file is a Cifti2Image"):
         read_image(path)
 
 
