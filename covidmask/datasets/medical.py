@@ -303,14 +303,13 @@ class NiftiVolume:
     def slices(self, notes: list[str]) -> tuple[Slice, ...]:
         """All axial slices; `notes` takes sentences about what is odd about them."""
         if self.positions[0] is None:  # the axes are taken to be in nibabel's usual order
-            problem = "states no orientation; slices may be turned, or from head to feet"
-            notes.append(f"{self.path}: {problem}.")
-        along, across = self.spacing
+            problem = "no orientation is stated; slices may be turned, or from head to feet."
+            notes.append(f"{self.path}: {problem}")
         if max(self.spacing) > UNEVEN * min(self.spacing):
-            problem = f"pixels measure {along:.3g} x {across:.3g} mm; the scan was not axial"
-            notes.append(f"{self.path}: {problem}.")
-        places = enumerate(self.positions)
-        return tuple(Slice(self.path, k, None, mm, self.spacing) for k, mm in places)
+            size = "{:.3g} x {:.3g} mm".format(*self.spacing)
+            notes.append(f"{self.path}: pixels measure {size}; the scan was not axial.")
+        positions = enumerate(self.positions)
+        return tuple(Slice(self.path, k, None, mm, self.spacing) for k, mm in positions)
 
     def read(self, index: int | None, window: tuple[float, float]) -> np.ndarray:
         """Slice `index`, from 0 (None: the middle), through a window: float32 [H, W] in 0..1."""
@@ -330,6 +329,4 @@ class NiftiVolume:
             where = self._shape, self._proxy.dtype, file, self._proxy.offset
             voxels = nibabel.volumeutils.array_from_file(*where, mmap=not self._packed)
             file.read(1)  # beyond the end, where a packed file has its checksum
-        if voxels.dtype.kind not in "iuf":
-            raise ValueError(f"its voxels are of type {voxels.dtype}, not real numbers")
         return nibabel.apply_orientation(voxels, self._turn)

@@ -179,12 +179,9 @@ def find_scans(
         parts = medical.axial_series(dicom, folder is not None, left_out) if dicom else []
         if parts and (series is not None or (folder and len(parts) > 1)):
             if series not in range(1, len(parts) + 1):
-                sizes = (f"{len(p)} of {p[0].series[2]} x {p[0].series[3]} pixels" for p in parts)
-                listed = "; ".join(f"{number}: {words}" for number, words in enumerate(sizes, 1))
-                raise DataError(
-                    f"{source}: holds {len(parts)} axial CT series (number: slices; {listed}); "
-                    "choose one of these numbers with --series"
-                )
+                listed = ", ".join(f"{n}: {len(part)} slices" for n, part in enumerate(parts, 1))
+                what = f"holds {len(parts)} axial CT series ({listed})"
+                raise DataError(f"{source}: {what}; choose one of these with --series")
             parts = [parts[series - 1]]
         volumes += [(source, medical.ordered(part, source, notes)) for part in parts]
         reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())

@@ -126,7 +126,9 @@ def test_gaps_in_instance_numbers_are_reported(tmp_path):
 def test_two_series_in_a_folder_need_a_choice(tmp_path):
     write_series(tmp_path / "a", 3, SeriesNumber=7)
     write_series(tmp_path / "b", 5, SeriesNumber=2, series=SERIES + ".1")
-    with pytest.raises(DataError, match="2 axial CT series .*1: 5 of 64 x 64.*--series") as caught:
+    with pytest.raises(
+        DataError, match="2 axial CT series .*1: 5 slices, 2: 3 slices.*--series"
+    ) as caught:
         find_scans([tmp_path])
     assert SERIES not in str(caught.value)
     assert len(only(tmp_path, series=1)[0].slices) == 5
@@ -146,7 +148,7 @@ def test_two_series_in_a_folder_need_a_choice(tmp_path):
 def test_sizes_of_one_series_are_parted(tmp_path):
     write_series(tmp_path, 3)
     write_slice(tmp_path / "large", chest(0, 96), ImagePositionPatient=[0, 0, 900])
-    with pytest.raises(DataError, match="3 of 64 x 64 pixels; 2: 1 of 96 x 96|1 of 96 x 96 pixels"):
+    with pytest.raises(DataError, match="1: 3 slices, 2: 1 slices|1: 1 slices, 2: 3 slices"):
         find_scans([tmp_path])
 
 
@@ -501,7 +503,7 @@ def test_nifti_notes(tmp_path):
     image.header.set_qform(None, 0)
     nibabel.save(image, tmp_path / "none.nii")
     scan, notes = only(tmp_path / "none.nii")
-    assert "states no orientation" in notes and scan.slices[0].position is None
+    assert "no orientation is stated" in notes and scan.slices[0].position is None
     tiny = nibabel.Nifti1Image(np.zeros((4, 20, 3), np.int16), np.eye(4))
     nibabel.save(tiny, tmp_path / "tiny.nii")
     with pytest.raises(DataError, match="tiny.nii.*4 x 20"):
