@@ -137,7 +137,7 @@ def read_dicom(path: Path, window: tuple[float, float]) -> np.ndarray:
 
         dataset = _open_dicom(path, pixels=True)
         if reason := _no_ct_slice(dataset):
-            raise DataError(f"{path}: holds no Hounsfield units ({reason}); export the CT slice")
+            raise DataError(f"{path}: is no CT slice in Hounsfield units ({reason}); export one")
         check_size(int(dataset.Columns), int(dataset.Rows), path)
         syntax = dataset.file_meta.TransferSyntaxUID
         # GDCM refuses a truncated slice, of which others may return what there is
@@ -175,14 +175,13 @@ def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list
             if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
                 raise ValueError("its orientation is not that of two directions at right angles")
             name = str(header.get("SeriesInstanceUID") or (path.parent if folder else path))
-            number = _number(header, "SeriesNumber")
+            number, size = _number(header, "SeriesNumber"), (int(header.Columns), int(header.Rows))
             spacing = _numbers(header, "PixelSpacing", 2)
             each = Slice(
                 path,
                 instance=_number(header, "InstanceNumber"),
                 spacing=tuple(spacing.tolist()) if min(spacing) > 0 else None,
-                series=(math.inf if number is None else number, name)
-                + (int(header.Columns), int(header.Rows)),
+                series=(math.inf if number is None else number, name, *size),
                 plane=np.nan_to_num(plane),
                 corner=_numbers(header, "ImagePositionPatient", 3),
             )

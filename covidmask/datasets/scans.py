@@ -86,8 +86,7 @@ def write_image(path: str | Path, array: np.ndarray) -> None:
     """Write [H, W] grey or [H, W, 3] RGB, uint8 or floats in 0..1, as an 8-bit PNG, atomically."""
     array = np.asarray(array)
     if array.dtype != np.uint8:
-        # NaN is neither
-        if array.dtype.kind != "f" or not ((array >= 0) & (array <= 1)).all():
+        if array.dtype.kind != "f" or not ((array >= 0) & (array <= 1)).all():  # NaN
             raise DataError(f"{path}: would hold other values than uint8 or floats in 0..1")
         array = np.rint(array * 255).astype(np.uint8)
     with atomic_path(path) as temporary:
@@ -155,17 +154,14 @@ def find_scans(
     Returns the scans, pictures first, and sentences about what was left out, copies and gaps.
     Raises `DataError` where there is nothing to look at, no such series, no order or a bad file.
     """
-    pictures: list[Slice] = []
-    volumes: list[tuple[str, tuple[Slice, ...]]] = []
-    notes: list[str] = []
+    pictures, volumes, notes = [], [], []  # volumes: source, slices
     paths = list(dict.fromkeys(map(Path, paths)))  # what is named twice counts once
     folders = [path for path in paths if os.path.isdir(path)]
     named = [path for path in paths if path not in folders]
     groups = [(None, named)] * bool(named) + [(folder, _files(folder)) for folder in folders]
     for folder, files in groups:
         source, before = str(folder or "the files named"), len(pictures) + len(volumes)
-        left_out: Counter[str] = Counter()
-        dicom = []
+        left_out, dicom = Counter(), []
         for path in files:
             kind = _kind(path)
             if kind == "NIfTI":
@@ -186,10 +182,8 @@ def find_scans(
         volumes += [(source, medical.ordered(part, source, notes)) for part in parts]
         reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())
         if len(pictures) + len(volumes) == before:
-            raise DataError(
-                f"{folder or files[0]}: holds no axial CT slice{reasons and '; left out: '}"
-                f"{reasons}; name DICOM, NIfTI or picture files, or a folder of them"
-            )
+            what = f"holds no axial CT slice{reasons and '; left out: '}{reasons}"
+            raise DataError(f"{folder or files[0]}: {what}; name DICOM, NIfTI or picture files")
         if reasons:
             notes.append(f"{source}: files left out: {reasons}.")
     scans = [Scan(f"volume {n}", *volume, True) for n, volume in enumerate(volumes, 1)]

@@ -250,7 +250,7 @@ def test_compressed_dicom_names_the_package(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_hounsfield_units_is_refused(tmp_path, tags, problem):
-    with pytest.raises(DataError, match=f"a.dcm: holds no Hounsf.*{problem}"):
+    with pytest.raises(DataError, match=f"a.dcm: is no CT slice in Hounsf.*{problem}"):
         read_dicom(write_dicom(tmp_path / "a.dcm", HU, **tags), WINDOW)
     for kind in ("HU", "US", "", None):
         read_dicom(write_dicom(tmp_path / "b.dcm", HU, RescaleType=kind, Modality="CT"), WINDOW)
@@ -263,7 +263,7 @@ def test_a_table_in_place_of_a_slope_is_refused(tmp_path):
     table.ModalityLUTType = "HU"
     table.add_new("LUTData", "OW", np.arange(4096, dtype=np.uint16).tobytes())
     path = write_dicom(tmp_path / "a.dcm", np.abs(HU), ModalityLUTSequence=[table])
-    with pytest.raises(DataError, match="a.dcm: holds no Hounsfield units .a table"):
+    with pytest.raises(DataError, match="a.dcm: is no CT slice in Hounsfield units .a table"):
         read_dicom(path, WINDOW)
 
 
