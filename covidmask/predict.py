@@ -27,10 +27,7 @@ PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
 BATCH = 4  # slices of one size that go through the networks together
 BATCH_PIXELS = 2**22  # in all of them, or one alone: large pictures would fill the memory
 FLAT = 1 / 8  # of the way from black to white: a slice that spans less shows the networks little
-CAUTION = (
-    "A slice label is not a patient diagnosis, and the slice classifier was not validated on "
-    "volumes."
-)
+CAUTION = "A slice label is not a patient diagnosis; the classifier was not validated on volumes."
 
 
 @torch.no_grad()
@@ -97,10 +94,9 @@ def predict(
     model = for_inference(load_classifier(classifier, device))
     classes, lesion_classes = model.config.classes, detector.classes
     names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
-    names += [*lesion_classes, *classes]
-    if len(set(names)) < len(names):
-        what = f"two columns would have one name ({', '.join(names)}); train with other class names"
-        raise CheckpointError(f"{segmenter}, {classifier}: {what}")
+    if len({*names, *lesion_classes, *classes}) < len(names) + len(lesion_classes) + len(classes):
+        what = f"two columns would have one name ({', '.join((*lesion_classes, *classes))})"
+        raise CheckpointError(f"{segmenter}, {classifier}: {what}; train with other class names")
     pairs = zip(jobs, read_slices(each, window), strict=True)
     looking = _look(pairs, detector, model, len(lesion_classes), device)
     for job, grey, found, p in tqdm(looking, total=len(jobs), desc="looking at slices"):
@@ -146,7 +142,7 @@ def _called(row: Mapping[str, Any]) -> str:
 
 
 def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None) -> list[tuple]:
-    """Scan, slice, and the start of its row, with a name for its picture that names no patient."""
+    # scan, slice, and the start of its row, with a name for its picture that names no patient
     jobs, used = [], set()
     many = sum(scan.volume for scan in scans) > 1
     for scan in scans:
@@ -168,7 +164,7 @@ def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None) -> list[
 
 
 def _check_outputs(outputs: Sequence[Path], *inputs: str | Path) -> None:
-    """Refuse to write over something that the reader gave us."""
+    # nothing that the reader gave us is written over
     given = {(s.st_dev, s.st_ino) for s in map(os.stat, filter(os.path.exists, inputs))}
     for path in filter(Path.exists, outputs):
         if path.is_dir() or (path.stat().st_dev, path.stat().st_ino) in given:
@@ -179,7 +175,7 @@ def _check_outputs(outputs: Sequence[Path], *inputs: str | Path) -> None:
 def _look(
     pairs: Iterable[tuple], detector: nn.Module, model: nn.Module, classes: int, device: str
 ) -> Iterator[tuple[tuple, np.ndarray, dict[str, Tensor], list[float]]]:
-    """What both networks say of each slice: lesions, and a probability for each image class."""
+    # job, grey values, lesions, and a probability for each image class
     # neighbours of one size together: in a mixed batch, padding would change what is found
     for (height, width), group in groupby(pairs, lambda pair: pair[1].shape):
         most = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
@@ -189,10 +185,8 @@ def _look(
             found = detect(detector, images, classes)
             probabilities = model(images).sigmoid()  # [B, classes]
             if not all(v.isfinite().all() for v in (probabilities, *(f["maps"] for f in found))):
-                names = ", ".join(row["picture"] for (*_, row), _ in batch)
-                raise CheckpointError(
-                    f"the networks give values that are not numbers ({names}); train them again"
-                )
+                what = f"give values that are not numbers near {batch[-1][0][2]['picture']}"
+                raise CheckpointError(f"the networks {what}; train them again")
             for (job, grey), lesions, p in zip(batch, found, probabilities.tolist(), strict=True):
                 yield job, grey, lesions, p
 
