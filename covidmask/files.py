@@ -34,8 +34,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:  # Windows syncs a file that may be written only
             os.fsync(file.fileno())  # the data reaches the disk before the name does
         os.replace(temporary, path)
-    except OutputError:
-        raise
     except OSError as error:
         problem = f"{path}: cannot be written ({error.strerror or error})"
         raise OutputError(f"{problem}; choose a folder with space that you may write to") from error

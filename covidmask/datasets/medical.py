@@ -43,7 +43,7 @@ class Slice:
     spacing: tuple[float, float] | None = None  # mm between rows and between columns, as read
     turn: tuple[bool, int, int] = (False, 1, 1)  # swap the axes, then steps of rows and columns
     # what sorts DICOM
-    series: tuple = ()  # number, name, columns, rows: equal within a series
+    series: tuple = ()  # number, identifier (dropped then), columns, rows: equal within a series
     plane: np.ndarray | None = None  # [2, 3], unit vectors along a row, a column; 0 where unknown
     corner: np.ndarray | None = None  # [3], mm, image position; NaN where unknown
 
@@ -230,7 +230,7 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
     for each in series:
         position = float(normal @ each.corner) if placed else None
         spacing = each.spacing[::-1] if each.spacing and swap else each.spacing
-        turned.append(replace(each, position=position, spacing=spacing, turn=turn))
+        turned.append(replace(each, position=position, spacing=spacing, turn=turn, series=()))
     place = attrgetter("position" if placed else "instance")
     kept: list[Slice] = []
     for each in sorted(turned, key=place):
