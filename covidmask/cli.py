@@ -276,7 +276,7 @@ class TrainClassifier(_TrainOptions):
         model = covid_ct_mask_net(segmenter, settings)
 
         def train(model: Any, **options: Any) -> list[dict]:
-            options |= {"cache": files.ranked_folder(), "validation": val}
+            options |= {"cache": files.data_root() / "ranked", "validation": val}
             return train_classifier(model, dataset, self.regime, training, **options)
 
         card = {"regime": self.regime, "validation_accuracy": True if val else None}

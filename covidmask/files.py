@@ -23,8 +23,7 @@ MAX_PIXELS = 2**26  # 8192 x 8192: beyond it a file is no CT slice, perhaps a de
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it when the block ends well, else remove it.
 
-    Raises:
-        OutputError: the folder cannot be made or written, or the disk is full.
+    Raises `OutputError` where the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     # not the whole stem: a name as long as the system allows must not grow too long
@@ -35,8 +34,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:  # Windows syncs a file that may be written only
             os.fsync(file.fileno())  # the data reaches the disk before the name does
         os.replace(temporary, path)
-    except OutputError:
-        raise
     except OSError as error:
         problem = f"{path}: cannot be written ({error.strerror or error})"
         raise OutputError(f"{problem}; choose a folder with space that you may write to") from error
@@ -60,13 +57,12 @@ def same_file(one: str | Path, other: str | Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def check_writable(folder: str | Path) -> Path:
+def check_writable(folder: str | Path) -> None:
     """Make `folder` if needed and prove, as `atomic_path`, that a file can be written there."""
     probe = Path(folder) / f".write_check.{os.getpid()}"  # a name that no other process uses
     with atomic_path(probe) as temporary:
         temporary.write_bytes(b"covidmask")
     probe.unlink()
-    return Path(folder)
 
 
 def split_path(root: str | Path, split: str | Path) -> Path:
@@ -77,11 +73,10 @@ def split_path(root: str | Path, split: str | Path) -> Path:
 def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
     """The lines that are not blank: their number from 1, and their words.
 
-    Raises:
-        DataError: the file is missing, no text, empty, or names a slice (its first word) twice.
+    Raises `DataError`: the file is missing, no text, empty, or its first words are not unique.
     """
     with decoding(path, "the split file cannot be read or is no text", "name another one"):
-        text = readable(path, empty=True).read_text("utf-8-sig")  # Windows writes a byte order mark
+        text = readable(path).read_text("utf-8-sig")  # Windows writes a byte order mark
     lines = [(n, line.split()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path}: the split file is empty; list one slice per line")
@@ -118,14 +113,12 @@ def decoding(path: str | Path, problem: str, remedy: str) -> Iterator[None]:
         raise DataError(f"{path}: {problem} ({reason}); {remedy}") from error
 
 
-def readable(path: str | Path, empty: bool = False) -> Path:
-    """`path`, if it is a file that can be opened and, unless that is allowed, is not empty."""
+def readable(path: str | Path) -> Path:
+    """`path`, if it is a file that can be opened; else `DataError`."""
     with decoding(path, *LOCKED):
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could block for ever
             raise DataError(f"{path}: this is a folder, pipe or device; name a file")
-        with open(path, "rb") as file:
-            if not (empty or file.read(1)):
-                raise DataError(f"{path}: the file is empty; copy or download it again")
+        open(path, "rb").close()
     return Path(path)
 
 
@@ -145,11 +138,6 @@ def weights_file(kind: str, preset: str, regime: str | None = None) -> Path:
     return data_root() / "weights" / f"{name}.safetensors"
 
 
-def ranked_folder() -> Path:
-    """Where training keeps the ranked boxes of slices; it may be deleted at any time."""
-    return data_root() / "ranked"
-
-
 def existing_folder(root: str | Path) -> Path:
     """`root`, if it is there; else `DataError`."""
     if not Path(root).is_dir():
@@ -165,15 +153,12 @@ def listed_splits(folder: Path) -> list[str]:
 
 
 def check_size(width: int, height: int, path: str | Path) -> None:
-    """Raise `DataError` where an image is too small, or too large, to be a slice."""
-    if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
+    """Raise `DataError` where an image is too small, too large or too thin to be a slice."""
+    short, long = sorted((width, height))
+    if short < MIN_SIDE or short * long > MAX_PIXELS or long > LONGEST * short:
         raise DataError(
             f"{path}: the image has {width} x {height} pixels, not from {MIN_SIDE} x {MIN_SIDE} to "
-            f"{MAX_PIXELS:,} in all; resize it, or check that this is a CT slice"
-        )
-    if max(width, height) > LONGEST * min(width, height):
-        raise DataError(
-            f"{path}: the image has {width} x {height} pixels, too thin a strip; crop it"
+            f"{MAX_PIXELS:,} in all, or is too thin a strip; resize it, or check that it is a slice"
         )
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
-from covidmask.datasets.medical import hounsfield_to_unit
 from covidmask.datasets.scans import LUNG_WINDOW, Scan, choose_slices, find_scans, read_slices
 from covidmask.errors import CheckpointError, DataError, OutputError
 from covidmask.files import atomic_path, some
@@ -27,12 +26,8 @@ from covidmask.plotting import COLOURS
 PICTURE_SIDE = 512  # pixels: smaller slices are drawn larger, by a whole factor
 BATCH = 4  # slices of one size that go through the networks together
 BATCH_PIXELS = 2**22  # in all of them, or one alone: large pictures would fill the memory
-AIR = -500.0  # HU: every slice of a chest has darker pixels, in the lung and around the patient
 FLAT = 1 / 8  # of the way from black to white: a slice that spans less shows the networks little
-CAUTION = (
-    "A slice label is not a patient diagnosis, and the slice classifier was not validated on "
-    "volumes."
-)
+CAUTION = "A slice label is not a patient diagnosis; the classifier was not validated on volumes."
 
 
 @torch.no_grad()
@@ -56,14 +51,13 @@ def predict(
     positions and areas: no other tag, and no file name, which may tell a patient's. Pictures
     (PNG, JPEG, TIFF) keep their file names, without the folder.
 
-    predictions.csv, whose rows are returned, has one for each slice: image (a picture's name, or
+    predictions.csv, whose rows are returned, has for each slice: image (a picture's name, or
     "volume 1"), slice (from 1, nearest the feet where positions are known), instance (DICOM's
-    number), position_mm, picture (of the lesions), lesions (boxes), the same by lesion class,
+    number), position_mm, picture (of the lesions), lesions (boxes; also by lesion class),
     lesion_pixels and lesion_mm2 (of the mask), a probability for each image class (a sigmoid each,
-    so they need not sum to 1), and the likeliest class; what is unknown is empty. summary.csv has
-    a row for each volume, and one for all pictures: slices, looked_at, lesion_slices (with a
-    lesion pixel), and for each class the share of slices in which it is likeliest, and its mean
-    and highest probability.
+    so they need not sum to 1), and the likeliest class; what is unknown is empty. summary.csv, with
+    a row for each volume and one for all pictures: slices, looked_at, lesion_slices (with a lesion
+    pixel), and of each class the share of slices in which it is likeliest, mean and maximum.
 
     The mask is the one that `covidmask evaluate` scores, `fuse` of the maps of `detect`: weak boxes
     count in it, so a pixel may be lesion where no box is drawn, and the other way round.
@@ -73,10 +67,8 @@ def predict(
         score, threshold: boxes and pixels above them count as lesions, 0..1.
         window: level and width in HU, for DICOM and NIfTI.
 
-    Raises:
-        DataError: an image cannot be used, a volume has no such slices, a number is not in 0..1.
-        CheckpointError: a weights file cannot be used.
-        OutputError: `out` cannot be written, or holds an input. Pictures there are complete.
+    Raises `DataError`, `CheckpointError` where an input cannot be used, `OutputError` where `out`
+    cannot be written or holds an input; pictures there are complete.
     """
     for name, value in (("score", score), ("threshold", threshold)):
         if not 0 <= value <= 1:
@@ -87,24 +79,13 @@ def predict(
     tables = [out / "predictions.csv", out / "summary.csv"]
     outputs = [*(out / row["picture"] for row in rows), *tables]
     _check_outputs(outputs, *(one.path for one in each), segmenter, classifier)
-    volumes = [scan for scan in scans if scan.volume]
-    if (series, slices, every, window) != (None, None, None, LUNG_WINDOW) and not volumes:
-        notes.append("here is no volume: --series, --slices, --every and --window change nothing.")
-    flat, airless = [], {scan.name for scan in volumes}
-    air = hounsfield_to_unit(AIR, window) if volumes else 0
     greys = read_slices(tqdm(each, desc="checking images"), window)  # a bad one stops us here
-    for scan, row, grey in zip(owners, rows, greys, strict=True):
-        if grey.min() <= air:
-            airless.discard(scan.name)
-        # but for one pixel in 200, as a few bright ones do not help the rest
-        if np.ptp(np.percentile(grey, (0.5, 99.5))) < FLAT:
-            flat.append(f"{row['image']}, slice {row['slice']}" if row["slice"] else row["image"])
-    if flat:
+    # but for one pixel in 200, as a few bright ones do not help the rest
+    spans = [np.ptp(np.percentile(grey, (0.5, 99.5))) for grey in greys]
+    if flat := [_called(row) for row, span in zip(rows, spans, strict=True) if span < FLAT]:
         why = "use less than an eighth of the grey values, so the networks see next to nothing"
         notes.append(f"{some(flat)} {why}; are they grey from black to white, volumes in HU?")
-    if airless:
-        notes.append(f"{some(sorted(airless))}: no pixel is as dark as air; are the values HU?")
-    for scan in volumes:
+    for scan in scans:
         count = f"{owners.count(scan)} of {len(scan.slices)}"
         tqdm.write(f"{scan.name}: {scan.source}; looking at {count} slices")
     for note in notes:
@@ -113,10 +94,9 @@ def predict(
     model = for_inference(load_classifier(classifier, device))
     classes, lesion_classes = model.config.classes, detector.classes
     names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
-    names += [*lesion_classes, *classes]
-    if len(set(names)) < len(names):
-        what = f"two columns would have one name ({', '.join(names)}); train with other class names"
-        raise CheckpointError(f"{segmenter}, {classifier}: {what}")
+    if len({*names, *lesion_classes, *classes}) < len(names) + len(lesion_classes) + len(classes):
+        what = f"two columns would have one name ({', '.join((*lesion_classes, *classes))})"
+        raise CheckpointError(f"{segmenter}, {classifier}: {what}; train with other class names")
     pairs = zip(jobs, read_slices(each, window), strict=True)
     looking = _look(pairs, detector, model, len(lesion_classes), device)
     for job, grey, found, p in tqdm(looking, total=len(jobs), desc="looking at slices"):
@@ -130,10 +110,9 @@ def predict(
         counts = {name: labels.count(label) for label, name in enumerate(lesion_classes, 1)}
         row |= {"lesions": len(labels)} | counts | {"lesion_pixels": pixels, "lesion_mm2": area}
         row |= dict(zip(classes, p, strict=True)) | {"likeliest": classes[p.index(max(p))]}
-        text = f"{row['image']}, slice {row['slice']}" if scan.volume else row["image"]
-        text += "" if row["position_mm"] is None else f" ({row['position_mm']:.1f} mm)"
-        text += f": {', '.join(f'{c} {row[c]:.3f}' for c in classes)}; lesions above {score:g}: "
-        tqdm.write(f"{text}{len(labels)}, lesion pixels: {pixels:,}")
+        place = "" if row["position_mm"] is None else f" ({row['position_mm']:.1f} mm)"
+        text = f"{', '.join(f'{c} {row[c]:.3f}' for c in classes)}; lesions above {score:g}: "
+        tqdm.write(f"{_called(row)}{place}: {text}{len(labels)}, lesion pixels: {pixels:,}")
     summary = []
     for scan in scans:
         own = [row for owner, row in zip(owners, rows, strict=True) if owner is scan]
@@ -158,29 +137,34 @@ def predict(
     return rows
 
 
+def _called(row: Mapping[str, Any]) -> str:
+    return f"{row['image']}, slice {row['slice']}" if row["slice"] else row["image"]
+
+
 def _jobs(scans: Sequence[Scan], slices: str | None, every: int | None) -> list[tuple]:
-    """Scan, slice, and the start of its row, with a name for its picture that names no patient."""
+    # scan, slice, and the start of its row, with a name for its picture that names no patient
     jobs, used = [], set()
     many = sum(scan.volume for scan in scans) > 1
     for scan in scans:
         count, prefix = len(scan.slices), f"{scan.name.replace(' ', '_')}_" * many
         for k in choose_slices(count, slices, every, scan.name) if scan.volume else range(count):
             one = scan.slices[k]
-            image, number = (scan.name, k + 1) if scan.volume else (one.path.name, None)
-            # systems allow names of 255 bytes, with what is added to it
-            stem = f"{prefix}slice_{k + 1:04d}" if scan.volume else one.path.stem[:80]
-            name, n = f"{stem}_lesions.png", 1
+            image, number, stem = scan.name, k + 1, f"{prefix}slice_{k + 1:04d}"
+            if not scan.volume:  # systems allow names of 255 bytes, with what is added to it
+                image, number, stem = one.path.name, None, one.path.stem[:80]
+            name, n = stem, 1
             while name.lower() in used:  # some file systems take A.png and a.png for one file
                 n += 1
-                name = f"{stem}_{n}_lesions.png"
+                name = f"{stem}_{n}"
             used.add(name.lower())
             row = {"image": image, "slice": number, "instance": one.instance}
-            jobs.append((scan, one, row | {"position_mm": one.position, "picture": name}))
+            row |= {"position_mm": one.position, "picture": f"{name}_lesions.png"}
+            jobs.append((scan, one, row))
     return jobs
 
 
 def _check_outputs(outputs: Sequence[Path], *inputs: str | Path) -> None:
-    """Refuse to write over something that the reader gave us."""
+    # nothing that the reader gave us is written over
     given = {(s.st_dev, s.st_ino) for s in map(os.stat, filter(os.path.exists, inputs))}
     for path in filter(Path.exists, outputs):
         if path.is_dir() or (path.stat().st_dev, path.stat().st_ino) in given:
@@ -191,7 +175,7 @@ def _check_outputs(outputs: Sequence[Path], *inputs: str | Path) -> None:
 def _look(
     pairs: Iterable[tuple], detector: nn.Module, model: nn.Module, classes: int, device: str
 ) -> Iterator[tuple[tuple, np.ndarray, dict[str, Tensor], list[float]]]:
-    """What both networks say of each slice: lesions, and a probability for each image class."""
+    # job, grey values, lesions, and a probability for each image class
     # neighbours of one size together: in a mixed batch, padding would change what is found
     for (height, width), group in groupby(pairs, lambda pair: pair[1].shape):
         most = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
@@ -201,10 +185,8 @@ def _look(
             found = detect(detector, images, classes)
             probabilities = model(images).sigmoid()  # [B, classes]
             if not all(v.isfinite().all() for v in (probabilities, *(f["maps"] for f in found))):
-                names = ", ".join(row["picture"] for (*_, row), _ in batch)
-                raise CheckpointError(
-                    f"the networks give values that are not numbers ({names}); train them again"
-                )
+                what = f"give values that are not numbers near {batch[-1][0][2]['picture']}"
+                raise CheckpointError(f"the networks {what}; train them again")
             for (job, grey), lesions, p in zip(batch, found, probabilities.tolist(), strict=True):
                 yield job, grey, lesions, p
 
@@ -229,16 +211,13 @@ def overlay(
     grey = (255 * large[0].clamp(0, 1)).round().byte().repeat(3, 1, 1)  # [3, H, W]
     masks = torch.stack([large[1] == code for code in range(2, 2 + len(classes))])
     tinted = draw_segmentation_masks(grey, masks, alpha=0.45, colors=list(COLOURS[: len(classes)]))
-    picture = Image.fromarray(tinted.permute(1, 2, 0).numpy())
-    pen = ImageDraw.Draw(picture)
     above = lesions["scores"] > score_threshold
-    found = [lesions[key][above].cpu() for key in ("boxes", "labels", "scores")]
-    for (x1, y1, x2, y2), label, score in zip(*(value.tolist() for value in found), strict=True):
-        colour, left, top = COLOURS[label - 1], int(enlarge * x1), int(enlarge * y1)
-        # the last pixels are inside
-        last = max(left, int(enlarge * x2 - 1)), max(top, int(enlarge * y2 - 1))
-        pen.rectangle((left, top, *last), outline=colour)
-        # above the box, so that the lesion stays in view; below it at the upper border
-        place = (left, top - 12 if top >= 12 else last[1])
-        pen.text(place, f"{classes[label - 1]} {score:.2f}", fill=colour)
-    return picture
+    if above.any():
+        boxes = enlarge * lesions["boxes"][above].cpu()
+        boxes[:, 2:] = boxes[:, :2].maximum(boxes[:, 2:] - 1)  # the last pixels are inside
+        labels = lesions["labels"][above].tolist()
+        pairs = zip(labels, lesions["scores"][above].tolist(), strict=True)
+        words = [f"{classes[label - 1]} {score:.2f}" for label, score in pairs]
+        colours = [COLOURS[label - 1] for label in labels]
+        tinted = draw_bounding_boxes(tinted, boxes, words, colours)
+    return Image.fromarray(tinted.permute(1, 2, 0).numpy())

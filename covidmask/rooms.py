@@ -10,10 +10,7 @@ def open_room(package: str, places: dict[str, tuple[str, ...]]) -> tuple[list[st
     """`__all__` and `__getattr__` of a package; a module is imported when a name in it is used.
 
     So the processes that draw phantoms need not load torch, and `covidmask --help` answers at once.
-
-    Args:
-        package: its `__name__`.
-        places: module -> the names that the package shows of it.
+    `package` is its `__name__`, `places` maps each module to the names that it shows of it.
     """
     home = {name: module for module, names in places.items() for name in names}
 

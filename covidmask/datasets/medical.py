@@ -5,10 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -24,20 +23,12 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MAX_GZ_BYTES = 2**31  # of a .nii.gz once unpacked: 1,000 slices of 512 x 512 in 64 bits
-MAX_DEFLATED_BYTES = 2**29  # of a DICOM file once inflated
 MM = {1: 1000.0, 3: 0.001}  # by NIfTI's code for a unit of length: metre, micron; others are mm
 SAME_PLACE = 0.01  # mm: slices that are nearer to each other have the same position
 SAME_WAY = 0.02  # between unit vectors: 1 degree, so that no rounding parts a series
 UNEVEN = 1.5  # times the usual distance of neighbours: more is a gap
 AXIAL = 0.8  # least cosine between the normal and the patient's long axis (37 degrees)
-MAX_FRAMES = 2**16  # in one file
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # pictures of screens; also the classes below it
-GROUPS = {  # the functional groups in which enhanced CT states tags; of others, that of rescaling
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "PixelSpacing": "PixelMeasuresSequence",
-}
-BAD_HEADER = "this is no DICOM file, or its header is damaged", "export the slice again"
 BAD_NIFTI = "the NIfTI file cannot be read", "copy or export it again"
 
 
@@ -46,16 +37,13 @@ class Slice:
     """Where one slice is, and what outputs may say about it."""
 
     path: Path
-    index: int | None = None  # frame (DICOM) or axial slice (NIfTI) in it, from 0; None: the only
-    instance: int | None = None  # DICOM's instance number, or the number of the frame
+    index: int | None = None  # axial slice of a NIfTI file, from 0; None: the middle one
+    instance: int | None = None  # DICOM's instance number
     position: float | None = None  # mm along the normal, rising to the head; None where unknown
     spacing: tuple[float, float] | None = None  # mm between rows and between columns, as read
-    reverse: tuple[bool, bool] = (False, False)  # rows, columns run to the front, the right: turn
-    transpose: bool = False  # in the file, rows run to a side: swap the axes, and then reverse
-    # what sorts DICOM, and is dropped then
-    series: tuple = ()  # equal within a series; orientations may differ
-    series_number: float = math.inf
-    identity: tuple = ()  # equal for copies of one slice
+    turn: tuple[bool, int, int] = (False, 1, 1)  # swap the axes, then steps of rows and columns
+    # what sorts DICOM
+    series: tuple = ()  # number, identifier (dropped then), columns, rows: equal within a series
     plane: np.ndarray | None = None  # [2, 3], unit vectors along a row, a column; 0 where unknown
     corner: np.ndarray | None = None  # [3], mm, image position; NaN where unknown
 
@@ -63,10 +51,8 @@ class Slice:
 def hounsfield_to_unit(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Map Hounsfield units of any shape to float32 in 0..1, by a window of level and width in HU.
 
-    Level - width/2 and below become 0, level + width/2 and above 1.
-
-    Raises:
-        DataError: level and width are not finite numbers, the width above 0.
+    Level - width/2 and below become 0, level + width/2 and above 1. Raises `DataError` unless
+    level and width are finite numbers, the width above 0.
     """
     level, width = map(float, window)
     if not (math.isfinite(level) and math.isfinite(width) and width > 0):
@@ -78,21 +64,18 @@ def hounsfield_to_unit(hu: np.ndarray, window: tuple[float, float]) -> np.ndarra
     return np.clip(unit, 0, 1).astype(np.float32)
 
 
-def whole(dataset: Dataset, keyword: str) -> int | None:
-    """The whole number in a tag, None where it is absent or empty; a list of numbers is refused."""
+def _number(dataset: Dataset, keyword: str, kind: type = int) -> Any:
+    # None where the tag is absent or empty; a list of numbers is an error
     value = dataset.get(keyword)
-    return None if value in (None, "") else int(value)
+    return None if value in (None, "") else kind(value)
 
 
-def frame_value(dataset: Dataset, frame: int, keyword: str, plain: bool = True) -> Any:
-    """What enhanced CT may state for a frame (from 0), for all frames, or, as others, plainly."""
-    each = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    for group in [*each[frame : frame + 1], *shared[:1]]:
-        for item in group.get(GROUPS.get(keyword, "PixelValueTransformationSequence")) or []:
-            if keyword in item:
-                return item[keyword].value
-    return dataset.get(keyword) if plain else None
+def _numbers(dataset: Dataset, keyword: str, count: int) -> np.ndarray:
+    # float [count], NaN where the tag is absent or holds something else
+    values = dataset.get(keyword)
+    fits = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count
+    numbers = np.array([float(value) for value in values] if fits else [np.nan] * count)
+    return numbers if np.isfinite(numbers).all() else np.full(count, np.nan)
 
 
 def _open_dicom(path: Path, *, pixels: bool) -> Dataset:
@@ -100,65 +83,74 @@ def _open_dicom(path: Path, *, pixels: bool) -> Dataset:
 
     meta = pydicom.filereader.read_file_meta_info(path)
     if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-        with open(path, "rb") as file:  # pydicom would unpack all of it, however much it is
-            file.seek(144 + meta.FileMetaInformationGroupLength)
-            unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
-            if len(unpack(file.read(), MAX_DEFLATED_BYTES + 1)) > MAX_DEFLATED_BYTES:
-                raise DataError(f"{path}: is too large once unpacked; export it uncompressed")
+        # pydicom would unpack all of it, however much it is
+        raise DataError(f"{path}: the file is deflated as a whole; export it uncompressed")
     return pydicom.dcmread(path, stop_before_pixels=not pixels)
 
 
-def read_dicom(path: Path, window: tuple[float, float], frame: int | None = None) -> np.ndarray:
-    """Read one grey DICOM slice (frame, from 0; None: the only one): float32 [H, W] in 0..1.
+def _no_ct_slice(header: Dataset) -> str:
+    # why a DICOM file is no CT slice in Hounsfield units; empty if it is one
+    stored_as = header.file_meta.get("MediaStorageSOPClassUID")
+    if "Rows" not in header:
+        if not stored_as or stored_as.name.endswith("Image Storage"):
+            raise ValueError("it ends before it states rows")
+        return "no image"  # DICOMDIR, reports, presentation states
+    made = str(header.get("ImageType")).upper()
+    # few captures say that there is text in the pixels
+    capture = f"{header.get('SOPClassUID') or stored_as}.".startswith(f"{SECONDARY_CAPTURE}.")
+    capture = capture and np.isnan(_numbers(header, "ImageOrientationPatient", 6)).any()
+    # enhanced CT states slope and place by frame, out of our sight
+    several = any(f"{k}FunctionalGroupsSequence" in header for k in ("Shared", "PerFrame"))
+    several = several or (_number(header, "NumberOfFrames") or 1) != 1
+    shown = str(header.get("PhotometricInterpretation") or "MONO")
+    grey = shown.startswith("MONO") and (_number(header, "SamplesPerPixel") or 1) == 1
+    slope = _number(header, "RescaleSlope", float)
+    unit = str(header.get("RescaleType") or "HU").strip().upper()
+    shifted = (_number(header, "HighBit") or 0) >= (_number(header, "BitsStored") or 64)
+    reasons = {
+        "localizer": "LOCALIZER" in made or "SCOUT" in made,
+        "no CT": header.get("Modality") not in (None, "", "CT"),
+        "burned-in text, which may name the patient": header.get("BurnedInAnnotation") == "YES",
+        "screen capture, which may name the patient": "SCREEN SAVE" in made or capture,
+        "several frames in one file": several,
+        "no grey values": not grey,
+        # US: unspecified, which old scanners wrote
+        "a rescale type that is not HU": not unit.startswith(("HU", "HOUNSFIELD", "US")),
+        f"a rescale slope of {slope}": slope is not None and not 0 < slope < math.inf,
+        "a table that translates its values": header.get("ModalityLUTSequence"),
+        "values that do not stand in the lowest bits": shifted,  # pydicom would not shift them
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def read_dicom(path: Path, window: tuple[float, float]) -> np.ndarray:
+    """Read one CT slice: float32 [H, W] in 0..1. Raises `DataError`.
 
     Stored values become HU by rescale slope and intercept, 1 and 0 where a tag is absent or
     empty, and a window (level, width) maps them to 0..1. Padding outside the reconstruction circle
     (often -2048) becomes 0. MONOCHROME1 (low values bright) is inverted only if neither rescale
     tag holds a value: with one the values are HU, and it speaks of display alone.
-
-    Raises:
-        DataError: as `read_image`, and where tags or pixels are no HU, frames are several (stated
-            or not) and none is named, or a package is absent.
     """
     remedy = f"export it again, uncompressed, or run `pip install {PACKAGES}`"
     with decoding(path, "the pixels cannot be decoded", remedy):
         from pydicom.pixels import get_decoder, pixel_array
 
-        # of many frames, pydicom reads the one alone
-        dataset = _open_dicom(path, pixels=frame is None)
-        size = [whole(dataset, tag) for tag in ("Columns", "Rows")]
-        if None in size:  # also where pydicom found the pixels cut short
-            raise ValueError("no rows and columns are stated, or the file is cut short")
-        check_size(*size, path)
-        slope, intercept, unit = (
-            None if (value := frame_value(dataset, frame or 0, keyword)) == "" else value
-            for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType")
-        )
-        unit = str(unit or "HU").strip().upper()  # US: unspecified, which old scanners wrote
-        shown = str(dataset.get("PhotometricInterpretation") or "MONO")
-        shifted = (whole(dataset, "HighBit") or 0) >= (whole(dataset, "BitsStored") or 64)
-        for wrong, reason in (
-            (dataset.get("Modality") not in (None, "", "CT"), "its modality is not CT"),
-            (not unit.startswith(("HU", "HOUNSFIELD", "US")), "its rescale type is not HU"),
-            (slope is not None and not 0 < slope < math.inf, f"its rescale slope is {slope}"),
-            (not shown.startswith("MONO"), "its pixels are no grey values"),
-            (dataset.get("ModalityLUTSequence"), "a table translates its values"),
-            (shifted, "its values do not stand in the lowest bits"),  # pydicom would not shift them
-        ):
-            if wrong:
-                raise DataError(f"{path}: holds no Hounsfield units: {reason}; export the CT slice")
+        dataset = _open_dicom(path, pixels=True)
+        if reason := _no_ct_slice(dataset):
+            raise DataError(f"{path}: is no CT slice in Hounsfield units ({reason}); export one")
+        check_size(int(dataset.Columns), int(dataset.Rows), path)
         syntax = dataset.file_meta.TransferSyntaxUID
         # GDCM refuses a truncated slice, of which others may return what there is
         gdcm = syntax.is_compressed and "gdcm" in get_decoder(syntax).available_plugins
-        source = dataset if frame is None else path
-        stored = pixel_array(source, index=frame, decoding_plugin="gdcm" if gdcm else "")
-        is_hu = slope is not None or intercept is not None
-        if stored.ndim != 2:  # several frames, stated or not, or colours
+        stored = pixel_array(dataset, decoding_plugin="gdcm" if gdcm else "")
+        if stored.ndim != 2:  # several frames that no tag states
             raise DataError(f"{path}: the pixels have shape {stored.shape}; export a grey slice")
-        values = stored * np.float64(1 if slope is None else slope) + float(intercept or 0)
+        slope, intercept = (_number(dataset, f"Rescale{k}", float) for k in ("Slope", "Intercept"))
+        values = stored * np.float64(1 if slope is None else slope) + (intercept or 0.0)
     check_finite(values.min(), values.max(), path)
     image = hounsfield_to_unit(values, window)
-    return 1 - image if shown == "MONOCHROME1" and not is_hu else image
+    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    return 1 - image if inverted and slope is None and intercept is None else image
 
 
 def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list[list[Slice]]:
@@ -166,153 +158,97 @@ def axial_series(files: Sequence[Path], folder: bool, left_out: Counter) -> list
 
     A series has one series identifier, size and orientation, that of its first slice: whatever
     hangs on a threshold, such as whether slices are turned, is the same for all. Files that name
-    no series belong together only where they lie in one folder and were found there (`folder`); a
-    file of many frames is a series of its own. `left_out` counts other files (localizers, other
-    planes and modalities, colour, burned-in text, screen captures), by reasons in a few words.
-
-    Raises:
-        DataError: pydicom is absent, a file is no DICOM or its header is damaged.
+    no series belong together only where they lie in one folder and were found there (`folder`).
+    `left_out` counts other files (localizers, other planes and modalities, ...), by reasons.
     """
     groups: list[list[Slice]] = []
+    problem = "this is no DICOM file, or its header is damaged", "export the slice again"
     for path in tqdm(files, desc="reading headers", disable=len(files) < 2):
-        with decoding(path, *BAD_HEADER), warnings.catch_warnings():
+        with decoding(path, *problem), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's would quote identifiers
             header = _open_dicom(path, pixels=False)
-            reason = _reason_to_leave_out(header)
-            found = () if reason else tuple(_slices(path, header, path.parent if folder else path))
-        left_out.update([reason] if reason else [])
-        for each in found:
-            for group in groups:
-                turned = np.linalg.norm(group[0].plane - each.plane, axis=1)
-                if group[0].series == each.series and turned.max() < SAME_WAY:
-                    group.append(each)
-                    break
-            else:
-                groups.append([each])
+            if reason := _no_ct_slice(header):
+                left_out[reason] += 1
+                continue
+            plane = _numbers(header, "ImageOrientationPatient", 6).reshape(2, 3)
+            lengths = np.linalg.norm(plane, axis=1, keepdims=True)
+            if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
+                raise ValueError("its orientation is not that of two directions at right angles")
+            name = str(header.get("SeriesInstanceUID") or (path.parent if folder else path))
+            number, size = _number(header, "SeriesNumber"), (int(header.Columns), int(header.Rows))
+            spacing = _numbers(header, "PixelSpacing", 2)
+            each = Slice(
+                path,
+                instance=_number(header, "InstanceNumber"),
+                spacing=tuple(spacing.tolist()) if min(spacing) > 0 else None,
+                series=(math.inf if number is None else number, name, *size),
+                plane=np.nan_to_num(plane),
+                corner=_numbers(header, "ImagePositionPatient", 3),
+            )
+        for group in groups:
+            turned = np.linalg.norm(group[0].plane - each.plane, axis=1)
+            if group[0].series[1:] == each.series[1:] and turned.max() < SAME_WAY:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
     axial = []
-    for group in sorted(groups, key=lambda group: group[0].series_number):
+    for group in sorted(groups, key=lambda group: group[0].series[0]):
         plane = group[0].plane
         if not plane.any() or abs(np.cross(*plane)[2]) >= AXIAL:
             axial.append(group)
         else:
-            left_out["plane other than axial"] += len({each.path for each in group})
+            left_out["plane other than axial"] += len(group)
     return axial
-
-
-def _reason_to_leave_out(header: Dataset) -> str:
-    stored_as = header.file_meta.get("MediaStorageSOPClassUID")
-    if "Rows" not in header:
-        if not stored_as or stored_as.name.endswith("Image Storage"):
-            raise ValueError("it ends before it states rows")
-        return "no image"  # DICOMDIR, reports, presentation states
-    image_type = " ".join(map(str, np.atleast_1d(header.get("ImageType") or ""))).upper()
-    if "LOCALIZER" in image_type or "SCOUT" in image_type:
-        return "localizer"
-    if header.get("Modality", "CT") not in ("CT", "", None):
-        return "no CT"
-    if (whole(header, "SamplesPerPixel") or 1) != 1:
-        return "colour"
-    if header.get("BurnedInAnnotation") == "YES":
-        return "burned-in text, which may name the patient"
-    # few of these say that there is text in the pixels
-    capture = f"{header.get('SOPClassUID') or stored_as}.".startswith(f"{SECONDARY_CAPTURE}.")
-    oriented = np.isfinite(_numbers(frame_value(header, 0, "ImageOrientationPatient"), 6)).all()
-    if "SCREEN SAVE" in image_type or (capture and not oriented):
-        return "screen capture, which may name the patient"
-    return ""
-
-
-def _slices(path: Path, header: Dataset, without_series: Path) -> Iterator[Slice]:
-    count = whole(header, "NumberOfFrames") or 1
-    many = count > 1
-    rows, columns = whole(header, "Rows"), whole(header, "Columns")
-    if not (rows and columns and 1 <= count <= MAX_FRAMES):
-        raise ValueError(f"it states {count} frames of {columns} x {rows} pixels")
-    name = str(header.get("SeriesInstanceUID") or without_series)
-    number = whole(header, "SeriesNumber")
-    for k in range(count):
-        spacing = _numbers(frame_value(header, k, "PixelSpacing"), 2)
-        plane = _numbers(frame_value(header, k, "ImageOrientationPatient"), 6).reshape(2, 3)
-        lengths = np.linalg.norm(plane, axis=1, keepdims=True)
-        if not lengths.all() or abs(np.dot(*(plane := plane / lengths))) > 0.1:
-            raise ValueError("its orientation is not that of two directions at right angles")
-        yield Slice(
-            path,
-            index=k if many else None,
-            instance=k + 1 if many else whole(header, "InstanceNumber"),
-            spacing=tuple(spacing.tolist()) if min(spacing) > 0 else None,
-            series=(name, path if many else None, rows, columns),
-            series_number=math.inf if number is None else number,
-            identity=(header.get("SOPInstanceUID") or path, k),
-            plane=np.nan_to_num(plane),
-            # one position for all frames would make them acquisitions of one slice
-            corner=_numbers(frame_value(header, k, "ImagePositionPatient", plain=not many), 3),
-        )
-
-
-def _numbers(values: Any, count: int) -> np.ndarray:
-    """float [count], NaN where a tag is absent or holds something else."""
-    fits = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count
-    numbers = np.array([float(value) for value in values] if fits else [np.nan] * count)
-    return numbers if np.isfinite(numbers).all() else np.full(count, np.nan)
 
 
 def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Slice, ...]:
     """Sort one of `axial_series` by position along the normal, else by instance number.
 
     `notes` takes sentences about copies, gaps and missing positions of what is called `source`.
-
-    Raises:
-        DataError: neither tells the order.
     """
     plane = series[0].plane
     across, down = plane if plane.any() else np.eye(3)[:2]
     normal = np.cross(across, down)
     normal = normal * (-1 if normal[2] < 0 else 1)  # to the head
-    if transpose := bool(abs(across[1]) > abs(across[0])):
+    if swap := bool(abs(across[1]) > abs(across[0])):  # rows run to a side
         across, down = down, across
-    reverse = bool(down[1] < 0), bool(across[0] < 0)
-    first = {each.identity: each for each in reversed(series)}
-    placed = plane.any() and np.isfinite([each.corner for each in first.values()]).all()
-    single = []
-    for each in reversed(first.values()):
-        position = float(normal @ each.corner) if placed else None
-        spacing = each.spacing[::-1] if each.spacing and transpose else each.spacing
-        where = each.path, each.index, each.instance, position, spacing
-        single.append(Slice(*where, reverse, transpose))
-    if len(single) < len(series):
-        notes.append(f"{source}: {len(series) - len(single)} copies of other slices left out.")
-    if len(single) > 1 and not placed:
-        numbers = {each.instance for each in single}
-        if None in numbers or len(numbers) < len(single):
+    turn = swap, -1 if down[1] < 0 else 1, -1 if across[0] < 0 else 1
+    placed = plane.any() and np.isfinite([each.corner for each in series]).all()
+    if not placed and len(series) > 1:
+        numbers = {each.instance for each in series}
+        if None in numbers or len(numbers) < len(series):
             raise DataError(
-                f"{single[0].path}: neither positions nor instance numbers order the slices of its "
-                "series; export it again with one of them"
+                f"{series[0].path}: neither positions nor instance numbers order the slices of its "
+                "series; export it again with one of them, each slice once"
             )
         notes.append(
             f"{source}: positions are missing; slices are in the order of their instance numbers, "
             "which may run from head to feet."
         )
+    turned = []
+    for each in series:
+        position = float(normal @ each.corner) if placed else None
+        spacing = each.spacing[::-1] if each.spacing and swap else each.spacing
+        turned.append(replace(each, position=position, spacing=spacing, turn=turn, series=()))
     place = attrgetter("position" if placed else "instance")
     kept: list[Slice] = []
-    for each in sorted(single, key=place):
-        if not placed or not kept or place(each) - place(kept[-1]) >= SAME_PLACE:
-            kept.append(each)
-        else:
+    for each in sorted(turned, key=place):
+        if placed and kept and place(each) - place(kept[-1]) < SAME_PLACE:
             pair = kept.pop(), each
-            kept.append(min(pair, key=lambda s: math.inf if s.instance is None else s.instance))
-    if len(kept) < len(single):
+            each = min(pair, key=lambda s: math.inf if s.instance is None else s.instance)
+        kept.append(each)
+    if len(kept) < len(series):
         notes.append(
-            f"{source}: {len(single) - len(kept)} slices left out that lie where another one does "
-            "(a second acquisition?); the lowest instance number stays."
+            f"{source}: {len(series) - len(kept)} slices left out that lie where another one does "
+            "(copies, or a second acquisition?); the lowest instance number stays."
         )
     steps = np.diff([place(each) for each in kept])
-    usual = float(np.median(steps)) if len(steps) > 1 else math.inf
-    if gaps := int((steps > UNEVEN * usual).sum()):
-        widest, unit = int(steps.argmax()), "mm" if placed else "instance numbers"
+    if len(steps) > 1 and steps.max() > UNEVEN * (usual := np.median(steps)):
+        widest, unit = steps.argmax(), "mm" if placed else "instance numbers"
         notes.append(
-            f"{source}: {gaps} gap{'s' * (gaps > 1)}: slices are {usual:.4g} {unit} apart, but "
-            f"{steps[widest]:.4g} from slice {widest + 1} to {widest + 2}; some may be missing."
+            f"{source}: slices are {usual:.4g} {unit} apart, but up to {steps[widest]:.4g}, from "
+            f"slice {widest + 1} to {widest + 2}; some may be missing."
         )
     return tuple(kept)
 
@@ -320,10 +256,9 @@ def ordered(series: Sequence[Slice], source: str, notes: list[str]) -> tuple[Sli
 class NiftiVolume:
     """The axial slices of a 2-D or 3-D NIfTI image (.nii, .nii.gz) that holds HU.
 
-    The volume is turned to the nearest RAS+ axes by its affine, so that slice 0 is nearest the
-    feet. A slice is shown as radiologists see it and DICOM stores it: anterior up, the patient's
-    right on the left of the picture. Voxels are read with the first slice and stay in memory in
-    the type of the file (an uncompressed file stays on the disk). Raises `DataError`.
+    It is turned to the nearest RAS+ axes by its affine: slice 0 is nearest the feet; anterior is
+    up, and the patient's right on the left of the picture. Voxels are read with the first slice and
+    stay in memory in the type of the file (uncompressed, on the disk). Raises `DataError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -333,11 +268,11 @@ class NiftiVolume:
 
             nibabel.imageglobals.logger.setLevel("CRITICAL")  # it would print what it mends
             image = nibabel.load(path)
-            if not isinstance(image, nibabel.Nifti1Image):  # Nifti2Image is one, too
-                raise DataError(f"{path}: the file is CIFTI, no volume; save one 3-D NIfTI volume")
             self._proxy, shape = image.dataobj, tuple(map(int, image.shape))
-            if len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) > 1:
-                raise DataError(f"{path}: the image has shape {shape}; save one 3-D volume")
+            volume = isinstance(image, nibabel.Nifti1Image)  # Nifti2Image is one, too; CIFTI is not
+            if not volume or len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) > 1:
+                what = f"{type(image).__name__} of shape {shape}"
+                raise DataError(f"{path}: the file is a {what}; save one 3-D NIfTI volume")
             self._shape = (*shape, 1)[:3]
             most = MAX_GZ_BYTES if self._packed else path.stat().st_size - self._proxy.offset
             if math.prod(shape) * self._proxy.dtype.itemsize > most:  # before memory is taken
@@ -367,8 +302,8 @@ class NiftiVolume:
     def slices(self, notes: list[str]) -> tuple[Slice, ...]:
         """All axial slices; `notes` takes sentences about what is odd about them."""
         if self.positions[0] is None:  # the axes are taken to be in nibabel's usual order
-            what = "states no orientation; slices may be turned, or from head to feet"
-            notes.append(f"{self.path}: {what}.")
+            problem = "no orientation is stated; slices may be turned, or from head to feet."
+            notes.append(f"{self.path}: {problem}")
         if max(self.spacing) > UNEVEN * min(self.spacing):
             size = "{:.3g} x {:.3g} mm".format(*self.spacing)
             notes.append(f"{self.path}: pixels measure {size}; the scan was not axial.")
@@ -393,6 +328,4 @@ class NiftiVolume:
             where = self._shape, self._proxy.dtype, file, self._proxy.offset
             voxels = nibabel.volumeutils.array_from_file(*where, mmap=not self._packed)
             file.read(1)  # beyond the end, where a packed file has its checksum
-        if voxels.dtype.kind not in "iuf":
-            raise ValueError(f"its voxels are of type {voxels.dtype}, not real numbers")
         return nibabel.apply_orientation(voxels, self._turn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,20 @@ BUDGET = 2048  # MiB: about 8,000 slices of 512 x 512
 class InMemory(Dataset):
     """The items of another data set, decoded at once and rebuilt, bit for bit, on every access.
 
-    A slice is kept as 8-bit grey where that loses nothing (any 8-bit picture), else as float32;
-    masks are kept as bits. All of it is one tensor, which the processes of a `DataLoader` share
-    (where they are spawned, torch moves it to shared memory). Slices beyond the budget are decoded
-    each time.
-
-    Args:
-        dataset: items (image float32 [3,H,W] of three equal channels, label or target).
-        budget: MiB for the decoded slices; `kept` says how many there are, `nbytes` what they take.
+    Items are (image float32 [3,H,W] of three equal channels, label or target). A slice is kept as
+    8-bit grey where that loses nothing (any 8-bit picture), else as float32; masks are kept as
+    bits. All of it is one tensor, which the processes of a `DataLoader` share (where they are
+    spawned, torch moves it to shared memory). Beyond the budget (MiB), slices are decoded each
+    time; `kept` says how many are here, `nbytes` what they take.
     """
 
     def __init__(self, dataset: Dataset, budget: float = BUDGET, progress: bool = True) -> None:
         self.dataset, self._ends = dataset, [0]  # where the slices end in `_data`
-        data, count = bytearray(), len(dataset)
-        starts = tqdm(range(0, count, 64), desc="decoding", unit="64", disable=not progress)
+        data, indices = bytearray(), range(len(dataset))
+        starts = tqdm(indices[::64], desc="decoding", unit="64", disable=not progress)
         with ThreadPoolExecutor(2) as pool:
-            chunks = (range(start, min(start + 64, count)) for start in starts)
-            for item in (item for chunk in chunks for item in pool.map(self._pack, chunk)):
+            chunks = (pool.map(self._pack, indices[start : start + 64]) for start in starts)
+            for item in chain.from_iterable(chunks):
                 if len(data) + len(item) > budget * 2**20:
                     break
                 data += item
@@ -59,7 +57,7 @@ class InMemory(Dataset):
         return torch.from_numpy(grey).repeat(3, 1, 1), target  # [3, H, W]
 
     def _pack(self, index: int) -> bytes:
-        """Grey [H, W], label or target, and the shape of the masks if there are any."""
+        # grey [H, W], label or target, and the shape of the masks if there are any
         image, target = self.dataset[index]
         grey, shape = image[0].numpy(), None
         levels = np.rint(grey * 255).astype(np.uint8)

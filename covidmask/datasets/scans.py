@@ -15,15 +15,7 @@ from PIL import Image, ImageOps
 from covidmask.datasets import medical
 from covidmask.datasets.medical import Slice
 from covidmask.errors import DataError
-from covidmask.files import (
-    LOCKED,
-    MAX_PIXELS,
-    atomic_path,
-    check_finite,
-    check_size,
-    decoding,
-    readable,
-)
+from covidmask.files import LOCKED, atomic_path, check_finite, check_size, decoding, readable
 
 LUNG_WINDOW = (-600.0, 1500.0)  # level, width in HU
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # what the public data sets hold, in order of preference
@@ -43,10 +35,9 @@ def read_image(path: str | Path, window: tuple[float, float] = LUNG_WINDOW) -> n
     and an alpha channel is dropped. DICOM (.dcm, .dicom, or the letters DICM at byte 128) and NIfTI
     (.nii, .nii.gz; the middle axial slice) hold HU, which the window (level, width) maps to 0..1.
 
-    Raises:
-        DataError: the file is missing, locked, damaged, no image, smaller than 8x8 or larger than
-            67 megapixels; it holds NaN, infinite or other values than above, or 16 bits that all
-            lie within 4096 levels.
+    Raises `DataError`: the file is missing, locked, damaged, no image, smaller than 8x8 or larger
+    than 67 megapixels; it holds NaN, infinite or other values than above, or 16 bits that all lie
+    within 4096 levels.
     """
     return next(read_slices([Slice(Path(path))], window))
 
@@ -67,12 +58,11 @@ def read_slices(
                 nifti = medical.NiftiVolume(each.path)
             image = nifti.read(each.index, window)
         elif kind == "DICOM":
-            image = medical.read_dicom(each.path, window, each.index)
+            image = medical.read_dicom(each.path, window)
         else:  # whatever it is called
             image = _to_unit(_open(each.path), each.path)
-        image = image.T if each.transpose else image
-        rows, columns = (-1 if reverse else 1 for reverse in each.reverse)
-        yield np.ascontiguousarray(image[::rows, ::columns])
+        swap, rows, columns = each.turn
+        yield np.ascontiguousarray((image.T if swap else image)[::rows, ::columns])
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -81,52 +71,35 @@ def read_mask(path: str | Path) -> np.ndarray:
     The codes of a palette picture (mode P) are its indices. `convert("L")` would replace them by
     the brightness of their colours, e.g. 0, 1, 2 by 0, 38, 75, so it is never called here.
 
-    Raises:
-        DataError: as `read_image`, and for colour pictures, which hold no codes.
+    Raises `DataError` as `read_image`, and for colour pictures, which hold no codes.
     """
     picture = _open(readable(path))
     mask = np.asarray(picture)
-    if picture.mode not in ("P", "L", "1") and not picture.mode.startswith("I"):
-        problem = f"is of mode {picture.mode}: colours, not class codes"
-    elif mask.max() > 255 or mask.min() < 0:
-        problem = "holds codes outside 0..255"
-    else:
-        return mask.astype(np.uint8)
-    raise DataError(f"{path}: the mask {problem}; save it as a palette or 8-bit grey PNG")
+    coded = picture.mode in ("P", "L", "1") or picture.mode.startswith("I")
+    if not coded or mask.max() > 255 or mask.min() < 0:
+        problem = f"is of mode {picture.mode}, colours, or holds codes outside 0..255"
+        raise DataError(f"{path}: the mask {problem}; save it as a palette or 8-bit grey PNG")
+    return mask.astype(np.uint8)
 
 
 def write_image(path: str | Path, array: np.ndarray) -> None:
-    """Write [H, W] grey or [H, W, 3] RGB, floats in 0..1 or uint8, as an 8-bit PNG, atomically.
-
-    Raises:
-        DataError: the name does not end in .png, or shape, type or range is another.
-        OutputError: the file cannot be written.
-    """
-    path, array = Path(path), np.asarray(array)
-    unit = array.dtype.kind == "f" and ((array >= 0) & (array <= 1)).all()  # NaN is neither
-    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if path.suffix.lower() != ".png" or not shaped or not (unit or array.dtype == np.uint8):
-        raise DataError(
-            f"{path}: cannot write {array.dtype} of shape {array.shape} there; let the name end in "
-            ".png, and pass [H, W] or [H, W, 3], floats in 0..1 or uint8"
-        )
+    """Write [H, W] grey or [H, W, 3] RGB, uint8 or floats in 0..1, as an 8-bit PNG, atomically."""
+    array = np.asarray(array)
     if array.dtype != np.uint8:
+        if array.dtype.kind != "f" or not ((array >= 0) & (array <= 1)).all():  # NaN
+            raise DataError(f"{path}: would hold other values than uint8 or floats in 0..1")
         array = np.rint(array * 255).astype(np.uint8)
     with atomic_path(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")
 
 
 def _open(path: Path) -> Image.Image:
-    """Decode and turn a picture completely; Pillow alone would leave the pixels for later."""
+    # decoded and turned completely; Pillow alone would leave the pixels for later
     problem = "this is no image, or a damaged or truncated one"
     with decoding(path, problem, "expected PNG, JPEG, TIFF, DICOM or NIfTI"):
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                check_size(*picture.size, path)  # before any pixel is decoded
-                picture.verify()  # PNG: the checksums, and that the end of the file is there
-        except Image.DecompressionBombError as error:  # Pillow's limit is above ours
-            what = f"the image has more than {MAX_PIXELS:,} pixels"
-            raise DataError(f"{path}: {what}; resize it, or check that it is a slice") from error
+        with Image.open(path, formats=FORMATS) as picture:
+            check_size(*picture.size, path)  # before any pixel is decoded
+            picture.verify()  # PNG: the checksums, and that the end of the file is there
         # again, because `verify` uses the file up; open, because by its name Pillow would map a
         # plain TIFF into memory with the sides that it has after turning
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
@@ -178,26 +151,19 @@ def find_scans(
     folder, searched with the folders in it, may hold one, or `series` (from 1) says which. See
     `medical.axial_series` for what a series is, and `medical.ordered` for the order.
 
-    Returns:
-        The scans, pictures first, and sentences about what was left out, copies and gaps.
-
-    Raises:
-        DataError: a folder holds nothing to look at or several series, there is no such series, a
-            file is damaged or cannot be opened, or nothing tells the order of a series.
+    Returns the scans, pictures first, and sentences about what was left out, copies and gaps.
+    Raises `DataError` where there is nothing to look at, no such series, no order or a bad file.
     """
-    pictures: list[Slice] = []
-    volumes: list[tuple[str, tuple[Slice, ...]]] = []
-    notes: list[str] = []
+    pictures, volumes, notes = [], [], []  # volumes: source, slices
     paths = list(dict.fromkeys(map(Path, paths)))  # what is named twice counts once
     folders = [path for path in paths if os.path.isdir(path)]
     named = [path for path in paths if path not in folders]
     groups = [(None, named)] * bool(named) + [(folder, _files(folder)) for folder in folders]
     for folder, files in groups:
         source, before = str(folder or "the files named"), len(pictures) + len(volumes)
-        left_out: Counter[str] = Counter()
-        dicom = []
+        left_out, dicom = Counter(), []
         for path in files:
-            kind = _kind(path, empty=folder is not None)
+            kind = _kind(path)
             if kind == "NIfTI":
                 volumes.append((str(path), medical.NiftiVolume(path).slices(notes)))
             elif kind == "DICOM":
@@ -209,20 +175,15 @@ def find_scans(
         parts = medical.axial_series(dicom, folder is not None, left_out) if dicom else []
         if parts and (series is not None or (folder and len(parts) > 1)):
             if series not in range(1, len(parts) + 1):
-                each = (f"{len(p)} of {p[0].series[3]} x {p[0].series[2]} pixels" for p in parts)
-                listed = "; ".join(f"{number}: {words}" for number, words in enumerate(each, 1))
-                raise DataError(
-                    f"{source}: holds {len(parts)} axial CT series (number: slices; {listed}); "
-                    "choose one of these numbers with --series"
-                )
+                listed = ", ".join(f"{n}: {len(part)} slices" for n, part in enumerate(parts, 1))
+                what = f"holds {len(parts)} axial CT series ({listed})"
+                raise DataError(f"{source}: {what}; choose one of these with --series")
             parts = [parts[series - 1]]
         volumes += [(source, medical.ordered(part, source, notes)) for part in parts]
         reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())
         if len(pictures) + len(volumes) == before:
-            raise DataError(
-                f"{folder or files[0]}: holds no axial CT slice{reasons and '; left out: '}"
-                f"{reasons}; name DICOM, NIfTI or picture files, or a folder of them"
-            )
+            what = f"holds no axial CT slice{reasons and '; left out: '}{reasons}"
+            raise DataError(f"{folder or files[0]}: {what}; name DICOM, NIfTI or picture files")
         if reasons:
             notes.append(f"{source}: files left out: {reasons}.")
     scans = [Scan(f"volume {n}", *volume, True) for n, volume in enumerate(volumes, 1)]
@@ -232,27 +193,21 @@ def find_scans(
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file in a folder and below, but hidden ones (macOS writes ._IM0001)."""
-
+    # every file in it and below, but hidden ones (macOS writes ._IM0001)
     def stop(error: OSError) -> None:
         with decoding(error.filename, *LOCKED):
             raise error
 
     files: list[Path] = []
-    seen: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link led around in a circle
-            folders.clear()
-            continue
-        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 
-def _kind(path: Path, empty: bool = False) -> str:
-    """NIfTI, DICOM, picture, or in a few words why a file of a folder is none of them."""
-    name = readable(path, empty).name.lower()
+def _kind(path: Path) -> str:
+    # NIfTI, DICOM, picture, or in a few words why a file of a folder is none of them
+    name = readable(path).name.lower()
     if name.endswith((".nii", ".nii.gz")):
         return "NIfTI"
     with open(path, "rb") as file:
@@ -276,8 +231,7 @@ def choose_slices(
         slices: "all", or numbers and ranges from 1, such as "20-80" or "3,17,40-45".
         every: take the first, and then each `every`-th, of these or of all.
 
-    Raises:
-        DataError: the volume has no such slices, or `every` is below 1.
+    Raises `DataError` where the volume has no such slices, or `every` is below 1.
     """
     if every is not None and every < 1:
         raise DataError(f"every {every}: must be a whole number from 1")

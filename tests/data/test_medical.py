@@ -127,11 +127,12 @@ def test_dicom_without_suffix_is_read(tmp_path):
 @pytest.mark.parametrize(
     "tags, problem",
     [
-        ({"NumberOfFrames": 2, "PixelData": HU.tobytes() * 2}, r"shape \(2, 16, 20\)"),
+        ({"NumberOfFrames": 2, "PixelData": HU.tobytes() * 2}, "several frames in one file"),
+        ({"SharedFunctionalGroupsSequence": []}, "several frames in one file"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "no grey values"),
         ({"PixelData": HU.tobytes()[:100]}, "cannot be decoded"),
     ],
-    ids=["several frames", "colour", "short pixels"],
+    ids=["several frames", "enhanced", "colour", "short pixels"],
 )
 def test_bad_dicom(tmp_path, tags, problem):
     path = write_dicom(tmp_path / "bad.dcm", HU, **tags)
@@ -240,16 +241,16 @@ def test_compressed_dicom_names_the_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "tags, problem",
     [
-        ({"Modality": "PT", "RescaleSlope": 2, "RescaleIntercept": 0}, "modality is not CT"),
-        ({"RescaleSlope": 1, "RescaleIntercept": 0, "RescaleType": "MGML"}, "type is not HU"),
-        ({"RescaleSlope": 0, "RescaleIntercept": 0}, "slope is 0"),
-        ({"RescaleSlope": -1}, "slope is -1"),
+        ({"Modality": "PT", "RescaleSlope": 2, "RescaleIntercept": 0}, "no CT"),
+        ({"RescaleSlope": 1, "RescaleIntercept": 0, "RescaleType": "MGML"}, "type that is not HU"),
+        ({"RescaleSlope": 0, "RescaleIntercept": 0}, "slope of 0"),
+        ({"RescaleSlope": -1}, "slope of -1"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "no grey values"),
         ({"BitsStored": 12, "HighBit": 15}, "not stand in the lowest bits"),
     ],
 )
 def test_what_is_no_hounsfield_units_is_refused(tmp_path, tags, problem):
-    with pytest.raises(DataError, match=f"a.dcm: holds no Hounsf.*{problem}"):
+    with pytest.raises(DataError, match=f"a.dcm: is no CT slice in Hounsf.*{problem}"):
         read_dicom(write_dicom(tmp_path / "a.dcm", HU, **tags), WINDOW)
     for kind in ("HU", "US", "", None):
         read_dicom(write_dicom(tmp_path / "b.dcm", HU, RescaleType=kind, Modality="CT"), WINDOW)
@@ -262,27 +263,24 @@ def test_a_table_in_place_of_a_slope_is_refused(tmp_path):
     table.ModalityLUTType = "HU"
     table.add_new("LUTData", "OW", np.arange(4096, dtype=np.uint16).tobytes())
     path = write_dicom(tmp_path / "a.dcm", np.abs(HU), ModalityLUTSequence=[table])
-    with pytest.raises(DataError, match="a.dcm: holds no Hounsfield units: a table"):
+    with pytest.raises(DataError, match="a.dcm: is no CT slice in Hounsfield units .a table"):
         read_dicom(path, WINDOW)
 
 
-def test_a_deflated_file(tmp_path, monkeypatch):
+def test_a_deflated_file_is_not_unpacked(tmp_path):
     pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
-    path = write_dicom(tmp_path / "a.dcm", HU, RescaleSlope=1, RescaleIntercept=0)
+    path = write_dicom(tmp_path / "a.dcm", HU)
     dataset = pydicom.dcmread(path)
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-    expected = read_dicom(path, WINDOW)
     dataset.save_as(path)
-    np.testing.assert_array_equal(read_dicom(path, WINDOW), expected)
-    monkeypatch.setattr(medical, "MAX_DEFLATED_BYTES", HU.nbytes)
-    with pytest.raises(DataError, match="a.dcm: is too large once unpacked"):
+    with pytest.raises(DataError, match="a.dcm: the file is deflated as a whole"):
         read_dicom(path, WINDOW)
 
 
 @pytest.mark.parametrize(
     "tags, problem",
     [
-        ({"NumberOfFrames": -1}, "must be greater than or equal to 1"),
+        ({"NumberOfFrames": -1}, "several frames"),
         ({"Rows": 0}, "20 x 0 pixels"),
         ({"Rows": 65535, "Columns": 65535}, "65535 x 65535 pixels, not from"),
         ({"Rows": [16, 16]}, "not 'list'"),
@@ -438,7 +436,7 @@ def test_cifti_is_no_volume():
     path = Path(nibabel.__file__).parent / "tests" / "data" / "row_major.dconn.nii"
     if not path.exists():
         pytest.skip("this release of nibabel comes without its test data")
-    with pytest.raises(DataError, match="row_major.dconn.nii: the file is CIFTI"):
+    with pytest.raises(DataError, match="row_major.dconn.nii: the file is a Cifti2Image"):
         read_image(path)
 
 
