@@ -1,0 +1,108 @@
+"""SEGMENTER_CT: the network of the preset semiseg, trained on drawn chests alone, on real slices.
+
+    python benchmarks/segmenter_ct.py train --out runs/ct.safetensors
+    python benchmarks/segmenter_ct.py judge --weights runs/ct.safetensors --data DIR --half first
+
+DIR holds COVID-SemiSeg's TrainingSet. Its first 25 slices by number are for choosing, the other 25
+are looked at once, for the report; each look at either is written to results/looks.jsonl. No real
+slice is in the training. A training that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from common import RESULTS, environment
+from numpy.random import default_rng
+
+from covidmask.config import PRESETS, TrainingConfig
+from covidmask.datasets.augmentation import crop_to_lungs, shade, warp
+from covidmask.datasets.chest import make_patient, render
+from covidmask.datasets.lesions import LesionDataset, SemiSeg
+from covidmask.datasets.scanner import draw_scanner
+from covidmask.files import data_root
+from covidmask.metrics.classification import bootstrap
+from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.weights import load_segmenter, save_model
+from covidmask.training.loop import make_fabric
+from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
+
+PRESET = PRESETS["semiseg"]
+FIRST_SEED = 1_000_000  # of the patients: no other data set shows them
+COHORTS = ((2, True, 0.76), (2, False, 0.09), (1, False, 0.07), (0, False, 0.08))  # and shares
+DRAWN = 320  # pixels per side, of which the lungs are cut out
+TRAINING = TrainingConfig(
+    epochs=1, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True, average=0.998
+)  # fmt: skip
+
+
+class DrawnChests(LesionDataset):
+    """Slices of ever new patients, cut to the lungs and published as in papers.
+
+    Item `index` is the same in every process; nothing is kept.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__("both", PRESET.augment.min_area)
+        self.names = self.patients = [f"{index}.png" for index in range(count)]
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = default_rng((FIRST_SEED, index))
+        which = int(rng.choice(len(COHORTS), p=[share for *_, share in COHORTS]))
+        label, severe, _ = COHORTS[which]
+        patient = make_patient(FIRST_SEED + index, label, severe=severe)
+        scanner = draw_scanner(rng, published=True)
+        image, mask = render(patient, float(rng.uniform(0.12, 0.86)), DRAWN, scanner)
+        image, mask = warp(*crop_to_lungs(image, mask, rng), PRESET.augment.size, rng)
+        return shade(image, rng), mask
+
+
+class Half(LesionDataset):
+    """The first or the last 25 slices of COVID-SemiSeg's 50, by number."""
+
+    def __init__(self, data: Path, which: Literal["first", "second"]) -> None:
+        self.whole = SemiSeg(data, "train", min_area=PRESET.min_area)
+        super().__init__(self.whole.lesions, PRESET.min_area)
+        order = sorted(range(len(self.whole)), key=lambda i: int(Path(self.whole.names[i]).stem))
+        self.chosen = order[:25] if which == "first" else order[25:]
+        self.names = self.patients = [self.whole.names[i] for i in self.chosen]
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.whole.read(self.chosen[index])
+
+
+def train(out: Path, steps: int = 3000, precision: str = "bf16-mixed", workers: int = 0) -> None:
+    """Train on drawn chests from random weights."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    model = lesion_mask_rcnn(PRESET.detector)
+    origin = environment()
+    fabric = make_fabric(precision, "cpu" if not torch.cuda.is_available() else "auto")
+    chests = DrawnChests(steps * TRAINING.batch_size)
+    checkpoint = out.with_suffix(".ckpt")
+    options = {"fabric": fabric, "checkpoint": checkpoint, "workers": workers, "memory": None}
+    train_segmenter(model, chests, TRAINING, **options)
+    card = {**origin, "steps": steps, "crop": "lungs", "seconds": time.perf_counter() - start}
+    save_model(model, out, half=True, **card)
+
+
+def judge(weights: Path, data: Path = data_root(), half: Literal["first", "second"] = "first") -> None:
+    """Mean Dice of infection, GGO and C over one half, fused maps with the mirrored slice."""
+    slices = Half(data, half)
+    found = evaluate_segmenter(load_segmenter(weights), slices, mirror=True, progress=False)
+    dice = {name: round(value["dice"], 4) for name, value in found["overlap"].items()}
+    look = {"date": time.strftime("%F %T"), "half": half, "weights": weights.name, "dice": dice}
+    with open(RESULTS / "looks.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(look) + "\n")
+    print(json.dumps(look))
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"train": train, "judge": judge}, description=__doc__)
