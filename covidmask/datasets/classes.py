@@ -115,13 +115,13 @@ def read_split(path: str | Path, classes: tuple[str, ...] = IMAGE_CLASSES) -> li
 
 def write_split(path: str | Path, entries: Sequence[SliceEntry]) -> None:
     """Write a list that `read_split` reads back."""
-    lines = []
-    for entry in entries:
-        said = entry.box is None and _NAME.fullmatch(entry.name)  # the name says the class
-        words = () if said else (entry.label, *(entry.box or ()))
-        lines.append(" ".join(map(str, (entry.name, *words))) + "\n")
+    write_lines(path, [" ".join(map(str, (e.name, e.label, *(e.box or ())))) for e in entries])
+
+
+def write_lines(path: str | Path, lines: Sequence[str]) -> None:
     with files.atomic_path(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+        text = "".join(f"{line}\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def locate(
