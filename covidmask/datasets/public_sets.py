@@ -226,7 +226,7 @@ def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:
         except (OSError, ValueError) as error:  # those of requests, too
             raise DataError(
                 f"{source.get_url(name)}: cannot be fetched ({one_line(error)}); check the "
-                "address, network and disk, try again later, or name a folder with copies (see --help)"
+                "address, network and disk, try later, or name a folder with copies (see --help)"
             ) from error
 
     wanted = [
