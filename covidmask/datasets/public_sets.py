@@ -21,8 +21,8 @@ import pooch
 from tqdm import tqdm
 
 from covidmask.datasets import classes
-from covidmask.datasets.lesions import LesionSlices, SemiSeg, split_by_patient
-from covidmask.datasets.scans import IMAGE_SUFFIXES, write_image
+from covidmask.datasets.lesions import LesionSlices, split_by_patient
+from covidmask.datasets.scans import IMAGE_SUFFIXES
 from covidmask.errors import DataError
 from covidmask.files import SPLITS, check_writable, decoding, one_line, read_lines, some
 
@@ -38,27 +38,13 @@ Place = Callable[[PurePath], str | None]  # path of a file -> its path in a fold
 
 
 def fetch_covid_semiseg(out: Path, source: Source | None = None) -> dict[str, int]:
-    """Download the 50 + 48 slices of COVID-SemiSeg with their masks; count its files.
-
-    `out` then holds TrainingSet and TestingSet as published, for `SemiSeg`; and lesion_layout/, the
-    same slices upright in the layout of `LesionSlices`, with train.txt and test.txt. Each slice
-    counts there as a patient, because the set names none.
+    """Download the 50 + 48 slices of COVID-SemiSeg with their masks, as published; count the files.
 
     Raises:
         DataError: a file cannot be had, or is not the published one.
         OutputError: `out` cannot be written.
     """
     fetched = _begin("covid-semiseg", out, source)
-    lists = [out / "lesion_layout" / f"{split}.txt" for split in ("train", "test")]
-    if fetched or not all(path.is_file() for path in lists):
-        for path in lists:
-            path.unlink(missing_ok=True)  # they come last, and so mark the layout as complete
-        for path in lists:
-            dataset = SemiSeg(out, path.stem)
-            for index, patient in enumerate(tqdm(dataset.patients, "convert", disable=None)):
-                for part, array in zip(("image", "mask"), dataset.read(index), strict=True):
-                    write_image(path.parent / part / patient / f"{patient}.png", array)
-            classes.write_lines(path, [f"{patient}_{patient}.png" for patient in dataset.patients])
     total = sum(map(len, FILES["covid-semiseg"].values()))
     return {"files fetched": fetched, "files that were there": total - fetched}
 

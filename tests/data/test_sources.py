@@ -24,7 +24,7 @@ from PIL import Image
 from covidmask.cli import main
 from covidmask.datasets import public_sets
 from covidmask.datasets.classes import open_slices, parse_name, read_split
-from covidmask.datasets.lesions import LesionSlices, SemiSeg, open_lesions
+from covidmask.datasets.lesions import SemiSeg, open_lesions
 from covidmask.datasets.phantom_sets import write_semiseg_phantoms
 from covidmask.datasets.public_sets import collect, download
 from covidmask.errors import DataError, OutputError
@@ -348,14 +348,9 @@ def test_covid_semiseg(semiseg, out):
         assert counts == {"files fetched": len(files), "files that were there": 0}
         assert "NON-COMMERCIAL" in (out / "TERMS.txt").read_text()
         for split, count in (("train", 3), ("test", 2)):
-            published, converted = (
-                open_lesions(out, split),
-                LesionSlices(out / "lesion_layout", split),
-            )
+            published = open_lesions(out, split)
             assert isinstance(published, SemiSeg) and len(published) == count
             assert same_slices(published, SemiSeg(root, split))
-            assert same_slices(published, converted)  # upright, codes 0, 2, 3, in the same order
-            assert converted.patients == published.patients
         before = {
             path: (out / path).stat().st_mtime_ns for path in tree(out) if "TERMS" not in path
         }
@@ -363,10 +358,9 @@ def test_covid_semiseg(semiseg, out):
         assert {path: (out / path).stat().st_mtime_ns for path in before} == before
         name = "TrainingSet/MultiClassInfection-Train/GT/1.png"
         (out / name).write_bytes(b"edited")
-        (out / "lesion_layout" / "mask" / "1" / "1.png").unlink()
         assert public_sets.fetch_covid_semiseg(out, host.url)["files fetched"] == 1
         assert host.requests[name] == 2 and sum(host.requests.values()) == 11
-        assert same_slices(LesionSlices(out / "lesion_layout", "train"), SemiSeg(root, "train"))
+        assert same_slices(SemiSeg(out, "train"), SemiSeg(root, "train"))
 
 
 def test_a_mirror_that_holds_half_of_covid_semiseg(semiseg, out, tmp_path):
@@ -377,42 +371,17 @@ def test_a_mirror_that_holds_half_of_covid_semiseg(semiseg, out, tmp_path):
             with pytest.raises(DataError, match="TestingSet/.*404 .*; check"):
                 public_sets.fetch_covid_semiseg(out, host.url)
         kept = [path for path in files if path.startswith("TrainingSet")]
-        assert tree(out) == ["TERMS.txt", *sorted(kept)]  # and no layout that misses slices
+        assert tree(out) == ["TERMS.txt", *sorted(kept)]
         assert all(host.requests[path] == 1 for path in kept)
     with serve(root) as host:
         assert public_sets.fetch_covid_semiseg(out, host.url)["files fetched"] == 4
-    assert same_slices(LesionSlices(out / "lesion_layout", "test"), SemiSeg(root, "test"))
-
-
-def test_a_conversion_that_was_cut_off_is_made_again(semiseg, out, monkeypatch):
-    root, files = semiseg
-    with serve(root) as host:
-        write = public_sets.write_image
-        calls = []
-
-        def fails(*arguments):
-            calls.append(arguments)
-            if len(calls) == 5:
-                raise KeyboardInterrupt
-            write(*arguments)
-
-        monkeypatch.setattr(public_sets, "write_image", fails)
-        with pytest.raises(KeyboardInterrupt):
-            public_sets.fetch_covid_semiseg(out, host.url)
-        assert not list((out / "lesion_layout").glob("*.txt"))  # so that nobody reads half of it
-        assert public_sets.fetch_covid_semiseg(out, host.url)["files fetched"] == 0
-        assert len(LesionSlices(out / "lesion_layout", "test")) == 2
-        (out / list(files)[0]).unlink()
-        calls.clear()
-        with pytest.raises(KeyboardInterrupt):
-            public_sets.fetch_covid_semiseg(out, host.url)
-        assert not list((out / "lesion_layout").glob("*.txt"))  # of an old layout neither
+    assert same_slices(SemiSeg(out, "test"), SemiSeg(root, "test"))
 
 
 def test_covid_semiseg_from_a_folder_with_copies(semiseg, out):
     root, files = semiseg
     assert public_sets.fetch_covid_semiseg(out, str(root))["files fetched"] == len(files)
-    assert same_slices(LesionSlices(out / "lesion_layout", "test"), SemiSeg(root, "test"))
+    assert same_slices(SemiSeg(out, "test"), SemiSeg(root, "test"))
 
 
 def test_the_table_of_covid_semiseg():
@@ -791,8 +760,7 @@ def test_commands(semiseg, lesions, covidx, out, tmp_path, monkeypatch, capsys):
     assert main(["fetch", "covid-semiseg"]) == 0  # all is there, nobody is asked
     assert "files fetched: 0\n  files that were there: 10" in capsys.readouterr().out
     assert main(["stats", "--data", str(out / "covid-semiseg")]) == 0
-    assert main(["stats", "--data", str(out / "covid-semiseg" / "lesion_layout")]) == 0
-    assert capsys.readouterr().out.count("Statistics of 5 slices") == 2
+    assert capsys.readouterr().out.count("Statistics of 5 slices") == 1
     source = write_zip(tmp_path / "masked.zip", lesions.files)
     lists = ["--source", str(lesions.lists)]
     assert main(["fetch", "cncb-lesions", "--from", str(source), *lists]) == 0
