@@ -47,15 +47,15 @@ class Fetch:
     def run(self) -> None:
         from covidmask.datasets import public_sets
 
-        print(public_sets.TERMS[self.data_set], flush=True)
+        print(*public_sets.SETS[self.data_set]["terms"], sep="\n", flush=True)
         out = self.out or data_root() / self.data_set
-        if self.data_set == "covid-semiseg":
-            counts = public_sets.fetch_covid_semiseg(out, self.source)
-        elif self.data_set == "cncb-lesions":
-            counts = public_sets.lay_out_cncb_lesions(out, self.sources, self.source, self.seed)
-        else:
+        if self.data_set == "covidx-ct":
             options = (self.source, self.seed, self.per_class, self.allow_missing)
             counts = public_sets.lay_out_covidx_ct(out, self.sources, *options)
+        elif self.data_set == "cncb-lesions":
+            counts = public_sets.lay_out_cncb_lesions(out, self.sources, self.source, self.seed)
+        else:  # the files are the data
+            counts = public_sets.fetch_files(self.data_set, out, self.source)
         print(f"{self.data_set} is whole in {out}")
         for what, count in counts.items():
             print(f"  {what}: {count:,}")

@@ -29,23 +29,35 @@ from covidmask.files import SPLITS, check_writable, decoding, one_line, read_lin
 TIMEOUT = (10.0, 20.0)  # seconds to connect, and between two packets
 RETRIES = 3
 MAX_RATIO = 100  # unpacked to packed; pictures hardly shrink, a bomb shrinks a thousandfold
-_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-TERMS: dict[str, str] = {name: "\n".join(entry["terms"]) for name, entry in _TABLE.items()}
-# data set -> address -> file -> SHA-256; of COVIDx-CT-1 and CNCB, the files are their lists
-FILES: dict[str, dict[str, dict[str, str]]] = {n: entry["files"] for n, entry in _TABLE.items()}
+# each data set's terms, and address -> file -> SHA-256 of what it downloads, which lands in `below`
+SETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 Source = str | os.PathLike[str]
 Place = Callable[[PurePath], str | None]  # path of a file -> its path in a folder of ours
 
 
-def fetch_covid_semiseg(out: Path, source: Source | None = None) -> dict[str, int]:
-    """Download the 50 + 48 slices of COVID-SemiSeg with their masks, as published; count the files.
+def fetch_files(
+    name: str, out: Path, source: Source | None = None, sources: Sequence[Source] = ()
+) -> dict[str, int]:
+    """Write the terms of a data set, download its files as published, and count them.
+
+    These are all slices and masks of COVID-SemiSeg, and the lists of the others.
+
+    Args:
+        source: another address or folder with the same files.
+        sources: folders and archives with scans; looked at before anything is written.
 
     Raises:
         DataError: a file cannot be had, or is not the published one.
         OutputError: `out` cannot be written.
     """
-    fetched = _begin("covid-semiseg", out, source)
-    total = sum(map(len, FILES["covid-semiseg"].values()))
+    for path in sources:
+        if not Path(path).exists():
+            raise DataError(f"{path}: there is no such file or folder; name another with --from")
+    data_set, fetched, total = SETS[name], 0, 0
+    classes.write_lines(out / "TERMS.txt", data_set["terms"])
+    for address, files in data_set["files"].items():
+        fetched += len(download(source or address, files, out / data_set["below"]))
+        total += len(files)
     return {"files fetched": fetched, "files that were there": total - fetched}
 
 
@@ -68,7 +80,7 @@ def lay_out_covidx_ct(
         OutputError: `out` cannot be written.
     """
     sources = [_kaggle("hgunraj/covidxct/versions/1") if s == "kaggle" else s for s in sources]
-    _begin("covidx-ct", out, lists, sources)
+    fetch_files("covidx-ct", out, lists, sources)
     entries = {s: classes.read_split(out / f"lists/{s}_COVIDx_CT-1.txt") for s in SPLITS}
     listed = {Path(entry.name).stem: entry for part in entries.values() for entry in part}
     stems = {}  # what a file may be called -> the name in the lists, without suffix
@@ -147,7 +159,7 @@ def lay_out_cncb_lesions(
             or are damaged, or a mask holds other codes than 0..3.
         OutputError: `out` cannot be written.
     """
-    _begin("cncb-lesions", out, lists, sources)
+    fetch_files("cncb-lesions", out, lists, sources)
     paths = {s: out / f"lists/{s}_split_segmentation.txt" for s in ("train", "test")}
     names = {s: [words[0] for _, words in read_lines(path)] for s, path in paths.items()}
     wanted = {Path(name).stem for part in names.values() for name in part}
@@ -176,16 +188,6 @@ def lay_out_cncb_lesions(
     for name, part in names.items():
         classes.write_lines(out / f"{name}.txt", part)
     return {name: len(part) for name, part in names.items()}
-
-
-def _begin(name: str, out: Path, base: Source | None, sources: Sequence[Source] = ()) -> int:
-    """Write the terms of a data set and download its files, or lists; how many were missing."""
-    for source in sources:
-        if not Path(source).exists():
-            raise DataError(f"{source}: there is no such file or folder; name another with --from")
-    classes.write_lines(out / "TERMS.txt", TERMS[name].splitlines())
-    folder = out / _TABLE[name]["below"]
-    return sum(len(download(base or url, files, folder)) for url, files in FILES[name].items())
 
 
 def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:

@@ -330,7 +330,7 @@ def semiseg_files(tmp_path_factory):
 def semiseg(semiseg_files, monkeypatch):
     """The same as the published set, at an address where nobody answers."""
     table = {"http://127.0.0.1:9": semiseg_files[1]}
-    monkeypatch.setitem(public_sets.FILES, "covid-semiseg", table)
+    monkeypatch.setitem(public_sets.SETS["covid-semiseg"], "files", table)
     return semiseg_files
 
 
@@ -344,7 +344,7 @@ def same_slices(one, two):
 def test_covid_semiseg(semiseg, out):
     root, files = semiseg
     with serve(root) as host:
-        counts = public_sets.fetch_covid_semiseg(out, host.url)
+        counts = public_sets.fetch_files("covid-semiseg", out, host.url)
         assert counts == {"files fetched": len(files), "files that were there": 0}
         assert "NON-COMMERCIAL" in (out / "TERMS.txt").read_text()
         for split, count in (("train", 3), ("test", 2)):
@@ -354,11 +354,11 @@ def test_covid_semiseg(semiseg, out):
         before = {
             path: (out / path).stat().st_mtime_ns for path in tree(out) if "TERMS" not in path
         }
-        assert public_sets.fetch_covid_semiseg(out, host.url)["files fetched"] == 0
+        assert public_sets.fetch_files("covid-semiseg", out, host.url)["files fetched"] == 0
         assert {path: (out / path).stat().st_mtime_ns for path in before} == before
         name = "TrainingSet/MultiClassInfection-Train/GT/1.png"
         (out / name).write_bytes(b"edited")
-        assert public_sets.fetch_covid_semiseg(out, host.url)["files fetched"] == 1
+        assert public_sets.fetch_files("covid-semiseg", out, host.url)["files fetched"] == 1
         assert host.requests[name] == 2 and sum(host.requests.values()) == 11
         assert same_slices(SemiSeg(out, "train"), SemiSeg(root, "train"))
 
@@ -369,23 +369,23 @@ def test_a_mirror_that_holds_half_of_covid_semiseg(semiseg, out, tmp_path):
     with serve(half) as host:
         for _ in range(2):
             with pytest.raises(DataError, match="TestingSet/.*404 .*; check"):
-                public_sets.fetch_covid_semiseg(out, host.url)
+                public_sets.fetch_files("covid-semiseg", out, host.url)
         kept = [path for path in files if path.startswith("TrainingSet")]
         assert tree(out) == ["TERMS.txt", *sorted(kept)]
         assert all(host.requests[path] == 1 for path in kept)
     with serve(root) as host:
-        assert public_sets.fetch_covid_semiseg(out, host.url)["files fetched"] == 4
+        assert public_sets.fetch_files("covid-semiseg", out, host.url)["files fetched"] == 4
     assert same_slices(SemiSeg(out, "test"), SemiSeg(root, "test"))
 
 
 def test_covid_semiseg_from_a_folder_with_copies(semiseg, out):
     root, files = semiseg
-    assert public_sets.fetch_covid_semiseg(out, str(root))["files fetched"] == len(files)
+    assert public_sets.fetch_files("covid-semiseg", out, str(root))["files fetched"] == len(files)
     assert same_slices(SemiSeg(out, "test"), SemiSeg(root, "test"))
 
 
 def test_the_table_of_covid_semiseg():
-    ((address, files),) = public_sets.FILES["covid-semiseg"].items()
+    ((address, files),) = public_sets.SETS["covid-semiseg"]["files"].items()
     assert address.startswith(
         "https://raw.githubusercontent.com/DengPingFan/Inf-Net/fb3a03b5b2f706"
     )
@@ -403,7 +403,7 @@ def test_the_table_of_covid_semiseg():
 )
 def test_the_table_names_the_real_files(tmp_path):
     root = Path(os.environ["COVIDMASK_REAL"]) / "covid-semiseg"
-    (files,) = public_sets.FILES["covid-semiseg"].values()
+    (files,) = public_sets.SETS["covid-semiseg"]["files"].values()
     there = {path: sum for path, sum in files.items() if (root / path).is_file()}
     assert len(there) >= 100
     assert {path: sha256(root / path) for path in there} == there
@@ -451,9 +451,9 @@ def covidx(tmp_path, monkeypatch):
     (folder / "train_split_classification.txt").write_text("\n".join(author) + "\n")
     table = {
         address: {name: sha256(folder / name) for name in part}
-        for address, part in public_sets.FILES["covidx-ct"].items()
+        for address, part in public_sets.SETS["covidx-ct"]["files"].items()
     }
-    monkeypatch.setitem(public_sets.FILES, "covidx-ct", table)
+    monkeypatch.setitem(public_sets.SETS["covidx-ct"], "files", table)
     everyone = [name for part in names.values() for name in part]
     return types.SimpleNamespace(
         lists=folder, names=names, images={name: png(i) for i, name in enumerate(everyone)}
@@ -624,10 +624,10 @@ def test_an_output_inside_the_source(covidx, tmp_path):
 def test_lists_are_downloaded_and_compared(covidx, out, tmp_path, monkeypatch):
     kaggle = write_files(tmp_path / "kaggle", covidx.images)
     with serve(covidx.lists) as host:
-        table = public_sets.FILES["covidx-ct"].values()
+        table = public_sets.SETS["covidx-ct"]["files"].values()
         addresses = (host.url, f"{host.url}/")  # two hosts, as in the real table
         table = dict(zip(addresses, table, strict=True))
-        monkeypatch.setitem(public_sets.FILES, "covidx-ct", table)
+        monkeypatch.setitem(public_sets.SETS["covidx-ct"], "files", table)
         host.faults["val_COVIDx_CT-1.txt"] = 404
         with pytest.raises(DataError, match="val_COVIDx_CT-1.txt: .*404 .* folder with copies"):
             lay_out(out, kaggle)
@@ -675,9 +675,9 @@ def lesions(tmp_path, monkeypatch):
     names = {s: [f"{p}_{20 * n}.jpg" for p in people[s] for n in range(1, 6)] for s in people}
     for split, part in names.items():
         (folder / f"{split}_split_segmentation.txt").write_text("\n".join(part) + "\n")
-    ((address, part),) = public_sets.FILES["cncb-lesions"].items()
+    ((address, part),) = public_sets.SETS["cncb-lesions"]["files"].items()
     table = {address: {name: sha256(folder / name) for name in part}}
-    monkeypatch.setitem(public_sets.FILES, "cncb-lesions", table)
+    monkeypatch.setitem(public_sets.SETS["cncb-lesions"], "files", table)
     data = io.BytesIO()
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) // 64).save(data, "PNG")
     files = {}
@@ -817,7 +817,7 @@ needs_lists = pytest.mark.skipif(
 def test_the_sums_of_the_public_lists():
     folder = Path(os.environ["COVIDMASK_SPLITS"])
     for name in ("covidx-ct", "cncb-lesions"):
-        for files in public_sets.FILES[name].values():
+        for files in public_sets.SETS[name]["files"].values():
             assert {name: sha256(folder / name) for name in files} == files
 
 
