@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,22 +34,19 @@ def mask_to_targets(
     Args:
         mask: uint8 [H, W], codes 0 background, 1 lung, 2 GGO, 3 consolidation.
         lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": consolidation is background;
-            "merged": label 1 is either, joined before components are sought, so that a
-            consolidation inside GGO is one instance with it; or your own names, such as
-            "nodule,cyst": codes 2, 3, ... are labels 1, 2, ...
-        min_area: components (8-connected) of fewer pixels are dropped. The released code drops
-            those of at most 100 pixels, also from its ground truth: 101.
+            "merged": label 1 is either, and a consolidation inside GGO is one instance with it; or
+            your own names, such as "nodule,cyst": codes 2, 3, ... are labels 1, 2, ...
+        min_area: components (8-connected) of fewer pixels are dropped; 101 in the released code.
 
     Returns:
         K instances (K may be 0) ordered by label, then by their first pixel, row by row:
 
-        - boxes: float32 [K, 4], x1, y1, x2, y2 in pixels. x2 and y2 are the edges behind the last
-          pixel (xmax + 1), so that x2 - x1 is the width and a 1-pixel lesion has area 1.
+        - boxes: float32 [K, 4], x1, y1, x2, y2 in pixels; x2 - x1 is the width (x2 = xmax + 1).
         - labels: int64 [K]. masks: uint8 [K, H, W], 0 or 1. iscrowd: int64 [K], all 0.
         - area: float32 [K], pixels of the component.
 
     Raises:
-        DataError: the mask has a code without a class. ValueError: `lesions` is no list of names.
+        DataError: the mask has a code without a class, or `lesions` is no list of names.
     """
     mask = np.asarray(mask)
     _check_codes(mask, _largest_code(lesions))
@@ -76,8 +72,7 @@ def mask_to_targets(
 
 
 def _largest_code(lesions: str) -> int:
-    own = len(lesion_classes(lesions)) + 1  # of the last class; DataError for a bad list
-    return CONSOLIDATION if lesions in LESION_CLASSES else own
+    return CONSOLIDATION if lesions in LESION_CLASSES else len(lesion_classes(lesions)) + 1
 
 
 def _check_codes(mask: np.ndarray, largest: int, where: str = "") -> None:
@@ -91,9 +86,9 @@ def _check_codes(mask: np.ndarray, largest: int, where: str = "") -> None:
 class LesionDataset(Dataset):
     """Slices with masks as items for torchvision's detectors: base of the data sets, and of yours.
 
-    Item i is `(image, target)`: image float32 [3, H, W] in 0..1 (grey, repeated), target the
-    dictionary of `mask_to_targets` and `image_id`, int64 [1], which is i. A data set of your own
-    sets `names` and `patients`, and says how to `read` a slice.
+    Item i is `(image, target)`: image float32 [3, H, W] in 0..1 (grey, repeated), target that of
+    `mask_to_targets` and `image_id`, int64 [1], which is i. Yours sets `names` and `patients`, and
+    says how to `read` a slice.
     """
 
     names: list[str]
@@ -145,46 +140,41 @@ class LesionSlices(LesionDataset):
     ) -> None:
         super().__init__(lesions, min_area)
         self.root = Path(root)
-        images, masks = (files.existing_folder(self.root / part) for part in ("image", "mask"))
+        source, masks = (files.existing_folder(self.root / part) for part in ("image", "mask"))
         on_disk: dict[str, Path] = {}
-        for patient in sorted(images.iterdir(), key=_natural):  # glob is silent about permissions
+        for patient in sorted(source.iterdir(), key=_natural):  # glob is silent about permissions
             for file in sorted(patient.iterdir(), key=_natural) if patient.is_dir() else ():
                 if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
                     on_disk[f"{patient.name}_{file.name}"] = file
         if not on_disk:
-            raise DataError(f"{images}: no slices found; expected <patient>/<slice>.png or .jpg")
-        if split is None:
-            source, wanted = images, list(dict.fromkeys(map(_stem, on_disk)))
+            raise DataError(f"{source}: no slices found; expected <patient>/<slice>.png or .jpg")
+        if split is None:  # by their stems, so that one with two suffixes is found out
+            wanted = list(dict.fromkeys(name[: -len(on_disk[name].suffix)] for name in on_disk))
         else:
             source = files.split_path(root, split)
             wanted = [" ".join(words) for _, words in files.read_lines(source)]
-        self.names = locate(source, wanted, on_disk, _stem)
+        self.names = locate(source, wanted, on_disk)
         images = [on_disk[name] for name in self.names]
         self.patients = [image.parent.name for image in images]
-        self._files = [(image, masks / image.parent.name / f"{image.stem}.png") for image in images]
-        _check_masks(source, self)
+        self._files = _pairs(source, images, [masks / image.parent.name for image in images])
 
     def read(self, index: int) -> SliceAndMask:
         return _read_pair(*self._files[index], _largest_code(self.lesions))
 
 
 def _natural(path: Path) -> tuple[int, int, str]:
-    """Sort key: numbers by value, before other text."""
+    # numbers by value, before other text
     text = path.name if path.is_dir() else path.stem
     return (0, int(text), text) if text.isdecimal() else (1, 0, text)
 
 
-def _stem(name: str) -> str:
-    return re.sub(r"\.(png|jpe?g)$", "", name, flags=re.IGNORECASE)
-
-
-def _check_masks(source: Path, dataset: LesionSlices | SemiSeg) -> None:
-    pairs = zip(dataset.names, dataset._files, strict=True)
-    if missing := [(name, mask) for name, (_, mask) in pairs if not mask.is_file()]:
-        raise DataError(
-            f"{source}: slices without a mask: {files.some([name for name, _ in missing])}; add "
-            f"{missing[0][1]} and the like, or leave these slices out"
-        )
+def _pairs(source: Path, images: list[Path], folders: list[Path]) -> list[tuple[Path, Path]]:
+    """Each image and its mask, which has its stem, in the folder."""
+    pairs = [(i, folder / f"{i.stem}.png") for i, folder in zip(images, folders, strict=True)]
+    if missing := [str(mask) for _, mask in pairs if not mask.is_file()]:
+        masks = f"slices without a mask: {files.some(missing)}"
+        raise DataError(f"{source}: {masks}; add these files, or leave the slices out")
+    return pairs
 
 
 def _read_pair(image_path: Path, mask_path: Path, largest: int) -> SliceAndMask:
@@ -202,10 +192,9 @@ def _read_pair(image_path: Path, mask_path: Path, largest: int) -> SliceAndMask:
 class SemiSeg(LesionDataset):
     """The published 50 training and 48 test slices of COVID-SemiSeg, as items of `LesionDataset`.
 
-    All slices are of COVID patients, so nothing can be learned here about other conditions. They
-    are cropped to the lungs, carry no Hounsfield units, and the masks mark no lung (no code 1).
-    There are no patient ids: parts made by `split_by_patient`, and the published split itself, may
-    share patients. Errors are those of `LesionSlices`.
+    All slices are of COVID patients, cropped to the lungs and without Hounsfield units; the masks
+    mark no lung (no code 1). There are no patient ids: parts made by `split_by_patient`, and the
+    published split itself, may share patients. Errors are those of `LesionSlices`.
 
     Args:
         root: the folder with TrainingSet and TestingSet, or Inf-Net's above it, which has Dataset.
@@ -219,18 +208,15 @@ class SemiSeg(LesionDataset):
     ) -> None:
         super().__init__(lesions, min_area)
         self.folder = inside(Path(root), "Dataset") / _SEMISEG.get(split, "none")
-        found = slices.iterdir() if (slices := self.folder / "Imgs").is_dir() else ()
-        images = sorted((path for path in found if path.suffix == ".jpg"), key=_natural)
+        images = sorted(self.folder.glob("Imgs/*.jpg"), key=_natural)
         if not images:
-            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
             raise DataError(
-                f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}, of a folder with "
-                "TrainingSet and TestingSet, where Imgs holds .jpg slices"
+                f"{root}: COVID-SemiSeg has no split {split!r}; choose {' or '.join(_SEMISEG)}, of "
+                "a folder with TrainingSet and TestingSet, where Imgs holds .jpg slices"
             )
         self.names = [path.name for path in images]
         self.patients = [path.stem for path in images]
-        self._files = [(path, self.folder / "GT" / f"{path.stem}.png") for path in images]
-        _check_masks(self.folder, self)
+        self._files = _pairs(self.folder, images, [self.folder / "GT"] * len(images))
 
     def read(self, index: int) -> SliceAndMask:
         image, indices = _read_pair(*self._files[index], 2)
@@ -239,20 +225,13 @@ class SemiSeg(LesionDataset):
         return np.ascontiguousarray(image.T), np.ascontiguousarray(codes.T)
 
 
-def _semiseg_splits(root: Path) -> list[str]:
-    home = inside(root, "Dataset")
-    return [split for split, place in _SEMISEG.items() if (home / place).parent.is_dir()]
-
-
 def split_by_patient(
     patients: Sequence[str], fractions: Sequence[float], seed: int
 ) -> list[list[int]]:
-    """Split items so that all slices of a patient land in the same part.
+    """Split items so that all slices of a patient, which look almost alike, land in the same part.
 
-    Neighbouring slices of one patient look almost alike; if they stood in two parts, a model could
-    score well by recognising the patient. `patients` has that of each item, `fractions` the share
-    of the PATIENTS in each part; they sum to 1. Returns one sorted list of item indices per
-    fraction; a part may be empty if patients are few.
+    `patients` has that of each item, `fractions` the share of the PATIENTS in each part; they sum
+    to 1. Returns one sorted list of item indices per fraction; with few patients one may be empty.
     """
     if min(fractions, default=-1) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions {tuple(fractions)}: they must be >= 0 and sum to 1")
@@ -300,17 +279,17 @@ def open_lesions(
 ) -> LesionDataset:
     """`LesionSlices` or `SemiSeg`: `root` holds lesions/, or is the folder itself.
 
-    Args:
-        split: train, val, test, the path to a list, or all: every slice that is there.
+    `split` is train, val, test, the path to a list, or all: every slice that is there.
     """
     folder = inside(files.existing_folder(root), "lesions")
-    if not (folder / "image").is_dir() and _semiseg_splits(Path(root)):
+    if not (folder / "image").is_dir() and lesion_splits(Path(root)):
         return SemiSeg(root, split, lesions, min_area)
     return LesionSlices(folder, None if split == "all" else split, lesions, min_area)
 
 
 def lesion_splits(root: Path) -> list[str]:
     """The splits that `open_lesions` finds; ["all"] for slices without lists."""
-    folder = inside(root, "lesions")
-    found = (folder / "image").is_dir()
-    return (files.listed_splits(folder) or ["all"]) if found else _semiseg_splits(root)
+    folder, home = inside(root, "lesions"), inside(root, "Dataset")
+    if (folder / "image").is_dir():
+        return files.listed_splits(folder) or ["all"]
+    return [split for split, place in _SEMISEG.items() if (home / place).parent.is_dir()]
