@@ -24,7 +24,8 @@ def set_repository(url: str, root: Path = ROOT) -> list[Path]:
         sys.exit(
             f"{url!r} is no repository that Colab opens: give URL=https://github.com/OWNER/NAME"
         )
-    present = ADDRESS.search((root / "_config.yml").read_text(encoding="utf-8"))[1]
+    settings = (root / "_config.yml").read_text(encoding="utf-8")
+    present = re.search(r"https://github\.com/([^\s\"']+)", settings)[1]
     # every use has a slash before the owner, and no longer name after the repository's
     pattern = re.compile(rf"(?<=/){re.escape(present)}(?![A-Za-z0-9_-])")
     changed = []
