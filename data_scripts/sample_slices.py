@@ -19,8 +19,6 @@ def draw(
 ) -> None:
     """Draw a balanced training list from a COVIDx-CT list; the author's own is another draw.
 
-    python data_scripts/sample_slices.py train_COVIDx_CT-1.txt train_3000.txt --by-patient
-
     Args:
         source: list to draw from.
         output: list to write.
@@ -29,8 +27,7 @@ def draw(
         by_patient: one slice of every patient before a second of any.
     """
     classes = class_names(source.parent)
-    entries = read_split(source, classes)
-    sample = balanced_sample(entries, per_class, seed, by_patient, classes)
+    sample = balanced_sample(read_split(source, classes), per_class, seed, by_patient, classes)
     write_split(output, sample)
     patients = len({entry.patient for entry in sample})
     print(f"{output}: {len(sample)} slices of {patients} patients")

@@ -71,16 +71,6 @@ def run_script(name, *arguments):
     )
 
 
-def test_the_statistics_script(lesions, slices):
-    done = run_script("data_statistics.py", "--lesions", lesions, "--slices", slices)
-    assert done.returncode == 0, done.stderr
-    assert "GGO" in done.stdout and "85.7 %" in done.stdout
-    assert "COVID-19" in done.stdout
-    failed = run_script("data_statistics.py", "--lesions", slices)
-    assert failed.returncode == 2
-    assert "there is no such data folder" in failed.stderr and "Traceback" not in failed.stderr
-
-
 def test_the_sampler_script(slices, tmp_path):
     out = tmp_path / "sample.txt"
     arguments = (slices / "train.txt", out, "--per-class", 1, "--seed", 3)
