@@ -1,7 +1,8 @@
 """Real CT: COVID-SemiSeg, COVIDx-CT-1 and the masked slices of CNCB, made ready for the loaders.
 
-No scan comes with this package: public_sets.json has terms, addresses and checksums. Nothing is
-half-written, and a second call goes on where the first stopped.
+public_sets.json has terms, addresses and checksums. Nothing is half-written, and a second call goes
+on where the first stopped. A source, list or slice that is missing or not what it should be is a
+`DataError`, a folder that cannot be written an `OutputError`.
 """
 
 from __future__ import annotations
@@ -38,17 +39,10 @@ Place = Callable[[PurePath], str | None]  # path of a file -> its path in a fold
 def fetch_files(
     name: str, out: Path, source: Source | None = None, sources: Sequence[Source] = ()
 ) -> dict[str, int]:
-    """Write the terms of a data set, download its files as published, and count them.
+    """Write a data set's terms, download its files from the authors or `source`, and count them.
 
-    These are all slices and masks of COVID-SemiSeg, and the lists of the others.
-
-    Args:
-        source: another address or folder with the same files.
-        sources: folders and archives with scans; looked at before anything is written.
-
-    Raises:
-        DataError: a file cannot be had, or is not the published one.
-        OutputError: `out` cannot be written.
+    These are all slices and masks of COVID-SemiSeg, and the lists of the others. That `sources`,
+    folders and archives with scans, are there is looked at before anything is written.
     """
     for path in sources:
         if not Path(path).exists():
@@ -74,10 +68,6 @@ def lay_out_covidx_ct(
     A file belongs to a slice of the v1 lists by <class>_<patient>_<scan>_<slice> in its name, as on
     Kaggle, or by <patient>/<scan>/<slice> at the end of its path, as in the archives of CNCB.
     `out` keeps what it has, so the parts may come in several calls.
-
-    Raises:
-        DataError: a source or a list is not what it should be; slices are missing or damaged.
-        OutputError: `out` cannot be written.
     """
     sources = [_kaggle("hgunraj/covidxct/versions/1") if s == "kaggle" else s for s in sources]
     fetch_files("covidx-ct", out, lists, sources)
@@ -112,11 +102,15 @@ def lay_out_covidx_ct(
         )
     author = classes.read_split(out / "lists/train_split_classification.txt")
     drawn = [listed[stems[Path(entry.name).stem]] for entry in author]  # with their boxes
-    parts = {"train": [entry for entry in drawn if entry.name in found]}
-    parts |= {"val": there["val"], "test": there["test"], "train_all": there["train"]}
-    for name, by_patient in (("", False), ("_by_patient", True)):
-        sample = classes.balanced_sample(there["train"], per_class, seed, by_patient)
-        parts[f"sample_seed{seed}{name}"] = sample
+    train_all, sample = there["train"], classes.balanced_sample
+    parts = {
+        "train": [entry for entry in drawn if entry.name in found],
+        "val": there["val"],
+        "test": there["test"],
+        "train_all": train_all,
+        f"sample_seed{seed}": sample(train_all, per_class, seed),
+        f"sample_seed{seed}_by_patient": sample(train_all, per_class, seed, by_patient=True),
+    }
     for name, part in parts.items():
         classes.write_split(out / f"slices/{name}.txt", part)
     return {name: len(part) for name, part in parts.items()}
@@ -136,14 +130,11 @@ def _kaggle(name: str) -> str:
 
 
 def _looks_whole(path: Path) -> bool:
-    """Whether a PNG or JPEG has its first and last bytes. Decoding 100,000 would take an hour."""
-    head = tail = b""
+    """Whether a PNG or JPEG has its last bytes. Decoding 100,000 would take an hour."""
     with suppress(OSError), open(path, "rb") as file:  # the file behind a link may have moved
-        head = file.read(8)
         file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
-        tail = file.read()
-    png = head == b"\x89PNG\r\n\x1a\n" and b"IEND" in tail
-    return png or (head[:3] == b"\xff\xd8\xff" and b"\xff\xd9" in tail)
+        return (b"IEND" if path.suffix == ".png" else b"\xff\xd9") in file.read()
+    return False
 
 
 def lay_out_cncb_lesions(
@@ -153,11 +144,6 @@ def lay_out_cncb_lesions(
 
     Every image and mask of the released lists is read and checked. train_500 and test_150 are a
     draw of ours, by patient, since the paper's own is not published.
-
-    Raises:
-        DataError: the source is neither folder nor archive, slices are missing, stand there twice
-            or are damaged, or a mask holds other codes than 0..3.
-        OutputError: `out` cannot be written.
     """
     fetch_files("cncb-lesions", out, lists, sources)
     paths = {s: out / f"lists/{s}_split_segmentation.txt" for s in ("train", "test")}
@@ -200,17 +186,15 @@ def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:
         base: what stands before each name, such as https://host/folder; or a folder with copies.
         files: name, with / between folders, -> SHA-256 in hexadecimal digits.
     """
-    local, http = os.path.isdir(base), pooch.HTTPDownloader(chunk_size=2**16, timeout=TIMEOUT)
+    http, retries = pooch.HTTPDownloader(chunk_size=2**16, timeout=TIMEOUT), RETRIES
+    if os.path.isdir(base):
+        http, retries = (lambda url, file, _: shutil.copyfile(url, file)), 0
     pooch.get_logger().setLevel("WARNING")  # a bar says more than a line per file
-    retries = 0 if local else RETRIES
     source = pooch.Pooch(out, f"{base}".rstrip("/") + "/", files, retry_if_failed=retries)
-
-    def get(url: str, file: str, _: pooch.Pooch) -> None:
-        shutil.copyfile(url, file) if local else http(url, file, source)
 
     def fetch(name: str) -> None:
         try:
-            source.fetch(name, downloader=get)
+            source.fetch(name, downloader=http)
         except (OSError, ValueError) as error:  # those of requests, too
             raise DataError(
                 f"{source.get_url(name)}: cannot be fetched ({one_line(error)}); check the "
@@ -244,9 +228,7 @@ def collect(sources: Sequence[Source], out: Path, place: Place) -> list[str]:
         for source in map(Path, sources):
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
             first = len(places)
-            with decoding(
-                source, "cannot be taken in", "check it and the disk, or unpack it first"
-            ):
+            with decoding(source, "cannot be taken in", "check it and the disk, or unpack it"):
                 for path, bring in tqdm(_files(source, out), "look", unit="file", disable=None):
                     goal = place(path)
                     if goal and not any((top / goal).exists() for top in (out, unfinished)):
@@ -272,18 +254,17 @@ def _files(source: Path, out: Path) -> Iterator[tuple[PurePath, Callable[[Path],
     limit = max(MAX_RATIO * source.stat().st_size, 2**20)
     with zipfile.ZipFile(source) as archive:
         for entry in archive.infolist():
-            # as the archive says it, for Unix or Windows, with / or \
-            path = PureWindowsPath(entry.orig_filename)
-            limit -= entry.file_size  # as the archive states it; no more than that is delivered
+            name = entry.orig_filename  # as the archive says it, with / or, on Windows, \
+            path = PureWindowsPath(name)
+            limit -= entry.file_size  # no more than it states is delivered
             kind = stat.S_IFMT(entry.external_attr >> 16)  # 0: not made on Unix
             odd = kind not in (0, stat.S_IFREG, stat.S_IFDIR)
             if odd or limit < 0 or path.anchor or ".." in path.parts:
                 raise DataError(
-                    f"{source}: {entry.orig_filename!r} leads out of the folder, is a link or a "
-                    "device, or unpacks to too much for pictures; this archive is not to be "
-                    "trusted, unless you unpack it yourself"
+                    f"{source}: {name!r} leads out of the folder, is a link or a device, or unpacks "
+                    "to too much for pictures; unpack it yourself if you trust it"
                 )
-            if not entry.orig_filename.endswith(("/", "\\")):
+            if not name.endswith(("/", "\\")):
                 yield path, partial(_unpack, archive, entry)
 
 

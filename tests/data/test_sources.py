@@ -244,7 +244,7 @@ EVIL += ["a\\..\\..\\evil", "\\\\host\\evil"]
 @pytest.mark.parametrize("name", EVIL)
 def test_paths_that_lead_out_are_refused(name, tmp_path, out):
     path = write_zip(tmp_path / "x.zip", {"good.png": b"1", name.format(top=tmp_path): b"2"})
-    with pytest.raises(DataError, match="evil' leads out of the folder.* not to be trusted"):
+    with pytest.raises(DataError, match="evil' leads out of the folder.* if you trust it"):
         collect([path], out / "deep", everything)
     assert not list(tmp_path.rglob("*evil")) and tree(out) == []
 
@@ -260,7 +260,7 @@ def test_links_and_devices(kind, tmp_path, out):
 def test_bombs_are_not_unpacked(tmp_path, out):
     bomb = write_zip(tmp_path / "b.zip", {f"{i}.png": bytes(20_000_000) for i in range(3)})
     for place in (everything, lambda path: None):  # members that nobody wants count as well
-        with pytest.raises(DataError, match="b.zip: .* unpacks to too much for pictures; this"):
+        with pytest.raises(DataError, match="b.zip: .* unpacks to too much for pictures; unpack"):
             collect([bomb], out, place)
     assert tree(out) == []
     noise = np.random.default_rng(0).bytes(50_000)
