@@ -47,17 +47,15 @@ class SliceEntry(NamedTuple):  # a line of a list
 def class_names(folder: str | Path) -> tuple[str, ...]:
     """The lines of `folder`/classes.txt, names of labels 0, 1, ...; without it, IMAGE_CLASSES."""
     path = Path(folder) / "classes.txt"
-    try:
+    if not files.is_there(path):
+        return IMAGE_CLASSES
+    with files.decoding(
+        path, "no list of classes", "write two or more different names, a line each"
+    ):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         names = tuple(line.strip() for line in lines if line.strip())
         if not 2 <= len(names) == len(set(names)):
             raise ValueError(f"found {', '.join(names) or 'nothing'}")
-    except FileNotFoundError:
-        return IMAGE_CLASSES
-    except (OSError, ValueError) as error:  # ValueError: no text, too
-        raise DataError(
-            f"{path}: no list of classes ({error}); write two or more different names, one a line"
-        ) from error
     return names
 
 
@@ -152,15 +150,14 @@ class SliceImages(Dataset):
 
     Args:
         root: the folder that holds the image files.
-        split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to a
-            list, see `read_split`. A name also finds the only file with another suffix (.png, .jpg)
-            or class word (the author's `2_91_...` is `NCP_91_...` in COVIDx-CT).
+        split: train, val, test or the path to a list, see `read_split`. A name also finds the only
+            file with another suffix (.png, .jpg) or class word (the author's `2_91_...` is
+            `NCP_91_...` in COVIDx-CT).
         require_classes: every class must occur, as training needs.
         classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
 
     Raises:
-        DataError: at once for a missing folder, list, file or class and for a bad line; on reading
-            an item for damaged files.
+        DataError: at once for what is missing or wrong in a list; for a damaged image, on reading.
     """
 
     def __init__(

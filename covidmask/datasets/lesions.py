@@ -84,7 +84,7 @@ def _check_codes(mask: np.ndarray, largest: int, where: str = "") -> None:
 
 
 class LesionDataset(Dataset):
-    """Slices with masks as items for torchvision's detectors: base of the data sets, and of yours.
+    """Slices with masks as items for torchvision's detectors; the base of yours, too.
 
     Item i is `(image, target)`: image float32 [3, H, W] in 0..1 (grey, repeated), target that of
     `mask_to_targets` and `image_id`, int64 [1], which is i. Yours sets `names` and `patients`, and
@@ -121,14 +121,13 @@ class LesionSlices(LesionDataset):
 
     Args:
         root: the folder that holds image/ and mask/.
-        split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to such
-            a list. A line is `<patient>_<slice>.<suffix>`; another suffix than that of the file is
-            understood. None takes every slice found.
+        split: train, val, test or the path to a list of lines `<patient>_<slice>.<suffix>`, where
+            the suffix of the file may be another; None takes every slice found.
         lesions, min_area: as in `mask_to_targets`.
 
     Raises:
-        DataError: at once for a missing folder, file or mask and a bad list; on reading an item for
-            damaged files, codes without a class, and an image and mask of different sizes.
+        DataError: at once for what is missing or wrong in a list; on reading, for damaged files,
+            codes without a class, and an image and mask of different sizes.
     """
 
     def __init__(
@@ -240,9 +239,7 @@ def split_by_patient(
     return [np.flatnonzero(np.isin(patients, p)).tolist() for p in np.split(unique, ends)]
 
 
-class LesionStatistics(NamedTuple):
-    """M slices with R lesion regions of C classes; class c of the C has label c + 1."""
-
+class LesionStatistics(NamedTuple):  # M slices with R lesion regions of C classes
     classes: tuple[str, ...]
     counts: np.ndarray  # int64 [M, C]: regions of each class in each slice
     region_labels: np.ndarray  # int64 [R]
@@ -253,13 +250,15 @@ class LesionStatistics(NamedTuple):
         return (self.counts < regions).mean(axis=0)
 
     def share_of_regions_below(self, *fractions: float) -> np.ndarray:
-        """float64 [C]: share of a class's regions smaller than its fraction (Fig. 1.2).
+        """float64 [C]: share of a class's regions below its fraction (Fig. 1.2); NaN: it has none.
 
-        The paper's are 0.02 for GGO and 0.01 for consolidation. NaN for a class without regions.
+        The paper's fractions are 0.02 for GGO and 0.01 for consolidation.
         """
-        areas = [self.region_fractions[self.region_labels == c + 1] for c in range(len(fractions))]
-        pairs = zip(areas, fractions, strict=True)
-        return np.array([(part < limit).mean() if part.size else np.nan for part, limit in pairs])
+        shares = []
+        for label, limit in enumerate(fractions, start=1):
+            part = self.region_fractions[self.region_labels == label]
+            shares.append((part < limit).mean() if part.size else np.nan)
+        return np.array(shares)
 
 
 def lesion_statistics(dataset: LesionDataset) -> LesionStatistics:

@@ -261,8 +261,8 @@ def _files(source: Path, out: Path) -> Iterator[tuple[PurePath, Callable[[Path],
             odd = kind not in (0, stat.S_IFREG, stat.S_IFDIR)
             if odd or limit < 0 or path.anchor or ".." in path.parts:
                 raise DataError(
-                    f"{source}: {name!r} leads out of the folder, is a link or a device, or unpacks "
-                    "to too much for pictures; unpack it yourself if you trust it"
+                    f"{source}: {name!r} leads out of the folder, is a link or a device, or "
+                    "unpacks to too much for pictures; unpack it yourself if you trust it"
                 )
             if not name.endswith(("/", "\\")):
                 yield path, partial(_unpack, archive, entry)
