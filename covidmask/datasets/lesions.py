@@ -21,8 +21,8 @@ from covidmask.errors import DataError
 GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background, 1 is lung
 SliceAndMask = tuple[np.ndarray, np.ndarray]  # float32 [H, W] in 0..1; codes, uint8 [H, W]
 _SEMISEG = {
-    "train": Path("TrainingSet", "MultiClassInfection-Train"),
-    "test": Path("TestingSet", "MultiClassInfection-Test"),
+    "train": "TrainingSet/MultiClassInfection-Train",
+    "test": "TestingSet/MultiClassInfection-Test",
 }
 
 
@@ -96,8 +96,8 @@ class LesionDataset(Dataset):
     patients_known = True  # False where data have no patient ids and each slice counts as one
 
     def __init__(self, lesions: str = "both", min_area: int = 1) -> None:
-        _largest_code(lesions)  # a mistake is found now, not at the first slice
         self.lesions, self.min_area = lesions, min_area
+        self._largest = _largest_code(lesions)  # a wrong name is found now, not at the first slice
 
     def read(self, index: int) -> SliceAndMask:
         """The slice, float32 [H, W] in 0..1, and its mask, uint8 [H, W], codes 0, 1, 2, ..."""
@@ -158,7 +158,15 @@ class LesionSlices(LesionDataset):
         self._files = _pairs(source, images, [masks / image.parent.name for image in images])
 
     def read(self, index: int) -> SliceAndMask:
-        return _read_pair(*self._files[index], _largest_code(self.lesions))
+        image_path, mask_path = self._files[index]
+        image, mask = read_image(image_path), read_mask(mask_path)
+        if image.shape != mask.shape:
+            size, other = (f"{part.shape[1]} x {part.shape[0]}" for part in (mask, image))
+            raise DataError(
+                f"{mask_path}: the mask is {size} pixels, its image {other}; save both at one size"
+            )
+        _check_codes(mask, self._largest, f"{mask_path}: ")
+        return image, mask
 
 
 def _natural(path: Path) -> tuple[int, int, str]:
@@ -168,7 +176,7 @@ def _natural(path: Path) -> tuple[int, int, str]:
 
 
 def _pairs(source: Path, images: list[Path], folders: list[Path]) -> list[tuple[Path, Path]]:
-    """Each image and its mask, which has its stem, in the folder."""
+    # each image, and in its folder the mask of the same name
     pairs = [(i, folder / f"{i.stem}.png") for i, folder in zip(images, folders, strict=True)]
     if missing := [str(mask) for _, mask in pairs if not mask.is_file()]:
         masks = f"slices without a mask: {files.some(missing)}"
@@ -176,24 +184,12 @@ def _pairs(source: Path, images: list[Path], folders: list[Path]) -> list[tuple[
     return pairs
 
 
-def _read_pair(image_path: Path, mask_path: Path, largest: int) -> SliceAndMask:
-    """A slice and its mask, of one size and with codes 0..largest."""
-    image, mask = read_image(image_path), read_mask(mask_path)
-    if image.shape != mask.shape:
-        size, other = (f"{part.shape[1]} x {part.shape[0]}" for part in (mask, image))
-        raise DataError(
-            f"{mask_path}: the mask is {size} pixels, its image {other}; save both at one size"
-        )
-    _check_codes(mask, largest, f"{mask_path}: ")
-    return image, mask
-
-
-class SemiSeg(LesionDataset):
-    """The published 50 training and 48 test slices of COVID-SemiSeg, as items of `LesionDataset`.
+class SemiSeg(LesionSlices):
+    """The published 50 training and 48 test slices of COVID-SemiSeg.
 
     All slices are of COVID patients, cropped to the lungs and without Hounsfield units; the masks
     mark no lung (no code 1). There are no patient ids: parts made by `split_by_patient`, and the
-    published split itself, may share patients. Errors are those of `LesionSlices`.
+    published split itself, may share patients.
 
     Args:
         root: the folder with TrainingSet and TestingSet, or Inf-Net's above it, which has Dataset.
@@ -205,7 +201,8 @@ class SemiSeg(LesionDataset):
     def __init__(
         self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
     ) -> None:
-        super().__init__(lesions, min_area)
+        LesionDataset.__init__(self, lesions, min_area)
+        self._largest = 2  # in the files: 1 is GGO, 2 is consolidation
         self.folder = inside(Path(root), "Dataset") / _SEMISEG.get(split, "none")
         images = sorted(self.folder.glob("Imgs/*.jpg"), key=_natural)
         if not images:
@@ -218,7 +215,7 @@ class SemiSeg(LesionDataset):
         self._files = _pairs(self.folder, images, [self.folder / "GT"] * len(images))
 
     def read(self, index: int) -> SliceAndMask:
-        image, indices = _read_pair(*self._files[index], 2)
+        image, indices = super().read(index)
         codes = np.array([0, GGO, CONSOLIDATION], dtype=np.uint8)[indices]  # of a palette picture
         # Both files are stored transposed, with the spine to the right; .T gives the axial view.
         return np.ascontiguousarray(image.T), np.ascontiguousarray(codes.T)
