@@ -144,7 +144,7 @@ def locate(
 
 
 class SliceImages(Dataset):
-    """One folder of slices and a list of those to use; it has `names`, `labels` and `patients`.
+    """A folder of slices and a list of those to use; has `names`, `labels`, `patients`, `classes`.
 
     Item i is `(image, label)`: image float32 [3, H, W] in 0..1 (grey, repeated), label int.
 
@@ -153,22 +153,15 @@ class SliceImages(Dataset):
         split: train, val, test or the path to a list, see `read_split`. A name also finds the only
             file with another suffix (.png, .jpg) or class word (the author's `2_91_...` is
             `NCP_91_...` in COVIDx-CT).
-        require_classes: every class must occur, as training needs.
-        classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
+        require_classes: every one of `class_names(root)` must occur, as training needs.
 
     Raises:
         DataError: at once for what is missing or wrong in a list; for a damaged image, on reading.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str | Path,
-        require_classes: bool = False,
-        classes: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str | Path, require_classes: bool = False) -> None:
         self.root, path = files.existing_folder(root), files.split_path(root, split)
-        self.classes = class_names(root) if classes is None else tuple(classes)
+        self.classes = class_names(root)
         entries = read_split(path, self.classes)
         on_disk = {file.name for file in os.scandir(self.root)}  # one listing, not 60,000 look-ups
         self.names = locate(path, [entry.name for entry in entries], on_disk, self.classes)
