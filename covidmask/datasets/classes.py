@@ -49,9 +49,7 @@ def class_names(folder: str | Path) -> tuple[str, ...]:
     path = Path(folder) / "classes.txt"
     if not files.is_there(path):
         return IMAGE_CLASSES
-    with files.decoding(
-        path, "no list of classes", "write two or more different names, one a line"
-    ):
+    with files.decoding(path, "no list of classes", "list two or more different names, one a line"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         names = tuple(line.strip() for line in lines if line.strip())
         if not 2 <= len(names) == len(set(names)):
