@@ -15,10 +15,7 @@ from covidmask.files import check_writable, data_root, is_there
 
 @dataclass(frozen=True)
 class Check:
-    """Look over this machine: Python, packages, device and folders, one line each.
-
-    [OK] is fine, [FAIL] must be mended (the exit status is then 2), [--] is optional.
-    """
+    """Look over this machine: [OK] is fine, [FAIL] must be mended, [--] is optional."""
 
     def run(self) -> int:
         lines, data = list(_packages()), data_root()
@@ -44,27 +41,22 @@ def _packages() -> Iterator[tuple[str, str]]:
     from packaging.requirements import Requirement
 
     try:
-        own = metadata.metadata("covidmask")
+        own = metadata.version("covidmask")
     except metadata.PackageNotFoundError:
         yield "FAIL", "covidmask is not installed; run `pip install -e .` in its folder"
         return
-    yield "OK", f"covidmask {own['Version']}"
-    for line in (f"Python{own['Requires-Python']}", *(metadata.requires("covidmask") or [])):
-        needed = Requirement(line)
-        name, extra = needed.name, str(needed.marker or "").partition('extra == "')[2][:-1]
+    yield "OK", f"covidmask {own}, Python {platform.python_version()}"
+    for needed in map(Requirement, metadata.requires("covidmask") or ()):
+        extra = str(needed.marker or "").partition('extra == "')[2][:-1]
         if needed.marker and extra not in ("medical", "timm", "train"):  # to build and to test
             continue
+        name, bounds = needed.name, needed.specifier
         try:
-            known = name != "Python"
-            version = metadata.version(name) if known else platform.python_version()
+            fits = bounds.contains(version := metadata.version(name), prereleases=True)
+            yield "OK" if fits else "FAIL", f"{name} {version}, needs {bounds}"
         except metadata.PackageNotFoundError:
             remedy = f"optional ({extra})" if extra else f"pip install {name}"
-            yield "--" if extra else "FAIL", f"{name}: absent, needs {needed.specifier}; {remedy}"
-            continue
-        # a wheel built for one device calls itself 2.5.0+cpu; the part after + is no version
-        fits = needed.specifier.contains(version.split("+")[0], prereleases=True)
-        remedy = "" if fits else f"; install a newer {name}"
-        yield "OK" if fits else "FAIL", f"{name} {version}, needs {needed.specifier}{remedy}"
+            yield "--" if extra else "FAIL", f"{name}: absent, needs {bounds}; {remedy}"
 
 
 def _together() -> str:
@@ -90,7 +82,7 @@ def _device() -> str:
 
 
 def _writable(folder: Path) -> str:
-    """Whether it, or the folder that it would be made in, can be written."""
+    # it, or the folder that it would be made in: looking makes none
     path = folder.absolute()
     check_writable(next(filter(is_there, (path, *path.parents))))
-    return "can be written" if is_there(folder) else "can be made and written"
+    return "can be written"

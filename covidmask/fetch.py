@@ -19,7 +19,7 @@ class Fetch:
     """Get real CT: download it, or lay out what you downloaded; every file is checked.
 
     covid-semiseg downloads 98 slices with masks of GGO and consolidation (5 MB, non-commercial use
-    only). OUT/lesion_layout holds the same slices upright, as image/, mask/ and lists.
+    only).
 
     covidx-ct lays out the slices of three classes of COVIDx-CT-1. Get them from Kaggle
     (hgunraj/covidxct; `--from kaggle` does it if kagglehub is installed) or from the CNCB archives
@@ -31,13 +31,12 @@ class Fetch:
     archive of CNCB that is, is not established. OUT gets the author's lists, train (650 slices) and
     test (100), and train_500 and test_150, which divide the 650 by patient.
 
-    For example: `covidmask fetch covid-semiseg`, or
-    `covidmask fetch covidx-ct --from ~/Downloads/covidxct`
+    For example: `covidmask fetch covidx-ct --from ~/Downloads/covidxct`
     """
 
     data_set: Positional[Literal["covid-semiseg", "covidx-ct", "cncb-lesions"]]
-    sources: Annotated[tuple[str, ...], arg(name="from", metavar="DIR|kaggle|ARCHIVE [...]")] = ()
-    """Folders, which are linked, so leave them there, and archives (zip, tar, tar.gz ...)."""
+    sources: Annotated[tuple[str, ...], arg(name="from", metavar="DIR|kaggle|ZIP [...]")] = ()
+    """Folders, which are linked, so leave them there, and zip archives."""
     out: Annotated[Path | None, _OUT] = None  # Folder to fill.
     source: Annotated[str | None, _SOURCE] = None
     """Another address or folder with the files to download, or the lists, by the same SHA-256."""
@@ -48,15 +47,15 @@ class Fetch:
     def run(self) -> None:
         from covidmask.datasets import public_sets
 
-        print(public_sets.TERMS[self.data_set], flush=True)
+        print(*public_sets.SETS[self.data_set]["terms"], sep="\n", flush=True)
         out = self.out or data_root() / self.data_set
-        if self.data_set == "covid-semiseg":
-            counts = public_sets.fetch_covid_semiseg(out, self.source)
-        elif self.data_set == "cncb-lesions":
-            counts = public_sets.lay_out_cncb_lesions(out, self.sources, self.source, self.seed)
-        else:
+        if self.data_set == "covidx-ct":
             options = (self.source, self.seed, self.per_class, self.allow_missing)
             counts = public_sets.lay_out_covidx_ct(out, self.sources, *options)
+        elif self.data_set == "cncb-lesions":
+            counts = public_sets.lay_out_cncb_lesions(out, self.sources, self.source, self.seed)
+        else:  # the files are the data
+            counts = public_sets.fetch_files(self.data_set, out, self.source)
         print(f"{self.data_set} is whole in {out}")
         for what, count in counts.items():
             print(f"  {what}: {count:,}")

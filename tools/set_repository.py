@@ -11,8 +11,6 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("_config.yml", "pyproject.toml", "CITATION.cff", "*.md", "tools/setup_cell.py")
 FILES += ("book/*.md", "book/*.ipynb", "book/py/*.py")
@@ -24,18 +22,16 @@ def set_repository(url: str, root: Path = ROOT) -> list[Path]:
     match = ADDRESS.fullmatch(url.strip().rstrip("/").removesuffix(".git"))
     if not match:
         sys.exit(
-            f"{url!r} is no repository address: give URL=https://github.com/OWNER/NAME "
-            "(Colab opens notebooks from GitHub only)"
+            f"{url!r} is no repository that Colab opens: give URL=https://github.com/OWNER/NAME"
         )
-    settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
-    present = settings["repository"]["url"].removeprefix("https://github.com/")
+    settings = (root / "_config.yml").read_text(encoding="utf-8")
+    present = re.search(r"https://github\.com/([^\s\"']+)", settings)[1]
     # every use has a slash before the owner, and no longer name after the repository's
     pattern = re.compile(rf"(?<=/){re.escape(present)}(?![A-Za-z0-9_-])")
     changed = []
     for path in sorted({p for glob in FILES for p in root.glob(glob)}):
         old = path.read_text(encoding="utf-8")
-        new = pattern.sub(match[1], old)
-        if new != old:
+        if (new := pattern.sub(match[1], old)) != old:
             path.write_text(new, encoding="utf-8", newline="\n")
             changed.append(path)
     return changed

@@ -22,21 +22,15 @@ from covidmask.datasets.lesions import LesionDataset, SliceAndMask
 class Augmented(LesionDataset):
     """Random copies of each slice of `dataset`, all of one size, with their targets.
 
-    A copy is the slice squeezed to a square, turned by at most 20 degrees, scaled by 0.75 to 1.3,
-    stretched by at most 16 % along one side, moved by at most 12 %, mirrored every other time, and
-    in half of the cases gently bent; its grey values are changed by gamma (0.7 to 1.4), contrast,
-    brightness and, in three cases of ten, noise. Instances are sought anew in the mask, because a
-    lesion that is cut by the border may become two. A share of the copies, `config.paste`, also
-    gets the lesions of another slice, as in Copy-Paste (Ghiasi et al. 2021).
-
-    Where the mask marks the lung (code 1, as phantoms do), the slice is first cropped to it with a
-    random margin of at most 6 %, as the slices of COVID-SemiSeg are. Slices are read once and kept,
-    5 bytes a pixel.
+    A copy is the slice cropped to the lungs, where the mask marks them, squeezed to a square,
+    turned by at most 20 degrees, scaled by 0.75 to 1.3, stretched by at most 16 % along one side,
+    moved by at most 12 %, mirrored every other time, and in half of the cases gently bent; gamma
+    (0.7 to 1.4), contrast, brightness and, in three cases of ten, noise change its grey values. A
+    share, `config.paste`, also gets the lesions of another slice (Copy-Paste, Ghiasi et al. 2021).
+    Instances are sought anew in the mask. Slices are read once and kept, 5 bytes a pixel.
     """
 
-    # item `index` exists for any index of 0 or more; beyond the length it is another copy of slice
-    # `index % len(dataset)`: training takes new ones in every epoch
-    endless = True
+    endless = True  # any index of 0 or more is an item, so training takes new ones in every epoch
 
     def __init__(self, dataset: LesionDataset, config: AugmentConfig, seed: int = 0) -> None:
         super().__init__(dataset.lesions, config.min_area)
@@ -46,11 +40,10 @@ class Augmented(LesionDataset):
         self._slices: dict[int, SliceAndMask] = {}
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The items of one epoch; Python's own way would ask for items without end."""
-        return (self[index] for index in range(len(self)))
+        return (self[index] for index in range(len(self)))  # of one epoch; Python's would not end
 
     def read(self, index: int) -> SliceAndMask:
-        """A copy: float32 [size, size] in 0..1 and its mask, uint8."""
+        """A copy of slice `index % len(dataset)`: float32 [size, size] in 0..1; mask, uint8."""
         rng = np.random.default_rng((self.seed, index))
         image, mask = self._moved(index % len(self.dataset), rng)
         if rng.random() < self.config.paste:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +26,13 @@ _NAME = re.compile(r"([^_/\\]+)_([^_/\\]+)_([^_/\\]+)_([^_/\\]+)(\.\w+)")
 
 
 class SliceName(NamedTuple):
-    """The parts of a file name."""
-
     label: int  # index of the class
     patient: str
     scan: str
     slice: str
 
 
-class SliceEntry(NamedTuple):
-    """A line of a list."""
-
+class SliceEntry(NamedTuple):  # a line of a list
     name: str
     label: int
     box: tuple[int, int, int, int] | None  # body: xmin, ymin, xmax, ymax in pixels; None: not given
@@ -51,17 +47,13 @@ class SliceEntry(NamedTuple):
 def class_names(folder: str | Path) -> tuple[str, ...]:
     """The lines of `folder`/classes.txt, names of labels 0, 1, ...; without it, IMAGE_CLASSES."""
     path = Path(folder) / "classes.txt"
-    try:
+    if not files.is_there(path):
+        return IMAGE_CLASSES
+    with files.decoding(path, "no list of classes", "list two or more different names, one a line"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         names = tuple(line.strip() for line in lines if line.strip())
         if not 2 <= len(names) == len(set(names)):
             raise ValueError(f"found {', '.join(names) or 'nothing'}")
-    except FileNotFoundError:
-        return IMAGE_CLASSES
-    except (OSError, ValueError) as error:  # ValueError: no text, too
-        raise DataError(
-            f"{path}: no list of classes ({error}); write two or more different names, one a line"
-        ) from error
     return names
 
 
@@ -90,8 +82,8 @@ def parse_name(name: str, classes: tuple[str, ...] = IMAGE_CLASSES) -> SliceName
 def read_split(path: str | Path, classes: tuple[str, ...] = IMAGE_CLASSES) -> list[SliceEntry]:
     """Read a list with lines `name`, `name label` or `name label xmin ymin xmax ymax`.
 
-    A line that gives the label may name any file; else the name says it, see `parse_name`. A list
-    that is missing or empty, names a slice twice, or has a wrong line or label is a `DataError`.
+    Without a label, the name says it; see `parse_name`. A list that is missing or empty, names a
+    slice twice, or has a wrong line or label is a `DataError`.
     """
     entries = []
     for number, (name, *numbers) in files.read_lines(path):
@@ -115,19 +107,27 @@ def read_split(path: str | Path, classes: tuple[str, ...] = IMAGE_CLASSES) -> li
 
 def write_split(path: str | Path, entries: Sequence[SliceEntry]) -> None:
     """Write a list that `read_split` reads back."""
-    lines = []
-    for entry in entries:
-        said = entry.box is None and _NAME.fullmatch(entry.name)  # the name says the class
-        words = () if said else (entry.label, *(entry.box or ()))
-        lines.append(" ".join(map(str, (entry.name, *words))) + "\n")
+    write_lines(path, [" ".join(map(str, (e.name, e.label, *(e.box or ())))) for e in entries])
+
+
+def write_lines(path: str | Path, lines: Sequence[str]) -> None:
     with files.atomic_path(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+        text = "".join(f"{line}\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def locate(
-    source: Path, names: Sequence[str], on_disk: Collection[str], key: Callable[[str], Any]
+    source: Path, names: Sequence[str], on_disk: Collection[str], classes: tuple[str, ...] = ()
 ) -> list[str]:
-    """The file of each name in `source`: itself, or the only picture with the same `key`."""
+    """The file of each name: itself, or the only one with another suffix or class word."""
+    labels = _labels(classes)
+
+    def key(name: str) -> tuple[str | int, ...]:
+        match = _NAME.fullmatch(name)
+        if match and match[1] in labels:
+            return (labels[match[1]], *match.groups()[1:4])
+        return (re.sub(r"\.(png|jpe?g)$", "", name, flags=re.IGNORECASE),)
+
     pictures = defaultdict(list)
     for name in on_disk:
         if name.lower().endswith(IMAGE_SUFFIXES):
@@ -142,47 +142,33 @@ def locate(
 
 
 class SliceImages(Dataset):
-    """One folder of slices and a list of those to use; it has `names`, `labels` and `patients`.
+    """A folder of slices and a list of those to use; has `names`, `labels`, `patients`, `classes`.
 
     Item i is `(image, label)`: image float32 [3, H, W] in 0..1 (grey, repeated), label int.
 
     Args:
         root: the folder that holds the image files.
-        split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to a
-            list, see `read_split`. A name in the list also finds its file under another suffix
-            (.png, .jpg) or class word (the author's `2_91_...` is `NCP_91_...` in COVIDx-CT), if
-            just one is there; `names` has those on disk.
-        require_classes: every class must occur, as training needs.
-        classes: names of labels 0, 1, ...; None reads them with `class_names(root)`.
+        split: train, val, test or the path to a list, see `read_split`. A name also finds the only
+            file with another suffix (.png, .jpg) or class word (the author's `2_91_...` is
+            `NCP_91_...` in COVIDx-CT).
+        require_classes: every one of `class_names(root)` must occur, as training needs.
 
     Raises:
-        DataError: at once for a missing folder, list, file or class and for a bad line; on reading
-            an item for damaged files.
+        DataError: at once for what is missing or wrong in a list; for a damaged image, on reading.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str | Path,
-        require_classes: bool = False,
-        classes: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str | Path, require_classes: bool = False) -> None:
         self.root, path = files.existing_folder(root), files.split_path(root, split)
-        self.classes = class_names(root) if classes is None else tuple(classes)
+        self.classes = class_names(root)
         entries = read_split(path, self.classes)
         on_disk = {file.name for file in os.scandir(self.root)}  # one listing, not 60,000 look-ups
-        self.names: list[str] = locate(path, [e.name for e in entries], on_disk, self._key)
-        self.labels: list[int] = [entry.label for entry in entries]
-        self.patients: list[str] = [entry.patient for entry in entries]
+        self.names = locate(path, [entry.name for entry in entries], on_disk, self.classes)
+        self.labels = [entry.label for entry in entries]
+        self.patients = [entry.patient for entry in entries]
         absent = [c for label, c in enumerate(self.classes) if label not in self.labels]
         if require_classes and absent:
             none = f"{path}: there are no slices of class {', '.join(absent)}"
             raise DataError(f"{none}; training needs every class, add some to the list")
-
-    def _key(self, name: str) -> tuple[str | int, ...]:
-        """What a name says, be its class a word or a label, without the suffix."""
-        match, stem = _NAME.fullmatch(name), Path(name).stem
-        return (_labels(self.classes).get(match[1]), *match.groups()[1:4]) if match else (stem,)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -201,12 +187,9 @@ def balanced_sample(
 ) -> list[SliceEntry]:
     """Draw `per_class` slices of each class without replacement, by class, then name (section 2.2).
 
-    The author drew 1,000 per class from the 61,782 training slices of COVIDx-CT-1.
-
-    Args:
-        entries: what to draw from; their order does not matter.
-        by_patient: take one slice of every patient before a second of any, so that the sample
-            covers as many patients as it can. A plain draw favours patients with many slices.
+    The author drew 1,000 per class from the 61,782 training slices of COVIDx-CT-1. The order of
+    `entries` does not matter. `by_patient` takes one slice of every patient before a second of
+    any; a plain draw favours patients with many slices.
     """
     rng = np.random.default_rng(seed)
     sample = []
@@ -224,8 +207,6 @@ def balanced_sample(
 
 
 class ClassStatistics(NamedTuple):
-    """Slices and patients of each of C image classes."""
-
     classes: tuple[str, ...]
     slices: np.ndarray  # int64 [C]
     patients: np.ndarray  # int64 [C]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,8 @@ from covidmask.errors import DataError
 GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background, 1 is lung
 SliceAndMask = tuple[np.ndarray, np.ndarray]  # float32 [H, W] in 0..1; codes, uint8 [H, W]
 _SEMISEG = {
-    "train": Path("TrainingSet", "MultiClassInfection-Train"),
-    "test": Path("TestingSet", "MultiClassInfection-Test"),
+    "train": "TrainingSet/MultiClassInfection-Train",
+    "test": "TestingSet/MultiClassInfection-Test",
 }
 
 
@@ -35,22 +34,19 @@ def mask_to_targets(
     Args:
         mask: uint8 [H, W], codes 0 background, 1 lung, 2 GGO, 3 consolidation.
         lesions: "both": label 1 is GGO, 2 is consolidation; "ggo": consolidation is background;
-            "merged": label 1 is either, joined before components are sought, so that a
-            consolidation inside GGO is one instance with it; or your own names, such as
-            "nodule,cyst": codes 2, 3, ... are labels 1, 2, ...
-        min_area: components (8-connected) of fewer pixels are dropped. The released code drops
-            those of at most 100 pixels, also from its ground truth: 101.
+            "merged": label 1 is either, and a consolidation inside GGO is one instance with it; or
+            your own names, such as "nodule,cyst": codes 2, 3, ... are labels 1, 2, ...
+        min_area: components (8-connected) of fewer pixels are dropped; 101 in the released code.
 
     Returns:
         K instances (K may be 0) ordered by label, then by their first pixel, row by row:
 
-        - boxes: float32 [K, 4], x1, y1, x2, y2 in pixels. x2 and y2 are the edges behind the last
-          pixel (xmax + 1), so that x2 - x1 is the width and a 1-pixel lesion has area 1.
+        - boxes: float32 [K, 4], x1, y1, x2, y2 in pixels; x2 - x1 is the width (x2 = xmax + 1).
         - labels: int64 [K]. masks: uint8 [K, H, W], 0 or 1. iscrowd: int64 [K], all 0.
         - area: float32 [K], pixels of the component.
 
     Raises:
-        DataError: the mask has a code without a class. ValueError: `lesions` is no list of names.
+        DataError: the mask has a code without a class, or `lesions` is no list of names.
     """
     mask = np.asarray(mask)
     _check_codes(mask, _largest_code(lesions))
@@ -76,8 +72,7 @@ def mask_to_targets(
 
 
 def _largest_code(lesions: str) -> int:
-    own = len(lesion_classes(lesions)) + 1  # of the last class; DataError for a bad list
-    return CONSOLIDATION if lesions in LESION_CLASSES else own
+    return CONSOLIDATION if lesions in LESION_CLASSES else len(lesion_classes(lesions)) + 1
 
 
 def _check_codes(mask: np.ndarray, largest: int, where: str = "") -> None:
@@ -89,11 +84,11 @@ def _check_codes(mask: np.ndarray, largest: int, where: str = "") -> None:
 
 
 class LesionDataset(Dataset):
-    """Slices with masks as items for torchvision's detectors: base of the data sets, and of yours.
+    """Slices with masks as items for torchvision's detectors; the base of yours, too.
 
-    Item i is `(image, target)`: image float32 [3, H, W] in 0..1 (grey, repeated), target the
-    dictionary of `mask_to_targets` and `image_id`, int64 [1], which is i. A data set of your own
-    sets `names` and `patients`, and says how to `read` a slice.
+    Item i is `(image, target)`: image float32 [3, H, W] in 0..1 (grey, repeated), target that of
+    `mask_to_targets` and `image_id`, int64 [1], which is i. Yours sets `names` and `patients`, and
+    says how to `read` a slice.
     """
 
     names: list[str]
@@ -101,8 +96,8 @@ class LesionDataset(Dataset):
     patients_known = True  # False where data have no patient ids and each slice counts as one
 
     def __init__(self, lesions: str = "both", min_area: int = 1) -> None:
-        _largest_code(lesions)  # a mistake is found now, not at the first slice
         self.lesions, self.min_area = lesions, min_area
+        self._largest = _largest_code(lesions)  # a wrong name is found now, not at the first slice
 
     def read(self, index: int) -> SliceAndMask:
         """The slice, float32 [H, W] in 0..1, and its mask, uint8 [H, W], codes 0, 1, 2, ..."""
@@ -126,14 +121,13 @@ class LesionSlices(LesionDataset):
 
     Args:
         root: the folder that holds image/ and mask/.
-        split: "train", "val" or "test" reads `root`/<split>.txt; another value is the path to such
-            a list. A line is `<patient>_<slice>.<suffix>`; another suffix than that of the file is
-            understood. None takes every slice found.
+        split: train, val, test or the path to a list of lines `<patient>_<slice>.<suffix>`, where
+            the suffix of the file may be another; None takes every slice found.
         lesions, min_area: as in `mask_to_targets`.
 
     Raises:
-        DataError: at once for a missing folder, file or mask and a bad list; on reading an item for
-            damaged files, codes without a class, and an image and mask of different sizes.
+        DataError: at once for what is missing or wrong in a list; on reading, for damaged files,
+            codes without a class, and an image and mask of different sizes.
     """
 
     def __init__(
@@ -145,67 +139,57 @@ class LesionSlices(LesionDataset):
     ) -> None:
         super().__init__(lesions, min_area)
         self.root = Path(root)
-        images, masks = (files.existing_folder(self.root / part) for part in ("image", "mask"))
+        source, masks = (files.existing_folder(self.root / part) for part in ("image", "mask"))
         on_disk: dict[str, Path] = {}
-        for patient in sorted(images.iterdir(), key=_natural):  # glob is silent about permissions
+        for patient in sorted(source.iterdir(), key=_natural):  # glob is silent about permissions
             for file in sorted(patient.iterdir(), key=_natural) if patient.is_dir() else ():
                 if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
                     on_disk[f"{patient.name}_{file.name}"] = file
         if not on_disk:
-            raise DataError(f"{images}: no slices found; expected <patient>/<slice>.png or .jpg")
-        if split is None:
-            source, wanted = images, list(dict.fromkeys(map(_stem, on_disk)))
+            raise DataError(f"{source}: no slices found; expected <patient>/<slice>.png or .jpg")
+        if split is None:  # by their stems, so that one with two suffixes is found out
+            wanted = list(dict.fromkeys(name[: -len(on_disk[name].suffix)] for name in on_disk))
         else:
             source = files.split_path(root, split)
             wanted = [" ".join(words) for _, words in files.read_lines(source)]
-        self.names = locate(source, wanted, on_disk, _stem)
+        self.names = locate(source, wanted, on_disk)
         images = [on_disk[name] for name in self.names]
         self.patients = [image.parent.name for image in images]
-        self._files = [(image, masks / image.parent.name / f"{image.stem}.png") for image in images]
-        _check_masks(source, self)
+        self._files = _pairs(source, images, [masks / image.parent.name for image in images])
 
     def read(self, index: int) -> SliceAndMask:
-        return _read_pair(*self._files[index], _largest_code(self.lesions))
+        image_path, mask_path = self._files[index]
+        image, mask = read_image(image_path), read_mask(mask_path)
+        if image.shape != mask.shape:
+            size, other = (f"{part.shape[1]} x {part.shape[0]}" for part in (mask, image))
+            raise DataError(
+                f"{mask_path}: the mask is {size} pixels, its image {other}; save both at one size"
+            )
+        _check_codes(mask, self._largest, f"{mask_path}: ")
+        return image, mask
 
 
 def _natural(path: Path) -> tuple[int, int, str]:
-    """Sort key: numbers by value, before other text."""
+    # numbers by value, before other text
     text = path.name if path.is_dir() else path.stem
     return (0, int(text), text) if text.isdecimal() else (1, 0, text)
 
 
-def _stem(name: str) -> str:
-    return re.sub(r"\.(png|jpe?g)$", "", name, flags=re.IGNORECASE)
+def _pairs(source: Path, images: list[Path], folders: list[Path]) -> list[tuple[Path, Path]]:
+    # each image, and in its folder the mask of the same name
+    pairs = [(i, folder / f"{i.stem}.png") for i, folder in zip(images, folders, strict=True)]
+    if missing := [str(mask) for _, mask in pairs if not mask.is_file()]:
+        masks = f"slices without a mask: {files.some(missing)}"
+        raise DataError(f"{source}: {masks}; add these files, or leave the slices out")
+    return pairs
 
 
-def _check_masks(source: Path, dataset: LesionSlices | SemiSeg) -> None:
-    pairs = zip(dataset.names, dataset._files, strict=True)
-    if missing := [(name, mask) for name, (_, mask) in pairs if not mask.is_file()]:
-        raise DataError(
-            f"{source}: slices without a mask: {files.some([name for name, _ in missing])}; add "
-            f"{missing[0][1]} and the like, or leave these slices out"
-        )
+class SemiSeg(LesionSlices):
+    """The published 50 training and 48 test slices of COVID-SemiSeg.
 
-
-def _read_pair(image_path: Path, mask_path: Path, largest: int) -> SliceAndMask:
-    """A slice and its mask, of one size and with codes 0..largest."""
-    image, mask = read_image(image_path), read_mask(mask_path)
-    if image.shape != mask.shape:
-        size, other = (f"{part.shape[1]} x {part.shape[0]}" for part in (mask, image))
-        raise DataError(
-            f"{mask_path}: the mask is {size} pixels, its image {other}; save both at one size"
-        )
-    _check_codes(mask, largest, f"{mask_path}: ")
-    return image, mask
-
-
-class SemiSeg(LesionDataset):
-    """The published 50 training and 48 test slices of COVID-SemiSeg, as items of `LesionDataset`.
-
-    All slices are of COVID patients, so nothing can be learned here about other conditions. They
-    are cropped to the lungs, carry no Hounsfield units, and the masks mark no lung (no code 1).
-    There are no patient ids: parts made by `split_by_patient`, and the published split itself, may
-    share patients. Errors are those of `LesionSlices`.
+    All slices are of COVID patients, cropped to the lungs and without Hounsfield units; the masks
+    mark no lung (no code 1). There are no patient ids: parts made by `split_by_patient`, and the
+    published split itself, may share patients.
 
     Args:
         root: the folder with TrainingSet and TestingSet, or Inf-Net's above it, which has Dataset.
@@ -217,42 +201,33 @@ class SemiSeg(LesionDataset):
     def __init__(
         self, root: str | Path, split: str, lesions: str = "both", min_area: int = 1
     ) -> None:
-        super().__init__(lesions, min_area)
+        LesionDataset.__init__(self, lesions, min_area)
+        self._largest = 2  # in the files: 1 is GGO, 2 is consolidation
         self.folder = inside(Path(root), "Dataset") / _SEMISEG.get(split, "none")
-        found = slices.iterdir() if (slices := self.folder / "Imgs").is_dir() else ()
-        images = sorted((path for path in found if path.suffix == ".jpg"), key=_natural)
+        images = sorted(self.folder.glob("Imgs/*.jpg"), key=_natural)
         if not images:
-            choice = " or ".join(_semiseg_splits(Path(root)) or _SEMISEG)
             raise DataError(
-                f"{root}: COVID-SemiSeg has no split {split!r}; choose {choice}, of a folder with "
-                "TrainingSet and TestingSet, where Imgs holds .jpg slices"
+                f"{root}: COVID-SemiSeg has no split {split!r}; choose {' or '.join(_SEMISEG)}, of "
+                "a folder with TrainingSet and TestingSet, where Imgs holds .jpg slices"
             )
         self.names = [path.name for path in images]
         self.patients = [path.stem for path in images]
-        self._files = [(path, self.folder / "GT" / f"{path.stem}.png") for path in images]
-        _check_masks(self.folder, self)
+        self._files = _pairs(self.folder, images, [self.folder / "GT"] * len(images))
 
     def read(self, index: int) -> SliceAndMask:
-        image, indices = _read_pair(*self._files[index], 2)
+        image, indices = super().read(index)
         codes = np.array([0, GGO, CONSOLIDATION], dtype=np.uint8)[indices]  # of a palette picture
         # Both files are stored transposed, with the spine to the right; .T gives the axial view.
         return np.ascontiguousarray(image.T), np.ascontiguousarray(codes.T)
 
 
-def _semiseg_splits(root: Path) -> list[str]:
-    home = inside(root, "Dataset")
-    return [split for split, place in _SEMISEG.items() if (home / place).parent.is_dir()]
-
-
 def split_by_patient(
     patients: Sequence[str], fractions: Sequence[float], seed: int
 ) -> list[list[int]]:
-    """Split items so that all slices of a patient land in the same part.
+    """Split items so that all slices of a patient, which look almost alike, land in the same part.
 
-    Neighbouring slices of one patient look almost alike; if they stood in two parts, a model could
-    score well by recognising the patient. `patients` has that of each item, `fractions` the share
-    of the PATIENTS in each part; they sum to 1. Returns one sorted list of item indices per
-    fraction; a part may be empty if patients are few.
+    `patients` has that of each item, `fractions` the share of the PATIENTS in each part; they sum
+    to 1. Returns one sorted list of item indices per fraction; with few patients one may be empty.
     """
     if min(fractions, default=-1) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions {tuple(fractions)}: they must be >= 0 and sum to 1")
@@ -261,9 +236,7 @@ def split_by_patient(
     return [np.flatnonzero(np.isin(patients, p)).tolist() for p in np.split(unique, ends)]
 
 
-class LesionStatistics(NamedTuple):
-    """M slices with R lesion regions of C classes; class c of the C has label c + 1."""
-
+class LesionStatistics(NamedTuple):  # M slices with R lesion regions of C classes
     classes: tuple[str, ...]
     counts: np.ndarray  # int64 [M, C]: regions of each class in each slice
     region_labels: np.ndarray  # int64 [R]
@@ -274,13 +247,15 @@ class LesionStatistics(NamedTuple):
         return (self.counts < regions).mean(axis=0)
 
     def share_of_regions_below(self, *fractions: float) -> np.ndarray:
-        """float64 [C]: share of a class's regions smaller than its fraction (Fig. 1.2).
+        """float64 [C]: share of a class's regions below its fraction (Fig. 1.2); NaN: it has none.
 
-        The paper's are 0.02 for GGO and 0.01 for consolidation. NaN for a class without regions.
+        The paper's fractions are 0.02 for GGO and 0.01 for consolidation.
         """
-        areas = [self.region_fractions[self.region_labels == c + 1] for c in range(len(fractions))]
-        pairs = zip(areas, fractions, strict=True)
-        return np.array([(part < limit).mean() if part.size else np.nan for part, limit in pairs])
+        shares = []
+        for label, limit in enumerate(fractions, start=1):
+            part = self.region_fractions[self.region_labels == label]
+            shares.append((part < limit).mean() if part.size else np.nan)
+        return np.array(shares)
 
 
 def lesion_statistics(dataset: LesionDataset) -> LesionStatistics:
@@ -300,17 +275,17 @@ def open_lesions(
 ) -> LesionDataset:
     """`LesionSlices` or `SemiSeg`: `root` holds lesions/, or is the folder itself.
 
-    Args:
-        split: train, val, test, the path to a list, or all: every slice that is there.
+    `split` is train, val, test, the path to a list, or all: every slice that is there.
     """
     folder = inside(files.existing_folder(root), "lesions")
-    if not (folder / "image").is_dir() and _semiseg_splits(Path(root)):
+    if not (folder / "image").is_dir() and lesion_splits(Path(root)):
         return SemiSeg(root, split, lesions, min_area)
     return LesionSlices(folder, None if split == "all" else split, lesions, min_area)
 
 
 def lesion_splits(root: Path) -> list[str]:
     """The splits that `open_lesions` finds; ["all"] for slices without lists."""
-    folder = inside(root, "lesions")
-    found = (folder / "image").is_dir()
-    return (files.listed_splits(folder) or ["all"]) if found else _semiseg_splits(root)
+    folder, home = inside(root, "lesions"), inside(root, "Dataset")
+    if (folder / "image").is_dir():
+        return files.listed_splits(folder) or ["all"]
+    return [split for split, place in _SEMISEG.items() if (home / place).parent.is_dir()]

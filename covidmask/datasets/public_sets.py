@@ -1,7 +1,8 @@
 """Real CT: COVID-SemiSeg, COVIDx-CT-1 and the masked slices of CNCB, made ready for the loaders.
 
-No scan comes with this package. public_sets.json has terms, addresses and checksums;
-`covidmask fetch NAME --help` explains what each function makes, and its options.
+public_sets.json has terms, addresses and checksums. Nothing is half-written, and a second call goes
+on where the first stopped. A source, list or slice that is missing or not what it should be is a
+`DataError`, a folder that cannot be written an `OutputError`.
 """
 
 from __future__ import annotations
@@ -9,49 +10,48 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path, PurePath, PureWindowsPath
 
+import pooch
 from tqdm import tqdm
 
 from covidmask.datasets import classes
-from covidmask.datasets.downloads import ARCHIVES, Place, download, extract
-from covidmask.datasets.lesions import LesionSlices, SemiSeg, split_by_patient
-from covidmask.datasets.scans import IMAGE_SUFFIXES, write_image
+from covidmask.datasets.lesions import LesionSlices, split_by_patient
+from covidmask.datasets.scans import IMAGE_SUFFIXES
 from covidmask.errors import DataError
-from covidmask.files import SPLITS, atomic_path, one_line, read_lines, some
+from covidmask.files import SPLITS, check_writable, decoding, one_line, read_lines, some
 
-_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-TERMS: dict[str, str] = {name: "\n".join(entry["terms"]) + "\n" for name, entry in _TABLE.items()}
-# data set -> address -> file -> SHA-256; of COVIDx-CT-1 and CNCB, the files are their lists
-FILES: dict[str, dict[str, dict[str, str]]] = {n: entry["files"] for n, entry in _TABLE.items()}
+TIMEOUT = (10.0, 20.0)  # seconds to connect, and between two packets
+RETRIES = 3
+MAX_RATIO = 100  # unpacked to packed; pictures hardly shrink, a bomb shrinks a thousandfold
+# each data set's terms, and address -> file -> SHA-256 of what it downloads, which lands in `below`
+SETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 Source = str | os.PathLike[str]
+Place = Callable[[PurePath], str | None]  # path of a file -> its path in a folder of ours
 
 
-def fetch_covid_semiseg(out: Path, source: Source | None = None) -> dict[str, int]:
-    """Download the 50 + 48 slices of COVID-SemiSeg with their masks; count its files.
+def fetch_files(
+    name: str, out: Path, source: Source | None = None, sources: Sequence[Source] = ()
+) -> dict[str, int]:
+    """Write a data set's terms, download its files from the authors or `source`, and count them.
 
-    `out` then holds TrainingSet and TestingSet as published, for `SemiSeg`; and lesion_layout/, the
-    same slices upright in the layout of `LesionSlices`, with train.txt and test.txt. Each slice
-    counts there as a patient, because the set names none.
-
-    Raises:
-        DataError: a file cannot be had, or is not the published one.
-        OutputError: `out` cannot be written.
+    These are all slices and masks of COVID-SemiSeg, and the lists of the others. That `sources`,
+    folders and archives with scans, are there is looked at before anything is written.
     """
-    fetched = _begin("covid-semiseg", out, ".", source, ())
-    lists = [out / "lesion_layout" / f"{split}.txt" for split in ("train", "test")]
-    if fetched or not all(path.is_file() for path in lists):
-        for path in lists:
-            path.unlink(missing_ok=True)  # they come last, and so mark the layout as complete
-        for path in lists:
-            dataset = SemiSeg(out, path.stem)
-            for index, patient in enumerate(tqdm(dataset.patients, "convert", disable=None)):
-                for part, array in zip(("image", "mask"), dataset.read(index), strict=True):
-                    write_image(path.parent / part / patient / f"{patient}.png", array)
-            _write(path, [f"{patient}_{patient}.png" for patient in dataset.patients])
-    total = sum(map(len, FILES["covid-semiseg"].values()))
+    for path in sources:
+        if not Path(path).exists():
+            raise DataError(f"{path}: there is no such file or folder; name another with --from")
+    data_set, fetched, total = SETS[name], 0, 0
+    classes.write_lines(out / "TERMS.txt", data_set["terms"])
+    for address, files in data_set["files"].items():
+        fetched += len(download(source or address, files, out / data_set["below"]))
+        total += len(files)
     return {"files fetched": fetched, "files that were there": total - fetched}
 
 
@@ -66,32 +66,24 @@ def lay_out_covidx_ct(
     """Make `out`/slices of COVIDx-CT-1, check it against the lists, and count what these name.
 
     A file belongs to a slice of the v1 lists by <class>_<patient>_<scan>_<slice> in its name, as on
-    Kaggle, or by <patient>/<scan>/<slice> at the end of its path, as in the archives of CNCB. Files
-    in folders are linked (copied where the disk knows no links); from archives only the listed
-    slices are unpacked. `out` keeps what it has, so the parts may come in several calls.
-
-    Raises:
-        DataError: a source or a list is not what it should be; slices are missing or damaged.
-        OutputError: `out` cannot be written.
+    Kaggle, or by <patient>/<scan>/<slice> at the end of its path, as in the archives of CNCB.
+    `out` keeps what it has, so the parts may come in several calls.
     """
-    sources = [_kaggle() if name == "kaggle" else name for name in sources]
-    _begin("covidx-ct", out, "lists", lists, sources)
+    sources = [_kaggle("hgunraj/covidxct/versions/1") if s == "kaggle" else s for s in sources]
+    fetch_files("covidx-ct", out, lists, sources)
     entries = {s: classes.read_split(out / f"lists/{s}_COVIDx_CT-1.txt") for s in SPLITS}
     listed = {Path(entry.name).stem: entry for part in entries.values() for entry in part}
-    # patient, scan and slice are unique without the class
-    by_key = {classes.parse_name(entry.name)[1:]: stem for stem, entry in listed.items()}
+    stems = {}  # what a file may be called -> the name in the lists, without suffix
+    for stem, entry in listed.items():
+        rest = stem.partition("_")[2]  # patient, scan and slice are unique without the class
+        stems |= dict.fromkeys((stem, rest, f"{entry.label}_{rest}"), stem)
 
-    def place(path: PurePosixPath) -> str | None:
-        words, suffix = path.stem.split("_"), path.suffix.lower()
-        named = len(words) == 4
-        stem = by_key.get(tuple(words[1:]) if named else (*path.parts[-3:-1], path.stem))
-        if stem is None or suffix not in IMAGE_SUFFIXES:
-            return None
-        label = listed[stem].label
-        right = not named or words[0] in (classes.NAME_CLASSES[label], str(label))
-        return f"slices/{stem}{suffix}" if right else None
+    def place(path: PurePath) -> str | None:
+        name = path.stem if "_" in path.stem else "_".join((*path.parts[-3:-1], path.stem))
+        stem, suffix = stems.get(name), path.suffix.lower()
+        return f"slices/{stem}{suffix}" if stem and suffix in IMAGE_SUFFIXES else None
 
-    _collect(sources, out, place)
+    collect(sources, out, place)
     found = set()
     for file in tqdm(list((out / "slices").glob("*")), "check", unit="slice", disable=None):
         if file.stem in listed and file.suffix in IMAGE_SUFFIXES:
@@ -101,50 +93,48 @@ def lay_out_covidx_ct(
                 file.unlink()  # our link or copy, so that a whole one can take its place
     there = {split: [e for e in part if e.name in found] for split, part in entries.items()}
     missing = [entry.name for entry in listed.values() if entry.name not in found]
+    classes.write_lines(out / "missing.txt", missing)
     if missing and not (allow_missing and found):
         raise DataError(
             f"{out}: of the {len(listed):,} slices of the COVIDx-CT-1 lists, {some(missing)} are "
             "missing or damaged (versions after the first leave out 28); name more folders or "
             "archives with --from, or leave them out with --allow-missing; what was found is kept"
         )
-    (out / "missing.txt").unlink(missing_ok=True)
-    if missing:
-        _write(out / "missing.txt", missing)
     author = classes.read_split(out / "lists/train_split_classification.txt")
-    stems = [by_key.get(classes.parse_name(entry.name)[1:]) for entry in author]
-    drawn = [listed[stem] for stem in stems if stem]  # under their names in v1, with their boxes
-    parts = {"train": [entry for entry in drawn if entry.name in found]}
-    parts |= {"val": there["val"], "test": there["test"], "train_all": there["train"]}
-    for name, by_patient in (("", False), ("_by_patient", True)):
-        sample = classes.balanced_sample(there["train"], per_class, seed, by_patient)
-        parts[f"sample_seed{seed}{name}"] = sample
+    drawn = [listed[stems[Path(entry.name).stem]] for entry in author]  # with their boxes
+    train_all, sample = there["train"], classes.balanced_sample
+    parts = {
+        "train": [entry for entry in drawn if entry.name in found],
+        "val": there["val"],
+        "test": there["test"],
+        "train_all": train_all,
+        f"sample_seed{seed}": sample(train_all, per_class, seed),
+        f"sample_seed{seed}_by_patient": sample(train_all, per_class, seed, by_patient=True),
+    }
     for name, part in parts.items():
         classes.write_split(out / f"slices/{name}.txt", part)
     return {name: len(part) for name, part in parts.items()}
 
 
-def _kaggle() -> Path:
-    """COVIDx-CT-1 by kagglehub, which keeps it in a folder of its own."""
+def _kaggle(name: str) -> str:
+    """Download by kagglehub, which keeps a data set in a folder of its own."""
     try:
         import kagglehub
 
-        return Path(kagglehub.dataset_download("hgunraj/covidxct/versions/1"))
+        return kagglehub.dataset_download(name)
     except Exception as error:  # many ways to fail: not installed, login, consent, network, disk
         raise DataError(
             f"--from kaggle: the download fails ({one_line(error)}); `pip install kagglehub`, or "
-            "get https://www.kaggle.com/datasets/hgunraj/covidxct yourself and name its folder"
+            f"get https://www.kaggle.com/datasets/{name} yourself and name its folder"
         ) from error
 
 
 def _looks_whole(path: Path) -> bool:
-    """Whether a PNG or JPEG has its first and last bytes. Decoding 100,000 would take an hour."""
-    head = tail = b""
+    """Whether a PNG or JPEG has its last bytes. Decoding 100,000 would take an hour."""
     with suppress(OSError), open(path, "rb") as file:  # the file behind a link may have moved
-        head = file.read(8)
         file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
-        tail = file.read()
-    png = head == b"\x89PNG\r\n\x1a\n" and b"IEND" in tail
-    return png or (head[:3] == b"\xff\xd8\xff" and b"\xff\xd9" in tail)
+        return (b"IEND" if path.suffix == ".png" else b"\xff\xd9") in file.read()
+    return False
 
 
 def lay_out_cncb_lesions(
@@ -152,39 +142,29 @@ def lay_out_cncb_lesions(
 ) -> dict[str, int]:
     """Make the layout of `LesionSlices` of CNCB's masked slices, and count what its lists name.
 
-    Files of a folder are linked, those of an archive unpacked. Every image and mask of the released
-    lists is read and checked. train_500 and test_150 are a draw of ours, by patient, since the
-    paper's own is not published.
-
-    Raises:
-        DataError: the source is neither folder nor archive, slices are missing, stand there twice
-            or are damaged, or a mask holds other codes than 0..3.
-        OutputError: `out` cannot be written.
+    Every image and mask of the released lists is read and checked. train_500 and test_150 are a
+    draw of ours, by patient, since the paper's own is not published.
     """
-    _begin("cncb-lesions", out, "lists", lists, sources)
-    names = {
-        split: [words[0] for _, words in read_lines(out / f"lists/{split}_split_segmentation.txt")]
-        for split in ("train", "test")
-    }
-    wanted = {tuple(Path(n).stem.rsplit("_", 1)) for part in names.values() for n in part}
+    fetch_files("cncb-lesions", out, lists, sources)
+    paths = {s: out / f"lists/{s}_split_segmentation.txt" for s in ("train", "test")}
+    names = {s: [words[0] for _, words in read_lines(path)] for s, path in paths.items()}
+    wanted = {Path(name).stem for part in names.values() for name in part}
     suffixes = {"image": IMAGE_SUFFIXES, "mask": (".png",)}
-    seen: dict[str, PurePosixPath] = {}  # image or mask -> its path in the source
+    seen: dict[str, PurePath] = {}  # image or mask -> its path in the source
 
-    def place(path: PurePosixPath) -> str | None:
-        kind = path.parts[-3].lower().removesuffix("s") if len(path.parts) >= 3 else ""
-        suffix = path.suffix.lower()
-        if suffix not in suffixes.get(kind, ()) or (path.parent.name, path.stem) not in wanted:
+    def place(path: PurePath) -> str | None:
+        kind, patient = ("", "", *path.parts)[-3:-1]
+        kind, suffix = kind.lower().removesuffix("s"), path.suffix.lower()
+        if f"{patient}_{path.stem}" not in wanted or suffix not in suffixes.get(kind, ()):
             return None
-        key = f"{kind}/{path.parent.name}/{path.stem}"
+        key = f"{kind}/{patient}/{path.stem}"
         if (other := seen.setdefault(key, path)) != path:
-            raise DataError(
-                f"{out}: {key} comes twice, as {other} and as {path}; name the folder above one"
-            )
+            raise DataError(f"{out}: {key} is there twice, {other} and {path}; name one's folder")
         return key + suffix
 
-    _collect(sources, out, place)
-    for split in names:
-        dataset = LesionSlices(out, out / f"lists/{split}_split_segmentation.txt")
+    collect(sources, out, place)
+    for split, path in paths.items():
+        dataset = LesionSlices(out, path)
         for index in tqdm(range(len(dataset)), f"check {split}", unit="slice", disable=None):
             dataset.read(index)
     patients = [name.rpartition("_")[0] for name in names["train"]]
@@ -192,55 +172,109 @@ def lay_out_cncb_lesions(
     for name, part in zip(("train_500", "test_150"), divided, strict=True):
         names[name] = [names["train"][index] for index in part]
     for name, part in names.items():
-        _write(out / f"{name}.txt", part)
+        classes.write_lines(out / f"{name}.txt", part)
     return {name: len(part) for name, part in names.items()}
 
 
-def _begin(name: str, out: Path, below: str, base: Source | None, sources: Sequence) -> int:
-    """Look at the sources, write the terms, and bring the files of a data set to `out`/`below`."""
-    for path in (Path(source).expanduser() for source in sources):
-        if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
-            problem = "is no archive" if path.exists() else "there is no such file or folder"
-            raise DataError(f"{path}: {problem}; name a folder, or {', '.join(ARCHIVES)}")
-    _write(out / "TERMS.txt", TERMS[name].splitlines())
-    return sum(len(download(base or url, f, out / below)) for url, f in FILES[name].items())
+def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:
+    """Fetch the files that are missing from `out`, or there with another sum; give their names.
+
+    pooch gives a file its name when its sum is right, and tries again when it is not or the
+    connection breaks. The first that still fails ends it all, in a `DataError`; others stay.
+
+    Args:
+        base: what stands before each name, such as https://host/folder; or a folder with copies.
+        files: name, with / between folders, -> SHA-256 in hexadecimal digits.
+    """
+    http, retries = pooch.HTTPDownloader(chunk_size=2**16, timeout=TIMEOUT), RETRIES
+    if os.path.isdir(base):
+        http, retries = (lambda url, file, _: shutil.copyfile(url, file)), 0
+    pooch.get_logger().setLevel("WARNING")  # a bar says more than a line per file
+    source = pooch.Pooch(out, f"{base}".rstrip("/") + "/", files, retry_if_failed=retries)
+
+    def fetch(name: str) -> None:
+        try:
+            source.fetch(name, downloader=http)
+        except (OSError, ValueError) as error:  # those of requests, too
+            raise DataError(
+                f"{source.get_url(name)}: cannot be fetched ({one_line(error)}); check the "
+                "address, network and disk, try later, or name a folder with copies (see --help)"
+            ) from error
+
+    wanted = [
+        name
+        for name, sha256 in files.items()
+        if not (out / name).is_file() or pooch.file_hash(str(out / name)) != sha256
+    ]
+    for folder in {(out / name).parent for name in wanted}:
+        check_writable(folder)  # and make it, before threads of pooch collide in that
+    with ThreadPoolExecutor(8) as pool:
+        list(tqdm(pool.map(fetch, wanted), "fetch", len(wanted), unit="file", disable=None))
+    return wanted
 
 
-def _write(path: Path, lines: Sequence[str]) -> None:
-    with atomic_path(path) as temporary:
-        text = "".join(f"{line}\n" for line in lines)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+def collect(sources: Sequence[Source], out: Path, place: Place) -> list[str]:
+    """Bring the files that have a place below `out` to it: linked, or unpacked from zip archives.
+
+    All those of a source or none: they lie in `out`/.partial until the whole of it has been seen.
+    Of two files with one place, the first is taken. Gives the places.
+
+    Raises:
+        DataError: an archive is damaged, encrypted, or no zip; it holds a path with .. or from the
+            root, a link or a device, or unpacks to too much; the disk is full.
+    """
+    unfinished, places = out / ".partial", []
+    try:
+        for source in map(Path, sources):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            first = len(places)
+            with decoding(source, "cannot be taken in", "check it and the disk, or unpack it"):
+                for path, bring in tqdm(_files(source, out), "look", unit="file", disable=None):
+                    goal = place(path)
+                    if goal and not any((top / goal).exists() for top in (out, unfinished)):
+                        (unfinished / goal).parent.mkdir(parents=True, exist_ok=True)
+                        bring(unfinished / goal)
+                        places.append(goal)
+                for goal in places[first:]:
+                    (out / goal).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(unfinished / goal, out / goal)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return places
 
 
-def _collect(sources: Sequence[Source], out: Path, place: Place) -> None:
-    """Bring the files that have a place below `out` to it: linked, or unpacked from archives."""
-
-    def new_place(path: PurePosixPath) -> str | None:
-        bar.update()
-        goal = place(path)
-        return None if goal is None or (out / goal).exists() else goal
-
-    def stop(error: OSError) -> None:
-        raise error  # a folder that may not be entered is not left out in silence
-
-    with tqdm(desc="look", unit="file", disable=None) as bar:
-        for source in (Path(source).expanduser() for source in sources):
-            if source.is_file():
-                extract(source, out, new_place)
-                continue
-            for where, folders, files in os.walk(source.resolve(), onerror=stop):
-                folders[:] = sorted(f for f in folders if Path(where, f) != out.resolve())
-                for path in (Path(where, file) for file in sorted(files)):
-                    if goal := new_place(PurePosixPath(path.as_posix())):
-                        _link(path, out / goal)
+def _files(source: Path, out: Path) -> Iterator[tuple[PurePath, Callable[[Path], object]]]:
+    """The path of each file of a folder or archive, and what brings it to another place."""
+    if source.is_dir():
+        for where, folders, files in os.walk(source.resolve()):
+            folders[:] = sorted(f for f in folders if Path(where, f) != out.resolve())
+            for path in (Path(where, file) for file in sorted(files)):
+                yield path, partial(_link, path)
+        return
+    limit = max(MAX_RATIO * source.stat().st_size, 2**20)
+    with zipfile.ZipFile(source) as archive:
+        for entry in archive.infolist():
+            name = entry.orig_filename  # as the archive says it, with / or, on Windows, \
+            path = PureWindowsPath(name)
+            limit -= entry.file_size  # no more than it states is delivered
+            kind = stat.S_IFMT(entry.external_attr >> 16)  # 0: not made on Unix
+            odd = kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+            if odd or limit < 0 or path.anchor or ".." in path.parts:
+                raise DataError(
+                    f"{source}: {name!r} leads out of the folder, is a link or a device, or "
+                    "unpacks to too much for pictures; unpack it yourself if you trust it"
+                )
+            if not name.endswith(("/", "\\")):
+                yield path, partial(_unpack, archive, entry)
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link a file; copy it where the disk, or Windows, allows no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)  # a link whose file was moved
     for link in (os.symlink, os.link):
-        with suppress(OSError):
+        with suppress(OSError):  # the disk, or Windows, allows no links
             return link(source, target)
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
+    shutil.copyfile(source, target)
+
+
+def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    with archive.open(entry) as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 2**20)

@@ -62,7 +62,7 @@ def test_bad_folders(tmp_path, stored):
         SemiSeg(tmp_path, "train")
     folder = write_pair(tmp_path, "0", stored)
     (folder / "GT" / "0.png").unlink()
-    with pytest.raises(DataError, match=r"Train: slices without a mask: 1 \(0.jpg\); add .*0.png"):
+    with pytest.raises(DataError, match=r"Train: slices without a mask: 1 .*GT.0.png\); add"):
         SemiSeg(tmp_path, "train")
 
 

@@ -1,15 +1,9 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from covidmask.datasets.classes import SliceImages, class_statistics, read_split
+from covidmask.datasets.classes import SliceImages, class_statistics
 from covidmask.datasets.lesions import LesionSlices, lesion_statistics
 from covidmask.datasets.scans import write_image
-
-SCRIPTS = Path(__file__).parents[2] / "data_scripts"
 
 
 @pytest.fixture
@@ -59,38 +53,3 @@ def test_class_statistics(slices):
     found = class_statistics(SliceImages(slices, "train"))
     assert found.slices.tolist() == [1, 2, 2]
     assert found.patients.tolist() == [1, 1, 2]
-
-
-def run_script(name, *arguments):
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=SCRIPTS.parent,
-        env={"PYTHONPATH": str(SCRIPTS.parent)},
-    )
-
-
-def test_the_statistics_script(lesions, slices):
-    done = run_script("data_statistics.py", "--lesions", lesions, "--slices", slices)
-    assert done.returncode == 0, done.stderr
-    assert "GGO" in done.stdout and "85.7 %" in done.stdout
-    assert "COVID-19" in done.stdout
-    failed = run_script("data_statistics.py", "--lesions", slices)
-    assert failed.returncode == 2
-    assert "there is no such data folder" in failed.stderr and "Traceback" not in failed.stderr
-
-
-def test_the_sampler_script(slices, tmp_path):
-    out = tmp_path / "sample.txt"
-    arguments = (slices / "train.txt", out, "--per-class", 1, "--seed", 3)
-    assert run_script("sample_slices.py", *arguments, "--by-patient").returncode == 0
-    assert [entry.label for entry in read_split(out)] == [0, 1, 2]
-    (slices / "classes.txt").write_text("healthy\nill\n")
-    (slices / "own.txt").write_text("a.png 1\nb.png 0\nc.png 1\n")
-    done = run_script("sample_slices.py", slices / "own.txt", slices / "two.txt", "--per-class", 1)
-    assert done.returncode == 0 and done.stdout.endswith("2 slices of 2 patients\n"), done.stderr
-    (slices / "classes.txt").unlink()
-    failed = run_script("sample_slices.py", slices / "train.txt", out, "--per-class", 9)
-    assert failed.returncode == 2 and "9 are asked for" in failed.stderr
-    assert len(read_split(out)) == 3  # the old list is untouched
