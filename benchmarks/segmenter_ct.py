@@ -93,7 +93,9 @@ def train(out: Path, steps: int = 3000, precision: str = "bf16-mixed", workers: 
     save_model(model, out, half=True, **card)
 
 
-def judge(weights: Path, data: Path = data_root(), half: Literal["first", "second"] = "first") -> None:
+def judge(
+    weights: Path, data: Path = data_root(), half: Literal["first", "second"] = "first"
+) -> None:
     """Mean Dice of infection, GGO and C over one half, fused maps with the mirrored slice."""
     slices = Half(data, half)
     found = evaluate_segmenter(load_segmenter(weights), slices, mirror=True, progress=False)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
+from covidmask.datasets.lungs import crop_box, find_lungs
+from covidmask.datasets.medical import hounsfield_to_unit
 from covidmask.datasets.scans import LUNG_WINDOW, Scan, choose_slices, find_scans, read_slices
 from covidmask.errors import CheckpointError, DataError, OutputError
 from covidmask.files import atomic_path, some
@@ -28,6 +31,11 @@ BATCH = 4  # slices of one size that go through the networks together
 BATCH_PIXELS = 2**22  # in all of them, or one alone: large pictures would fill the memory
 FLAT = 1 / 8  # of the way from black to white: a slice that spans less shows the networks little
 CAUTION = "A slice label is not a patient diagnosis; the classifier was not validated on volumes."
+CT_CAUTION = (
+    "Lesions are those of a network that has seen drawn chests only, and it errs, see its card. "
+    "There are no class probabilities: no classifier that comes with the package is right on scans."
+)
+WIDE = (0.0, 4096.0)  # level and width that keep all HU of a slice apart
 
 
 @torch.no_grad()
@@ -39,6 +47,7 @@ def predict(
     score: float = 0.5,
     device: str = "cpu",
     *,
+    ct: str | Path | None = None,
     series: int | None = None,
     slices: str | None = None,
     every: int | None = None,
@@ -54,7 +63,8 @@ def predict(
     predictions.csv, whose rows are returned, has for each slice: image (a picture's name, or
     "volume 1"), slice (from 1, nearest the feet where positions are known), instance (DICOM's
     number), position_mm, picture (of the lesions), lesions (boxes; also by lesion class),
-    lesion_pixels and lesion_mm2 (of the mask), a probability for each image class (a sigmoid each,
+    lesion_pixels and lesion_mm2 (of the mask), lung_pixels and the share of them that is lesion
+    (lung_share), where `ct` was used, a probability for each image class (a sigmoid each,
     so they need not sum to 1), and the likeliest class; what is unknown is empty. summary.csv, with
     a row for each volume and one for all pictures: slices, looked_at, lesion_slices (with a lesion
     pixel), and of each class the share of slices in which it is likeliest, mean and maximum.
@@ -65,6 +75,8 @@ def predict(
     Args:
         images, series, slices, every: as in `find_scans` and `choose_slices`.
         score, threshold: boxes and pixels above them count as lesions, 0..1.
+        ct: a segmenter for volumes: it sees the lungs alone, which `find_lungs` seeks, twice (once
+            mirrored). Volumes then have no class probabilities. None: `segmenter` and `classifier`.
         window: level and width in HU, for DICOM and NIfTI.
 
     Raises `DataError`, `CheckpointError` where an input cannot be used, `OutputError` where `out`
@@ -90,16 +102,27 @@ def predict(
         tqdm.write(f"{scan.name}: {scan.source}; looking at {count} slices")
     for note in notes:
         tqdm.write(f"Note: {note}")
-    detector = for_inference(load_segmenter(segmenter, device))
-    model = for_inference(load_classifier(classifier, device))
-    classes, lesion_classes = model.config.classes, detector.classes
+    apart = [scan for scan in scans if ct is not None and scan.volume]
+    whole = [job for job in jobs if job[0] not in apart]
+    classes, looking = (), []
+    if whole:
+        detector = for_inference(load_segmenter(segmenter, device))
+        model = for_inference(load_classifier(classifier, device))
+        classes, lesion_classes = model.config.classes, detector.classes
+        looking.append(_look(whole, window, detector, model, len(lesion_classes), device))
+    if apart:
+        detector = for_inference(load_segmenter(ct, device))
+        if whole and detector.classes != lesion_classes:
+            raise CheckpointError(f"{ct}: has other lesion classes than {segmenter}; look apart")
+        lesion_classes, inside = detector.classes, jobs[len(whole) :]  # pictures come first
+        looking.append(_look_at_lungs(inside, window, detector, len(lesion_classes), device))
     names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
+    names += ["lung_pixels", "lung_share"]
     if len({*names, *lesion_classes, *classes}) < len(names) + len(lesion_classes) + len(classes):
         what = f"two columns would have one name ({', '.join((*lesion_classes, *classes))})"
         raise CheckpointError(f"{segmenter}, {classifier}: {what}; train with other class names")
-    pairs = zip(jobs, read_slices(each, window), strict=True)
-    looking = _look(pairs, detector, model, len(lesion_classes), device)
-    for job, grey, found, p in tqdm(looking, total=len(jobs), desc="looking at slices"):
+    looked = tqdm(chain(*looking), total=len(jobs), desc="looking at slices")
+    for job, grey, found, p, lungs in looked:
         (scan, one, row), codes = job, fuse(found["maps"].cpu(), threshold)  # uint8 [H, W]
         enlarge = max(1, PICTURE_SIDE // min(grey.shape))
         with atomic_path(out / row["picture"]) as temporary:
@@ -109,22 +132,43 @@ def predict(
         area = None if mm is None else pixels * mm[0] * mm[1]
         counts = {name: labels.count(label) for label, name in enumerate(lesion_classes, 1)}
         row |= {"lesions": len(labels)} | counts | {"lesion_pixels": pixels, "lesion_mm2": area}
-        row |= dict(zip(classes, p, strict=True)) | {"likeliest": classes[p.index(max(p))]}
+        lung = None if lungs is None else int(lungs.sum())
+        share = (codes > 0)[lungs].mean(dtype=float) if lung else None
+        row |= {"lung_pixels": lung, "lung_share": None if share is None else float(share)}
+        row |= dict(zip(classes, p or [None] * len(classes), strict=True))
+        row["likeliest"] = classes[p.index(max(p))] if p else None
         place = "" if row["position_mm"] is None else f" ({row['position_mm']:.1f} mm)"
-        text = f"{', '.join(f'{c} {row[c]:.3f}' for c in classes)}; lesions above {score:g}: "
+        said = [f"{c} {row[c]:.3f}" for c in classes if p]
+        said += (
+            [] if lungs is None else ["no lung" if share is None else f"{share:.1%} of the lung"]
+        )
+        text = f"{', '.join(said)}; lesions above {score:g}: "
         tqdm.write(f"{_called(row)}{place}: {text}{len(labels)}, lesion pixels: {pixels:,}")
     summary = []
     for scan in scans:
         own = [row for owner, row in zip(owners, rows, strict=True) if owner is scan]
         ill, n = sum(row["lesion_pixels"] > 0 for row in own), len(own)
         row = {"image": scan.name, "slices": len(scan.slices), "looked_at": n, "lesion_slices": ill}
-        row |= {f"share {c}": sum(row["likeliest"] == c for row in own) / n for c in classes}
-        row |= {f"mean {c}": sum(row[c] for row in own) / n for c in classes}
-        row |= {f"max {c}": max(row[c] for row in own) for c in classes}
-        summary.append(row | {"note": CAUTION})
+        lung = sum(row["lung_pixels"] or 0 for row in own)
+        called = sum((row["lung_pixels"] or 0) * (row["lung_share"] or 0) for row in own)
+        row["lung_share"] = called / lung if lung else None
+        judged = [] if scan in apart else own
+        likeliest = [row["likeliest"] for row in judged]
+        for c in classes:
+            p = [row[c] for row in judged]
+            row[f"share {c}"] = likeliest.count(c) / n if p else None
+            row |= {f"mean {c}": sum(p) / n if p else None, f"max {c}": max(p, default=None)}
+        summary.append(row | {"note": CT_CAUTION if scan in apart else CAUTION})
         if n > 1:
-            text = ", ".join(f"{c} {row[f'share {c}']:.0%}" for c in classes)
-            tqdm.write(f"{scan.name}: likeliest by slice: {text}; lesions in {ill} of {n} slices")
+            text = ", ".join(f"{c} {row[f'share {c}']:.0%}" for c in classes if judged)
+            text = (
+                f"likeliest by slice: {text}"
+                if judged
+                else f"{called / max(lung, 1):.1%} of the lung"
+            )
+            tqdm.write(f"{scan.name}: {text}; lesions in {ill} of {n} slices")
+        if scan in apart and not lung:
+            tqdm.write(f"Note: {scan.name}: no lung is found in any slice; are the values HU?")
     options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # any file name
     for path, table in zip(tables, (rows, summary), strict=True):
         with atomic_path(path) as temporary, open(temporary, "w", **options) as file:
@@ -133,7 +177,10 @@ def predict(
             for row in table:  # None is empty; probabilities have six digits, lengths and areas two
                 digits = ((value, 2 if "_mm" in name else 6) for name, value in row.items())
                 writer.writerow(f"{v:.{d}f}" if isinstance(v, float) else v for v, d in digits)
-    tqdm.write(f"{CAUTION}\nEach probability is a sigmoid of its own: they need not sum to 1.")
+    if apart:
+        tqdm.write(CT_CAUTION)
+    if whole:
+        tqdm.write(f"{CAUTION}\nEach probability is a sigmoid of its own: they need not sum to 1.")
     return rows
 
 
@@ -173,9 +220,10 @@ def _check_outputs(outputs: Sequence[Path], *inputs: str | Path) -> None:
 
 
 def _look(
-    pairs: Iterable[tuple], detector: nn.Module, model: nn.Module, classes: int, device: str
-) -> Iterator[tuple[tuple, np.ndarray, dict[str, Tensor], list[float]]]:
-    # job, grey values, lesions, and a probability for each image class
+    jobs: list[tuple], window, detector: nn.Module, model: nn.Module, classes: int, device: str
+) -> Iterator[tuple]:
+    # job, grey values, lesions, and a probability for each image class; no lungs
+    pairs = zip(jobs, read_slices([one for _, one, _ in jobs], window), strict=True)
     # neighbours of one size together: in a mixed batch, padding would change what is found
     for (height, width), group in groupby(pairs, lambda pair: pair[1].shape):
         most = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
@@ -184,11 +232,45 @@ def _look(
             images = to_model(images, torch.device(device))
             found = detect(detector, images, classes)
             probabilities = model(images).sigmoid()  # [B, classes]
-            if not all(v.isfinite().all() for v in (probabilities, *(f["maps"] for f in found))):
-                what = f"give values that are not numbers near {batch[-1][0][2]['picture']}"
-                raise CheckpointError(f"the networks {what}; train them again")
+            _check_numbers([probabilities, *(f["maps"] for f in found)], batch[-1][0])
             for (job, grey), lesions, p in zip(batch, found, probabilities.tolist(), strict=True):
-                yield job, grey, lesions, p
+                yield job, grey, lesions, p, None
+
+
+def _look_at_lungs(
+    jobs: list[tuple], window, detector: nn.Module, classes: int, device: str
+) -> Iterator[tuple]:
+    # as `_look`, with the lungs bool [H, W]; lesions have the coordinates of the whole slice
+    pairs = zip(jobs, read_slices([one for _, one, _ in jobs], WIDE), strict=True)
+    for job, stored in pairs:
+        hu = (stored - 0.5) * WIDE[1] + WIDE[0]
+        grey, lungs = hounsfield_to_unit(hu, window), find_lungs(hu)
+        rows, columns = crop_box(lungs)
+        found = {
+            "boxes": torch.zeros(0, 4),
+            "labels": torch.zeros(0, dtype=torch.int64),
+            "scores": torch.zeros(0),
+            "maps": torch.zeros(classes, *grey.shape),
+        }
+        if lungs.any():
+            image = torch.from_numpy(np.ascontiguousarray(grey[rows, columns])).repeat(3, 1, 1)
+            image = to_model([image], torch.device(device))
+            seen = {k: v.cpu() for k, v in detect(detector, image, classes, True)[0].items()}
+            _check_numbers([seen["maps"]], job)
+            found |= {key: seen[key] for key in ("labels", "scores")}
+            corner = torch.tensor([columns.start, rows.start] * 2)
+            found["boxes"] = seen["boxes"] + corner
+            left, right = columns.start, grey.shape[1] - columns.stop
+            found["maps"] = F.pad(
+                seen["maps"], (left, right, rows.start, grey.shape[0] - rows.stop)
+            )
+        yield job, grey, found, None, lungs
+
+
+def _check_numbers(values: Sequence[Tensor], job: tuple) -> None:
+    if not all(value.isfinite().all() for value in values):
+        what = f"give values that are not numbers near {job[2]['picture']}"
+        raise CheckpointError(f"the networks {what}; train them again")
 
 
 def overlay(

@@ -56,7 +56,7 @@ class Patient:
     rotation: float  # radians
     offset: tuple[float, float]  # of the body centre
     thorax: tuple[float, float]  # half axes of the inner chest wall
-    square: float  # 0: its outline is an ellipse; 1: nearly a rectangle
+    square: float  # 0: its outline is an ellipse; below 0 more pointed, 1: nearly a rectangle
     taper: float  # how much it narrows to the front
     bend: float  # deviation of the shift of all things
     fat: float  # thickness under the skin
@@ -72,6 +72,7 @@ class Patient:
     fluid: tuple[float, float]  # height of an effusion in the right and the left chest; 0: none
     vessels: float  # relative weight
     thickness: float  # of a slice
+    severe: bool  # lesions of any size, up to half a lung
     spare: bool  # masks leave out the vessels in GGO, as in COVID-SemiSeg
     lesions: tuple[Lesion, ...]
     # segments of vessels, scars, nodules: x, y, z of both ends, index of sigma, weight, bronchus
@@ -272,8 +273,12 @@ def _visible_area(patient: Patient, lesion: Lesion, t: float) -> float:
 
 
 def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
-    """The lesions that a slice shows: those with at least `MIN_AREA` of the image in it."""
-    return tuple(x for x in patient.lesions if _visible_area(patient, x, position) >= MIN_AREA)
+    """The lesions that a slice shows: those with at least `MIN_AREA` of the image in it.
+
+    Of a severe patient a fifth of it is enough.
+    """
+    least = MIN_AREA / 5 if patient.severe else MIN_AREA
+    return tuple(x for x in patient.lesions if _visible_area(patient, x, position) >= least)
 
 
 def _tubes(start, end, kind, weight, bronchus=0.0) -> np.ndarray:
@@ -568,7 +573,7 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
     """COVID-19 of up to half a lung: foci that grow and merge, rinds below the pleura, patches."""
     lesions: list[Lesion] = []
     kind = rng.choice(["foci", "rind", "patches"], p=[0.4, 0.35, 0.25])
-    ggo_hu, dense = np.exp(rng.uniform(np.log(70), np.log(380))), rng.random()
+    ggo_hu, dense = np.exp(rng.uniform(np.log(60), np.log(280))), rng.random()
     edge, paving = (
         np.exp(rng.uniform(np.log(0.008), np.log(0.07))),
         rng.choice([0.0, rng.uniform(50, 250)]),
@@ -581,8 +586,8 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
             t = float(np.clip(rng.normal(0.55, 0.22), 0.1, 0.9))
             if kind == "foci":
                 centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.3, 0.95), t)
-                radius = float(np.exp(rng.uniform(np.log(0.018), np.log(0.06 + 0.12 * spread))))
-                rind, rough = np.inf, rng.uniform(0.15, 0.45) * radius
+                radius = float(np.exp(rng.uniform(np.log(0.01), np.log(0.06 + 0.12 * spread))))
+                rind, rough = np.inf, rng.uniform(0.15, 0.7) * radius
                 radii = (radius * rng.uniform(0.6, 1.6), radius, radius * rng.uniform(0.8, 1.6))
             elif kind == "rind":
                 centre = _place(patient, side, rng.normal(0.7, 0.7), 0.9, t)
@@ -601,7 +606,7 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
                 lesions.append(ggo)
             if all_dense or (dense > 0.3 and rng.random() < 0.7):
                 inset = 0.0 if all_dense else rng.uniform(0.004, 0.5) * min(min(radii), rind)
-                hu = min(patient.lung_hu + ggo_hu + 120, -250) + rng.uniform(0, 350)
+                hu = rng.uniform(patient.lung_hu + ggo_hu + 130, 60)
                 lesions.append(
                     _lesion(
                         rng,
@@ -685,8 +690,8 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
         rotation=rng.normal(0, 0.05),
         offset=(rng.normal(0, 0.012), rng.normal(0, 0.012)),
         thorax=(rng.uniform(0.345, 0.385), rng.uniform(0.255, 0.31)),
-        square=rng.uniform(0, 0.9),
-        taper=rng.uniform(0, 0.14),
+        square=rng.uniform(-0.7, 0.6),
+        taper=rng.uniform(-0.15, 0.12),
         bend=rng.uniform(0.002, 0.007),
         fat=rng.uniform(0.008, 0.045),
         muscle=rng.uniform(0.02, 0.04),
@@ -701,6 +706,7 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
         fluid=(float(fluid[0]), float(fluid[1])),
         vessels=rng.uniform(0.7, 1.8),
         thickness=rng.choice([0.001, 0.003, 0.008]),
+        severe=severe,
         spare=bool(severe and rng.random() < 0.6),
         lesions=(),
         tubes=_grow_tubes(rng),

@@ -47,11 +47,13 @@ def draw_scanner(rng: Generator, hospital: int = 0, published: bool = False) -> 
         quality=0,
     )
     if published:
+        white, black = rng.uniform(0.72, 1.08), rng.uniform(0.03, 0.28)  # of tissue and of lung
+        width = 900 / (white - black)
         scanner |= dict(
-            noise=np.exp(rng.uniform(np.log(8), np.log(110))),
-            level=rng.uniform(-640, -380),
-            width=rng.uniform(950, 1750),
-            gamma=np.exp(rng.normal(0.12, 0.2)),
+            noise=np.exp(rng.uniform(np.log(8), np.log(100))),
+            level=40 + (0.5 - white) * width,
+            width=width,
+            gamma=np.exp(rng.normal(0, 0.15)),
             quality=int(rng.integers(45, 97)),
         )
     return Scanner(**scanner)
