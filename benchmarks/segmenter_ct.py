@@ -2,17 +2,18 @@
 
     python benchmarks/segmenter_ct.py train --out runs/ct.safetensors
     python benchmarks/segmenter_ct.py judge --weights runs/ct.safetensors --data DIR --half first
+    python benchmarks/segmenter_ct.py scans --weights runs/ct.safetensors --data MD
 
-DIR holds COVID-SemiSeg's TrainingSet. Its first 25 slices by number are for choosing, the other 25
+DIR holds COVID-SemiSeg's TrainingSet, MD the sample of COVID-CT-MD with a list slices.csv. Its first 25 slices by number are for choosing, the other 25
 are looked at once, for the report; each look at either is written to results/looks.jsonl. No real
 slice is in the training. A training that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,16 +22,20 @@ import torch
 import tyro
 from common import RESULTS, environment
 from numpy.random import default_rng
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
 
 from covidmask.config import PRESETS, TrainingConfig
 from covidmask.datasets.augmentation import crop_to_lungs, shade, warp
 from covidmask.datasets.chest import make_patient, render
 from covidmask.datasets.lesions import LesionDataset, SemiSeg
+from covidmask.datasets.medical import Slice
 from covidmask.datasets.scanner import draw_scanner
+from covidmask.datasets.scans import read_slices
 from covidmask.files import data_root
-from covidmask.metrics.classification import bootstrap
-from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.detector import for_inference, fuse, lesion_mask_rcnn
 from covidmask.models.weights import load_segmenter, save_model
+from covidmask.predict import WIDE, lesions_in_lungs
 from covidmask.training.loop import make_fabric
 from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
 
@@ -100,11 +105,45 @@ def judge(
     slices = Half(data, half)
     found = evaluate_segmenter(load_segmenter(weights), slices, mirror=True, progress=False)
     dice = {name: round(value["dice"], 4) for name, value in found["overlap"].items()}
-    look = {"date": time.strftime("%F %T"), "half": half, "weights": weights.name, "dice": dice}
+    log({"data": f"COVID-SemiSeg, {half} 25", "weights": weights.name, "dice": dice})
+
+
+def scans(weights: Path, data: Path) -> None:
+    """Share of the lung called lesion in the scans of COVID-CT-MD's sample, and how it ranks slices.
+
+    `data` holds slices.csv (path, class, patient, infected_slice) and the DICOM files that it names.
+    """
+    detector = for_inference(load_segmenter(weights))
+    patients: dict[str, list] = {}
+    with open(data / "slices.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    for row in tqdm(table):
+        stored = next(read_slices([Slice(data / row["path"])], WIDE))
+        found, lungs = lesions_in_lungs(detector, (stored - 0.5) * WIDE[1] + WIDE[0])
+        called = int(((fuse(found["maps"], 0.5) > 0) & lungs).sum())
+        patients.setdefault(f"{row['class']}, {row['patient']}", []).append(
+            (called, int(lungs.sum()), row["infected_slice"])
+        )
+    result = {}
+    for name, slices in patients.items():
+        called, lung = (np.array([one[k] for one in slices], float) for k in (0, 1))
+        truth = np.array([one[2] == "1" for one in slices])
+        share = called / np.maximum(lung, 1)
+        result[name] = {"lesion share of the lung": round(float(called.sum() / lung.sum()), 4)}
+        if truth.any() and not truth.all():
+            result[name]["AUC of infected slices"] = round(float(roc_auc_score(truth, share)), 3)
+    log({"data": "COVID-CT-MD sample", "weights": weights.name, "patients": result})
+
+
+def log(look: dict) -> None:
+    """Keep a look at real slices, and show it."""
+    look = {"date": time.strftime("%F %T")} | look
     with open(RESULTS / "looks.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(look) + "\n")
-    print(json.dumps(look))
+    print(json.dumps(look, indent=1))
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train": train, "judge": judge}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"train": train, "judge": judge, "scans": scans}, description=__doc__
+    )

@@ -115,7 +115,7 @@ def predict(
         if whole and detector.classes != lesion_classes:
             raise CheckpointError(f"{ct}: has other lesion classes than {segmenter}; look apart")
         lesion_classes, inside = detector.classes, jobs[len(whole) :]  # pictures come first
-        looking.append(_look_at_lungs(inside, window, detector, len(lesion_classes), device))
+        looking.append(_look_at_lungs(inside, window, detector))
     names = [*rows[0], "lesions", "lesion_pixels", "lesion_mm2", "likeliest"]
     names += ["lung_pixels", "lung_share"]
     if len({*names, *lesion_classes, *classes}) < len(names) + len(lesion_classes) + len(classes):
@@ -237,34 +237,44 @@ def _look(
                 yield job, grey, lesions, p, None
 
 
-def _look_at_lungs(
-    jobs: list[tuple], window, detector: nn.Module, classes: int, device: str
-) -> Iterator[tuple]:
-    # as `_look`, with the lungs bool [H, W]; lesions have the coordinates of the whole slice
+def _look_at_lungs(jobs: list[tuple], window, detector: nn.Module) -> Iterator[tuple]:
+    # as `_look`, with the lungs bool [H, W] in the place of probabilities
     pairs = zip(jobs, read_slices([one for _, one, _ in jobs], WIDE), strict=True)
     for job, stored in pairs:
         hu = (stored - 0.5) * WIDE[1] + WIDE[0]
-        grey, lungs = hounsfield_to_unit(hu, window), find_lungs(hu)
-        rows, columns = crop_box(lungs)
-        found = {
-            "boxes": torch.zeros(0, 4),
-            "labels": torch.zeros(0, dtype=torch.int64),
-            "scores": torch.zeros(0),
-            "maps": torch.zeros(classes, *grey.shape),
-        }
-        if lungs.any():
-            image = torch.from_numpy(np.ascontiguousarray(grey[rows, columns])).repeat(3, 1, 1)
-            image = to_model([image], torch.device(device))
-            seen = {k: v.cpu() for k, v in detect(detector, image, classes, True)[0].items()}
-            _check_numbers([seen["maps"]], job)
-            found |= {key: seen[key] for key in ("labels", "scores")}
-            corner = torch.tensor([columns.start, rows.start] * 2)
-            found["boxes"] = seen["boxes"] + corner
-            left, right = columns.start, grey.shape[1] - columns.stop
-            found["maps"] = F.pad(
-                seen["maps"], (left, right, rows.start, grey.shape[0] - rows.stop)
-            )
-        yield job, grey, found, None, lungs
+        found, lungs = lesions_in_lungs(detector, hu, window)
+        _check_numbers([found["maps"]], job)
+        yield job, hounsfield_to_unit(hu, window), found, None, lungs
+
+
+@torch.no_grad()
+def lesions_in_lungs(
+    detector: nn.Module, hu: np.ndarray, window: tuple[float, float] = LUNG_WINDOW
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Find the lungs of a slice, and the lesions in the part of it that holds them.
+
+    Args:
+        detector: a segmenter, ready by `for_inference`.
+        hu: float32 [H, W], Hounsfield units.
+        window: level and width that the detector sees.
+
+    Returns:
+        What `detect` gives, on the CPU and in the coordinates of the whole slice, with the mirrored
+        slice; and the lungs, bool [H, W]. Without lungs nothing is found.
+    """
+    lungs, classes = find_lungs(hu), len(detector.classes)
+    if not lungs.any():
+        empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        return empty | {"scores": torch.zeros(0), "maps": torch.zeros(classes, *hu.shape)}, lungs
+    rows, columns = crop_box(lungs)
+    grey = np.ascontiguousarray(hounsfield_to_unit(hu[rows, columns], window))
+    device = next(detector.parameters()).device
+    images = to_model([torch.from_numpy(grey).repeat(3, 1, 1)], device)  # [3, h, w]
+    found = {key: value.cpu() for key, value in detect(detector, images, classes, True)[0].items()}
+    found["boxes"] = found["boxes"] + torch.tensor([columns.start, rows.start] * 2)
+    around = (columns.start, hu.shape[1] - columns.stop, rows.start, hu.shape[0] - rows.stop)
+    found["maps"] = F.pad(found["maps"], around)  # [classes, H, W]
+    return found, lungs
 
 
 def _check_numbers(values: Sequence[Tensor], job: tuple) -> None:
