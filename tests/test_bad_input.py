@@ -616,7 +616,7 @@ def test_phantoms_whose_note_is_a_list(here, capsys):
 
 def test_folder_for_pictures_that_is_a_file(here, capsys):
     command = PREDICT.format("scan.png").replace("--out out", "--out seg.safetensors")
-    fails(command, here, capsys, "seg.safetensors: is a file; name a folder")
+    fails(command, here, capsys, "seg.safetensors/scan_lesions.png: cannot be written")
 
 
 def test_json_that_is_a_folder(here, capsys):

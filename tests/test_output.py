@@ -166,7 +166,6 @@ def test_paths_that_cannot_be(path, words, tmp_path, monkeypatch, capsys):
         (["stats", "--data", ""], "--data"),
         (["stats", "--json", ""], "--json"),
         (["train", "segmenter", "--checkpoint", ""], "--checkpoint"),
-        (["stats", "--data", "a\0b"], "--data"),
     ],
 )
 def test_values_that_are_empty(argv, option, tmp_path, monkeypatch, capsys):
@@ -205,7 +204,7 @@ def test_numbers_that_no_option_can_have(command, tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("window", ["nan 1500", "-600 inf", "1e308 1e308", "-600 -3", "0 0"])
+@pytest.mark.parametrize("window", ["nan 1500", "-600 inf", "1e308 1e308"])
 def test_windows_that_cannot_be(window, capsys):
     assert main(["predict", "a.png", "--out", "o", "--window", *window.split()]) == 2
     assert capsys.readouterr().err.startswith("covidmask: error: --window ")
