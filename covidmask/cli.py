@@ -143,7 +143,7 @@ class _TrainOptions(_OnData):
         return {n: value for n, value in _values(self) if n in preset and value != preset[n]}
 
     def _train(
-        self, model, names, train, settings, *read, regime=None, validated=False, **card
+        self, model, names, train: Callable, settings, *read, regime=None, validated=False, **card
     ) -> None:
         """Train once all outputs can be written; write the weights with their card; say so."""
         kind = "classifier" if regime else "segmenter"
@@ -221,18 +221,14 @@ class TrainSegmenter(_TrainOptions):
         model = models.lesion_mask_rcnn(self.detector, self.weights_backbone)
 
         def train(model: Any, checkpoint: Path, **options: Any) -> list[dict]:
-            if first:
-                parts = ("detector", "augment", "pretraining", "phantoms")
-                preset = replace(PRESETS[self.preset], **{p: getattr(self, p) for p in parts})
-                own = {"checkpoint": checkpoint.with_suffix(".phantoms.ckpt")}
-                root = files.phantoms_folder(self.preset)
-                pretrain_segmenter(model, preset, root, **own, **options)
+            if first:  # this command has all that it reads of a preset
+                own = options | {"checkpoint": checkpoint.with_suffix(".phantoms.ckpt")}
+                pretrain_segmenter(model, self, files.phantoms_folder(self.preset), **own)
             options |= {"checkpoint": checkpoint}
             return training.train_segmenter(model, dataset, self.segmenter, **options)
 
-        card = {"pretraining": first, "augment": self.augment, "min_area": self.min_area}
-        card["weights_backbone"] = self.weights_backbone
-        self._train(model, dataset.names, train, self.segmenter, **card)
+        card = {name: getattr(self, name) for name in ("augment", "min_area", "weights_backbone")}
+        self._train(model, dataset.names, train, self.segmenter, pretraining=first, **card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,19 +325,14 @@ class EvaluateClassifier(_EvaluateOptions):
         dataset = datasets.open_slices(self.folder, self.split)
         weights, options = self._prepare("classifier", self.regime)
         model = models.load_classifier(weights)
-        found, classes = (
-            training.evaluate_classifier(model, dataset, **options),
-            model.config.classes,
-        )
+        classes = model.config.classes
+        found = training.evaluate_classifier(model, dataset, **options)
         counts, (patients, whose) = found["confusion"], _whose(dataset)
         right, sums = counts.diagonal(), {"sensitivity": counts.sum(1), "ppv": counts.sum(0)}
         wilsons = {name: list(map(metrics.wilson, right, each)) for name, each in sums.items()}
         wilsons["accuracy"] = metrics.wilson(right.sum(), found["n"])
         owners = [f"{c} {p}" for c, p in zip(dataset.labels, dataset.patients, strict=True)]
-        both, accuracy = (
-            (found["labels"], found["predictions"]),
-            lambda c: metrics.report(c)["accuracy"],
-        )
+        both, accuracy = (found["labels"], found["predictions"]), lambda c: c.trace() / c.sum()
         by_patient = metrics.patient_bootstrap(*both, owners, accuracy, classes=len(classes))
 
         def by_class(values: Iterable) -> dict[str, Any]:
@@ -644,4 +635,4 @@ def _numbers(dataset: Any) -> dict[str, dict[str, Any]]:
 
 
 def _interval(value: float, ends: tuple[float, float]) -> str:
-    return f"{value:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+    return "{:.3f} [{:.3f}, {:.3f}]".format(value, *ends)

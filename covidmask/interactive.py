@@ -33,10 +33,9 @@ def frame_slider(
     start: int = 0,
     dpi: int = 100,
 ) -> HTML:
-    """Show one of several precomputed pictures, chosen by a slider.
+    """Show one of several precomputed pictures, chosen by a slider; needs no kernel.
 
-    The pictures are part of the HTML, so no kernel is needed. Where scripts are blocked, as in a
-    notebook that is not trusted, the first picture shown stays.
+    Where scripts are blocked, as in a notebook that is not trusted, the first picture shown stays.
 
     Args:
         frames: matplotlib figures (drawn at `dpi`, and closed), or the bytes of PNG files.

@@ -96,7 +96,7 @@ LOCKED = {  # command -> what its sentence names
     "phantoms --out locked/x": "locked/x",
     "convert a.pth locked/x.safetensors": "locked/x",
     "predict locked/a.png --out o": "locked/",  # perhaps the weights in $COVIDMASK_DATA
-    "predict data --out locked/x": "locked/x",
+    "predict data --out locked/x": "locked/",
     "evaluate segmenter --weights locked/x --data data": "locked/x",
     "train segmenter --data data --split locked/x --out o.safetensors": "另一个",
     "fetch cncb-lesions --from locked/x --out c": "locked/x",

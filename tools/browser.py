@@ -11,10 +11,7 @@ import sys
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-APT = (
-    "apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "
-    "--no-install-recommends chromium"
-)
+APT = "apt-get update && apt-get install -y --no-install-recommends chromium"
 PLAYWRIGHT = f"'{sys.executable}' -m playwright install chromium" + " --with-deps" * ROOT
 
 
@@ -38,6 +35,7 @@ def find() -> str | None:
 
 if __name__ == "__main__":
     found = find()
+    os.environ["DEBIAN_FRONTEND"] = "noninteractive"
     for way in ([APT] if ROOT and shutil.which("apt-get") else []) + [PLAYWRIGHT]:
         if not found:
             print(f"Installing a browser: {way}", file=sys.stderr, flush=True)
