@@ -482,11 +482,10 @@ def _values(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command and return its exit status.
 
-    Returns:
-        0; 2 for a usage error, bad input or output that cannot be written; 130 when interrupted;
-        141 when nobody reads the output any longer, as after `| head -1`.
+    0; 2 for a usage error, bad input or output that cannot be written; 130 when interrupted; 141
+    when nobody reads the output any longer, as after `| head -1`.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell

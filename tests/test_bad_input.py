@@ -295,7 +295,7 @@ DATA = {
     "class missing from the training split": class_missing,
     "series with a cut file": cut_series,
     "slices that a scan does not have": scan_without_slice("--slices 2-9", "no slices '2-9'"),
-    "window of no width": scan_without_slice("--window 40 0", "--window 40 0", "above 0"),
+    "window of no width": scan_without_slice("--window 40 0", "window 40 0", "above 0"),
     "folder without a scan": fixed(PREDICT.format("empty"), "empty: holds no axial CT slice"),
     "no source of COVIDx-CT": fixed("fetch covidx-ct --from gone --out out", "gone", "name a"),
     "no archive": fixed("fetch cncb-lesions --from scan.png --out out", "scan.png: is no archive"),
