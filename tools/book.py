@@ -35,7 +35,6 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def twins() -> list[Path]:
-    """The text twins of the chapters, in the order of their names."""
     return sorted((ROOT / "book" / "py").glob("*.py"))
 
 
@@ -125,7 +124,6 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def holds(path: Path, text: str) -> bool:
-    """Whether there is a file that says just this."""
     return path.exists() and path.read_text(encoding="utf-8") == text
 
 
