@@ -1,9 +1,8 @@
 """The command line. `covidmask --help` lists the commands, and each explains itself.
 
 A command is a dataclass: its fields are the options, and `run` does the work. Fields without a
-default are parts of the preset, whose numbers become options such as `--segmenter.epochs`. torch
-and pandas are imported where they are used, so that `--help` answers at once. Under `torchrun` the
-first process alone prints and writes.
+default are parts of the preset, whose numbers become options such as `--segmenter.epochs`. The
+rooms load torch when they are used, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from covidmask import config, datasets, files
+from covidmask import config, datasets, files, metrics, models, training
 from covidmask.check import Check
 from covidmask.config import PRESETS
 from covidmask.errors import CovidmaskError, DataError, OutputError
 from covidmask.fetch import Fetch
-from covidmask.files import phantoms_folder, weights_file
 
 NOTICE = "For research and teaching only: nothing here may guide the care of a patient."
 RANGES = {  # lowest and highest value -> options, and numbers of a preset; others: 0 to 2^31 - 1
@@ -40,6 +38,7 @@ RANGES = {  # lowest and highest value -> options, and numbers of a preset; othe
     (-1e6, 1e6): "window",
 }
 LIMITS = {name: limits for limits, names in RANGES.items() for name in names.split()}
+PACKAGES = ("covidmask", "torch", "torchvision")  # whose versions a card has
 SHORT = ("--epochs", "--batch-size", "--lr", "--precision")  # for those of the training itself
 
 
@@ -48,8 +47,8 @@ def _none(means: str, metavar: str | None = None, help: str | None = None) -> An
     return arg(help_behavior_hint=f"(default: {means})", metavar=metavar, help=help)
 
 
-PresetName = Literal["quick", "colab", "paper", "semiseg"]
-PRESET = arg(help="Scale: two CPU cores (quick, semiseg), one small GPU (colab), or the paper's.")
+SCALE = arg(help="Scale: two CPU cores (quick, semiseg), one small GPU (colab), or the paper's.")
+Preset = Annotated[Literal["quick", "colab", "paper", "semiseg"], SCALE]
 AUTO = arg(help="auto is CUDA where there is one, else the CPU.")
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], AUTO]
 JsonFile = Annotated[Path | None, _none("none", "FILE.json", "Write the numbers here, too.")]
@@ -68,7 +67,7 @@ class Phantoms:
     for training, validation and test. For example: `covidmask phantoms --phantoms.size 64 --out p`
     """
 
-    preset: Annotated[PresetName, PRESET] = "quick"
+    preset: Preset = "quick"
     out: Annotated[Path | None, _none(PHANTOMS, "DIR", "Folder to make.")] = None
     seed: int = 0  # Another seed gives other patients.
     workers: Annotated[int | None, _none("one for each core", "INT", "Processes that draw.")] = None
@@ -77,25 +76,25 @@ class Phantoms:
     def run(self) -> None:
         from covidmask.datasets.phantom_sets import cores, write_phantoms
 
-        out, of = self.out or phantoms_folder(self.preset), self.phantoms
+        out, of = self.out or files.phantoms_folder(self.preset), self.phantoms
         state = "were already there" if (out / "phantoms.json").exists() else "written"
         write_phantoms(out, of, self.seed, cores() if self.workers is None else self.workers)
-        masked, classed = sum(of.lesion_patients), 3 * sum(of.class_patients)
-        each = (
-            f"{of.slices_per_patient} slices each of {masked} patients with masks, {classed} more"
+        _say(
+            f"Phantoms {state}: {of.slices_per_patient} slices each of {sum(of.lesion_patients)} "
+            f"patients with masks, {3 * sum(of.class_patients)} more of three classes, {of.size} "
+            f"pixels wide, in {out}"
         )
-        _say(f"Phantoms {state}: {each} of three classes, {of.size} pixels wide, in {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OnData:
-    preset: Annotated[PresetName, PRESET] = "quick"
+    preset: Preset = "quick"
     data: Annotated[Path | None, _none(PHANTOMS, "DIR")] = None
     """Folder that holds lesions/ and slices/, or one of the two, or COVID-SemiSeg."""
 
     @property
     def folder(self) -> Path:
-        return self.data or phantoms_folder(self.preset)
+        return self.data or files.phantoms_folder(self.preset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +107,20 @@ class Stats(_OnData):
     def run(self) -> None:
         root = files.existing_folder(self.folder)
         _check_output("--json", self.json, ".json", root / "phantoms.json")
-        splits = [("lesions", split) for split in datasets.lesion_splits(root)]
-        splits += [("slices", split) for split in datasets.slice_splits(root)]
-        if not splits:
+        found, total = {"lesions": {}, "slices": {}}, 0
+        for split in datasets.lesion_splits(root):
+            found["lesions"][split] = datasets.open_lesions(root, split, min_area=self.min_area)
+        for split in datasets.slice_splits(root):
+            found["slices"][split] = datasets.open_slices(root, split)
+        for part, opened in found.items():
+            for split, dataset in opened.items():
+                (patients, whose), classes = _whose(dataset), _numbers(dataset)
+                _table(f"{part}, {split}: {whose}", classes)
+                total += len(dataset)
+                opened[split] = {"slices": len(dataset), "patients": patients, "classes": classes}
+        if not total:
             layouts = "a folder with lesions/ or slices/ in it, or COVID-SemiSeg"
             raise DataError(f"{root}: holds no data that can be read; name {layouts}")
-        found, total = {"lesions": {}, "slices": {}}, 0
-        for part, split in splits:
-            options = {"min_area": self.min_area} if part == "lesions" else {}
-            dataset = getattr(datasets, f"open_{part}")(root, split, **options)
-            total, patients, classes = total + len(dataset), _patients(dataset), _numbers(dataset)
-            whose = f"{len(dataset):,} slices of {patients or 'unknown'} patients"
-            _table(f"{part}, {split}: {whose}", classes)
-            numbers = {"slices": len(dataset), "patients": patients, "classes": classes}
-            found[part][split] = numbers
         _report(f"Statistics of {total:,} slices in {root}", self.json, found)
 
 
@@ -144,36 +143,31 @@ class _TrainOptions(_OnData):
         return {n: value for n, value in _values(self) if n in preset and value != preset[n]}
 
     def _train(
-        self, model: Any, names: list, train: Callable, training: Any, *read: Path, **card: Any
+        self, model, names, train: Callable, settings, *read, regime=None, validated=False, **card
     ) -> None:
         """Train once all outputs can be written; write the weights with their card; say so."""
-        from covidmask.models.weights import save_model
-        from covidmask.training.loop import make_fabric
-
-        regime = card.get("regime")
         kind = "classifier" if regime else "segmenter"
-        out = self.out or weights_file(kind, self.preset, regime)
+        out = self.out or files.weights_file(kind, self.preset, regime)
         _check_output("--out", out, ".safetensors", self.split, *read)
         checkpoint = self.checkpoint or out.with_suffix(".ckpt")
         _check_output("--checkpoint", checkpoint, "", out, self.split, *read)
-        _check_output("--log-dir", self.log_dir and self.log_dir / "events", "")
         if checkpoint.exists():
             _say(f"Going on from {checkpoint}")
         device = _device(self.device)
-        fabric = make_fabric(training.precision, device, regime == "full", self.log_dir)
+        fabric = training.make_fabric(settings.precision, device, regime == "full", self.log_dir)
         options = {"seed": self.seed, "workers": self.workers, "memory": self.memory}
         history = train(model, checkpoint=checkpoint, fabric=fabric, **options)
         last = [values for values in history if values["epoch"] == history[-1]["epoch"]]
         means = {name: sum(values[name] for values in last) / len(last) for name in last[0]}
-        best = card.get("validation_accuracy")
-        if best:
-            best = max(values["accuracy"] for values in history if "accuracy" in values)
-            card["validation_accuracy"] = best
+        best = max((v["accuracy"] for v in history if validated and "accuracy" in v), default=None)
+        kept = "" if best is None else f", best accuracy on val {best:.3f} (kept)"
+        if regime:
+            card |= {"regime": regime, "validation_accuracy": best}
         card |= {
             "command": f"covidmask train {kind}",
             "preset": self.preset,
             "changed": self.changed(),
-            "training": training,
+            "training": settings,
             "data": Path(os.path.realpath(self.folder)).name,
             "split": Path(self.split).name,
             "seed": self.seed,
@@ -181,14 +175,12 @@ class _TrainOptions(_OnData):
             "last_epoch": {n: v for n, v in means.items() if n not in ("step", "epoch", "lr")},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        for package in ("covidmask", "torch", "torchvision"):
-            card[package] = sys.modules[package].__version__
+        card |= {name: sys.modules[name].__version__ for name in PACKAGES}
         if _rank() == 0:
             card = {name: asdict(v) if is_dataclass(v) else v for name, v in card.items()}
-            save_model(model, out, **card)
+            models.save_model(model, out, **card)
             for path in (checkpoint, checkpoint.with_suffix(".phantoms.ckpt")):
                 path.unlink(missing_ok=True)
-        kept = f", best accuracy on val {best:.3f} (kept)" if best is not None else ""
         _say(
             f"{kind.capitalize()}{f' ({regime})' if regime else ''} trained on {len(set(names)):,} "
             f"slices: epochs {last[0]['epoch'] + 1}, steps {len(history):,}, mean loss of the last "
@@ -219,27 +211,24 @@ class TrainSegmenter(_TrainOptions):
         import torch
 
         from covidmask.datasets.augmentation import Augmented
-        from covidmask.models.detector import lesion_mask_rcnn
-        from covidmask.training.segmentation import pretrain_segmenter, train_segmenter
+        from covidmask.training.segmentation import pretrain_segmenter
 
         lesions, first = self.detector.lesions, self.pretraining if self.phantoms_first else None
         dataset = datasets.open_lesions(self.folder, self.split, lesions, self.min_area)
         if self.augment:
             dataset = Augmented(dataset, self.augment, self.seed)
         torch.manual_seed(self.seed)
-        model = lesion_mask_rcnn(self.detector, self.weights_backbone)
+        model = models.lesion_mask_rcnn(self.detector, self.weights_backbone)
 
         def train(model: Any, checkpoint: Path, **options: Any) -> list[dict]:
-            if first:
-                parts = ("detector", "augment", "pretraining", "phantoms")
-                preset = replace(PRESETS[self.preset], **{p: getattr(self, p) for p in parts})
-                own = {"checkpoint": checkpoint.with_suffix(".phantoms.ckpt")}
-                pretrain_segmenter(model, preset, phantoms_folder(self.preset), **own, **options)
-            return train_segmenter(model, dataset, self.segmenter, checkpoint=checkpoint, **options)
+            if first:  # this command has all that it reads of a preset
+                own = options | {"checkpoint": checkpoint.with_suffix(".phantoms.ckpt")}
+                pretrain_segmenter(model, self, files.phantoms_folder(self.preset), **own)
+            options |= {"checkpoint": checkpoint}
+            return training.train_segmenter(model, dataset, self.segmenter, **options)
 
-        card = {"pretraining": first, "augment": self.augment, "min_area": self.min_area}
-        card["weights_backbone"] = self.weights_backbone
-        self._train(model, dataset.names, train, self.segmenter, **card)
+        card = {name: getattr(self, name) for name in ("augment", "min_area", "weights_backbone")}
+        self._train(model, dataset.names, train, self.segmenter, pretraining=first, **card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,27 +249,23 @@ class TrainClassifier(_TrainOptions):
     def run(self) -> None:
         import torch
 
-        from covidmask.models.classifier import covid_ct_mask_net
-        from covidmask.models.weights import load_segmenter
-        from covidmask.training.classification import train_classifier
-
         dataset, val = datasets.open_slices(self.folder, self.split, require_classes=True), None
         if self.validation and "val" in datasets.slice_splits(self.folder):
             val = datasets.open_slices(self.folder, "val")
-        settings, training = self.classifier, self.classifier_training
+        settings, how = self.classifier, self.classifier_training
         if settings.classes == PRESETS[self.preset].classifier.classes:
             settings = replace(settings, classes=tuple(dataset.classes))
         weights = _weights("segmenter", self.preset, self.segmenter)
-        segmenter = load_segmenter(weights)
+        segmenter = models.load_segmenter(weights)
         torch.manual_seed(self.seed)
-        model = covid_ct_mask_net(segmenter, settings)
+        model = models.covid_ct_mask_net(segmenter, settings)
 
         def train(model: Any, **options: Any) -> list[dict]:
             options |= {"cache": files.data_root() / "ranked", "validation": val}
-            return train_classifier(model, dataset, self.regime, training, **options)
+            return training.train_classifier(model, dataset, self.regime, how, **options)
 
-        card = {"regime": self.regime, "validation_accuracy": True if val else None}
-        self._train(model, dataset.names, train, training, weights, **card)
+        card = {"regime": self.regime, "validated": val is not None}
+        self._train(model, dataset.names, train, how, weights, **card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,12 +280,10 @@ class _EvaluateOptions(_OnData):
 
     def _prepare(self, kind: str, regime: str | None = None) -> tuple[Path, dict[str, Any]]:
         """Weights file and what both evaluations take."""
-        from covidmask.training.loop import make_fabric
-
         note = files.existing_folder(self.folder) / "phantoms.json"
         weights = _weights(kind, self.preset, self.weights, regime)
         _check_output("--json", self.json, ".json", weights, self.split, note)
-        fabric = make_fabric(self.precision, _device(self.device))
+        fabric = training.make_fabric(self.precision, _device(self.device))
         return weights, {"fabric": fabric, "batch_size": self.batch_size}
 
 
@@ -316,23 +299,19 @@ class EvaluateSegmenter(_EvaluateOptions):
     """Lesions of fewer pixels are left out of the truth."""
 
     def run(self) -> None:
-        from covidmask.models.weights import load_segmenter, read_card
-        from covidmask.training.segmentation import evaluate_segmenter
-
         weights, options = self._prepare("segmenter")
-        model, area = load_segmenter(weights), self.min_area
-        area = read_card(weights).get("min_area", 1) if area is None else area
+        model, area = models.load_segmenter(weights), self.min_area
+        area = models.read_card(weights).get("min_area", 1) if area is None else area
         dataset = datasets.open_lesions(self.folder, self.split, model.config.lesions, area)
         chosen = {"score": self.score, "threshold": self.threshold, "mirror": self.mirror}
-        result = evaluate_segmenter(model, dataset, **chosen, **options)
+        result = training.evaluate_segmenter(model, dataset, **chosen, **options)
         del result["table"]
         measured = {name: value for name, value in result.items() if isinstance(value, float)}
         author = f"the released code's own AP (author_) and mean Dice above {self.score:g}"
         _table(f"COCO's AP (mask_, box_); {author}", {"value": measured})
         _table(f"Fused detections above {self.threshold:g}: means of slices", result["overlap"])
-        patients, ap50 = _patients(dataset), f"mask AP50 {result['mask_ap50']:.3f}"
+        (patients, whose), ap50 = _whose(dataset), f"mask AP50 {result['mask_ap50']:.3f}"
         result |= {"patients": patients, "split": self.split, "min_area": area} | chosen
-        whose = f"{len(dataset):,} slices of {patients or 'unknown'} patients"
         _report(f"Segmenter {weights} judged on {whose}: {ap50}", self.json, result)
 
 
@@ -343,21 +322,18 @@ class EvaluateClassifier(_EvaluateOptions):
     regime: Annotated[Regime | None, ONE] = None
 
     def run(self) -> None:
-        from covidmask.metrics.classification import patient_bootstrap, report, wilson
-        from covidmask.models.weights import load_classifier
-        from covidmask.training.classification import evaluate_classifier
-
         dataset = datasets.open_slices(self.folder, self.split)
         weights, options = self._prepare("classifier", self.regime)
-        model = load_classifier(weights)
-        found, classes = evaluate_classifier(model, dataset, **options), model.config.classes
-        counts, patients = found["confusion"], _patients(dataset)
+        model = models.load_classifier(weights)
+        classes = model.config.classes
+        found = training.evaluate_classifier(model, dataset, **options)
+        counts, (patients, whose) = found["confusion"], _whose(dataset)
         right, sums = counts.diagonal(), {"sensitivity": counts.sum(1), "ppv": counts.sum(0)}
-        wilsons = {name: list(map(wilson, right, each)) for name, each in sums.items()}
-        wilsons["accuracy"] = wilson(right.sum(), found["n"])
+        wilsons = {name: list(map(metrics.wilson, right, each)) for name, each in sums.items()}
+        wilsons["accuracy"] = metrics.wilson(right.sum(), found["n"])
         owners = [f"{c} {p}" for c, p in zip(dataset.labels, dataset.patients, strict=True)]
-        both, accuracy = (found["labels"], found["predictions"]), lambda c: report(c)["accuracy"]
-        by_patient = patient_bootstrap(*both, owners, accuracy, classes=len(classes))
+        both, accuracy = (found["labels"], found["predictions"]), lambda c: c.trace() / c.sum()
+        by_patient = metrics.patient_bootstrap(*both, owners, accuracy, classes=len(classes))
 
         def by_class(values: Iterable) -> dict[str, Any]:
             return dict(zip(classes, values, strict=True))
@@ -366,7 +342,6 @@ class EvaluateClassifier(_EvaluateOptions):
         _table(rows, by_class(map(by_class, counts.T)))
         cells = {name: map(_interval, found[name], wilsons[name]) for name in sums}
         _table("With intervals of 95 %", {name: by_class(each) for name, each in cells.items()})
-        whose = f"{found['n']:,} slices of {patients:,} patients"
         _say(
             f"Accuracy {_interval(found['accuracy'], wilsons['accuracy'])}\n"
             f"A slice is not a patient: there are {whose}. These intervals (Wilson) take slices as "
@@ -400,7 +375,7 @@ class Predict:
     """Which DICOM series of a folder with several; the message that asks for it counts them."""
     window: Annotated[tuple[float, float], arg(metavar="LEVEL WIDTH")] = (-600.0, 1500.0)
     """Hounsfield units that become black to white, for DICOM and NIfTI; these are for the lung."""
-    preset: Annotated[PresetName, PRESET] = "quick"
+    preset: Preset = "quick"
     segmenter: Weights = None
     classifier: Weights = None
     regime: Annotated[Regime | None, ONE] = None
@@ -413,11 +388,6 @@ class Predict:
 
         if not self.images:
             raise CovidmaskError("no image is named; run `covidmask predict IMAGE ... --help`")
-        if self.window[1] <= 0:
-            level, width = self.window
-            raise CovidmaskError(f"--window {level:g} {width:g}: the width must be above 0")
-        if self.out.is_file():
-            raise OutputError(f"{self.out}: is a file; name a folder with --out")
         _say(NOTICE)
         segmenter = _weights("segmenter", self.preset, self.segmenter)
         classifier = _weights("classifier", self.preset, self.classifier, self.regime)
@@ -435,13 +405,10 @@ class Convert:
     out: Annotated[Positional[Path], arg(metavar="OUT.safetensors")]  # File to write.
 
     def run(self) -> None:
-        from covidmask.models.author_checkpoints import load_author_checkpoint
-        from covidmask.models.weights import save_model
-
         _check_output("OUT", self.out, ".safetensors", self.author)
-        model = load_author_checkpoint(self.author)
+        model = models.load_author_checkpoint(self.author)
         card = {"command": "covidmask convert", "source": self.author.name}
-        save_model(model, self.out, **card, min_area=PRESETS["paper"].min_area)
+        models.save_model(model, self.out, **card, min_area=PRESETS["paper"].min_area)
         for part in dict.fromkeys((getattr(model, "detector", model), model)):
             _say(part.config)
         _say(f"{self.author} converted; weights in {self.out}")
@@ -483,11 +450,9 @@ def _parse(argv: Sequence[str]) -> Any:
     part, preset, words = trained.get(tuple(argv[:2])), "quick", []
     for before, word in zip(("covidmask", *argv), argv, strict=False):
         name, equals, value = word.partition("=")
-        if not word or "\0" in word or (name.startswith("--") and equals and not value):
+        if not word or (name.startswith("--") and equals and not value):
             what = name if equals else before
-            raise CovidmaskError(
-                f"{what}: its value is empty or no text; leave it out, or give one"
-            )
+            raise CovidmaskError(f"{what}: its value is empty; leave it out, or give one")
         if "--preset" in (name, before):
             preset = value or word
         if part and name.replace("_", "-") in SHORT:
@@ -517,11 +482,10 @@ def _values(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command and return its exit status.
 
-    Returns:
-        0; 2 for a usage error, bad input or output that cannot be written; 130 when interrupted;
-        141 when nobody reads the output any longer, as after `| head -1`.
+    0; 2 for a usage error, bad input or output that cannot be written; 130 when interrupted; 141
+    when nobody reads the output any longer, as after `| head -1`.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
@@ -579,10 +543,8 @@ def _message(error: Exception, command: Any) -> str | None:
 
 def _rank() -> int:
     """Number of this process among those of `torchrun`."""
-    rank = os.environ.get("RANK") or "0"
-    if not rank.isdecimal():
-        raise CovidmaskError(f"RANK={rank}: is no number of a process; unset it, or use torchrun")
-    return int(rank)
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _say(text: object) -> None:
@@ -644,11 +606,11 @@ def _device(name: str) -> str:
     return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
 
 
-def _patients(dataset: Any) -> int | None:
-    """How many there are, if known; each class numbers its own in COVIDx-CT."""
-    groups = getattr(dataset, "labels", dataset.patients)
-    both = set(zip(groups, dataset.patients, strict=True))
-    return len(both) if getattr(dataset, "patients_known", True) else None
+def _whose(dataset: Any) -> tuple[int | None, str]:
+    """The patients of a data set, if known: each class numbers its own in COVIDx-CT."""
+    owners = zip(getattr(dataset, "labels", dataset.patients), dataset.patients, strict=True)
+    count = len(set(owners)) if getattr(dataset, "patients_known", True) else None
+    return count, f"{len(dataset):,} slices of {count or 'unknown'} patients"
 
 
 def _numbers(dataset: Any) -> dict[str, dict[str, Any]]:
@@ -672,4 +634,4 @@ def _numbers(dataset: Any) -> dict[str, dict[str, Any]]:
 
 
 def _interval(value: float, ends: tuple[float, float]) -> str:
-    return f"{value:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+    return "{:.3f} [{:.3f}, {:.3f}]".format(value, *ends)

@@ -12,11 +12,8 @@ from typing import Literal
 from covidmask.errors import DataError
 
 IMAGE_CLASSES = ("Control", "Common pneumonia", "COVID-19")  # labels 0, 1, 2
-LESION_CLASSES = {  # what the detector tells apart; label 0 is background
-    "both": ("GGO", "C"),
-    "ggo": ("GGO",),
-    "merged": ("lesion",),
-}
+# what the detector tells apart; label 0 is background
+LESION_CLASSES = {"both": ("GGO", "C"), "ggo": ("GGO",), "merged": ("lesion",)}
 
 
 def lesion_classes(lesions: str) -> tuple[str, ...]:
@@ -97,9 +94,7 @@ class TrainingConfig:
     weight_decay: float = 1e-3
     warmup: int = 0  # steps over which the rate grows linearly from 0
     cosine: bool = False  # fall to 0 along half a cosine after the warm-up
-    average: float = (
-        0.0  # decay of a running average of the weights, which is kept; 0: the last ones
-    )
+    average: float = 0.0  # decay of a running average of the weights, to keep; 0: the last ones
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # of Lightning Fabric
 
 
@@ -148,6 +143,9 @@ PAPER = Preset(
     min_area=101,
 )
 
+FIT = TrainingConfig(epochs=5, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True)
+FIT_S = TrainingConfig(epochs=20, batch_size=32, lr=1e-3, weight_decay=3e-2, cosine=True)
+
 # Two CPU cores, from random weights: ResNet-18 cut after layer2 (stride 8), a narrow FPN, N = 32.
 QUICK = Preset(
     name="quick",
@@ -168,13 +166,9 @@ QUICK = Preset(
         rpn_box_beta=1 / 9,
         light_mask_head=True,
     ),
-    segmenter=TrainingConfig(
-        epochs=5, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
-    ),
+    segmenter=FIT,
     classifier=ClassifierConfig(n_boxes=32, hidden=256),
-    classifier_training=TrainingConfig(
-        epochs=20, batch_size=32, lr=1e-3, weight_decay=3e-2, cosine=True
-    ),
+    classifier_training=FIT_S,
     min_area=7,
 )
 
@@ -192,20 +186,17 @@ COLAB = Preset(
         rpn_test_proposals=1000,
         box_batch=128,
     ),
-    segmenter=TrainingConfig(
-        epochs=20, batch_size=8, lr=5e-4, weight_decay=1e-4, warmup=200, cosine=True
-    ),
+    segmenter=replace(FIT, epochs=20, batch_size=8, lr=5e-4, warmup=200),
     classifier=ClassifierConfig(n_boxes=128, hidden=512),
-    classifier_training=TrainingConfig(
-        epochs=30, batch_size=16, lr=3e-4, weight_decay=1e-3, cosine=True
-    ),
+    classifier_training=replace(FIT_S, epochs=30, batch_size=16, lr=3e-4, weight_decay=1e-3),
     min_area=26,
 )
 
 # The 50 training slices of COVID-SemiSeg, after phantoms, on two CPU cores. Lesions there are as
 # large as half a lung, so anchors are larger than the paper's; they fray and merge, so pixels are
 # labelled, too, on a pyramid of strides 4, 8 and 16.
-SEMISEG = Preset(
+SEMISEG = replace(
+    QUICK,
     name="semiseg",
     phantoms=PhantomConfig(256, 5, (120, 10, 20), (10, 5, 5)),
     detector=replace(
@@ -219,22 +210,10 @@ SEMISEG = Preset(
         anchor_ratios=(0.4, 1.0, 2.5),
         box_batch=32,  # the mask head on 64 RoIs takes longer than the backbone
     ),
-    segmenter=TrainingConfig(
-        epochs=20,
-        batch_size=4,
-        lr=1e-3,
-        weight_decay=1e-4,
-        warmup=30,
-        cosine=True,
-        average=0.998,
-    ),
-    classifier=QUICK.classifier,
-    classifier_training=QUICK.classifier_training,
+    segmenter=replace(FIT, epochs=20, average=0.998),
     min_area=1,
     augment=AugmentConfig(size=256, copies=10, min_area=20, paste=0.5),
-    pretraining=TrainingConfig(
-        epochs=4, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True
-    ),
+    pretraining=replace(FIT, epochs=4),
 )
 
 PRESETS = {preset.name: preset for preset in (QUICK, COLAB, PAPER, SEMISEG)}

@@ -1,4 +1,4 @@
-"""Our modules with their shapes: model.svg, in which {names} stand for what the model has."""
+"""Our modules with their shapes: in model.svg, {names} stand for what the model has."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from covidmask.plotting import CLASS_COLOURS
 
 if TYPE_CHECKING:
     from covidmask.models.classifier import CovidCTMaskNet
-
-CLASS = (  # an arrow to x = {to} and a box from {x} on
-    '<polyline points="216,888 216,914 {to:g},914 {to:g},929" fill="none" stroke="#555555" '
-    'stroke-width="2.5"/><polygon points="{to:g},938 {right:g},929 {left:g},929" fill="#555555"/>\n'
-    '<rect x="{x:g}" y="938" width="{width:g}" height="54" rx="8" fill="#ffffff" stroke="{colour}" '
-    'stroke-width="2.5"/>\n<text x="{middle:g}" y="960" text-anchor="middle" font-size="17.5" '
-    'font-weight="bold">{name}</text>\n'
-    '<text x="{middle:g}" y="982" text-anchor="middle">sigmoid</text>\n'
-)
 
 
 def model_diagram(model: CovidCTMaskNet) -> str:
@@ -37,6 +28,9 @@ def model_diagram(model: CovidCTMaskNet) -> str:
     layers = [module for module in model.s.modules() if isinstance(module, torch.nn.Linear)]
     if len(layers) != 3:
         raise ValueError(f"the picture shows an S of three linear layers, not {model.s}")
+    picture = Path(__file__).with_name("model.svg")
+    # an arrow to x = {to} and a box from {x} on, for each class
+    one_class = picture.with_name("class.svg").read_text("utf-8")
     detector, classes = model.detector, model.config.classes
     many, widths, x, boxes = len(classes), (108, 212, 136), 14, ""
     if classes != IMAGE_CLASSES:
@@ -45,9 +39,9 @@ def model_diagram(model: CovidCTMaskNet) -> str:
         place = {"x": x, "width": width, "colour": colour, "name": escape(name)}
         end = 216 if x < 216 < x + width else x + width / 2  # straight down where that is the box
         place |= {"middle": x + width / 2, "to": end, "left": end - 4.95, "right": end + 4.95}
-        boxes, x = boxes + CLASS.format(**place), x + width + 18
+        boxes, x = boxes + one_class.format(**place), x + width + 18
     strides = ", ".join(map(str, detector.strides))
-    return (Path(__file__).with_name("model.svg").read_text(encoding="utf-8")).format(
+    return picture.read_text("utf-8").format(
         model=model,
         roi=detector.roi_heads,
         layers=layers,

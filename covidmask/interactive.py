@@ -7,20 +7,15 @@ import uuid
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from string import Template
 
 import matplotlib.pyplot as plt
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
-# Found from the slider itself rather than by id, so that a copy of the output works as well.
-_ON_INPUT = (
-    "const box = this.closest('figure'), frames = box.querySelectorAll('img');"
-    "frames.forEach((frame, i) => {"
-    " frame.style.display = i == this.value ? 'block' : 'none'; });"
-    "const label = frames[this.value].dataset.label;"
-    "box.querySelector('output').textContent = label;"
-    "this.setAttribute('aria-valuetext', label);"
-)
+# Pictures are found from the slider itself, not by id, so that a copy of the output works as well.
+PAGE = Template(Path(__file__).with_name("slider.html").read_text(encoding="utf-8"))
 
 
 def frame_slider(
@@ -33,10 +28,9 @@ def frame_slider(
     start: int = 0,
     dpi: int = 100,
 ) -> HTML:
-    """Show one of several precomputed pictures, chosen by a slider.
+    """Show one of several precomputed pictures, chosen by a slider; needs no kernel.
 
-    The pictures are part of the HTML, so no kernel is needed. Where scripts are blocked, as in a
-    notebook that is not trusted, the first picture shown stays.
+    Where scripts are blocked, as in a notebook that is not trusted, the first picture shown stays.
 
     Args:
         frames: matplotlib figures (drawn at `dpi`, and closed), or the bytes of PNG files.
@@ -62,12 +56,7 @@ def frame_slider(
             f'<img src="data:image/png;base64,{b64encode(frame).decode()}" style="{style}" '
             f'alt="{escape(text)}" data-label="{escape(label)}">\n'
         )
-    name, title, first = f"slider-{uuid.uuid4().hex}", escape(title), escape(labels[start])
-    return HTML(
-        f'<figure style="margin: 0;">\n<label for="{name}">{title}</label>: '
-        f'<output for="{name}" aria-live="polite">{first}</output><br>\n'
-        f'<input type="range" id="{name}" min="0" max="{len(frames) - 1}" step="1" '
-        f'value="{start}" aria-label="{title}" aria-valuetext="{first}" '
-        f'autocomplete="off" style="width: min(100%, 30em);" oninput="{escape(_ON_INPUT)}">\n'
-        f"{images}{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}\n</figure>"
-    )
+    values = {"name": f"slider-{uuid.uuid4().hex}", "title": escape(title), "start": start}
+    values |= {"first": escape(labels[start]), "last": len(frames) - 1, "images": images}
+    caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return HTML(PAGE.substitute(values, caption=caption).rstrip())

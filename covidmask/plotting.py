@@ -61,7 +61,7 @@ def show_lesions(
     from covidmask.models.detector import binary_masks
 
     ax = show_slice(image, ax)
-    keys = [key for key in ("boxes", "labels", "scores") if key in lesions]
+    keys = lesions.keys() & {"boxes", "labels", "scores"}
     found = {key: lesions[key].detach().cpu().numpy() for key in keys}
     if "masks" in lesions:
         found["masks"] = binary_masks(lesions, mask_threshold).cpu().numpy()
@@ -70,19 +70,15 @@ def show_lesions(
     for i, (x1, y1, x2, y2) in enumerate(found["boxes"]):
         colour, line = (looks[found["labels"][i] - 1] for looks in (COLOURS, LINES))
         # pixel p covers p - 0.5 .. p + 0.5 on the axes, and p .. p + 1 in a box
-        corner = (x1 - 0.5, y1 - 0.5)
-        box = Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=colour, ls=line, lw=1)
-        ax.add_patch(box)
+        corner, look = (x1 - 0.5, y1 - 0.5), {"edgecolor": colour, "ls": line, "lw": 1}
+        ax.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, **look))
         if "masks" in found and found["masks"][i].any():
-            style = {"colors": [colour], "linestyles": [line], "linewidths": 1.5}
-            ax.contour(found["masks"][i], levels=[0.5], **style)
+            ax.contour(found["masks"][i], [0.5], colors=[colour], linestyles=[line], linewidths=1.5)
         if "scores" in found:
             ax.text(*corner, f"{found['scores'][i]:.2f}", color=colour, fontsize=7, va="bottom")
-    lines = [
-        plt.Line2D([], [], color=COLOURS[k - 1], ls=LINES[k - 1], label=classes[k - 1])
-        for k in np.unique(found["labels"])
-    ]
-    if lines:
+    looks = [(COLOURS[k - 1], LINES[k - 1], classes[k - 1]) for k in np.unique(found["labels"])]
+    if looks:
+        lines = [plt.Line2D([], [], color=c, ls=line, label=name) for c, line, name in looks]
         ax.legend(handles=lines, loc="upper right", fontsize="small")
     return ax
 
@@ -95,8 +91,8 @@ def show_mask(
     names = ("background", "lung", *classes)
     colours = (BLACK, "#606060", *COLOURS[: len(classes)])
     hatches = ("", "", *(2 * hatch for hatch in HATCHES[: len(classes)]))
-    look = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(names) - 0.5}
-    ax.imshow(mask, interpolation="nearest", **look)
+    look = {"vmin": -0.5, "vmax": len(names) - 0.5, "interpolation": "nearest"}
+    ax.imshow(mask, ListedColormap(colours), **look)
     handles = []
     for k in np.unique(mask):
         if hatches[k]:

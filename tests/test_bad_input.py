@@ -295,7 +295,7 @@ DATA = {
     "class missing from the training split": class_missing,
     "series with a cut file": cut_series,
     "slices that a scan does not have": scan_without_slice("--slices 2-9", "no slices '2-9'"),
-    "window of no width": scan_without_slice("--window 40 0", "--window 40 0", "above 0"),
+    "window of no width": scan_without_slice("--window 40 0", "window 40 0", "above 0"),
     "folder without a scan": fixed(PREDICT.format("empty"), "empty: holds no axial CT slice"),
     "no source of COVIDx-CT": fixed("fetch covidx-ct --from gone --out out", "gone", "name a"),
     "no archive": fixed("fetch cncb-lesions --from scan.png --out out", "scan.png: is no archive"),
@@ -616,7 +616,7 @@ def test_phantoms_whose_note_is_a_list(here, capsys):
 
 def test_folder_for_pictures_that_is_a_file(here, capsys):
     command = PREDICT.format("scan.png").replace("--out out", "--out seg.safetensors")
-    fails(command, here, capsys, "seg.safetensors: is a file; name a folder")
+    fails(command, here, capsys, "seg.safetensors/scan_lesions.png: cannot be written")
 
 
 def test_json_that_is_a_folder(here, capsys):

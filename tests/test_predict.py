@@ -283,7 +283,7 @@ def test_values_that_are_no_hounsfield_units_are_noted(tmp_path, stub, capsys):
         (["--every", "0"], "--every 0: must be at least 1"),
         (["--series", "0"], "--series 0: must be at least 1"),
         (["--series", "2"], "holds 1 axial CT series"),
-        (["--window", "-600", "0"], "--window -600 0: the width must be above 0"),
+        (["--window", "-600", "0"], "window -600 0: give finite numbers, the width above 0"),
         (["--window", "nan", "10"], "--window nan: must be at least"),
     ],
 )

@@ -1,11 +1,6 @@
-"""Build the book: run the chapters, write the notebooks, make the HTML.
+"""Build the book: run the chapters, write the notebooks, make the HTML; each has --help.
 
-    python tools/book.py notebooks [--only 04_ranked_boxes] [--stored [--keep-outputs]]
-    python tools/book.py execute
-    python tools/book.py html OUT [--stored] [--strict]
-
-Each explains itself with --help. A chapter is edited in its text twin, book/py/NAME.py;
-book/NAME.ipynb is made from it.
+A chapter is edited in its text twin, book/py/NAME.py; book/NAME.ipynb is made from it.
 """
 
 from __future__ import annotations
@@ -40,7 +35,6 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def twins() -> list[Path]:
-    """The text twins of the chapters, in the order of their names."""
     return sorted((ROOT / "book" / "py").glob("*.py"))
 
 
@@ -130,7 +124,6 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def holds(path: Path, text: str) -> bool:
-    """Whether there is a file that says just this."""
     return path.exists() and path.read_text(encoding="utf-8") == text
 
 
@@ -174,14 +167,13 @@ def run_chapters(
     chapters, failed = {twin.stem: twin for twin in twins()}, []
     if unknown := set(only) - chapters.keys():
         sys.exit(f"No such chapter: {', '.join(sorted(unknown))}.")
-    for twin in map(chapters.get, sorted(only) or chapters):
-        print(twin.stem, flush=True)
-        notebook, stamp = target / f"{twin.stem}.ipynb", target / f"{twin.stem}.key"
-        key = digest([twin]) if cache else ""
-        if cache and notebook.exists() and holds(stamp, key):
+    for name in sorted(only) or chapters:
+        print(name, flush=True)
+        stamp, key = target / f"{name}.key", digest([chapters[name]]) if cache else ""
+        if cache and (target / f"{name}.ipynb").exists() and holds(stamp, key):
             print("  unchanged, not run again", flush=True)
-        elif not run(twin, notebook):
-            failed.append(twin.stem)
+        elif not run(chapters[name], target / f"{name}.ipynb"):
+            failed.append(name)
         elif cache:
             write_text(stamp, key)
     if failed:
@@ -190,20 +182,6 @@ def run_chapters(
             f"Chapters that failed: {', '.join(failed)}. Their errors stand above. To go on (no "
             f"other chapter runs again):\n\n    {sys.executable} tools/book.py {again}\n"
         )
-
-
-def copy_source(source: Path, stored: bool) -> None:
-    """Lay out what Sphinx reads in `source`: settings, pages, and executed notebooks."""
-    shutil.rmtree(source, ignore_errors=True)
-    skip = shutil.ignore_patterns("py", ".ipynb_checkpoints", *([] if stored else ["*.ipynb"]))
-    shutil.copytree(ROOT / "book", source / "book", ignore=skip)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(ROOT / name, source)
-    for twin in [] if stored else twins():
-        executed = ROOT / "_build" / "executed" / f"{twin.stem}.ipynb"
-        if not executed.exists():
-            sys.exit(f"{executed} is missing: run `python tools/book.py execute` first.")
-        shutil.copy(executed, source / "book")
 
 
 def notebooks(only: tuple[str, ...] = (), stored: bool = False, keep_outputs: bool = False) -> None:
@@ -232,21 +210,30 @@ def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = Fals
         stored: from book/*.ipynb as they are, instead of _build/executed.
         strict: warnings are errors.
     """
-    out = out.resolve()
-    source, pages = out / "_build" / "book-source", out / "_build" / "html"
-    stamp = out / "_build" / "html.key"
-    copy_source(source, stored)
+    build = out.resolve() / "_build"
+    source, pages, stamp = build / "book-source", build / "html", build / "html.key"
+    shutil.rmtree(source, ignore_errors=True)
+    skip = shutil.ignore_patterns("py", ".ipynb_checkpoints", "*.ipynb")
+    shutil.copytree(ROOT / "book", source / "book", ignore=skip)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, source)
+    for twin in twins():
+        chapter = ROOT / ("book" if stored else "_build/executed") / f"{twin.stem}.ipynb"
+        if not chapter.exists():
+            sys.exit(f"{chapter} is missing: run `python tools/book.py execute` first.")
+        shutil.copy(chapter, source / "book")
     key = digest(f for f in source.rglob("*") if f.is_file())
     if not strict and holds(stamp, key):
         print(f"{pages}: unchanged, not built again")
         return
     # A build after a failed one in the same folder forgets the warnings, so nothing is reused.
     stamp.unlink(missing_ok=True)
-    for folder in (pages, pages.with_name(".doctrees"), pages.with_name(".jupyter_cache")):
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("html", ".doctrees", ".jupyter_cache"):
+        shutil.rmtree(build / name, ignore_errors=True)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    command += ["build", str(source), "--path-output", str(out), "--all", "--keep-going", "-n"]
-    code = subprocess.run(command + ["-W"] * strict, check=False).returncode
+    command += ["build", str(source), "--path-output", str(build.parent)]
+    command += ["--all", "--keep-going", "-n"] + ["-W"] * strict
+    code = subprocess.run(command, check=False).returncode
     if code or not (pages / "index.html").exists():
         sys.exit(f"The book was not built (Jupyter Book's exit status {code}); see above.")
     write_text(stamp, key)

@@ -1,7 +1,7 @@
 """Print the path of a Chromium that starts; install one when there is none.
 
-A system Chromium comes first. Without one: apt as root on Debian, else playwright's own.
-`COVIDMASK_BROWSER` names another one.
+A system Chromium comes first, or the one that `COVIDMASK_BROWSER` names. Without one: apt as root
+on Debian, else playwright's own.
 """
 
 import os
@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PLAYWRIGHT = f"'{sys.executable}' -m playwright install chromium"
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 APT = "apt-get update && apt-get install -y --no-install-recommends chromium"
+PLAYWRIGHT = f"'{sys.executable}' -m playwright install chromium" + " --with-deps" * ROOT
 
 
 def find() -> str | None:
@@ -32,26 +33,13 @@ def find() -> str | None:
     return None
 
 
-def install() -> None:
-    """Try the ways to get a browser until one works; what they print goes to stderr."""
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    ways = [APT] if root and shutil.which("apt-get") else []
-    ways.append(PLAYWRIGHT + " --with-deps" * root)
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for way in ways:
-        print(f"Installing a browser: {way}", file=sys.stderr, flush=True)
-        subprocess.run(way, shell=True, stdin=subprocess.DEVNULL, stdout=2, env=environment)
-        if find():
-            return
-
-
 if __name__ == "__main__":
-    if not find():
-        install()
-    print(
-        find()
-        or sys.exit(
-            "The browser tests need Chromium and none could be installed: "
-            "install chromium or google-chrome, then run make test again."
-        )
-    )
+    found = find()
+    os.environ["DEBIAN_FRONTEND"] = "noninteractive"
+    for way in ([APT] if ROOT and shutil.which("apt-get") else []) + [PLAYWRIGHT]:
+        if not found:
+            print(f"Installing a browser: {way}", file=sys.stderr, flush=True)
+            subprocess.run(way, shell=True, stdin=subprocess.DEVNULL, stdout=2)  # 2: stderr
+            found = find()
+    advice = "install chromium or google-chrome, then run make test again"
+    print(found or sys.exit(f"The browser tests need Chromium, which is not there: {advice}"))

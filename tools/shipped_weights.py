@@ -37,7 +37,7 @@ from quick_preset import train_heads  # noqa: E402
 
 PAGE = ROOT / "book" / "weights.md"
 PRESET = PRESETS["quick"]
-SEGMENTER, CLASSIFIER = NAMES = ("segmenter-quick.safetensors", "classifier-quick.safetensors")
+SEGMENTER, CLASSIFIER = "segmenter-quick.safetensors", "classifier-quick.safetensors"
 COLUMNS = {"metric": "{name}", "value": "{value:.3f}", "95 % interval": "{low:.3f} to {high:.3f}"}
 CARD = """
 ## {title}, preset `quick`
@@ -79,24 +79,23 @@ def judge_segmenter(path: Path, root: Path) -> dict:
         return [found["mask_ap50"], found["mask_ap"]]
 
     values = np.array([ap(np.arange(len(pairs))), *interval(ap, dataset.patients, repeats=200)])
-    return metrics(dataset, dict(zip(("mask_ap50", "mask_ap"), values.T.tolist(), strict=True)))
+    return metrics(dataset, ("mask_ap50", "mask_ap"), values.T.tolist())
 
 
 def judge_classifier(path: Path, root: Path) -> dict:
     """Accuracy (intervals by patients) and sensitivities (intervals by slices, Wilson)."""
     dataset = SliceImages(root / "slices", "test")
     found = judge(load_classifier(path), dataset)
-    values = {"accuracy": (found["accuracy"], *found["accuracy_by_patient"])}
     both = zip(found["sensitivity"], found["sensitivity_wilson"], strict=True)
-    for name, (value, limits) in zip(IMAGE_CLASSES, both, strict=True):
-        values[f"sensitivity, {name}"] = value, *limits
-    return metrics(dataset, values)
+    values = [(found["accuracy"], *found["accuracy_by_patient"]), *((v, *ends) for v, ends in both)]
+    return metrics(dataset, ("accuracy", *(f"sensitivity, {c}" for c in IMAGE_CLASSES)), values)
 
 
-def metrics(dataset: LesionSlices | SliceImages, values: dict[str, tuple]) -> dict:
+def metrics(dataset: LesionSlices | SliceImages, names: tuple[str, ...], values: list) -> dict:
     """What a card keeps: how many were judged, and value, low and high of each metric."""
-    named = {key: dict(zip(("value", "low", "high"), v, strict=True)) for key, v in values.items()}
-    return {"slices": len(dataset), "patients": len(set(dataset.patients)), **named}
+    rows = (dict(zip(("value", "low", "high"), each, strict=True)) for each in values)
+    counts = {"slices": len(dataset), "patients": len(set(dataset.patients))}
+    return counts | dict(zip(names, rows, strict=True))
 
 
 def sha256(path: Path) -> str:
@@ -106,25 +105,14 @@ def sha256(path: Path) -> str:
 def card_page(folder: Path) -> str:
     """The page book/weights.md: one model card for each file of `folder` between what it says."""
     head, *_, tail = re.split(r"(?=\n## |\nThe intervals)", PAGE.read_text(encoding="utf-8"))
-    return head + "".join(card(folder / name) for name in NAMES) + tail
-
-
-def card(path: Path) -> str:
-    """One model card."""
-    header = read_card(path)
-    rows = [
-        {"name": key.replace("mask_ap", "mask AP"), **value}
-        for key, value in header["metrics"].items()
-        if isinstance(value, dict)
-    ]
-    return CARD.format(
-        title=path.name.split("-")[0].capitalize(),
-        name=path.name,
-        size=path.stat().st_size / 1e6,
-        sha256=sha256(path),
-        table="\n".join(formatted(COLUMNS, rows)),
-        **header,
-    )
+    for path in (folder / SEGMENTER, folder / CLASSIFIER):
+        header = read_card(path)
+        named = {name.replace("mask_ap", "mask AP"): v for name, v in header["metrics"].items()}
+        rows = [{"name": name, **v} for name, v in named.items() if isinstance(v, dict)]
+        header |= {"name": path.name, "title": path.name.split("-")[0].capitalize()}
+        header |= {"size": path.stat().st_size / 1e6, "sha256": sha256(path)}
+        head += CARD.format(table="\n".join(formatted(COLUMNS, rows)), **header)
+    return head + tail
 
 
 def main(data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED) -> None:
@@ -144,14 +132,14 @@ def main(data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED) -> None:
     train(write_phantoms(data, PRESET.phantoms, 0), out, origin)
     source = ROOT / "covidmask" / "models" / "weights.py"
     text = source.read_text(encoding="utf-8")
-    for path, load, judged in (
-        (out / SEGMENTER, load_segmenter, judge_segmenter),
-        (out / CLASSIFIER, load_classifier, judge_classifier),
+    for name, load, judged in (
+        (SEGMENTER, load_segmenter, judge_segmenter),
+        (CLASSIFIER, load_classifier, judge_classifier),
     ):
-        found = judged(path, test)  # then the file again, the same weights and a card
-        save_model(load(path), path, half=True, **origin, metrics=found, limits=limits)
-        print(path.name, json.dumps(found, indent=1))
-        text = re.sub(rf'("{path.name}",\s+)"[0-9a-f]*"', rf'\1"{sha256(path)}"', text)
+        found = judged(out / name, test)  # then the file again, the same weights and a card
+        save_model(load(out / name), out / name, half=True, **origin, metrics=found, limits=limits)
+        print(name, json.dumps(found, indent=1))
+        text = re.sub(rf'("{name}",\s+)"[0-9a-f]*"', rf'\1"{sha256(out / name)}"', text)
     write_text(source, text)
     write_text(PAGE, card_page(out))
 

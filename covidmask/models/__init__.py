@@ -42,6 +42,7 @@ __all__, __getattr__ = open_room(
             "find_weights",
             "load_classifier",
             "load_segmenter",
+            "read_card",
             "save_model",
             "trained_classifier",
             "trained_segmenter",

@@ -12,7 +12,7 @@ __all__, __getattr__ = open_room(
             "train_classifier",
             "train_s",
         ),
-        "loop": ("epoch_batches", "learning_rate"),
+        "loop": ("epoch_batches", "learning_rate", "make_fabric"),
         "segmentation": ("evaluate_segmenter", "predict_lesions", "train_segmenter"),
     },
 )
