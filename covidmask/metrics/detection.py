@@ -97,8 +97,8 @@ def author_ap(
 ) -> np.ndarray:
     """The mean of `author_image_ap` over images; predictions and targets may be generators.
 
-    His script judges detections with a score above 0.05 by default, and above 0.75 where his README
-    evaluates the light models, and targets of more than 100 pixels (`box_score`, `min_area`).
+    His script judges detections that score above 0.05 (his README, for the light models, 0.75), and
+    targets of more than 100 pixels.
     """
     pairs = zip(predictions, targets, strict=True)
     rows = [author_image_ap(*pair, thresholds) for pair in pairs]
