@@ -1,7 +1,6 @@
-"""The one training loop.
-
-Slices, learning rate and random draws of a step are computed from its number and the seed, so a
-killed run goes on bit for bit from its last checkpoint (on a GPU, which adds up in any order, not).
+"""The one training loop. A step's slices, learning rate and random draws are computed from its
+number and the seed, so a killed run goes on bit for bit from its last checkpoint (not on a GPU,
+which adds up in any order).
 """
 
 from __future__ import annotations
@@ -77,7 +76,8 @@ def make_fabric(
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     ddp = DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
     loggers = TensorBoardLogger(log_dir, name="", version="") if log_dir else []
-    fabric = Fabric(device, ddp, local, world // local, precision, loggers=loggers)
+    where = {"accelerator": device, "devices": local, "num_nodes": world // local}
+    fabric = Fabric(**where, strategy=ddp, precision=precision, loggers=loggers)
     fabric.launch()
     return fabric
 

@@ -89,7 +89,7 @@ def predict_lesions(
     """Run the detector once on each slice; yield (index, prediction, target), both on the CPU.
 
     Each of several processes yields its share. Where sizes mix, indices come out of order, as
-    padding would change results. With `fused` predictions have `maps`; see `models.detector.detect`.
+    padding would change results. With `fused` predictions have `maps`; see `detect`.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
