@@ -429,7 +429,7 @@ def test_validation_keeps_the_best_epoch(run, root, tmp_path):
         ("--detector.rpn-iou 0.2 0.7", "--detector.rpn-iou (0.2, 0.7): cannot be built"),
         ("--seed -1", "--seed -1: must be at least 0 and at most"),
         ("--batch-size 500", "batch size 500: give a multiple of the number of processes"),
-        ("--weights-backbone NONE", "no such weights of resnet18"),
+        ("--weights-backbone NONE", "weights NONE, "),
         ("--device mps", "--device mps: there is none"),
         ("--out weights.pt", "weights.pt: is written to by --out; let its name end in .safe"),
     ],
@@ -538,7 +538,7 @@ def test_regimes_of_yours(mine, tmp_path):
         assert words in str(caught.value)
     assert find_weights("classifier", "quick", regime="full") == (full, "yours")
     assert find_weights("classifier", "quick", regime="heads") == (heads, "yours")
-    with pytest.raises(CheckpointError, match="--regime full: chooses among your own weights"):
+    with pytest.raises(CheckpointError, match="--regime full: is for your own weights"):
         find_weights("classifier", "quick", tmp_path / "x", regime="full")
     heads.unlink()
     assert find_weights("classifier", "quick") == (full, "yours")

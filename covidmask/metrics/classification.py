@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,8 +59,7 @@ def report(confusion: ArrayLike) -> dict:
 def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a proportion, as fractions; (nan, nan) when `total` is 0.
 
-    It holds for independent trials. The slices of one patient are not independent, so on slices it
-    is too narrow: see `patient_bootstrap`.
+    It holds for independent trials, which the slices of a patient are not: see `patient_bootstrap`.
     """
     from scipy.stats import binomtest
 
@@ -78,15 +78,12 @@ def bootstrap(
 ) -> np.ndarray:
     """Percentile interval of a statistic when groups, such as patients, are drawn with replacement.
 
-    scipy's has no answer where a draw gives NaN (left out here), or where there is one group.
-
-    Args:
-        groups: how many there are; so many are drawn, `repeats` times.
-        statistic: reads int64 [groups], the numbers of those drawn; gives a number, or an array,
-            and so the result is float64 [2, ...]: low and high.
+    So many are drawn as there are, `repeats` times. `statistic` reads int64 [groups], the numbers
+    of those drawn, and gives a number or an array; NaN is left out. Returns float64 [2, ...].
     """
     if not 0 < level < 1 or repeats < 1:
         raise ValueError(f"level {level}, repeats {repeats}: level is in 0..1, repeats at least 1")
+    # scipy's bootstrap has no answer where a draw gives NaN, or where there is one group
     rng = np.random.default_rng(seed)
     draws = (rng.integers(groups, size=groups) for _ in range(repeats))
     values = np.array([statistic(draw) for draw in draws], dtype=float)
@@ -100,10 +97,8 @@ def patient_bootstrap(
     predictions: ArrayLike,
     patients: Sequence[str],
     statistic: Callable[[np.ndarray], float],
-    level: float = 0.95,
-    repeats: int = 1000,
-    seed: int = 0,
     classes: int = len(IMAGE_CLASSES),
+    **options: Any,
 ) -> tuple[float, float]:
     """Interval of a statistic by `bootstrap`: patients, not slices, are drawn with replacement.
 
@@ -111,6 +106,7 @@ def patient_bootstrap(
         labels, predictions: int [M], 0..classes-1. patients: M names.
         statistic: reads a confusion matrix int64 [classes, classes], returns a float, or NaN where
             a class is absent; for example `lambda counts: report(counts)["sensitivity"][2]`.
+        options: `level`, `repeats` and `seed` of `bootstrap`.
     """
     confusion(labels, predictions, classes)  # checks both
     if len(patients) != len(labels):
@@ -122,4 +118,4 @@ def patient_bootstrap(
     def of_drawn(drawn: np.ndarray) -> float:
         return statistic(counts[drawn].sum(0))
 
-    return tuple(bootstrap(len(names), of_drawn, level, repeats, seed).tolist())
+    return tuple(bootstrap(len(names), of_drawn, **options).tolist())

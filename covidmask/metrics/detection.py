@@ -1,8 +1,6 @@
-"""Judging detections: COCO's average precision, the released code's own, and Dice.
-
-Predictions and targets are torchvision's dictionaries. A prediction has boxes float32 [K, 4]
-(x1, y1, x2, y2 in pixels), labels int64 [K], scores float32 [K] and masks: probabilities float
-[K, 1, H, W], or bool/uint8 [K, H, W]. A target has boxes, labels and masks. K may be 0.
+"""COCO's average precision, the released code's, and Dice, of torchvision's dictionaries:
+boxes float32 [K, 4] (x1, y1, x2, y2 in pixels), labels int64 [K], of predictions scores float32
+[K], and masks: probabilities float [K, 1, H, W], or bool/uint8 [K, H, W]. K may be 0.
 """
 
 from __future__ import annotations
@@ -97,8 +95,8 @@ def author_ap(
 ) -> np.ndarray:
     """The mean of `author_image_ap` over images; predictions and targets may be generators.
 
-    His script judges detections with a score above 0.05 by default, and above 0.75 where his README
-    evaluates the light models, and targets of more than 100 pixels (`box_score`, `min_area`).
+    His script judges detections that score above 0.05 (his README, for the light models, 0.75), and
+    targets of more than 100 pixels.
     """
     pairs = zip(predictions, targets, strict=True)
     rows = [author_image_ap(*pair, thresholds) for pair in pairs]
@@ -113,10 +111,9 @@ def author_image_ap(
     """AP of one image by the rule of the released code: float64 [T], 0..1, one per IoU threshold.
 
     Each target takes the prediction of its own class with the largest mask IoU above the threshold,
-    whatever its score (of equals, the one that scores least); COCO lets predictions choose, in
-    falling score. Two targets may take the same prediction, which counts once. One curve of
-    precision over recall is drawn for all classes together, in falling score, and made monotonic,
-    as in PASCAL VOC 2010. Without targets and predictions the AP is 1; without one of them 0.
+    whatever its score (of equals, the one that scores least). Two targets may take the same one,
+    which counts once. One curve of precision over recall is drawn for all classes together, made
+    monotonic as in PASCAL VOC 2010. Without targets and predictions the AP is 1; without one 0.
     """
     _check_pair(prediction, target)
     n_predictions, n_targets = len(prediction["labels"]), len(target["labels"])
@@ -154,11 +151,10 @@ def semantic_mask(prediction: Instances, score_threshold: float = 0.75) -> np.nd
 
 
 def overlap(maps: Tensor, truth: ArrayLike, threshold: float = 0.5) -> list[list[float]]:
-    """Compare the `lesion_maps` with a mask of codes: first all lesions, then each class.
+    """Compare `lesion_maps` with a mask of codes, uint8 [H, W]: first all lesions, then each class.
 
-    Maps are float32 [classes, H, W]; truth is uint8 [H, W], codes as in `semantic_mask`. A row for
-    `overlap_means` has the pixels both in prediction and truth, predicted, true, and in all; and
-    the sum of `|probability - truth|`.
+    A row for `overlap_means` has the pixels both in prediction and truth, predicted, true, and in
+    all; and the sum of `|probability - truth|`.
     """
     truth, found = np.asarray(truth), fuse(maps, threshold)
     regions = [(found >= 2, truth >= 2, 1 - (1 - maps).prod(0))]
@@ -175,9 +171,8 @@ def overlap_means(table: ArrayLike) -> dict[str, float]:
     """Means over slices of one region: `table` [slices, 5] has rows of `overlap`.
 
     dice, sensitivity, specificity, mae (mean absolute error of the probability), 0..1: as in
-    COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts 0,
-    also where the truth is empty (Inf-Net's evaluation code). Then dice_present, over the slices
-    whose truth is not empty (NaN without such), and present, their number.
+    COVID-SemiSeg's published tables a slice in which prediction and truth share no pixel counts 0.
+    Then dice_present, over the slices with a truth (NaN without such), and present, their number.
     """
     both, predicted, true, pixels, error = np.asarray(table, dtype=float).T
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -31,11 +31,10 @@ PLAIN = {  # what a pickle may name: tensors and containers, which run nothing o
 def load_author_checkpoint(path: str | Path) -> GeneralizedRCNN | CovidCTMaskNet:
     """Build the model of one of the author's released .pth files, in eval mode.
 
-    Backbone, cut, lesion classes, N, width of S and anchors are read off the file. It may be in
-    the format of torch 1.1, a pickle with a class of the author's own inside (nothing of it is
-    imported or run), or a newer one of plain tensors, where `anchor_generator` is a dict of
-    `sizes` and `aspect_ratios`. A detector of one lesion class is called "merged", because the
-    file does not say whether it was trained on GGO alone.
+    Backbone, cut, N, width of S and anchors are read off the file: a pickle of torch 1.1 with a
+    class of the author's own inside (nothing of it is run), or a newer one of plain tensors, where
+    `anchor_generator` is a dict of `sizes` and `aspect_ratios`. One lesion class is called
+    "merged", because the file does not say whether it was GGO alone.
 
     Raises:
         CheckpointError: not such a file, truncated, with foreign code, or of another architecture.
@@ -66,10 +65,9 @@ def load_author_checkpoint(path: str | Path) -> GeneralizedRCNN | CovidCTMaskNet
 def _infer_detector(state: dict[str, Tensor], generator: Any) -> DetectorConfig:
     body = "backbone.body.layer"
     last = max(int(name[len(body)]) for name in state if name.startswith(body))
+    backbone = "resnet34" if f"{body}1.2.conv1.weight" in state else "resnet18"
     if f"{body}1.0.conv3.weight" in state:
         backbone = "resnet50"
-    else:
-        backbone = "resnet34" if f"{body}1.2.conv1.weight" in state else "resnet18"
     classes = len(state["roi_heads.box_predictor.cls_score.weight"])
     if classes not in (2, 3):
         raise ValueError(f"{classes - 1} lesion classes")
@@ -114,9 +112,7 @@ def _read_author_file(path: str | Path) -> Any:
         ) from error
 
 
-class _Inert:
-    """Stands in for the author's classes: takes their state, runs nothing."""
-
+class _Inert:  # stands in for the author's classes: takes their state, runs nothing
     dump_patches = False  # read by torch while it compares sources
 
     def __setstate__(self, state) -> None:

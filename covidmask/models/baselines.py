@@ -14,22 +14,16 @@ def threshold_detections(
 ) -> dict:
     """Call everything inside the body that is neither air nor soft tissue a GGO.
 
-    The body is the largest region brighter than `high`, its holes (the lungs) filled. An
-    opening by 3 x 3 pixels removes thin vessels and the blurred border of the lung.
-
-    Args:
-        image: float32 [H, W] in 0..1. The defaults suit the lung window of `read_image`.
-        low, high: intensities of GGO, both included.
-        min_area: regions of fewer pixels are dropped.
-
-    Returns:
-        As `mask_to_targets`, all of label 1, with float32 scores: shares of the image, falling.
+    Image: float32 [H, W] in 0..1. GGO lies in `low`..`high` (the defaults suit the lung window of
+    `read_image`), in regions of `min_area` pixels or more. Returns what `mask_to_targets` does, all
+    of label 1, with float32 scores: shares of the image, falling.
     """
+    # the body is the largest region brighter than `high`, its holes (the lungs) filled
     tissue, n = ndimage.label(image > high)
     largest = np.bincount(tissue.ravel())[1:].argmax() + 1 if n else -1
     body = ndimage.binary_fill_holes(tissue == largest)
     candidates = body & (image >= low) & (image <= high)
-    candidates = ndimage.binary_opening(candidates, np.ones((3, 3)))
+    candidates = ndimage.binary_opening(candidates, np.ones((3, 3)))  # no vessels, no borders
     found = mask_to_targets(np.where(candidates, GGO, 0), "ggo", min_area)
     order = found["area"].argsort(descending=True, stable=True)
     found = {key: value[order] for key, value in found.items()}
@@ -42,10 +36,9 @@ def area_features(mask: ArrayLike) -> np.ndarray:
 
 
 def fit_area_classifier(features: ArrayLike, labels: ArrayLike):
-    """Logistic regression of image classes, int [M], on standardised features, float [M, F].
+    """Logistic regression of labels, int [M], on standardised features, float [M, F].
 
-    Returns:
-        A scikit-learn pipeline; `.score(features, labels)` is its accuracy on other slices.
+    `.score(features, labels)` of the scikit-learn pipeline is its accuracy on other slices.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

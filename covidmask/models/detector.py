@@ -1,8 +1,6 @@
-"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1), top to bottom.
+"""Mask R-CNN for ground-glass opacity and consolidation (section 3.1).
 
-All is torchvision's but small subclasses: proposals are ranked on raw logits, box losses take
-their shape from the configuration, boxes and scores stay float32 in mixed precision, and RoIAlign
-is faster on CPUs. For small sets of real CT there is a branch that the paper lacks.
+All is torchvision's but for small subclasses; each says what it does in another way.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from covidmask.config import LESION_CLASSES, DetectorConfig, lesion_classes
 from covidmask.errors import DataError
-from covidmask.files import LONGEST
+from covidmask.files import LONGEST, one_line
 from covidmask.models.semantic import SemanticBranch
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -42,8 +40,7 @@ STAGES = {  # torchvision's: layers that give a map, of half the size each; the 
 }
 ROWS = 128  # boxes that RoIAlign takes at a time: few enough to stay in the processor's cache
 LARGEST_PATCH = 600  # pixels: beyond it a box has few points for its pixels; torchvision is faster
-# Where a batch norm is known to read the convolution that stands before it, and nothing else does.
-# Elsewhere the order of attributes says nothing about the order of calls.
+# where a batch norm is known to read the convolution before it, and nothing else does
 IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
 Instances = dict[str, Tensor]
 
@@ -69,49 +66,43 @@ class FPNBackbone(nn.Module):
 def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackbone:
     """Build the feature extractor that `config` names; its batch norm is trainable.
 
-    Args:
-        weights: of ImageNet (downloaded), or None for random ones. For torchvision's networks a
-            name such as "IMAGENET1K_V1"; for timm's "pretrained", or the tag of one of its sets.
+    `weights` are of ImageNet (downloaded), or None for random ones: for torchvision's networks a
+    name such as "IMAGENET1K_V1"; for timm's "pretrained", or the tag of one of its sets.
     """
     name, cut, levels = config.backbone, config.cut, config.levels
-    if not config.anchor_sizes or not config.anchor_ratios:
-        raise DataError("there are no anchors; give one size and one ratio or more")
     if cut not in (0, 1, 2) or (name == "resnet50" and cut):
         raise DataError(f"cut {cut}: choose 0, 1 or 2, and 0 for resnet50")
     if levels is None:  # the paper's choice: all of ResNet-50, one of the light models
         levels = 4 if name == "resnet50" else 1
-    if name in STAGES:
-        stages = STAGES[name][: len(STAGES[name]) - cut]
-        if not 1 <= levels <= len(stages):
-            raise DataError(f"levels {levels}: choose 1 to {len(stages)}")
-        try:
-            body = get_model(name, weights=weights)
-        except (KeyError, ValueError, OSError) as error:  # unknown to torchvision, or no network
-            problem = f"weights {weights}: no such weights of {name} could be had ({error})"
-            raise DataError(f"{problem}; check their name and the network") from error
-        body, stages, widths = getattr(body, "features", body), stages[-levels:], []
-        for stage in stages:
-            norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
-            widths.append(norms[-1].num_features)
-        body = IntermediateLayerGetter(body, {stage: str(i) for i, stage in enumerate(stages)})
-        strides = [32 >> cut + i for i in reversed(range(levels))]
-        return FPNBackbone(body, strides, widths, config.fpn_channels)
-    name += "" if weights in (None, "pretrained") else f".{weights}"
-    choice = f"choose {', '.join(STAGES)}, or a network of timm's, after `pip install timm`"
     try:
-        from timm import create_model
+        if name in STAGES:
+            stages, widths = STAGES[name][: len(STAGES[name]) - cut], []
+            if not 1 <= levels <= len(stages):
+                raise ValueError(f"it has 1 to {len(stages)} levels")
+            body, stages = get_model(name, weights=weights), stages[-levels:]
+            body = getattr(body, "features", body)
+            for stage in stages:
+                norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
+                widths.append(norms[-1].num_features)
+            body = IntermediateLayerGetter(body, {stage: str(i) for i, stage in enumerate(stages)})
+            strides = [32 >> cut + i for i in reversed(range(levels))]
+        else:
+            from timm import create_model
 
-        which = tuple(range(-levels - cut, -cut))
-        body = create_model(name, weights is not None, features_only=True, out_indices=which)
-    except (ImportError, RuntimeError, AssertionError, IndexError) as error:  # or too few maps
-        problem = f"backbone {name!r}, levels {levels}, cut {cut}: {error}"
-        raise DataError(f"{problem.rstrip('.')}; {choice}") from error
-    found = body.feature_info
-    return FPNBackbone(body, found.reduction(), found.channels(), config.fpn_channels)
+            name += "" if weights in (None, "pretrained") else f".{weights}"
+            which = tuple(range(-levels - cut, -cut))
+            body = create_model(name, weights is not None, features_only=True, out_indices=which)
+            strides, widths = body.feature_info.reduction(), body.feature_info.channels()
+    except (ImportError, LookupError, ValueError, OSError, RuntimeError, AssertionError) as error:
+        raise DataError(
+            f"backbone {name!r}, weights {weights}, levels {levels}, cut {cut}: {one_line(error)}; "
+            f"choose {', '.join(STAGES)}, or a network of timm's, after `pip install timm`"
+        ) from error
+    return FPNBackbone(body, strides, widths, config.fpn_channels)
 
 
+# names and strides of the maps of the reader's own backbone, from an empty image
 def _own_maps(backbone: nn.Module, config: DetectorConfig) -> tuple[list[str], list[float]]:
-    """Names and strides of the maps of the reader's own backbone, from an empty image."""
     if config.cut:
         raise DataError(f"cut {config.cut}: an own backbone is not cut; choose 0")
     side = math.ceil(config.image_size / 32) * 32
@@ -125,7 +116,7 @@ def _own_maps(backbone: nn.Module, config: DetectorConfig) -> tuple[list[str], l
 
 
 def _with_image(backbone: nn.Module, inputs: tuple[Tensor], maps) -> dict[str, Tensor]:
-    """Hand on the image, too, as the last of the maps: float32 [B,3,H,W], normalised."""
+    # the image, normalised float32 [B,3,H,W], as the last of the maps
     return {**({"0": maps} if isinstance(maps, Tensor) else maps), "image": inputs[0]}
 
 
@@ -186,8 +177,8 @@ class LesionRPN(RegionProposalNetwork):
 class LesionRoIAlign(ops.MultiScaleRoIAlign):
     """torchvision's, by matrix products where the features lie on a CPU.
 
-    It takes maps [B,C,h,w] by name (those of `featmap_names` are read), B tensors of boxes [K,4],
-    xyxy in pixels of the images and inside them, and B pairs (height, width) of the images.
+    It takes maps [B,C,h,w] by name, B tensors of boxes [K,4], xyxy in pixels of the images and
+    inside them, and B pairs (height, width) of the images.
     """
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> Tensor:
@@ -257,11 +248,8 @@ class LesionRoIAlign(ops.MultiScaleRoIAlign):
 
 
 def _hat(points: Tensor, pixels: Tensor, length: int) -> Tensor:
-    """Weights of linear interpolation, mean over a bin's points: [r, bins, pixels].
-
-    Points more than a pixel outside the map count as 0; others outside are moved to its edge.
-    """
-    inside = (points >= -1) & (points <= length)
+    """Weights of linear interpolation, mean over a bin's points: [r, bins, pixels]."""
+    inside = (points >= -1) & (points <= length)  # further outside counts 0; else the edge counts
     distance = points.clamp(0, length - 1)[..., None] - pixels[:, None, None]  # [r, bins, n, p]
     return ((1 - distance.abs()).clamp(min=0) * inside[..., None]).mean(2)
 
@@ -275,10 +263,10 @@ class LesionPredictor(FastRCNNPredictor):
 
 
 class LesionRoIHeads(RoIHeads):
-    """torchvision's RoI heads; `config.box_beta` sets the smooth L1 loss of the boxes.
+    """torchvision's, with `config.box_beta` for the smooth L1 loss of the boxes.
 
-    With `config.semantic` there is a sixth loss, and predictions have `semantic`, float32
-    [classes - 1, h, w]: the probability of each lesion class at half the size of the image.
+    `config.semantic` adds a loss, and to predictions `semantic`, float32 [classes - 1, h, w]: the
+    probability of each lesion class at half the size of the image.
     """
 
     def __init__(
@@ -290,8 +278,7 @@ class LesionRoIHeads(RoIHeads):
         sampling = (*config.box_iou, config.box_batch, config.box_positive)
         kept = config.box_score, config.box_nms, config.box_detections
         super().__init__(pool, box_head, predictor, *sampling, None, *kept)  # None: (10, 10, 5, 5)
-        self.box_beta = config.box_beta
-        self.semantic: SemanticBranch | None = None
+        self.box_beta, self.semantic = config.box_beta, None
         if masks:
             widths = (128,) if config.light_mask_head else (256,) * 4
             self.mask_roi_pool = LesionRoIAlign(names, output_size=14, sampling_ratio=2)
@@ -313,9 +300,8 @@ class LesionRoIHeads(RoIHeads):
         all_labels = torch.cat(labels)
         positive = torch.where(all_labels > 0)[0]
         deltas = box_regression.reshape(len(all_labels), -1, 4)[positive, all_labels[positive]]
-        box_loss = F.smooth_l1_loss(
-            deltas, torch.cat(wanted)[positive], beta=self.box_beta, reduction="sum"
-        )
+        wanted = torch.cat(wanted)[positive]
+        box_loss = F.smooth_l1_loss(deltas, wanted, beta=self.box_beta, reduction="sum")
         losses = {
             "loss_classifier": F.cross_entropy(class_logits, all_labels),
             "loss_box_reg": box_loss / max(all_labels.numel(), 1),
@@ -351,9 +337,8 @@ def lesion_mask_rcnn(
     Args:
         weights: see `fpn_backbone`.
         masks: without masks it is the one inside the classifier: run and ranked, not trained.
-        backbone: yours, in place of the one that `config` names, as torchvision wants it: it has
-            `out_channels` and gives one map or an ordered dict of maps, the finest first. The last
-            `config.levels` are used, by default all.
+        backbone: yours, as torchvision wants it: it has `out_channels` and gives a map, or an
+            ordered dict of maps, the finest first, of which the last `config.levels` are used.
 
     Returns:
         torchvision's `GeneralizedRCNN`, with `config`, `classes` (names of labels 1, 2, ...) and
@@ -362,6 +347,8 @@ def lesion_mask_rcnn(
         `masks` [K,1,H,W] (probabilities); in train mode, given targets too, the five losses.
     """
     classes = LESION_CLASSES.get(config.lesions) or lesion_classes(config.lesions)
+    if not config.anchor_sizes or not config.anchor_ratios:
+        raise DataError("there are no anchors; give one size and one ratio or more")
     for side in (config.image_size, config.max_size):
         if not 1 <= side <= 8192:
             raise DataError(f"image size {side}: give 1 to 8192 pixels for both sides")
@@ -393,8 +380,8 @@ def check_images(
 ) -> None:
     """Refuse images that a network would take without a word, and answer with nonsense.
 
-    Each has to be a tensor [3,H,W] of a float up to 32 bits, with values in 0..1, none NaN. Those
-    on a GPU are not read, because the CPU would have to wait for them; see `to_model`.
+    Each has to be a tensor [3,H,W] of a float up to 32 bits, with values in 0..1, none NaN. Values
+    on a GPU are not looked at, because the CPU would have to wait for them; see `to_model`.
     """
     if len(images) == 0:
         raise DataError("no image is given; give a list of float32 tensors [3, H, W] in 0..1")
@@ -410,10 +397,8 @@ def check_images(
         elif fits and image.is_cpu:
             low, high = (float(end) for end in image.detach().aminmax())  # NaN if one value is
             fits = low >= -1e-3 and high <= 1.001  # interpolation may step over by its rounding
-            found = (
-                f"its values run from {low:.4g} to {high:.4g}, not within 0..1; divide 8-bit grey "
-                "by 255; for CT see covidmask.datasets.medical.hounsfield_to_unit"
-            )
+            found = f"its values run from {low:.4g} to {high:.4g}, not within 0..1; divide 8-bit "
+            found += "grey by 255; for CT see covidmask.datasets.medical.hounsfield_to_unit"
         if not fits:
             raise DataError(f"{names[number] if names else f'image {number}'}: {found}")
 
@@ -435,10 +420,7 @@ def same_size_groups(images: Sequence[Tensor]) -> list[list[int]]:
 
 
 def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
-    """bool [K, H, W]: probabilities above `mask_threshold`, or the non-zero pixels of uint8.
-
-    The released code cuts raw logits at 0.5, which is a probability of 0.622.
-    """
+    """bool [K, H, W]: probabilities above `mask_threshold`, or the non-zero pixels of uint8."""
     masks = instances["masks"].detach()
     if masks.ndim == 4 and masks.shape[1] == 1:
         masks = masks[:, 0]  # [K, 1, H, W] -> [K, H, W]
@@ -450,9 +432,8 @@ def binary_masks(instances: Instances, mask_threshold: float = 0.5) -> Tensor:
 def lesion_maps(prediction: Instances, classes: int) -> Tensor:
     """float32 [classes, H, W], 0..1: how probable it is that a pixel belongs to a lesion.
 
-    `1 - prod(1 - score * mask probability)` over the detections of each class: overlapping
-    detections support each other, as if each were right or wrong on its own, and weak ones still
-    count a little. Where the prediction has `semantic`, too, the mean of both.
+    `1 - prod(1 - score * mask probability)` over the detections of each class, as if each were
+    right or wrong on its own. Where the prediction has `semantic`, too, the mean of both.
     """
     masks = prediction["masks"][:, 0]  # [K, H, W]; 0 away from their boxes
     shape = masks.shape[1:]
@@ -468,7 +449,7 @@ def lesion_maps(prediction: Instances, classes: int) -> Tensor:
 
 
 def _window(start: float, end: float) -> slice:
-    """Where torchvision pastes the mask of a box: 28 pixels, and one more on either side."""
+    # where torchvision pastes the mask of a box: 28 pixels, and one more on either side
     margin = (end - start) / 28 + 2
     return slice(max(0, int(start - margin)), int(end + margin))
 
@@ -500,12 +481,11 @@ def fuse(maps: Tensor, threshold: float = 0.5) -> np.ndarray:
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """Copy a detector or classifier for prediction: fewer layers, channels last.
+    """Copy a detector or classifier for prediction: fewer layers, channels last, eval mode.
 
     In eval mode batch norm is a fixed scale and shift of each channel. In torchvision's ResNets and
     in sequences it is folded into the convolution before it: one pass over the feature map less,
-    and results that differ by rounding. The copy is in eval mode and shares nothing; no parameter
-    of it requires a gradient.
+    and results that differ by rounding. The copy shares nothing, and needs no gradient.
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(fast.modules()):

@@ -13,9 +13,8 @@ from torchvision.ops.misc import Conv2dNormActivation
 class SemanticBranch(nn.Module):
     """A class for each pixel, from the finest map of the pyramid, as in Panoptic FPN.
 
-    Lesions of real CT fray and merge: where one instance ends is often a matter of taste, which
-    pixels are ground glass is less so. Here every pixel teaches the backbone. The image itself, at
-    half its size, joins the map, as in a U-Net: it has the borders that strides have blurred.
+    Lesions of real CT fray and merge: where one instance ends is often a matter of taste. The image
+    itself, at half its size, joins the map, as in a U-Net: its borders are not blurred by strides.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -39,7 +38,6 @@ class SemanticBranch(nn.Module):
         """Cross-entropy of pixels, and one minus the mean soft Dice of each class and any lesion.
 
         Dice is taken of each slice on its own: a small lesion counts as much as a large one.
-        `slack` keeps it smooth where a slice has next to nothing.
         """
         logits = self(features)
         side = _stride(logits, image_shapes)
@@ -54,7 +52,7 @@ class SemanticBranch(nn.Module):
         # class 0 gives way to its opposite, any lesion
         shares, true = (torch.cat([1 - map[:, :1], map[:, 1:]], dim=1) for map in (shares, true))
         both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
-        slack = 0.002 * height * width
+        slack = 0.002 * height * width  # keeps it smooth where a slice has next to nothing
         return F.cross_entropy(logits, truth) + (1 - (2 * both + slack) / (total + slack)).mean()
 
     def probabilities(self, features: dict[str, Tensor], image_shapes) -> list[Tensor]:
@@ -65,6 +63,5 @@ class SemanticBranch(nn.Module):
         return [map[:, :h, :w] for map, (h, w) in zip(shares, parts, strict=True)]
 
 
-def _stride(map: Tensor, image_shapes) -> int:
-    """Pixels of the images, padded to multiples of 32, for one pixel of the map."""
+def _stride(map: Tensor, image_shapes) -> int:  # of the images, padded to multiples of 32
     return math.ceil(max(width for _, width in image_shapes) / 32) * 32 // map.shape[-1]

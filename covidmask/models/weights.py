@@ -38,8 +38,8 @@ def save_model(
     Args:
         model: from `lesion_mask_rcnn` or `covid_ct_mask_net`. Of parts of your own (backbone,
             encoder, S) the file names the class; loading it asks for such objects.
-        half: store what has two or more dimensions as float16, unless it has a value beyond
-            65,504, where float16 ends. Loading gives float32 either way.
+        half: store what has two or more dimensions as float16, where its values allow that.
+            Loading gives float32 either way.
         card: plain values kept in the file, such as the command and the metrics.
     """
     classifier = isinstance(model, CovidCTMaskNet)
@@ -67,8 +67,8 @@ def save_model(
     return Path(path)
 
 
+# the names of the classes of what may be a reader's own
 def _parts(model: GeneralizedRCNN | CovidCTMaskNet) -> dict[str, str]:
-    """The names of the classes of what may be a reader's own."""
     parts = {"backbone": getattr(model, "detector", model).backbone}
     if isinstance(model, CovidCTMaskNet):
         parts |= {"encoder": model.encoder, "s": model.s}
@@ -123,8 +123,8 @@ def _load(path: str | Path, kind: str, device, backbone: nn.Module | None, **par
     return model.to(device).eval()
 
 
+# JSON has lists where the dataclass has tuples
 def _config(kind: type, values: dict[str, Any]) -> Any:
-    """A configuration from JSON, which has lists where the dataclass has tuples."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -159,8 +159,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         open(path, "rb").close()  # safetensors says of any fault that there is no such file
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["covidmask"])
-            newer = header.get("format", 1) > FORMAT
             _ = header["kind"], header["card"], dict(header.get("parts", {}))
+            newer = header.get("format", 1) > FORMAT
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -177,10 +177,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class ShippedWeights(Enum):
-    """Small weights for the preset `quick`, trained on phantoms by `make weights`.
+    """Small weights for the preset `quick`, trained on phantoms: they say nothing about patients.
 
-    Each value is (file in covidmask/models/shipped, its SHA-256); other bytes are a
-    `CheckpointError`. Phantoms are synthetic: these weights teach, and say nothing about patients.
+    Each value is (file in covidmask/models/shipped, its SHA-256); else a `CheckpointError`.
     """
 
     SEGMENTER_QUICK = (
@@ -197,10 +196,8 @@ class ShippedWeights(Enum):
         """The file, whose bytes were looked at."""
         path = SHIPPED / self.value[0]
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.value[1]:
-            raise CheckpointError(
-                f"{path}: is missing or not the shipped file, of SHA-256 {self.value[1]}; "
-                "install covidmask again"
-            )
+            problem = f"{path}: is missing or not the shipped file, of SHA-256 {self.value[1]}"
+            raise CheckpointError(f"{problem}; install covidmask again")
         return path
 
     def load(self, device: str | torch.device = "cpu") -> GeneralizedRCNN | CovidCTMaskNet:
@@ -245,9 +242,7 @@ def find_weights(
     if named is not None:
         if regime is None:
             return Path(named), "named"
-        raise CheckpointError(
-            f"--regime {regime}: chooses among your own weights, but {named} is named; drop one"
-        )
+        raise CheckpointError(f"--regime {regime}: is for your own weights, not {named}; drop one")
     regimes = [regime] if regime else REGIMES if kind == "classifier" else [None]
     yours = [weights_file(kind, preset, each) for each in regimes]
     if shipped and preset == "quick" or not (yours := list(filter(is_there, yours))):
@@ -259,8 +254,6 @@ def find_weights(
             f"{f' --regime {regime}' if regime else ''}`"
         )
     if len(yours) > 1:
-        raise CheckpointError(
-            f"{', '.join(map(str, yours))}: there are several of yours; choose one with --regime, "
-            "or name its file"
-        )
+        several = f"{', '.join(map(str, yours))}: there are several of yours"
+        raise CheckpointError(f"{several}; choose one with --regime, or name its file")
     return yours[0], "yours"

@@ -44,8 +44,7 @@ def check_classes(model: CovidCTMaskNet, dataset: Dataset) -> None:
 
 
 @torch.no_grad()
-def s_logits(s: nn.Module, rows: Tensor) -> Tensor:
-    """Logits [M,C] on the CPU, computed where S lies."""
+def s_logits(s: nn.Module, rows: Tensor) -> Tensor:  # [M, C] on the CPU, computed where S lies
     return s(rows.to(next(s.parameters()).device)).cpu()
 
 
@@ -59,10 +58,10 @@ def train_s(
     names: Sequence[str] | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
-    """Train S alone on ranked boxes that were computed before; see `fit`.
+    """Train S alone on ranked boxes, float32 [M,N,columns], and labels, int64 [M]; see `fit`.
 
-    Rows are float32 [M,N,columns], labels int64 [M]; `names` are those of the rows, for messages.
-    With the rows and labels of `validation` the epoch of the best accuracy is kept.
+    `names` are those of the rows, for messages. With the rows and labels of `validation` the epoch
+    of the best accuracy is kept.
     """
     data = TensorDataset(rows, labels)
     data.names = names
@@ -75,8 +74,8 @@ def train_s(
         predicted = s_logits(s, validation[0]).argmax(1)
         return (predicted == validation[1]).float().mean().item()
 
-    judge = accuracy if validation else None
-    return fit(s, data, losses, training, accuracy=judge, images=False, title="S", **options)
+    options |= {"accuracy": accuracy if validation else None, "images": False, "title": "S"}
+    return fit(s, data, losses, training, **options)
 
 
 def train_classifier(
@@ -96,8 +95,7 @@ def train_classifier(
     """Train the classifier in place in one of the three regimes (`set_regime`); see `fit`.
 
     In "heads" the detector is constant, so it runs once a slice and S trains on what it gave. In
-    the other two each step runs it again, and keeps gradients for the N ranked boxes only. On a
-    CPU a step takes its slices one by one, which is faster and needs the memory of one.
+    the other two each step runs it again, and keeps gradients for the N ranked boxes only.
 
     Args:
         dataset: items (image, label) of `SliceImages`; of `validation` the best epoch is kept.
@@ -136,9 +134,9 @@ def train_classifier(
         return evaluate_classifier(model, validation, fabric=fabric, progress=False)["accuracy"]
 
     options |= {"workers": workers, "memory": memory, "title": f"classifier, {regime}"}
-    options["singly"] = fabric.device.type == "cpu"  # slices do not touch each other
-    judge = None if validation is None else accuracy
-    return fit(model, dataset, losses, training, accuracy=judge, **options)
+    options["singly"] = fabric.device.type == "cpu"  # faster there, and the memory of one slice
+    options["accuracy"] = None if validation is None else accuracy
+    return fit(model, dataset, losses, training, **options)
 
 
 def evaluate_classifier(

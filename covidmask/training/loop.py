@@ -1,8 +1,6 @@
-"""The one training loop. A step depends on the seed, its number and the weights before it alone.
-
-Order of the slices, learning rate and all random draws of a step are computed from its number, so
-a run that was killed goes on bit for bit where its last checkpoint stands. That holds on a CPU; a
-GPU adds up in any order, so there the rounding differs from run to run.
+"""The one training loop. A step's slices, learning rate and random draws are computed from its
+number and the seed, so a killed run goes on bit for bit from its last checkpoint (not on a GPU,
+which adds up in any order).
 """
 
 from __future__ import annotations
@@ -67,8 +65,7 @@ def make_fabric(
 ) -> Fabric:
     """Choose the device ("auto": CUDA or CPU) and join the processes that `torchrun` started.
 
-    `find_unused_parameters` is for models of which some parameter gets no gradient ("full");
-    `log_dir` is a folder for TensorBoard.
+    `find_unused_parameters`: some get no gradient ("full"). `log_dir`: folder for TensorBoard.
     """
     # Lightning advises on each new GPU to give up digits for speed; that choice is the reader's
     for name in ("fabric", "pytorch"):  # the one that was imported last speaks for both
@@ -77,15 +74,10 @@ def make_fabric(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    ddp = DDPStrategy(find_unused_parameters=find_unused_parameters)
-    fabric = Fabric(
-        accelerator=device,
-        devices=local,
-        num_nodes=world // local,
-        strategy=ddp if world > 1 else "auto",
-        precision=precision,
-        loggers=TensorBoardLogger(log_dir, name="", version="") if log_dir else [],
-    )
+    ddp = DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
+    loggers = TensorBoardLogger(log_dir, name="", version="") if log_dir else []
+    where = {"accelerator": device, "devices": local, "num_nodes": world // local}
+    fabric = Fabric(**where, strategy=ddp, precision=precision, loggers=loggers)
     fabric.launch()
     return fabric
 
@@ -118,8 +110,7 @@ def fit(
         accuracy: judges `model` after each epoch; the weights with the highest value are kept. Not
             together with `training.average`, whose weights it does not see.
         images: items begin with an image, which is looked at before it goes to a GPU.
-        singly: add up the gradients of one item at a time: the same step for less memory where
-            items do not touch each other (no batch statistics).
+        singly: add up gradients of one item at a time, where no item depends on another.
         workers: processes that read slices; 0 reads in this one.
         memory: MiB for slices that are decoded once, before the first step; see `InMemory`.
 
@@ -249,7 +240,7 @@ def fit(
 
 
 def joined(rows: Tensor, fabric: Fabric) -> Tensor:
-    """The sum over all processes; so each may fill in its own rows, and leave zeros elsewhere."""
+    """The sum over all processes, each of which fills in its own rows; zeros elsewhere."""
     return fabric.all_reduce(rows, reduce_op="sum").cpu() if fabric.world_size > 1 else rows
 
 
@@ -260,7 +251,6 @@ def share_buffers(model: nn.Module, world: int) -> None:
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold NaN or infinity."""
     return [name for name, value in state.items() if not value.isfinite().all()]
 
 
@@ -272,8 +262,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return total.hexdigest()[:12]
 
 
-def pinnable(items: list) -> list:
-    """A batch whose memory can be pinned; that of an image repeated by `expand` cannot."""
+def pinnable(items: list) -> list:  # memory of an image repeated by `expand` cannot be pinned
     return apply_to_collection(items, Tensor, Tensor.contiguous)
 
 
@@ -305,13 +294,13 @@ def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
 
 
 def read_batches(
-    dataset: Dataset, fabric: Fabric, size: int, title: str, progress: bool = True, done: int = 0
+    dataset: Dataset, fabric: Fabric, size: int, title: str, progress: bool
 ) -> Iterator[tuple[list[int], list, list[Tensor]]]:
     """Each item once, those of this process: (indices, items, their images on the device)."""
     rank, names = fabric.global_rank, item_names(dataset)
     indices, hidden = range(len(dataset))[rank :: fabric.world_size], not (progress and rank == 0)
-    with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
-        for start in range(done, len(indices), size):
+    with tqdm(total=len(indices), desc=title, disable=hidden) as bar:
+        for start in range(0, len(indices), size):
             part = list(indices[start : start + size])
             items = [dataset[i] for i in part]
             images = [image for image, *_ in items]

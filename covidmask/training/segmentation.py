@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from covidmask.config import Preset, TrainingConfig, lesion_classes
+from covidmask.config import Preset, TrainingConfig
 from covidmask.datasets.augmentation import Augmented
 from covidmask.datasets.lesions import LesionSlices
 from covidmask.datasets.phantom_sets import write_phantoms
@@ -88,13 +88,12 @@ def predict_lesions(
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
     """Run the detector once on each slice; yield (index, prediction, target), both on the CPU.
 
-    Each of several processes yields its share. Where sizes mix, indices come out of order: slices
-    of one size make a batch, because padding changes the result. With `fused` predictions have
-    `maps`, which may `mirror`; see `models.detector.detect`.
+    Each of several processes yields its share. Where sizes mix, indices come out of order, as
+    padding would change results. With `fused` predictions have `maps`; see `detect`.
     """
     fabric = fabric or make_fabric()
     fast = for_inference(model.to(fabric.device).eval())
-    classes = len(lesion_classes(model.config.lesions))
+    classes = len(model.classes)
     for part, items, images in read_batches(dataset, fabric, batch_size, "detecting", progress):
         for group in same_size_groups(images):
             same = [images[i] for i in group]
@@ -117,8 +116,7 @@ def evaluate_segmenter(
     """Judge a segmenter; one detector pass for all thresholds, each slice once.
 
     Args:
-        score: the released code's AP and Dice take detections that score above it (0.75 in the
-            paper); COCO's AP takes all.
+        score: the released code's AP and Dice take detections that score above it; COCO's AP all.
         threshold: pixels whose probability in the fused maps is above it are lesion; see `fuse`.
         options: `batch_size`, `mirror` and `progress` of `predict_lesions`.
 
@@ -135,7 +133,7 @@ def evaluate_segmenter(
     if bad := not_finite(model.state_dict()):  # they would detect nothing, without a word
         raise TrainingError(f"weights that are not finite: {some(bad)}; train the segmenter again")
     fabric = fabric or make_fabric()
-    classes = lesion_classes(model.config.lesions)
+    classes = model.classes
     regions, coco = ("infection", *classes), CocoAP(classes)
     columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
     rows = torch.zeros(len(dataset), sum(columns), dtype=torch.float64)

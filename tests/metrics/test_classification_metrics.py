@@ -121,7 +121,7 @@ def test_bootstrap_of_single_slices_is_nearly_binomial():
     labels, predictions = [0] * 400, [0] * 200 + [1] * 200
     patients = [str(i) for i in range(400)]
     for level, z in ((0.95, 1.96), (0.5, 0.674)):
-        low, high = patient_bootstrap(labels, predictions, patients, accuracy, level)
+        low, high = patient_bootstrap(labels, predictions, patients, accuracy, level=level)
         half = z * math.sqrt(0.5 * 0.5 / 400)
         assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.007)
 
