@@ -65,7 +65,8 @@ def command(measure: Callable, own: Path, *pages, indent: int | None = 1) -> Non
     """
     out = own
     if "--page" not in sys.argv:
-        work = tyro.cli(measure, description=sys.modules["__main__"].__doc__)
+        about = f"{sys.modules['__main__'].__doc__}\n--page only fills the pages."
+        work = tyro.cli(measure, description=about)
         source = environment()  # first, so that the commit is that of the code which runs
         for out, result in work:
             write_text(out, json.dumps(source | result, indent=indent) + "\n")

@@ -102,16 +102,14 @@ def measure(
     out: Path = OUT,
 ) -> Iterator[tuple[Path, dict]]:
     slices, lesions = quick_data(data, data_seed)
-    yield (
-        out,
-        {
-            "about": "quick preset on synthetic phantoms; nothing here is a figure of real CT",
-            "preset": asdict(QUICK),
-            "seeds": [one_seed(seed, lesions, slices) for seed in seeds],
-            "threshold_detector": threshold_detector(data),
-            "area_classifier_accuracy": area_classifier(slices, data_seed),
-        },
-    )
+    result = {
+        "about": "quick preset on synthetic phantoms; nothing here is a figure of real CT",
+        "preset": asdict(QUICK),
+        "seeds": [one_seed(seed, lesions, slices) for seed in seeds],
+        "threshold_detector": threshold_detector(data),
+        "area_classifier_accuracy": area_classifier(slices, data_seed),
+    }
+    yield out, result
 
 
 if __name__ == "__main__":
