@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -65,9 +64,7 @@ def train(segmenter: GeneralizedRCNN, run: Run, slices, validation, seed: int):
     method = (
         train_two_rates if run.two_rates else partial(training.train_classifier, progress=False)
     )
-    start = time.perf_counter()
     history = method(model, slices, run.regime, settings, validation=validation, seed=seed)
-    seconds = time.perf_counter() - start
     accuracy = [step["accuracy"] for step in history if "accuracy" in step]  # of each epoch
     models.set_regime(model, run.regime)  # the count below
     return model, {
@@ -76,7 +73,6 @@ def train(segmenter: GeneralizedRCNN, run: Run, slices, validation, seed: int):
         "detector_lr": DETECTOR_SHARE * run.lr if run.two_rates else None,
         "epochs": run.epochs,
         "parameters": models.count_trainable(model),
-        "seconds": seconds,
         "validation_accuracy_of_epoch": accuracy,
         "best_epoch": int(np.argmax(accuracy)) + 1,
     }
@@ -204,7 +200,7 @@ def measure(
         rows[-1]["detection"] = detection(segmenter, lesions["test"], model.detector.state_dict())
         rows[-1]["minus_heads"] = difference(rows, slices["test"], seed)
         yield out, result
-        print(f"{run}: {rows[-1]['accuracy']:.3f}, {row['seconds']:.0f} s", flush=True)
+        print(f"{run}: {rows[-1]['accuracy']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
