@@ -1,73 +1,59 @@
 """Which parts of the ranked boxes carry the information? Chapter 8 of the book, at full scale.
 
-    python benchmarks/ablations.py [--seeds 0 1 2 3 4] [--out results/ablations.json]
-
-The shipped segmenter looks once at every classification slice of the preset quick. From that one
-pass come rows with more columns than the paper's five, at several settings of NMS and score. Then
-module S is trained on variants of the rows, a few seeds each; validation slices keep the best
-epoch. All are judged on 600 slices of patients from another data seed, on which nothing was tuned.
-All data are synthetic.
+The shipped segmenter looks once at each slice; module S is trained on variants of these rows, a few
+seeds each, and judged on patients of another data seed, on which nothing was tuned. All synthetic.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import groupby, product
 from pathlib import Path
+from typing import NamedTuple
 
+import common
 import numpy as np
 import torch
-import tyro
-from common import RESULTS, ROOT, environment, fill, formatted, gain, origin, save, unseen
+from common import QUICK, formatted, gain, origin
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.datasets.classes import SliceImages
-from covidmask.datasets.lesions import mask_to_targets
-from covidmask.datasets.phantom_sets import phantom_mask, write_phantoms
-from covidmask.metrics.classification import confusion, report
-from covidmask.models.baselines import area_features, fit_area_classifier
-from covidmask.models.classifier import ClassificationModule
-from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.ranked_boxes import encoded_rows, pad_rows, propose, rank_boxes, run_box_head
-from covidmask.models.weights import ShippedWeights
-from covidmask.training.classification import train_s
+from covidmask import metrics, models
+from covidmask.config import IMAGE_CLASSES
+from covidmask.datasets import SliceImages, mask_to_targets, phantom_mask, write_phantoms
+from covidmask.files import SPLITS
+from covidmask.training import train_s
 
-OUT = RESULTS / "ablations.json"
-TWIN = ROOT / "book" / "py" / "08_what_makes_it_work.py"
-PRESET = PRESETS["quick"]
-N = PRESET.classifier.n_boxes
-SPLITS = ("train", "val", "test")
-SCORE, DELTAS, LABEL, PLACE = [0], [1, 2, 3, 4], [5, 6], [7, 8, 9, 10]  # columns of a wide row
-FULL = SCORE + DELTAS
+OUT = common.RESULTS / "ablations.json"
+TWIN = common.TWINS / "08_what_makes_it_work.py"
+N = QUICK.classifier.n_boxes
+SCORE, DELTAS, LABEL, PLACE = (0,), (1, 2, 3, 4), (5, 6), (7, 8, 9, 10)  # columns of a wide row
+NMS = ("NMS 0.75", "NMS 0.25", "no NMS")
 SETTINGS = {  # how boxes are chosen; every list is cut at 2N boxes
-    "NMS 0.75": replace(PRESET.classifier, n_boxes=2 * N),
-    "NMS 0.25": replace(PRESET.classifier, n_boxes=2 * N, nms=0.25),
-    "no NMS": replace(PRESET.classifier, n_boxes=2 * N, nms=1.0),
-    "score > 0.05": replace(PRESET.classifier, n_boxes=2 * N, score=0.05),
+    name: replace(QUICK.classifier, n_boxes=2 * N, **change)
+    for name, change in zip(NMS, ({}, {"nms": 0.25}, {"nms": 1.0}), strict=True)
+} | {"score > 0.05": replace(QUICK.classifier, n_boxes=2 * N, score=0.05)}
+WIDER = {
+    "+ lesion class": SCORE + DELTAS + LABEL,
+    "place instead of deltas": SCORE + PLACE,
+    "place instead of deltas, + lesion class": SCORE + PLACE + LABEL,
 }
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One vector that S reads."""
 
     group: str
     name: str
     setting: str = "NMS 0.75"
-    columns: tuple[int, ...] = tuple(FULL)
+    columns: tuple[int, ...] = SCORE + DELTAS
     n: int = N
     shuffled: bool = False
     linear: bool = False
     random_detector: bool = False
 
 
-WIDER = {
-    "+ lesion class": (*FULL, *LABEL),
-    "place instead of deltas": (*SCORE, *PLACE),
-    "place instead of deltas, + lesion class": (*SCORE, *PLACE, *LABEL),
-}
 COLUMNS = {
     "what S reads (phantoms)": "{name}",
     "accuracy: mean (range)": "{mean:.3f} ({range[0]:.3f} to {range[1]:.3f})",
@@ -78,13 +64,12 @@ COLUMNS = {
     "pneumonia": "{sensitivity[1]:.2f}",
     "COVID-19": "{sensitivity[2]:.2f}",
 }
-NMS = ("NMS 0.75", "NMS 0.25", "no NMS")
 VARIANTS = [
     Variant("The paper's vector", f"score and deltas, N = {N}, NMS 0.75"),
-    Variant("Columns", "scores alone", columns=tuple(SCORE)),
-    Variant("Columns", "deltas alone", columns=tuple(DELTAS)),
+    Variant("Columns", "scores alone", columns=SCORE),
+    Variant("Columns", "deltas alone", columns=DELTAS),
     Variant("Order", "ranks shuffled", shuffled=True),
-    Variant("Order", "ranks shuffled, scores alone", columns=tuple(SCORE), shuffled=True),
+    Variant("Order", "ranks shuffled, scores alone", columns=SCORE, shuffled=True),
     *(Variant("Number of boxes", f"N = {n}", n=n) for n in (1, 2, 4, 8, 16, 2 * N)),
     Variant("Low scores", "score above 0.05 only, then padded", "score > 0.05"),
     *(
@@ -114,11 +99,11 @@ def wide_rows(detector: GeneralizedRCNN, slices: dict, settings: dict) -> dict:
     for split, dataset in slices.items():
         for start in range(0, len(dataset), 8):
             images = [dataset[i][0] for i in range(start, min(start + 8, len(dataset)))]
-            features, proposals, shapes = propose(detector, images)
-            found = run_box_head(detector, features, proposals, shapes)
+            features, proposals, shapes = models.propose(detector, images)
+            found = models.run_box_head(detector, features, proposals, shapes)
             for parts, name in product(zip(*found, proposals, shapes, strict=True), settings):
-                ranked = rank_boxes(*parts, detector.roi_heads.box_coder, settings[name])
-                rows = encoded_rows(parts[0][ranked.roi], parts[1][ranked.roi], ranked.label)
+                ranked = models.rank_boxes(*parts, detector.roi_heads.box_coder, settings[name])
+                rows = models.encoded_rows(parts[0][ranked.roi], parts[1][ranked.roi], ranked.label)
                 one_hot = nn.functional.one_hot(ranked.label - 1, 2).float()  # [K, 2]
                 corner, end = ranked.box[:, :2], ranked.box[:, 2:]
                 side = torch.tensor(parts[3][::-1])  # width, height
@@ -131,20 +116,20 @@ def predict_with_s(variant: Variant, rows: dict, labels: dict, seed: int) -> dic
     """Train S on one variant; the classes it gives the slices of each split, int64 [M]."""
     vectors = {}
     for number, split in enumerate(SPLITS):
-        padded = [pad_rows(r[: variant.n], variant.n) for r in rows[split]]
-        vectors[split] = torch.stack(padded)[..., list(variant.columns)]  # [M, n, F]
+        padded = [models.pad_rows(r[: variant.n], variant.n) for r in rows[split]]
+        vectors[split] = torch.stack(padded)[..., variant.columns]  # [M, n, F]
         if variant.shuffled:  # the rows of each slice in an order of its own
             generator = torch.Generator().manual_seed(10 * seed + number)
             order = torch.rand(vectors[split].shape[:2], generator=generator).argsort(dim=1)
             vectors[split] = vectors[split].take_along_dim(order[..., None], dim=1)
     torch.manual_seed(seed)
     columns = len(variant.columns)
-    s = ClassificationModule(variant.n, PRESET.classifier.hidden, columns)
+    s = models.ClassificationModule(variant.n, QUICK.classifier.hidden, columns)
     if variant.linear:
         s = nn.Sequential(nn.Flatten(), nn.Linear(variant.n * columns, len(IMAGE_CLASSES)))
     train, val = ((vectors[split], labels[split]) for split in SPLITS[:2])
     options = {"validation": val, "seed": seed, "progress": False}
-    train_s(s, *train, PRESET.classifier_training, **options)
+    train_s(s, *train, QUICK.classifier_training, **options)
     with torch.no_grad():
         return {split: s(part).argmax(1).numpy() for split, part in vectors.items()}
 
@@ -167,15 +152,15 @@ def simple_features(rows: dict[str, list[Tensor]]) -> dict[str, np.ndarray]:
 
 def true_features(names: list[str], seed: int) -> dict[str, np.ndarray]:
     """The same from the true masks, which no method has."""
-    masks = [phantom_mask(name, PRESET.phantoms.size, seed) for name in names]
-    areas = np.array([area_features(mask) for mask in masks])
-    targets = [mask_to_targets(mask, min_area=PRESET.min_area) for mask in masks]
+    masks = [phantom_mask(name, QUICK.phantoms.size, seed) for name in names]
+    areas = np.array([models.area_features(mask) for mask in masks])
+    targets = [mask_to_targets(mask, min_area=QUICK.min_area) for mask in masks]
     counts = np.array([[(t["labels"] == k).sum().item() for k in (1, 2)] for t in targets])
     return {"true areas": areas, "true areas and counts": np.hstack([areas, counts])}
 
 
-def judge(predictions: list[dict], base: list[dict], labels: dict, patients: list[str]) -> dict:
-    """Accuracy of each seed, their mean and range, means of the other splits, sensitivities.
+def judge(runs: list[dict], base: list[dict], labels: dict, patients: list[str]) -> dict:
+    """Accuracy of each seed, their mean and range, that on training slices, and sensitivities.
 
     The difference is to the accuracy of `base`, the paper's vector, on the same slices.
     """
@@ -183,51 +168,42 @@ def judge(predictions: list[dict], base: list[dict], labels: dict, patients: lis
     def right(runs: list[dict], split: str) -> np.ndarray:
         return np.array([run[split] == labels[split].numpy() for run in runs])  # [S, M]
 
-    own, before = right(predictions, "test"), right(base, "test")
-    reports = [report(confusion(labels["test"], p["test"])) for p in predictions]
+    own, before = right(runs, "test"), right(base, "test")
+    reports = [metrics.report(metrics.confusion(labels["test"], run["test"])) for run in runs]
     more, *limits = gain(own.mean(0), before.mean(0), patients, repeats=2000)
     accuracies = own.mean(1).tolist()
     return {
         "accuracies": accuracies,
         "mean": float(np.mean(accuracies)),
         "range": [min(accuracies), max(accuracies)],
-        **{f"mean_{split}": float(right(predictions, split).mean()) for split in SPLITS[:2]},
+        "mean_train": float(right(runs, "train").mean()),
         "sensitivity": np.mean([r["sensitivity"] for r in reports], axis=0).tolist(),
         "difference": more,
         "difference_interval": limits,
     }
 
 
-def run(seeds: tuple[int, ...], slices: dict, test_seed: int) -> list[dict]:
-    """A row for each variant, and one for each rule."""
-    labels = {split: torch.tensor(dataset.labels) for split, dataset in slices.items()}
-    rows = wide_rows(ShippedWeights.SEGMENTER_QUICK.load(), slices, SETTINGS)
+def predictions(
+    seeds: tuple[int, ...], slices: dict, labels: dict, test_seed: int
+) -> Iterator[tuple[str, str, int | None, list[dict]]]:
+    """Group, name, N and the predictions of each run: of each variant, then of each rule."""
+    rows = wide_rows(models.ShippedWeights.SEGMENTER_QUICK.load(), slices, SETTINGS)
     torch.manual_seed(0)
-    untrained = lesion_mask_rcnn(PRESET.detector).eval()
+    untrained = models.lesion_mask_rcnn(QUICK.detector).eval()
     random_rows = wide_rows(untrained, slices, {"NMS 0.75": SETTINGS["NMS 0.75"]})
-    entries: list[dict] = []
-    base: list[dict] = []
-
-    def add(group: str, name: str, n: int | None, columns: int, predictions: list[dict]) -> None:
-        base.extend(predictions if not base else [])
-        entry = {"group": group, "name": name, "n": n, "columns": columns}
-        entries.append(entry | judge(predictions, base, labels, slices["test"].patients))
-        print(f"{name:45} {entries[-1]['mean']:.3f}", flush=True)
-
     for variant in VARIANTS:
         source = (random_rows if variant.random_detector else rows)[variant.setting]
-        predictions = [predict_with_s(variant, source, labels, seed) for seed in seeds]
-        add(variant.group, variant.name, variant.n, len(variant.columns), predictions)
+        runs = [predict_with_s(variant, source, labels, seed) for seed in seeds]
+        yield variant.group, variant.name, variant.n, runs
     features = {
         split: simple_features({setting: rows[setting][split] for setting in NMS})
         | true_features(slices[split].names, test_seed if split == "test" else 0)
         for split in SPLITS
     }
     for name, values in features["train"].items():
-        model = fit_area_classifier(values, labels["train"].numpy())
-        predictions = [{split: model.predict(features[split][name]) for split in SPLITS}]
-        add("Logistic regression", name, None, values.shape[1], predictions)
-    return entries
+        model = models.fit_area_classifier(values, labels["train"].numpy())
+        run = {split: model.predict(features[split][name]) for split in SPLITS}
+        yield "Logistic regression", name, None, [run]
 
 
 def markdown(result: dict) -> str:
@@ -238,33 +214,33 @@ def markdown(result: dict) -> str:
     return "\n".join([*lines, "", origin(result, "`results/ablations.json`")])
 
 
-def main(
+def measure(
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
-    data: Path = Path("data/phantoms-quick"),
-    test_data: Path = Path("data/phantoms-quick-seed1"),
+    data: Path = common.QUICK_DATA,
+    test_data: Path = Path(f"{common.QUICK_DATA}-seed1"),
     test_seed: int = 1,
     out: Path = OUT,
-) -> None:
-    """Measure and write the results; those of `OUT` fill the chapter, too."""
-    source = environment()  # first, so that the commit is that of the code which runs
-    write_phantoms(data, PRESET.phantoms, 0)
-    write_phantoms(test_data, unseen(PRESET.phantoms), test_seed)
-    slices = {split: SliceImages(data / "slices", split) for split in ("train", "val")}
+) -> Iterator[tuple[Path, dict]]:
+    slices = common.quick_data(data)[0]
+    write_phantoms(test_data, common.unseen(QUICK.phantoms), test_seed)
     slices["test"] = SliceImages(test_data / "slices", "test")
+    labels = {split: torch.tensor(dataset.labels) for split, dataset in slices.items()}
     result = {
         "about": "variants of the ranked boxes on synthetic phantoms; no figure of real CT",
-        **source,
-        "preset": asdict(PRESET),
+        "preset": asdict(QUICK),
         **{f"{split}_slices": len(dataset) for split, dataset in slices.items()},
         "test_patients": len(set(slices["test"].patients)),
         "seeds": seeds,
-        "variants": run(seeds, slices, test_seed),
+        "variants": [],
     }
-    save(out, result)
-    print(f"{markdown(result)}\nwritten: {out}")
-    if out == OUT:
-        fill(TWIN, "ablations", markdown(result))
+    base = None
+    for group, name, n, runs in predictions(seeds, slices, labels, test_seed):
+        base = base or runs
+        row = judge(runs, base, labels, slices["test"].patients)
+        result["variants"].append({"group": group, "name": name, "n": n, **row})
+        yield out, result
+        print(f"{name:45} {row['mean']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    common.command(measure, OUT, (TWIN, "ablations", markdown))

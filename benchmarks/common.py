@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -15,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+import tyro
 
-from covidmask.config import PhantomConfig
-from covidmask.datasets.classes import SliceImages
-from covidmask.files import atomic_path
-from covidmask.metrics.classification import bootstrap, wilson
-from covidmask.models.classifier import CovidCTMaskNet
-from covidmask.training.classification import evaluate_classifier
+from covidmask import datasets, metrics, training
+from covidmask.config import PRESETS, PhantomConfig
+from covidmask.files import SPLITS, atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results"
+RESULTS, TWINS = ROOT / "results", ROOT / "book" / "py"
+QUICK, QUICK_DATA = PRESETS["quick"], Path("data/phantoms-quick")
 
 
 def environment() -> dict:
@@ -57,14 +57,23 @@ def environment() -> dict:
     }
 
 
-def origin(result: dict, file: str, machine: str | None = None) -> str:
-    """The line below a table that says how it came about."""
-    machine = machine or f"{result['hardware']}, {result['threads']} thread(s)"
-    line = (
-        f"Command: `{result['command']}`; {machine}; torch {result['torch']}; {result['date']}; "
-        f"commit {result['commit']}; all numbers in {file}."
-    )
-    return f"{line} {result.get('note', '')}".rstrip()
+def command(measure: Callable, own: Path, *pages, indent: int | None = 1) -> None:
+    """Run a benchmark with its options from the command line; with --page only fill the pages.
+
+    `measure` yields a path and what there is so far, more each time. Results in the benchmark's
+    `own` file fill pages: a path, the name of its marks, and what makes text of the results.
+    """
+    out = own
+    if "--page" not in sys.argv:
+        about = f"{sys.modules['__main__'].__doc__}\n--page only fills the pages."
+        work = tyro.cli(measure, description=about)
+        source = environment()  # first, so that the commit is that of the code which runs
+        for out, result in work:
+            write_text(out, json.dumps(source | result, indent=indent) + "\n")
+    for page, name, text in pages:
+        print(text(read(out)))
+        if out == own:
+            fill(page, name, text(read(out)))
 
 
 def read(path: Path) -> dict:
@@ -77,15 +86,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def save(path: Path, result: dict, indent: int | None = 1) -> None:
-    write_text(path, json.dumps(result, indent=indent) + "\n")
+def origin(result: dict, file: str, machine: str | None = None) -> str:
+    """The line below a table that says how it came about."""
+    machine = machine or f"{result['hardware']}, {result['threads']} thread(s)"
+    line = (
+        f"Command: `{result['command']}`; {machine}; torch {result['torch']}; {result['date']}; "
+        f"commit {result['commit']}; all numbers in {file}."
+    )
+    return f"{line} {result.get('note', '')}".rstrip()
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
-    rows = [head, *body]
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+    first, *rows = [f"| {' | '.join(cells)} |" for cells in (head, *body)]
+    return [first, "|" + "---|" * len(head), *rows]
 
 
 def formatted(columns: dict[str, str], rows: Iterable[dict]) -> list[str]:
@@ -113,6 +127,23 @@ def unseen(phantoms: PhantomConfig) -> PhantomConfig:
     return replace(phantoms, lesion_patients=(0, 0, lesions), class_patients=(0, 0, classes))
 
 
+def quick_data(folder: Path, seed: int = 0) -> tuple[dict, dict]:
+    """{split: slices with a class} and {split: slices with masks} of the preset quick."""
+    root = datasets.write_phantoms(folder, QUICK.phantoms, seed)
+    slices = {split: datasets.SliceImages(root / "slices", split) for split in SPLITS}
+    options = {"root": root / "lesions", "min_area": QUICK.min_area}
+    return slices, {split: datasets.LesionSlices(split=split, **options) for split in SPLITS}
+
+
+def part_of(dataset, chosen: Iterable[int]):
+    """Some slices of a data set, whose lists have one entry for each slice."""
+    part = copy.copy(dataset)
+    for name, values in vars(dataset).items():
+        if isinstance(values, list):
+            setattr(part, name, [values[i] for i in chosen])
+    return part
+
+
 def interval(value: Callable, patients: Sequence[str], **options) -> list:
     """95 % by `bootstrap` over patients of `value`, which reads the indices of the drawn slices."""
     owner = np.unique(patients, return_inverse=True)[1]
@@ -121,7 +152,7 @@ def interval(value: Callable, patients: Sequence[str], **options) -> list:
     def of_drawn(drawn: np.ndarray) -> float:
         return value(np.sort(np.concatenate([slices[patient] for patient in drawn])))
 
-    return bootstrap(len(slices), of_drawn, **options).tolist()
+    return metrics.bootstrap(len(slices), of_drawn, **options).tolist()
 
 
 def gain(right: np.ndarray, base: np.ndarray, patients: Sequence[str], **options) -> list[float]:
@@ -133,17 +164,19 @@ def gain(right: np.ndarray, base: np.ndarray, patients: Sequence[str], **options
     return [float(more.mean()), *interval(lambda drawn: more[drawn].mean(), patients, **options)]
 
 
-def judge(model: CovidCTMaskNet, test: SliceImages, **options) -> dict:
+def judge(model, test: datasets.SliceImages, **options) -> dict:
     """Accuracy, sensitivities and PPV of a classifier, with intervals by patients and by slices."""
-    result = evaluate_classifier(model, test, progress=False)
+    result = training.evaluate_classifier(model, test, progress=False)
     counts, right = result["confusion"], (result["labels"] == result["predictions"]).numpy()
     by_patient = interval(lambda drawn: right[drawn].mean(), test.patients, **options)
     return {
         "accuracy": result["accuracy"],
-        "accuracy_wilson": wilson(int(counts.trace()), len(test)),
+        "accuracy_wilson": metrics.wilson(int(counts.trace()), len(test)),
         "accuracy_by_patient": by_patient,
         "sensitivity": result["sensitivity"],
-        "sensitivity_wilson": [wilson(int(row[k]), int(row.sum())) for k, row in enumerate(counts)],
+        "sensitivity_wilson": [
+            metrics.wilson(int(row[k]), int(row.sum())) for k, row in enumerate(counts)
+        ],
         "ppv": result["ppv"],
         "confusion": counts.tolist(),
         "predictions": "".join(map(str, result["predictions"].tolist())),  # one digit a slice

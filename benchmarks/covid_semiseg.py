@@ -1,13 +1,7 @@
 """What the preset semiseg reaches on real CT: 5-fold cross-validation on COVID-SemiSeg's 50 slices.
 
-    python benchmarks/covid_semiseg.py --data DIR     # the folder that holds TrainingSet
-    python benchmarks/covid_semiseg.py --page         # only rewrite chapter 9 and the README
-
-Three models for each fold: the preset; the same with half the epochs; and that from random weights,
-without phantoms, with as many steps in all. The phantoms serve every fold. A model that is trained
-is found again, so the command goes on where it was stopped; judging all of them takes minutes and
-is done anew. Writes results/covid_semiseg.json, the tables of chapter 9 and a paragraph of the
-README, which show and contain no slice and no weight. The models stay in --runs.
+Three models for each fold (see ARMS); the phantoms serve every fold. A model that is trained is
+found again in --runs. Fills chapter 9 and README.md, which show no slice and hold no weight.
 """
 
 from __future__ import annotations
@@ -21,20 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import common
 import numpy as np
 import torch
-import tyro
-from common import RESULTS, ROOT, environment, fill, origin, read, save, table
+from common import origin, table
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from covidmask.config import PRESETS, TrainingConfig
+from covidmask.datasets import LesionDataset, SemiSeg, mask_to_targets, write_phantoms
 from covidmask.datasets.augmentation import Augmented
-from covidmask.datasets.lesions import LesionDataset, SemiSeg, mask_to_targets
-from covidmask.datasets.phantom_sets import write_phantoms
 from covidmask.files import data_root, phantoms_folder
-from covidmask.metrics.classification import bootstrap
-from covidmask.metrics.detection import CocoAP, dice, overlap, overlap_means
+from covidmask.metrics import CocoAP, bootstrap, dice
+from covidmask.metrics.detection import overlap, overlap_means
 from covidmask.models.detector import fuse, lesion_mask_rcnn
 from covidmask.models.weights import load_segmenter, read_card, save_model
 from covidmask.training import segmentation
@@ -53,27 +46,22 @@ NAMED = {  # four ways to name lesion pixels
     "outlines": "of the true outlines, names from grey by the same limit",
     "outlines_own": "of the true outlines, names from grey by the best limit of each slice",
 }
-OUT = RESULTS / "covid_semiseg.json"
-TWIN = ROOT / "book" / "py" / "09_real_ct.py"
-
-
-class Part(LesionDataset):
-    """Some slices of a data set."""
-
-    def __init__(self, whole: LesionDataset, chosen: list[int]) -> None:
-        super().__init__(whole.lesions, whole.min_area)
-        self.whole, self.chosen = whole, chosen
-        self.names = [whole.names[i] for i in chosen]
-        self.patients = [whole.patients[i] for i in chosen]
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.whole.read(self.chosen[index])
+OUT = common.RESULTS / "covid_semiseg.json"
+TWIN = common.TWINS / "09_real_ct.py"
 
 
 def folds(count: int) -> list[list[int]]:
     """The test slices of each fold."""
     order = np.random.default_rng(FOLD_SEED).permutation(count)
     return [sorted(part.tolist()) for part in np.array_split(order, FOLDS)]
+
+
+def parts(data: Path, fold: int) -> tuple[list[int], LesionDataset, LesionDataset]:
+    """The numbers of the test slices of a fold; the training and the test slices."""
+    whole = SemiSeg(data, "train", min_area=PRESET.min_area)
+    test = folds(len(whole))[fold]
+    train = sorted(set(range(len(whole))) - set(test))
+    return test, common.part_of(whole, train), common.part_of(whole, test)
 
 
 def trained(weights: Path, precision: str, method: Callable, model: GeneralizedRCNN, *data) -> dict:
@@ -90,23 +78,15 @@ def phantoms_first(folder: Path, precision: str) -> dict:
     """Pre-train, once, and say what it cost."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = lesion_mask_rcnn(PRESET.detector)
     root = write_phantoms(phantoms_folder("semiseg"), PRESET.phantoms, progress=False)
-    weights = folder / "phantoms.safetensors"
-    return trained(weights, precision, segmentation.pretrain_segmenter, model, PRESET, root)
-
-
-def parts(data: Path, fold: int) -> tuple[Part, Part]:
-    """The training and the test slices of a fold."""
-    whole = SemiSeg(data, "train", min_area=PRESET.min_area)
-    test = folds(len(whole))[fold]
-    return Part(whole, sorted(set(range(len(whole))) - set(test))), Part(whole, test)
+    case = segmentation.pretrain_segmenter, lesion_mask_rcnn(PRESET.detector), PRESET, root
+    return trained(folder / "phantoms.safetensors", precision, *case)
 
 
 def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> dict:
     """Train on four fifths, judge the fifth; nothing is chosen by looking at it."""
     torch.set_num_threads(1)
-    train, test = parts(data, fold)
+    chosen, train, test = parts(data, fold)
     torch.manual_seed(0)
     if arm == "random":
         model, training = lesion_mask_rcnn(PRESET.detector), longer(SHORT, len(train))
@@ -114,27 +94,21 @@ def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> d
         model = load_segmenter(folder / "phantoms.safetensors")
         training = PRESET.segmenter if arm == "whole" else SHORT
     weights = folder / f"{arm}-{fold}.safetensors"
-    slices = Augmented(train, PRESET.augment)
-    cost = trained(weights, precision, segmentation.train_segmenter, model, slices, training)
+    case = segmentation.train_segmenter, model, Augmented(train, PRESET.augment), training
+    cost = trained(weights, precision, *case)
     print(f"{arm}, fold {fold + 1}: trained", flush=True)
-    return {
-        "arm": arm,
-        "fold": fold,
-        "training_slices": len(train),
-        "test_slices": test.chosen,
-        **cost,
-        **judge(load_segmenter(weights), train, test),
-    }
+    where = {"arm": arm, "fold": fold, "training_slices": len(train), "test_slices": chosen}
+    return where | cost | judge(load_segmenter(weights), train, test)
 
 
-def fused(model: GeneralizedRCNN, part: Part) -> Iterator[tuple[Tensor, dict, tuple]]:
+def fused(model: GeneralizedRCNN, part: LesionDataset) -> Iterator[tuple[Tensor, dict, tuple]]:
     """Fused maps, target, and image and mask of each slice."""
     options = {"fused": True, "mirror": True, "progress": False}
     for index, found, target in segmentation.predict_lesions(model, part, **options):
         yield found["maps"], target, part.read(index)
 
 
-def judge(model: GeneralizedRCNN, train: Part, test: Part) -> dict:
+def judge(model: GeneralizedRCNN, train: LesionDataset, test: LesionDataset) -> dict:
     """All that is measured of one model; counts of `Overlap` and Dice are per test slice."""
     found = segmentation.evaluate_segmenter(model, test, progress=False)
     limit = grey_limit([train.read(i) for i in range(len(train))])
@@ -156,7 +130,6 @@ def judge(model: GeneralizedRCNN, train: Part, test: Part) -> dict:
     return {
         "dice_on_training_slices": mean_dice(known).tolist(),
         "mask_ap50": found["mask_ap50"],
-        "mask_ap": found["mask_ap"],
         "regions_ap50": regions.compute()["mask_ap50"],
         "overlap": found["table"].tolist(),
         "overlap_mirrored": mirrored,
@@ -169,7 +142,7 @@ def judge(model: GeneralizedRCNN, train: Part, test: Part) -> dict:
 def averaged(fold: int, data: Path, folder: Path) -> list:
     """Counts of `Overlap` for the mean of the maps of all three models of a fold."""
     torch.set_num_threads(1)
-    test = parts(data, fold)[1]
+    test = parts(data, fold)[2]
     models = [load_segmenter(folder / f"{arm}-{fold}.safetensors") for arm in ARMS]
     return [
         overlap(sum(maps / len(ARMS) for maps, *_ in same), same[0][2][1])
@@ -194,12 +167,12 @@ def name_by_grey(lesion: np.ndarray, image: np.ndarray, limit: float) -> np.ndar
 
 def grey_limit(slices: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """The limit of `name_by_grey` that names the true lesions of some slices best."""
-    limits = np.arange(0, 100, 2) / 100
-    means = [
-        np.mean([name_dice(name_by_grey(mask > 1, image, limit), mask) for image, mask in slices])
-        for limit in limits
-    ]
-    return float(limits[np.argmax(means)])
+
+    def named(limit: float) -> float:
+        pairs = ((name_by_grey(mask > 1, image, limit), mask) for image, mask in slices)
+        return np.mean([name_dice(*pair) for pair in pairs])
+
+    return float(max(np.arange(0, 100, 2) / 100, key=named))
 
 
 def name_dice(codes: np.ndarray, truth: np.ndarray) -> list[float]:
@@ -321,53 +294,42 @@ def readme(result: dict) -> str:
     return text + origin(result | {"note": ""}, file, result["hardware"])
 
 
-def main(
+def measure(
     data: Path = DATA / "covid-semiseg",
     runs: Path = DATA / "semiseg-folds",
     jobs: int = 2,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     out: Path = OUT,
     note: str = "",
-    page: bool = False,
-) -> None:
-    """Train and judge all arms of all folds, and write the results.
+) -> Iterator[tuple[Path, dict]]:
+    """Train and judge all arms of all folds.
 
     Args:
         jobs: trainings at a time.
         note: a sentence on how the run went.
-        page: fill the pages, train nothing.
     """
-    if not page:
-        save(out, measure(data, runs, jobs, precision) | {"note": note}, indent=None)
-    if out == OUT:
-        fill(TWIN, "covid_semiseg", markdown(read(OUT)))
-        fill(ROOT / "README.md", "covid_semiseg", readme(read(OUT)))
-
-
-def measure(data: Path, folder: Path, jobs: int, precision: str) -> dict:
-    source = environment()  # first, so that the commit is that of the code which runs
-    by_arm, each, shared = {}, range(FOLDS), {"data": data, "folder": folder}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        first = pool.submit(phantoms_first, folder, precision).result()
-        for arm in ARMS:
-            by_arm[arm] = pool.map(partial(one_fold, arm, precision=precision, **shared), each)
-        by_arm = {arm: list(rows) for arm, rows in by_arm.items()}
+    each, shared = range(FOLDS), {"data": data, "folder": runs}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        first = pool.submit(phantoms_first, runs, precision).result()
+        work = {arm: partial(one_fold, arm, precision=precision, **shared) for arm in ARMS}
+        begun = {arm: pool.map(function, each) for arm, function in work.items()}
+        by_arm = {arm: list(rows) for arm, rows in begun.items()}
         together = sum(pool.map(partial(averaged, **shared), each), [])
     result = {
         "about": "cross-validation on the 50 training slices of COVID-SemiSeg, real CT of "
         "COVID-19 patients; no patient ids, so folds may share patients",
-        **source,
         "command": f"python benchmarks/covid_semiseg.py --data DIR --precision {precision}",
         "preset": asdict(PRESET),
         "fold_seed": FOLD_SEED,
+        "note": note,
         "pretraining": first,
         "averaged": together,
         "gain": {name: gains(*(by_arm[arm] for arm in pair)) for name, pair in GAINS.items()},
     }
     arms = {arm: {"all_mirrored": summary(rows), "folds": rows} for arm, rows in by_arm.items()}
-    return result | arms
+    yield out, result | arms
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    pages = (TWIN, markdown), (common.ROOT / "README.md", readme)
+    common.command(measure, OUT, *((p, "covid_semiseg", f) for p, f in pages), indent=None)

@@ -1,10 +1,7 @@
-"""How the released code spends its time, on our modules: the baseline of `speed.py`.
-
-Same arithmetic as ours, in the order and with the habits of the author's loops (repository
-AlexTS1980/COVID-CT-Mask-Net, `train_classifier.py`, `evaluation_mean_ap.py`): images go through
-the network one at a time, every parameter requires a gradient whatever trains, all proposals are
-differentiated, evaluation builds graphs too, and the detector runs again for each epoch and for
-each IoU threshold. RoIAlign is torchvision's. These sentences describe; no line is copied.
+"""How the author's loops (AlexTS1980/COVID-CT-Mask-Net, `train_classifier.py` and
+`evaluation_mean_ap.py`) spend their time, on our modules: slices one by one, a gradient for every
+parameter and every proposal, graphs in evaluation, and the detector again for each epoch and IoU
+threshold. The baseline of `speed.py`; these sentences describe, no line is copied.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from covidmask.metrics.detection import author_image_ap
-from covidmask.models.ranked_boxes import Ranking, encoded_rows, pad_rows, rank_boxes
+from covidmask.models.ranked_boxes import encoded_rows, pad_rows, rank_boxes
 
 
 def released(model: nn.Module) -> nn.Module:
@@ -33,8 +30,8 @@ def released(model: nn.Module) -> nn.Module:
     return model
 
 
-def ranked(model: nn.Module, image: Tensor) -> tuple[Tensor, Ranking]:
-    """float32 [3,H,W] -> rows [N,5] and the boxes behind them; the graph holds every proposal."""
+def logits(model: nn.Module, image: Tensor) -> Tensor:
+    """float32 [3,H,W] -> [3]; the graph holds every proposal."""
     detector, heads = model.detector, model.detector.roi_heads
     batch, _ = detector.transform([image])
     features = detector.backbone(batch.tensors)
@@ -43,16 +40,10 @@ def ranked(model: nn.Module, image: Tensor) -> tuple[Tensor, Ranking]:
     pooled = heads.box_roi_pool(features, proposals, batch.image_sizes)  # [P, C, 7, 7]
     scores, deltas = heads.box_predictor(heads.box_head(pooled))  # [P, classes], [P, 4*classes]
     with torch.no_grad():
-        ranking = rank_boxes(
-            scores, deltas, proposals[0], batch.image_sizes[0], heads.box_coder, model.config
-        )
-    rows = encoded_rows(scores[ranking.roi], deltas[ranking.roi], ranking.label)  # [K, 5]
-    return pad_rows(rows, model.config.n_boxes), ranking
-
-
-def logits(model: nn.Module, image: Tensor) -> Tensor:
-    """float32 [3,H,W] -> [3]."""
-    return model.s(ranked(model, image)[0][None])[0]
+        place = proposals[0], batch.image_sizes[0], heads.box_coder
+        best = rank_boxes(scores, deltas, *place, model.config)
+    rows = encoded_rows(scores[best.roi], deltas[best.roi], best.label)  # [K, 5]
+    return model.s(pad_rows(rows, model.config.n_boxes)[None])[0]
 
 
 def training_step(
@@ -74,11 +65,9 @@ def average_precision(
     result = []
     for threshold in thresholds:
         values = []
-        for index in range(len(dataset)):
-            image, target = dataset[index]  # read and decoded again
+        for image, target in (dataset[i] for i in range(len(dataset))):  # decoded again
             target = {key: value.to(device) for key, value in target.items()}
             found = segmenter([image.to(device)])[0]
-            ap = author_image_ap(found, target, (threshold,))
-            values.append(float(ap[0]))
+            values.append(float(author_image_ap(found, target, (threshold,))[0]))
         result.append(sum(values) / len(values))
     return result

@@ -1,61 +1,65 @@
 """How much faster than the released code's loops: both timed in turn, in one run, on one machine.
 
-    python benchmarks/speed.py                       # CPU: about 30 minutes on two idle cores
-    python benchmarks/speed.py --device cuda         # GPU: float32 and bfloat16
-    python benchmarks/speed.py --page                # fill the pages from the results, no timing
-    python benchmarks/speed.py --smoke --out x.json  # everything at toy sizes: does it run?
-
-Writes results/benchmarks.json (or results/benchmarks-cuda.json) and fills tables of book/fast.md,
-chapter 6 and README.md. The baseline is `released_loop.py`. Weights are random, slices are
-synthetic phantoms of 512 x 512; times are medians of runs that alternate between baseline and ours.
+The baseline is `released_loop.py`; weights are random, slices phantoms of 512 x 512. Writes the
+results of the device and fills book/fast.md, chapter 6 and README.md; --page only fills these.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
+import json
+import math
 import os
 import platform
 import re
-import threading
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Literal
 
-import psutil
+import common
 import released_loop
-import speed_page
 import torch
-from common import RESULTS, environment, save
+import tyro
+from common import RESULTS, fill
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 from torch.utils.data import Subset
-from torchvision.ops import box_iou
 
+from covidmask import training
 from covidmask.config import PRESETS, PhantomConfig, TrainingConfig
 from covidmask.datasets import LesionSlices, SliceImages, make_slice, write_phantoms
 from covidmask.metrics.detection import IOU_THRESHOLDS
-from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net, set_regime
-from covidmask.models.detector import for_inference, lesion_mask_rcnn
-from covidmask.models.ranked_boxes import Columns, pad_rows, ranked_boxes
-from covidmask.models.weights import ShippedWeights
-from covidmask.training import cache_ranked_boxes, evaluate_classifier, evaluate_segmenter, train_s
-from covidmask.training.classification import classification_loss
+from covidmask.models import covid_ct_mask_net, lesion_mask_rcnn, set_regime
+from covidmask.models.detector import for_inference
 from covidmask.training.loop import make_fabric
 
+PAGE, README = common.ROOT / "book" / "fast.md", common.ROOT / "README.md"
+TWIN = common.TWINS / "06_three_regimes.py"
+CODE_MARKS = ("# speed, from results/benchmarks.json\n", "# end of speed\n")
 PAPER = PRESETS["paper"]
 MODELS = {
-    "ResNet-50": (PAPER.detector, PAPER.classifier),
     "ResNet-18 cut 1": (
         replace(PAPER.detector, backbone="resnet18", cut=1, light_mask_head=True),
         replace(PAPER.classifier, n_boxes=128, hidden=512),
     ),
+    "ResNet-50": (PAPER.detector, PAPER.classifier),
 }
-BATCH, REGIMES = 8, ("heads_bn", "full")
+BATCH = 8
 SLICES, EPOCHS = 3000, 50  # the paper's
+WORKS = {  # path in the results: what it is; the last two are timed on a GPU alone
+    "32-true/{}/heads_only": "heads, 3,000 slices x 50 epochs",
+    "32-true/{}/step/heads_bn": "heads + BN, step of 8",
+    "32-true/{}/step/full": "full, step of 8",
+    "32-true/{}/inference": "inference of a slice",
+    "bf16-mixed/{}/inference": "inference of a slice, bfloat16",
+    "32-true/{}/ap": "AP, 10 thresholds, 10 slices",
+    "bf16-mixed/{}/step/heads_bn": "heads + BN, step of 8, bfloat16",
+    "bf16-mixed/{}/step/full": "full, step of 8, bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Bench:
     """Where, how precisely and at which sizes."""
 
     device: str
-    precision: str = "32-true"
-    smoke: bool = False
+    precision: str
+    smoke: bool
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision != "32-true")
@@ -81,19 +85,19 @@ class Bench:
                 times[name].append(timer() - start)
         return times
 
-
-def summary(runs: dict[str, list[float]], each: int = 1) -> dict:
-    """Medians of `baseline` and `ours` and their ratio; times are of one of `each` slices."""
-    runs = {name: [seconds / each for seconds in times] for name, times in runs.items()}
-    times = {name: median(values) for name, values in runs.items()}
-    ratios = [b / o for b, o in zip(runs["baseline"], runs["ours"], strict=True)]
-    return {
-        **times,
-        "ratio": times["baseline"] / times["ours"],
-        "ratio_lowest_highest": [min(ratios), max(ratios)],
-        "repeats": len(ratios),
-        "runs": runs,
-    }
+    def compare(self, baseline: Callable, ours: Callable, repeats: int = 5, each: int = 1) -> dict:
+        """Medians of both and their ratio; times are of one of `each` slices."""
+        runs = self.runs({"baseline": baseline, "ours": ours}, repeats)
+        runs = {name: [seconds / each for seconds in times] for name, times in runs.items()}
+        times = {name: median(values) for name, values in runs.items()}
+        ratios = [b / o for b, o in zip(runs["baseline"], runs["ours"], strict=True)]
+        return {
+            **times,
+            "ratio": times["baseline"] / times["ours"],
+            "ratio_lowest_highest": [min(ratios), max(ratios)],
+            "repeats": len(ratios),
+            "runs": runs,
+        }
 
 
 def segmenter(name: str, bench: Bench) -> nn.Module:
@@ -116,59 +120,50 @@ def segmenter(name: str, bench: Bench) -> nn.Module:
     return model.to(bench.device).eval()
 
 
-def our_step(model: CovidCTMaskNet, images: list[Tensor], labels: Tensor, optimizer, bench: Bench):
-    """The step of `fit`: slices one by one on a CPU, the batch at once on a GPU. Gives the loss."""
-    size, total = len(images) if bench.device == "cuda" else 1, 0.0
+def our_step(model, images: list[Tensor], labels: Tensor, optimizer, bench: Bench) -> None:
+    """The step of `fit`: slices one by one on a CPU, the batch at once on a GPU."""
+    size = len(images) if bench.device == "cuda" else 1
     optimizer.zero_grad()
     for first in range(0, len(images), size):
         piece = slice(first, first + size)
         with bench.autocast():
-            loss = classification_loss(model(images[piece]), labels[piece])
-        loss = loss * (len(images[piece]) / len(images))
+            loss = training.classification_loss(model(images[piece]), labels[piece])
+        loss = loss * (size / len(images))
         loss.backward()
-        total += loss.item()
+        loss.item()
     optimizer.step()
-    return total
 
 
-def trainee(
-    name: str, regime: str, images: list[Tensor], labels: Tensor, bench: Bench, baseline: bool
-) -> tuple[nn.Module, Callable[[], float]]:
-    """A model, and its training step: as `train_classifier` has it, or the released loop.
+def step(name: str, regime: str, images: list, labels: Tensor, bench: Bench, repeats: int) -> dict:
+    """A training step of eight slices: as `train_classifier` has it, and the released loop.
 
-    There everything requires a gradient, and the optimiser takes a part.
+    There everything requires a gradient, and the optimiser takes a part. It is in float32.
     """
-    model = covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
-    set_regime(model, regime)
-    picked = [parameter.requires_grad for parameter in model.parameters()]
-    if baseline:
-        model = released_loop.released(model)
-    else:
-        model.train().to(memory_format=torch.channels_last)
-    parameters = [p for p, take in zip(model.parameters(), picked, strict=True) if take]
-    case = model, images, labels, torch.optim.Adam(parameters, lr=1e-5, weight_decay=1e-3)
-    if baseline:
-        return model, partial(released_loop.training_step, *case)
-    return model, partial(our_step, *case, bench)
-
-
-def steps(name: str, regime: str, images, labels: Tensor, bench: Bench, repeats: int) -> dict:
-    """A training step of eight slices. The baseline has the precision of the released code."""
-    case = name, regime, images, labels, bench
-    loops = {who: trainee(*case, who == "baseline")[1] for who in ("baseline", "ours")}
-    return summary(bench.runs(loops, repeats))
+    loops = []
+    for loop in (released_loop.training_step, partial(our_step, bench=bench)):
+        model = covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
+        set_regime(model, regime)
+        picked = [parameter.requires_grad for parameter in model.parameters()]
+        if loop is released_loop.training_step:
+            model = released_loop.released(model)
+        else:
+            model.train().to(memory_format=torch.channels_last)
+        parameters = [p for p, take in zip(model.parameters(), picked, strict=True) if take]
+        adam = torch.optim.Adam(parameters, lr=1e-5, weight_decay=1e-3)
+        loops.append(partial(loop, model, images, labels, adam))
+    return bench.compare(*loops, repeats)
 
 
 def heads_only(name: str, dataset: SliceImages, bench: Bench, step: float) -> dict:
     """S alone: the ranked boxes are constants, so they are computed once. Seconds of all epochs."""
     model = covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
-    fabric = make_fabric(bench.precision, bench.device)
+    options = {"fabric": make_fabric(bench.precision, bench.device), "progress": False}
     part, count = Subset(dataset, range(4 if bench.smoke else 48)), 64 if bench.smoke else SLICES
     rows, labels = torch.rand(count, model.config.n_boxes, 5), torch.arange(count) % 3
     two = TrainingConfig(epochs=2, batch_size=BATCH)
     works = {
-        "rank": partial(cache_ranked_boxes, model, part, fabric=fabric, progress=False),
-        "train": partial(train_s, model.s, rows, labels, two, fabric=fabric, progress=False),
+        "rank": partial(training.cache_ranked_boxes, model, part, **options),
+        "train": partial(training.train_s, model.s, rows, labels, two, **options),
     }
     times = {key: median(seconds) for key, seconds in bench.runs(works, 3).items()}
     rank, epoch = SLICES * times["rank"] / len(part), SLICES * times["train"] / count / two.epochs
@@ -185,50 +180,22 @@ def heads_only(name: str, dataset: SliceImages, bench: Bench, step: float) -> di
 
 
 def inference(name: str, images: list[Tensor], bench: Bench) -> dict:
-    """Seconds a slice; how far our logits are from the baseline's, and how many boxes change.
-
-    The baseline is in float32, as the released code is. A box is changed when none of ours, of
-    the same class, has an IoU above 0.9 with it. Where two boxes score the same but for rounding,
-    their order may change, and with it the vector that S reads: such slices are counted.
-    """
+    """Seconds a slice; the baseline is in float32, as the released code is."""
     model = covid_ct_mask_net(segmenter(name, bench), MODELS[name][1])
-    theirs, fast, config = released_loop.released(model), for_inference(model), model.config
+    theirs, fast = released_loop.released(model), for_inference(model)
 
     def baseline() -> None:
         for image in images:
             released_loop.logits(theirs, image)  # builds a graph, as his evaluation does
 
     @torch.no_grad()
-    def ours() -> Tensor:
+    def ours() -> None:
         with bench.autocast():
             rows = fast.ranked_boxes(images)
-        return fast.s(rows)
+        fast.s(rows)
 
-    runs = bench.runs({"baseline": baseline, "ours": ours})
-    where, side = Columns(("x1", "y1", "x2", "y2", "label")), theirs.detector.transform.min_size[0]
-    with torch.no_grad():
-        exact = [released_loop.ranked(theirs, image) for image in images]
-        plain = torch.cat([model.s(rows[None]) for rows, _ in exact])
-        with bench.autocast():
-            found = ranked_boxes(fast.detector, images, config, encoder=where)  # [B, N, 5]
-    pairs = []  # of wanted and found, in shares of the side of square slices: do they agree?
-    for (_, kept), mine in zip(exact, found, strict=True):
-        wanted = pad_rows(torch.cat([kept.box / side, kept.label[:, None]], 1), config.n_boxes)
-        near = box_iou(wanted[:, :4], mine[:, :4]) > 0.9
-        pairs.append(near & (wanted[:, 4:] == mine[:, 4]))
-    same, logits = torch.stack(pairs), ours()  # [B, N, N], [B, 3]
-    ordered = same.diagonal(dim1=1, dim2=2).all(1)  # [B]
-    in_order = (logits - plain).abs().amax(1)[ordered].tolist()
-    change = (logits.sigmoid() - plain.sigmoid()).abs()
-    return {
-        **summary(runs, len(images)),
-        "slices": len(images),
-        "order_changed_slices": int((~ordered).sum()),
-        "logits_difference_same_order": max(in_order, default=None),
-        "probability_change": {"mean": float(change.mean()), "max": float(change.max())},
-        "boxes_changed": float((~same.any(2)).sum(1).float().mean()),
-        "boxes": config.n_boxes,
-    }
+    found = bench.compare(baseline, ours, each=len(images))
+    return {**found, "slices": len(images), "boxes": model.config.n_boxes}
 
 
 def ap(name: str, dataset: LesionSlices, bench: Bench, repeats: int) -> dict:
@@ -236,82 +203,11 @@ def ap(name: str, dataset: LesionSlices, bench: Bench, repeats: int) -> dict:
     model, fabric = segmenter(name, bench), make_fabric(bench.precision, bench.device)
     part = Subset(dataset, range(1 if bench.smoke else 10))
     case = released_loop.released(model), part, IOU_THRESHOLDS, torch.device(bench.device)
-    ours = partial(evaluate_segmenter, model, part, fabric=fabric, score=0, progress=False)
-    works = {"baseline": partial(released_loop.average_precision, *case), "ours": ours}
+    baseline = partial(released_loop.average_precision, *case)
+    options = {"fabric": fabric, "score": 0, "progress": False}
+    ours = partial(training.evaluate_segmenter, model, part, **options)
     sizes = {"slices": len(part), "thresholds": len(IOU_THRESHOLDS)}
-    return {**summary(bench.runs(works, repeats)), **sizes}
-
-
-def gradients(name: str, images: list[Tensor], labels: Tensor, bench: Bench) -> dict:
-    """Loss and gradients of one step of both, from the same weights, float32 on the CPU.
-
-    `same_layout` is the claim: ranking first and differentiating the N kept boxes changes nothing.
-    `as_trained` has channels-last convolutions too, whose sums are rounded in another order.
-    """
-
-    def flat(model: nn.Module) -> Tensor:  # a level of the FPN without a box has no gradient, or 0
-        grads = (p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.parameters())
-        return torch.cat([grad.flatten() for grad in grads])
-
-    theirs, step = trainee(name, "full", images, labels, bench, True)
-    result, wanted = {"loss": step()}, flat(theirs)
-    for layout in ("same_layout", "as_trained"):
-        ours, step = trainee(name, "full", images, labels, bench, False)
-        if layout == "same_layout":
-            ours.to(memory_format=torch.contiguous_format)
-        result[f"loss_{layout}"] = step()
-        result[layout] = float((flat(ours) - wanted).norm() / wanted.norm())
-    return result
-
-
-def peak(name: str, regime: str, baseline: bool, bench: Bench) -> float:
-    """MB that the first step of eight slices has at a time, at most, above model and slices."""
-    torch.manual_seed(1)
-    side = 128 if bench.smoke else 512
-    images = [torch.rand(3, side, side, device=bench.device) for _ in range(BATCH)]
-    labels = torch.arange(BATCH, device=bench.device) % 3
-    _, step = trainee(name, regime, images, labels, bench, baseline)
-    if bench.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    process, done = psutil.Process(), threading.Event()
-    seen = [process.memory_info().rss]
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            seen.append(process.memory_info().rss)
-
-    threading.Thread(target=watch, daemon=True).start()
-    step()
-    done.set()
-    return (max(seen) - seen[0]) / 1e6
-
-
-def trained(bench: Bench, folder: Path) -> dict:
-    """The shipped classifier on the quick preset's test phantoms: what our rounding changes."""
-    phantoms = PRESETS["quick"].phantoms
-    if bench.smoke:
-        phantoms = replace(phantoms, lesion_patients=(1, 1, 1), class_patients=(1, 1, 1))
-    dataset = SliceImages(write_phantoms(folder, phantoms, progress=False) / "slices", "test")
-    model = ShippedWeights.CLASSIFIER_QUICK.load(bench.device)
-    theirs, images = released_loop.released(model), (image for image, _ in dataset)
-    with torch.no_grad():
-        logits = [released_loop.logits(theirs, image.to(bench.device)).cpu() for image in images]
-    exact = torch.stack(logits)  # [M, 3]
-    right = exact.argmax(1) == torch.tensor(dataset.labels)
-    result = {"slices": len(dataset), "accuracy_baseline": float(right.float().mean())}
-    for precision in ("32-true", "bf16-mixed"):
-        fabric = make_fabric(precision, bench.device)
-        found = evaluate_classifier(model, dataset, fabric=fabric, progress=False)
-        change = (found["probabilities"] - exact.sigmoid()).abs().amax(1)  # [M]
-        result[precision] = {
-            "accuracy": found["accuracy"],
-            "predictions_changed": int((found["predictions"] != exact.argmax(1)).sum()),
-            "probability_change": {"mean": float(change.mean()), "max": float(change.max())},
-        }
-    return result
+    return {**bench.compare(baseline, ours, repeats), **sizes}
 
 
 def measure(bench: Bench, root: Path) -> dict:
@@ -328,24 +224,12 @@ def measure(bench: Bench, root: Path) -> dict:
         slow = name == "ResNet-50" and not cuda  # its baseline takes minutes
         found = result[name] = {"inference": inference(name, images, bench)}
         if exact or cuda:  # bfloat16 on a CPU: for inference alone
-            found["step"] = {
-                regime: steps(name, regime, images, labels, bench, 3 if slow else 5)
-                for regime in REGIMES
-            }
-            step = found["step"]["heads_bn"]["baseline"]
-            found["heads_only"] = heads_only(name, slices, bench, step)
+            case = images, labels, bench, 3 if slow else 5
+            found["step"] = {regime: step(name, regime, *case) for regime in ("heads_bn", "full")}
+            seconds = found["step"]["heads_bn"]["baseline"]
+            found["heads_only"] = heads_only(name, slices, bench, seconds)
         if exact:
             found["ap"] = ap(name, lesions, bench, 1 if slow else 3)
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                found["peak_megabytes"] = {  # each in a process of its own
-                    regime: {
-                        who: pool.apply(peak, (name, regime, who == "baseline", bench))
-                        for who in ("baseline", "ours")
-                    }
-                    for regime in REGIMES
-                }
-        if exact and not cuda:
-            found["gradients"] = gradients(name, images[:2], labels[:2], bench)
         print(f"{bench.precision}, {name}: {found}", flush=True)
     return result
 
@@ -359,29 +243,26 @@ def processor() -> str:
     return f"{name[1] if name else platform.machine()} ({', '.join(kinds) or 'no bfloat16'})"
 
 
-def main() -> None:
-    """Read the command line, time, write the results and the pages."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--page", action="store_true", help="only fill the pages")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes: does it run?")
-    arguments = parser.parse_args()
-    if arguments.smoke and arguments.out is None:
-        parser.error("--smoke needs --out, so that it cannot replace results")
-    if not arguments.page:
-        name = "benchmarks-cuda.json" if arguments.device == "cuda" else "benchmarks.json"
-        save(arguments.out or RESULTS / name, run(arguments.device, arguments.smoke))
-    if arguments.page or arguments.out is None:
-        speed_page.write()
+def main(
+    device: Literal["cpu", "cuda"] = "cpu",
+    out: Path | None = None,
+    smoke: bool = False,
+    page: bool = False,
+) -> None:
+    """Time everything and fill the pages.
 
-
-def run(device: str, smoke: bool) -> dict:
-    """Measure everything."""
+    Args:
+        smoke: toy sizes, into `out`: does it run?
+        page: only fill the pages.
+    """
+    if smoke and out is None:
+        sys.exit("--smoke needs --out, so that it cannot replace results")
+    if page:
+        return write()
     start = timer()
     result = {
         "about": "times on synthetic phantoms, random weights; see benchmarks/speed.py",
-        **environment(),
+        **common.environment(),
         "processor": processor(),
         "scale": "smoke" if smoke else "full",
     }
@@ -393,9 +274,76 @@ def run(device: str, smoke: bool) -> dict:
         root = write_phantoms(Path(folder) / "phantoms", phantoms, progress=False)
         for precision in ("32-true", "bf16-mixed"):
             result[precision] = measure(Bench(device, precision, smoke), root)
-        result["trained"] = trained(Bench(device, smoke=smoke), Path(folder) / "quick")
-    return {**result, "minutes": (timer() - start) / 60}
+    result["minutes"] = (timer() - start) / 60
+    own = RESULTS / f"benchmarks{'-cuda' if device == 'cuda' else ''}.json"
+    common.write_text(out or own, json.dumps(result, indent=1) + "\n")
+    if out is None:
+        write()
+
+
+def number(value: float) -> str:
+    """Counts as they are, other numbers with two or more digits."""
+    if not value or isinstance(value, int):
+        return f"{value:,.0f}"
+    digits = max(0, 1 - math.floor(math.log10(value)))
+    return f"{value:,.{digits}f}" if value >= 1e-3 else f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    for least, size, unit in ((129600, 86400, "days"), (5400, 3600, "h"), (90, 60, "min")):
+        if seconds >= least:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(1000 * seconds)} ms"
+
+
+def timed(result: dict) -> list[tuple[str, str, dict]]:
+    """Work, model and times, of all that was timed both ways."""
+    rows = []
+    for path, work in WORKS.items():
+        for model in MODELS:
+            found = result
+            for key in path.format(model).split("/"):
+                found = found.get(key, {})
+            rows += [(work, model, found)] if found else []
+    return rows
+
+
+def ratios(result: dict) -> list[str]:
+    body = []
+    for work, model, v in timed(result):
+        spread = ", ".join(f"{x:.3g}" for x in v.get("ratio_lowest_highest", [])) or "extrapolated"
+        repeats = str(v.get("repeats") or v["measured"]["repeats"])
+        times = duration(v["baseline"]), duration(v["ours"]), f"{v['ratio']:.3g}x"
+        body.append([work, model, *times, spread, repeats])
+    head = ["regime and work", "model", "baseline", "ours", "ratio", "lowest, highest", "repeats"]
+    return common.table(head, body)
+
+
+def made(result: dict, file: str) -> str:
+    """The line below a table that says how it came about."""
+    machine = f"{result['hardware']}, {result['processor']}, {result['threads']} threads"
+    minutes = f"` (about {result['minutes']:.0f} minutes);"
+    return common.origin(result, file, machine).replace("`;", minutes, 1)
+
+
+def write() -> None:
+    """Fill the tables of the page, of chapter 6, with its code, and of README.md."""
+    file = "results/benchmarks.json"
+    cpu = common.read(RESULTS / "benchmarks.json")
+    cuda = common.read(RESULTS / "benchmarks-cuda.json")
+    rows, other = (
+        [*ratios(cpu), ""],
+        [*ratios(cuda), "", made(cuda, "`results/benchmarks-cuda.json`")],
+    )
+    fill(PAGE, "ratios", "\n".join(["", *rows, made(cpu, f"`{file}`"), "\n"]))
+    fill(PAGE, "gpu ratios", "\n".join(["", *other, "\n"]))
+    short = ["|".join(row.split("|")[:6]) + "|" for row in ratios(cpu)]
+    fill(README, "speed", "\n".join([*short, "", made(cpu, f"[{file}]({file})")]))
+    fill(TWIN, "speed", "\n".join([*short[:8], "", made(cpu, f"`{file}`")]))
+    code = [f'    ("{w.split(",")[0]}", "{m}"): {v["ratio"]:.3g},\n' for w, m, v in timed(cpu)[:6]]
+    head = "speed = {  # (regime, model): times faster than the baseline\n"
+    common.replace_between(TWIN, CODE_MARKS, "".join([head, *code, "}\n"]))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

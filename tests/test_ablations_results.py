@@ -21,7 +21,7 @@ def benchmark(monkeypatch):
 def test_chapter_shows_the_results_file(benchmark, tmp_path):
     copy = tmp_path / "twin.py"
     copy.write_bytes(benchmark.TWIN.read_bytes())
-    benchmark.fill(copy, "ablations", benchmark.markdown(RESULT))
+    benchmark.common.fill(copy, "ablations", benchmark.markdown(RESULT))
     assert copy.read_bytes() == benchmark.TWIN.read_bytes()
 
 

@@ -28,7 +28,7 @@ def test_chapter_and_readme_show_the_results_file(benchmark, tmp_path):
     ):
         copy = tmp_path / file.name
         copy.write_bytes(file.read_bytes())
-        benchmark.fill(copy, "covid_semiseg", text)
+        benchmark.common.fill(copy, "covid_semiseg", text)
         assert copy.read_text("utf-8") == file.read_text("utf-8"), (
             "run `python benchmarks/covid_semiseg.py --page`, then `make notebooks`"
         )
