@@ -4,9 +4,9 @@
     python benchmarks/segmenter_ct.py judge --weights runs/ct.safetensors --data DIR --half first
     python benchmarks/segmenter_ct.py scans --weights runs/ct.safetensors --data MD
 
-DIR holds COVID-SemiSeg's TrainingSet, MD the sample of COVID-CT-MD with a list slices.csv. Its first 25 slices by number are for choosing, the other 25
-are looked at once, for the report; each look at either is written to results/looks.jsonl. No real
-slice is in the training. A training that was stopped goes on.
+DIR holds COVID-SemiSeg's TrainingSet: its first 25 slices by number are for choosing, the other
+25 are for the report. MD is the sample of COVID-CT-MD with a list slices.csv. Each look at real
+slices is written to results/looks.jsonl; none is in the training. A stopped training goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from covidmask.datasets.lesions import LesionDataset, SemiSeg
 from covidmask.datasets.medical import Slice
 from covidmask.datasets.scanner import draw_scanner
 from covidmask.datasets.scans import read_slices
-from covidmask.files import data_root
 from covidmask.models.detector import for_inference, fuse, lesion_mask_rcnn
 from covidmask.models.weights import load_segmenter, save_model
 from covidmask.predict import WIDE, lesions_in_lungs
@@ -98,9 +97,7 @@ def train(out: Path, steps: int = 3000, precision: str = "bf16-mixed", workers: 
     save_model(model, out, half=True, **card)
 
 
-def judge(
-    weights: Path, data: Path = data_root(), half: Literal["first", "second"] = "first"
-) -> None:
+def judge(weights: Path, data: Path, half: Literal["first", "second"] = "first") -> None:
     """Mean Dice of infection, GGO and C over one half, fused maps with the mirrored slice."""
     slices = Half(data, half)
     found = evaluate_segmenter(load_segmenter(weights), slices, mirror=True, progress=False)
@@ -109,9 +106,9 @@ def judge(
 
 
 def scans(weights: Path, data: Path) -> None:
-    """Share of the lung called lesion in the scans of COVID-CT-MD's sample, and how it ranks slices.
+    """Share of the lung called lesion in COVID-CT-MD's sample, and how it ranks slices.
 
-    `data` holds slices.csv (path, class, patient, infected_slice) and the DICOM files that it names.
+    `data` holds slices.csv (path, class, patient, infected_slice) and the files that it names.
     """
     detector = for_inference(load_segmenter(weights))
     patients: dict[str, list] = {}

@@ -15,8 +15,8 @@ CLOSE = 1 / 24  # of the slice's side: vessels and lesions narrower than it are 
 def find_lungs(hu: np.ndarray) -> np.ndarray:
     """Both lungs, with the vessels and most lesions in them.
 
-    Of the dark parts inside the body the large ones are lung. A consolidation that is open to the chest wall and wider than `CLOSE` stays outside,
-    and where the gut holds much gas it may be taken for lung.
+    Of the dark parts inside the body the large ones are lung. A consolidation that is open to the
+    chest wall and wider than `CLOSE` stays outside, and gas of the gut may be taken for lung.
 
     Args:
         hu: [H, W], Hounsfield units.
@@ -64,7 +64,7 @@ def _sides(lungs: np.ndarray) -> list[np.ndarray]:
 
 
 def crop_box(lungs: np.ndarray, margin: float = 0.03) -> tuple[slice, slice]:
-    """Rows and columns that hold the lungs and a margin, in parts of the longer side; all, if none."""
+    """Rows and columns that hold the lungs and a margin (of the longer side); all where none is."""
     if not lungs.any():
         return slice(0, lungs.shape[0]), slice(0, lungs.shape[1])
     extra = round(margin * max(lungs.shape))

@@ -294,13 +294,13 @@ def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
 
 
 def read_batches(
-    dataset: Dataset, fabric: Fabric, size: int, title: str, progress: bool
+    dataset: Dataset, fabric: Fabric, size: int, title: str, progress: bool = True, done: int = 0
 ) -> Iterator[tuple[list[int], list, list[Tensor]]]:
     """Each item once, those of this process: (indices, items, their images on the device)."""
     rank, names = fabric.global_rank, item_names(dataset)
     indices, hidden = range(len(dataset))[rank :: fabric.world_size], not (progress and rank == 0)
-    with tqdm(total=len(indices), desc=title, disable=hidden) as bar:
-        for start in range(0, len(indices), size):
+    with tqdm(total=len(indices), initial=done, desc=title, disable=hidden) as bar:
+        for start in range(done, len(indices), size):
             part = list(indices[start : start + size])
             items = [dataset[i] for i in part]
             images = [image for image, *_ in items]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,8 @@ from covidmask.models.detector import for_inference
 from covidmask.models.ranked_boxes import COLUMNS, Columns
 from covidmask.training import loop
 
+SECONDS = 2.0  # of work that a killed run may lose
+
 
 @torch.no_grad()
 def cache_ranked_boxes(
@@ -40,7 +44,8 @@ def cache_ranked_boxes(
     Args:
         folder: keep the boxes in a file there and find them again. Its name is a hash of the
             detector's weights and settings, the precision, the slices, and the code that reads and
-            ranks them. Not used where the encoder is yours, whose code could change unseen.
+            ranks them, so that a change in one of them is another file. A run that was killed goes
+            on. Not used where the encoder is yours, whose code could change unseen.
 
     Returns:
         float32 [M,N,columns] on the CPU, in the order of the data set; with `folder` memory-mapped.
@@ -49,42 +54,59 @@ def cache_ranked_boxes(
         TrainingError: a box holds NaN.
     """
     fabric = fabric or loop.make_fabric()
+    path = begun = None
     # what an encoder of yours does is not in the key; `Columns` takes no name of ours for yours
     known = type(model.encoder) is Columns and set(model.encoder.columns) <= set(COLUMNS)
-    if folder is None or not known:
-        return _ranked(model, dataset, fabric, batch_size, progress)
-    path = Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
-    rows = _read(path)
-    if not fabric.broadcast(rows is not None):  # the first process decides
-        check_writable(folder)
-        rows = _ranked(model, dataset, fabric, batch_size, progress)
-        if fabric.global_rank == 0:
-            with atomic_path(path) as temporary:
-                np.save(temporary, rows.numpy())
-        fabric.barrier()  # now the file is there for all
+    if folder is not None and known:
+        path = Path(folder) / f"ranked-{_key(model, dataset, fabric)}.npy"
+        begun = path.with_suffix(f".{fabric.global_rank}of{fabric.world_size}")  # for a next run
         rows = _read(path)
+        if fabric.broadcast(rows is not None):  # the first process decides
+            return _there(rows, path)
+        check_writable(folder)
+    shape = (model.config.n_boxes, len(model.config.columns))
+    rows = torch.zeros(len(dataset), *shape)
+    own = rows[fabric.global_rank :: fabric.world_size]  # a view
+    names, done = loop.item_names(dataset), 0
+    while begun and (found := _read(begun / f"{done}.npy")) is not None:  # named by the first row
+        own[done : done + len(found)] = found
+        done += len(found)
+    kept, clock = done, time.monotonic()
+    fast, title = for_inference(model.to(fabric.device).eval()), "ranking boxes"
+    for part, _, images in loop.read_batches(dataset, fabric, batch_size, title, progress, done):
+        batch = own[done : done + len(part)]
+        with fabric.autocast():
+            batch.copy_(fast.ranked_boxes(images))
+        if bad := [names[i] for i, one in zip(part, batch, strict=True) if one.isnan().any()]:
+            bad = f"{some(bad)}: the detector gives boxes that are not numbers"
+            raise TrainingError(f"{bad}; look at these slices and at its weights")
+        done += len(part)
+        if begun and time.monotonic() - clock >= SECONDS:
+            _write(begun / f"{kept}.npy", own[kept:done])
+            kept, clock = done, time.monotonic()
+    rows = loop.joined(rows, fabric)
+    if path is None:
+        return rows
+    if fabric.global_rank == 0:
+        _write(path, rows)
+    fabric.barrier()  # now the file is there for all
+    shutil.rmtree(begun, ignore_errors=True)
+    return _there(_read(path), path)
+
+
+def _there(rows: Tensor | None, path: Path) -> Tensor:
     if rows is None:
         raise OutputError(f"{path}: cannot be read; name a folder that all processes share")
     return rows
 
 
-def _ranked(
-    model: CovidCTMaskNet, dataset: Dataset, fabric: Fabric, size: int, progress: bool
-) -> Tensor:
-    rows = torch.zeros(len(dataset), model.config.n_boxes, len(model.config.columns))
-    fast, title = for_inference(model.to(fabric.device).eval()), "ranking boxes"
-    names = loop.item_names(dataset)
-    for part, _, images in loop.read_batches(dataset, fabric, size, title, progress):
-        with fabric.autocast():
-            rows[part] = fast.ranked_boxes(images).cpu()
-        if bad := [names[i] for i in part if rows[i].isnan().any()]:
-            bad = f"{some(bad)}: the detector gives boxes that are not numbers"
-            raise TrainingError(f"{bad}; look at these slices and at its weights")
-    return loop.joined(rows, fabric)
+def _write(path: Path, rows: Tensor) -> None:
+    with atomic_path(path) as temporary:
+        np.save(temporary, rows.numpy())
 
 
-# the rows in `path`, memory-mapped; None where there is no such file, or it is damaged
 def _read(path: Path) -> Tensor | None:
+    """The rows in `path`, memory-mapped; None where there is no such file, or it is damaged."""
     try:
         rows = np.load(path, mmap_mode="c")  # torch wants memory that may be written to
     except (OSError, ValueError, EOFError):
@@ -93,9 +115,10 @@ def _read(path: Path) -> Tensor | None:
 
 
 def settings_digest(detector: nn.Module) -> str:
-    """A short hash of the plain attributes of its modules, such as thresholds, and their helpers.
+    """A short hash of all but weights that decides what a detector gives, whoever built it.
 
-    With the weights they decide what a detector gives, whoever built it.
+    That is the plain attributes of its modules, such as thresholds, and of their helpers that are
+    no modules, such as the weights of the box coder.
     """
     total = hashlib.sha256()
     for name, part in detector.named_modules():

@@ -49,6 +49,11 @@ def dataset(tmp_path, monkeypatch):
     return Files(tmp_path / "slices", 6, monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def every_batch_is_kept(monkeypatch):
+    monkeypatch.setattr(ranked_cache, "SECONDS", 0)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "cache"
@@ -123,24 +128,70 @@ def test_s_is_no_part_of_the_key(model, dataset, folder):
     assert dataset.reads == [] and len(list(folder.iterdir())) == 1
 
 
-def test_a_killed_run_leaves_nothing_half_written(model, dataset, folder):
+def test_a_killed_run_goes_on(model, dataset, folder):
+    expected = rank(model, dataset)
+    dataset.fails_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        rank(model, dataset, folder)
+    dataset.fails_at = None
+    dataset.reads.clear()
+    rows = rank(model, dataset, folder)
+    assert dataset.reads == [4, 5]  # the first four were on disk
+    torch.testing.assert_close(rows, expected)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_another_kill_at_another_batch_size(model, dataset, folder):
+    expected = rank(model, dataset)
+    for fails_at, size in ((3, 1), (5, 2)):
+        dataset.fails_at = fails_at
+        with pytest.raises(KeyboardInterrupt):
+            rank(model, dataset, folder, batch_size=size)
+    dataset.fails_at = None
+    dataset.reads.clear()
+    torch.testing.assert_close(rank(model, dataset, folder, batch_size=4), expected)
+    assert dataset.reads == [5]
+
+
+def test_not_every_batch_is_kept_at_once(model, dataset, folder, monkeypatch):
+    monkeypatch.setattr(ranked_cache, "SECONDS", 60)
     dataset.fails_at = 4
     with pytest.raises(KeyboardInterrupt):
         rank(model, dataset, folder)
     assert not list(folder.iterdir())
 
 
-def test_a_full_disk_is_told(model, dataset, folder, monkeypatch):
-    save = np.save
+@pytest.mark.parametrize("damage", [lambda c: c[:-7], lambda c: bytes(len(c)), lambda c: b""])
+def test_what_a_killed_run_left_is_trusted_as_far_as_it_is_whole(model, dataset, folder, damage):
+    expected = rank(model, dataset)
+    dataset.fails_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        rank(model, dataset, folder)
+    dataset.fails_at = None
+    dataset.reads.clear()
+    (part,) = folder.iterdir()
+    assert sorted(path.name for path in part.iterdir()) == ["0.npy", "2.npy"]
+    (part / "2.npy").write_bytes(damage((part / "2.npy").read_bytes()))
+    torch.testing.assert_close(rank(model, dataset, folder), expected)
+    assert dataset.reads == [2, 3, 4, 5] and len(list(folder.iterdir())) == 1
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(model, dataset, folder, monkeypatch):
+    expected, save = rank(model, dataset), np.save
 
     def full(path, rows):
         save(path, rows)
-        raise OSError(28, "No space left on device")
+        if len(dataset.reads) > 2:
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OutputError, match="npy: cannot be written .No space left on device"):
-        rank(model, dataset, folder)
-    assert not list(folder.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        dataset.reads.clear()
+        with pytest.raises(OutputError, match="2.npy: cannot be written .No space left on device"):
+            rank(model, dataset, folder)
+    dataset.reads.clear()
+    torch.testing.assert_close(rank(model, dataset, folder), expected)
+    assert dataset.reads == [2, 3, 4, 5]
 
 
 def test_other_code_is_another_file(model, dataset, folder, tmp_path, monkeypatch):
@@ -213,6 +264,22 @@ def test_a_crop_of_the_same_files_is_another_file(model, dataset, folder):
 def test_names_are_not_needed(model, folder):
     part = Subset(TinySlices(3), [0, 2])
     assert torch.equal(rank(model, part, folder), rank(model, part, folder))
+
+
+def test_two_runs_at_once(model, dataset, folder, monkeypatch):
+    """One is done in the middle of the other, and takes its folder away."""
+    expected, write, others = rank(model, dataset), ranked_cache._write, []
+
+    def interrupted(path, rows):
+        if path.name == "2.npy":
+            monkeypatch.setattr(ranked_cache, "_write", write)
+            others.append(rank(model, dataset, folder, batch_size=3))
+        write(path, rows)
+
+    monkeypatch.setattr(ranked_cache, "_write", interrupted)
+    torch.testing.assert_close(rank(model, dataset, folder), expected)
+    torch.testing.assert_close(others[0], expected)
+    assert [path.suffix for path in folder.iterdir()] == [".npy"]
 
 
 def test_a_finished_file_with_a_gap_is_computed_again(model, dataset, folder):
