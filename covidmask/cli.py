@@ -362,7 +362,8 @@ class Predict:
 
     Reads PNG, JPEG, TIFF, DICOM (files, or folders that hold a series) and NIfTI; no patient tag
     and no name of a DICOM or NIfTI file reaches an output. The shipped weights have seen synthetic
-    slices only. For example: `covidmask predict scan/ --out out`
+    slices only. Where you name no weights, scans get lesions of the network for CT, which looks at
+    the lungs alone, and no probabilities. For example: `covidmask predict scan/ --out out`
     """
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE|DIR [...]")]
@@ -393,6 +394,9 @@ class Predict:
         classifier = _weights("classifier", self.preset, self.classifier, self.regime)
         names = ("score", "series", "slices", "every", "window", "threshold")
         options = {name: getattr(self, name) for name in names} | {"device": _device(self.device)}
+        if self.preset == "quick" and not (self.segmenter or self.classifier or self.regime):
+            options["ct"] = models.ShippedWeights.SEGMENTER_CT.path
+            _say(f"For DICOM and NIfTI: trained on drawn chests, {options['ct']}")
         rows = predict(self.images, segmenter, classifier, self.out, **options)
         _say(f"{len(rows)} slices done: pictures, summary.csv and predictions.csv in {self.out}")
 

@@ -38,9 +38,15 @@ from quick_preset import train_heads  # noqa: E402
 PAGE = ROOT / "book" / "weights.md"
 PRESET = PRESETS["quick"]
 SEGMENTER, CLASSIFIER = "segmenter-quick.safetensors", "classifier-quick.safetensors"
+CT = "segmenter-ct.safetensors"  # benchmarks/segmenter_ct.py makes it
+TITLES = {
+    SEGMENTER: "Segmenter, preset `quick`",
+    CLASSIFIER: "Classifier, preset `quick`",
+    CT: "Segmenter for real scans, `SEGMENTER_CT`",
+}
 COLUMNS = {"metric": "{name}", "value": "{value:.3f}", "95 % interval": "{low:.3f} to {high:.3f}"}
 CARD = """
-## {title}, preset `quick`
+## {title}
 
 - **File**: `covidmask/models/shipped/{name}`, {size:.1f} MB. Weights of two or more dimensions are\
  stored as float16 and loaded as float32; the figures below are those of the stored weights.
@@ -49,6 +55,8 @@ CARD = """
 - **Judged on**: {test_data}: {metrics[slices]} slices of {metrics[patients]} patients. No model\
  was trained on them; nothing was tuned on them.
 - **Command**: `{command}` ({hardware}; torch {torch}; {date}; commit {commit})
+
+- **Limits**: {limits}
 
 {table}
 """
@@ -105,11 +113,11 @@ def sha256(path: Path) -> str:
 def card_page(folder: Path) -> str:
     """The page book/weights.md: one model card for each file of `folder` between what it says."""
     head, *_, tail = re.split(r"(?=\n## |\nThe intervals)", PAGE.read_text(encoding="utf-8"))
-    for path in (folder / SEGMENTER, folder / CLASSIFIER):
+    for path in (folder / name for name in TITLES):
         header = read_card(path)
         named = {name.replace("mask_ap", "mask AP"): v for name, v in header["metrics"].items()}
         rows = [{"name": name, **v} for name, v in named.items() if isinstance(v, dict)]
-        header |= {"name": path.name, "title": path.name.split("-")[0].capitalize()}
+        header |= {"name": path.name, "title": TITLES[path.name]}
         header |= {"size": path.stat().st_size / 1e6, "sha256": sha256(path)}
         head += CARD.format(table="\n".join(formatted(COLUMNS, rows)), **header)
     return head + tail
@@ -130,8 +138,6 @@ def main(data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED) -> None:
     )
     test = write_phantoms(data.with_name(f"{data.name}-seed1"), unseen(PRESET.phantoms), 1)
     train(write_phantoms(data, PRESET.phantoms, 0), out, origin)
-    source = ROOT / "covidmask" / "models" / "weights.py"
-    text = source.read_text(encoding="utf-8")
     for name, load, judged in (
         (SEGMENTER, load_segmenter, judge_segmenter),
         (CLASSIFIER, load_classifier, judge_classifier),
@@ -139,6 +145,14 @@ def main(data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED) -> None:
         found = judged(out / name, test)  # then the file again, the same weights and a card
         save_model(load(out / name), out / name, half=True, **origin, metrics=found, limits=limits)
         print(name, json.dumps(found, indent=1))
+    name_bytes(out)
+
+
+def name_bytes(out: Path) -> None:
+    """Write the SHA-256 of the files into the package, and the page of their cards."""
+    source = ROOT / "covidmask" / "models" / "weights.py"
+    text = source.read_text(encoding="utf-8")
+    for name in TITLES:
         text = re.sub(rf'("{name}",\s+)"[0-9a-f]*"', rf'\1"{sha256(out / name)}"', text)
     write_text(source, text)
     write_text(PAGE, card_page(out))

@@ -186,6 +186,10 @@ class ShippedWeights(Enum):
         "segmenter-quick.safetensors",
         "8b2e4c611b88a4e75bd02f24c34b64b7b621737228b6b117603ca225f09556a4",
     )
+    SEGMENTER_CT = (
+        "segmenter-ct.safetensors",
+        "0000000000000000000000000000000000000000000000000000000000000000",
+    )
     CLASSIFIER_QUICK = (
         "classifier-quick.safetensors",
         "ad8bda11990d646da48408f585de64af6bde4e43df347b247d8a61a4b7d3e261",
