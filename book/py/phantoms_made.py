@@ -18,8 +18,8 @@
 # - say what a scanner adds to a chest, and measure its noise;
 # - say what follows from a phantom, and what does not.
 #
-# **You need** [chapter 1](01_data.ipynb), for masks and their codes. The page runs alone. **Run
-# time:** about half a minute on two CPU cores.
+# **You need** [chapter 1](01_data.ipynb), for masks and their codes. The page runs alone.
+# **Run time:** about half a minute on two CPU cores.
 #
 # ```{admonition} Synthetic data, and one real slice
 # :class: important
@@ -38,8 +38,7 @@ from pathlib import Path
 
 if importlib.util.find_spec("covidmask") is None:
     repository = os.environ.get(
-        "COVIDMASK_REPOSITORY",
-        "https://github.com/repository_not_set/covidmask",
+        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
     )
     if "repository_not_set" in repository:
         raise RuntimeError(
@@ -48,14 +47,7 @@ if importlib.util.find_spec("covidmask") is None:
         )
     if Path(repository).is_dir():
         repository = Path(repository).resolve().as_uri()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        f"git+{repository}",
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
     subprocess.run(command, check=True)
     importlib.invalidate_caches()
 
@@ -87,7 +79,7 @@ from covidmask.datasets.lungs import find_lungs
 from covidmask.datasets.scanner import Scanner, develop, draw_scanner, scan
 
 torch.manual_seed(0)  # nothing here uses torch
-plt.rcParams["figure.dpi"] = 80  # noise makes large files
+plt.rcParams["figure.dpi"] = 76  # noise makes large files
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}")
 
 # %% tags=["parameters"]
@@ -196,7 +188,7 @@ for name, window in {"lung": LUNG_WINDOW, "soft tissue": (40, 400)}.items():
     print(f"{name:11} window: {lost:3.0%} of the lung is black or white")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The drawn slice twice. In the lung window vessels show in grey lungs and the heart is white. In the soft tissue window the lungs are black, and heart, muscle, fat and bone differ."}, "figure": {"caption": "One drawn slice through two windows.", "name": "fig-made-windows"}}
-fig, axes = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(6, 2.8), layout="constrained")
 show(axes[0], scanned, "lung window")
 show(axes[1], scanned, "soft tissue window", SOFT_WINDOW)
 plt.show()
