@@ -364,6 +364,8 @@ for name in ("healthy", "ground glass", "crazy paving", "consolidation"):
     print(f"{name:14}{plain:5.0f} HU, vessels {more:3.0f} HU brighter")
 
 # %% [markdown]
+# In ground glass the vessels keep more than half of their contrast. In consolidation it is gone.
+#
 # ## Who gets what
 #
 # A class of patients is a rule for drawing lesions:
@@ -471,7 +473,7 @@ for (severe, code), each in areas.items():
     print(f"{name:12}{few:7.0%}{small.mean():9.0%}{area:9.0%}", end="")
     print(f"{every.max():8.1f} %")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two histograms of the area of lesion regions on a logarithmic axis, ground glass in blue and consolidation in hatched orange. Left, usual patients: nearly all lie left of the dashed lines at 1 and 2 percent. Right, severe patients: areas spread from hundredths of a percent to more than ten percent."}, "figure": {"caption": "Areas of lesion regions of usual and severe COVID-19 patients. Dashed: 2 % (GGO), dotted: 1 % (consolidation), below which the paper's Figure 1 has the great majority. Synthetic.", "name": "fig-made-areas"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two histograms of the area of lesion regions on a logarithmic axis, ground glass in blue and consolidation in hatched orange. Left, usual patients: nearly all lie left of the dashed lines at 1 and 2 percent. Right, severe patients: areas spread from hundredths of a percent to about ten percent."}, "figure": {"caption": "Areas of lesion regions of usual and severe COVID-19 patients. Dashed: 2 % (GGO), dotted: 1 % (consolidation), below which the paper's Figure 1 has the great majority. Synthetic.", "name": "fig-made-areas"}}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
 bins = np.geomspace(0.002, 20, 33)
 for ax, severe in zip(axes, (False, True), strict=True):
@@ -622,8 +624,7 @@ print(f"asked for {SHARP.noise} HU, in the lungs {in_lungs:.0f} HU")
 # %% [markdown]
 # The `noise` that we ask for holds in a row whose mean is -300 HU, as in a broad patient who fills
 # the picture. In a slim one there is less.
-
-# %% [markdown]
+#
 # ### Two hospitals, and pictures in papers
 #
 # `draw_scanner` draws the examination. Hospital 0 has middling kernels and dose; hospital 1 sharp
@@ -659,8 +660,9 @@ for row, (name, options) in zip(axes, worlds.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# `SEGMENTER_CT` saw the third world, cut to the lungs; its judges were pictures of papers, too. The
-# two hospitals are for experiments on a change of domain: train in one, test in the other.
+# `SEGMENTER_CT` saw the third world, cut to the lungs, because real slices that are published with
+# masks often look like that: JPEG files in a window that nobody wrote down. The two hospitals are
+# for experiments on a change of domain: train in one, test in the other.
 #
 # ## Beside the real slice
 #
@@ -712,8 +714,8 @@ plt.show()
 # was given a contrast medium, and ours never are. And the real noise stops at lower frequencies
 # than that of our sharp kernel; its kernel lies between our soft one and our sharp one.
 #
-# One real slice proves nothing about real slices. It keeps us honest, that is all: a phantom should
-# at least not differ from it in ways that anybody sees.
+# One real slice says little about real slices in general. But it shows where this phantom is plainly
+# wrong, and that is what we use it for.
 #
 # ## What a phantom cannot show
 #
