@@ -1,0 +1,867 @@
+# %% [markdown]
+# # How the phantoms are made
+#
+# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/phantoms_made.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/phantoms_made.ipynb)
+#
+# Below are two slices of a chest. One comes from a hospital. The other shows nobody: it was drawn
+# by formulas. You will see at once which is which. But what gives the drawn one away, and which of
+# its faults matter to a network that is to find lesions?
+#
+# This page takes the drawn one apart, from Hounsfield units to the JPEG. The package's network for
+# real scans, `SEGMENTER_CT`, learned from such chests alone; no real slice was in its training. The
+# other chapters still use older and simpler phantoms, those of `covidmask.datasets.phantoms`.
+#
+# **After it you can**
+#
+# - name the Hounsfield units of air, lung, fat, blood and bone, and choose a window;
+# - build ground glass, crazy paving, consolidation and both kinds of halo in a healthy chest;
+# - say what a scanner adds to a chest, and measure its noise;
+# - say what follows from a phantom, and what does not.
+#
+# **You need** [chapter 1](01_data.ipynb), for masks and their codes. The page runs alone.
+# **Run time:** about half a minute on two CPU cores.
+#
+# ```{admonition} Synthetic data, and one real slice
+# :class: important
+# All pictures are *phantoms*, but for one CT slice of an unknown patient, marked as real wherever
+# it is shown. It comes from the tests of the program [lungmask](https://github.com/JoHof/lungmask)
+# (Apache 2.0). Nothing here is for diagnosis.
+# ```
+
+# %% tags=["hide-input"]
+# Set-up: installs covidmask only where it is absent, for example on Colab.
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("covidmask") is None:
+    repository = os.environ.get(
+        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
+    )
+    if "repository_not_set" in repository:
+        raise RuntimeError(
+            "This copy of the book does not know its repository yet: "
+            "set the environment variable COVIDMASK_REPOSITORY to its address."
+        )
+    if Path(repository).is_dir():
+        repository = Path(repository).resolve().as_uri()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
+    subprocess.run(command, check=True)
+    importlib.invalidate_caches()
+
+# %% tags=["hide-input"]
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from numpy.random import default_rng
+from scipy import ndimage
+
+import covidmask
+from covidmask import plotting
+from covidmask.datasets import LUNG_WINDOW, PACKAGES, hounsfield_to_unit
+from covidmask.datasets.chest import (
+    CONSOLIDATION,
+    GGO,
+    HEIGHT,
+    VESSEL_SIGMAS,
+    Lesion,
+    draw,
+    make_patient,
+    render,
+)
+from covidmask.datasets.lungs import find_lungs
+from covidmask.datasets.scanner import Scanner, develop, draw_scanner, scan
+
+torch.manual_seed(0)  # nothing here uses torch
+plt.rcParams["figure.dpi"] = 76  # noise makes large files
+print(f"covidmask {covidmask.__version__}, torch {torch.__version__}")
+
+# %% tags=["parameters"]
+PRESET = "quick"  # this page is the same in every preset
+SIZE = 512  # pixels per side
+PATIENT = 57  # seed of the healthy patient
+REAL = Path("real/slice.dcm")  # beside this notebook
+
+# %% tags=["hide-input"]
+real = None
+if not REAL.is_file():
+    print(f"There is no {REAL} here, so the real slice is left out of the figures.")
+elif importlib.util.find_spec("pydicom") is None:
+    print(f"`pip install {PACKAGES}` brings pydicom, which reads the real slice. Left out.")
+else:
+    import pydicom
+
+    dicom = pydicom.dcmread(REAL)
+    real = dicom.pixel_array * float(dicom.RescaleSlope) + float(dicom.RescaleIntercept)
+    real = real.astype(np.float32)  # [512, 512], HU
+    print(f"real slice: {real.shape}, {real.min():.0f} to {real.max():.0f} HU")
+
+
+def show(ax, hu, title="", window=LUNG_WINDOW, part=np.s_[:, :]):
+    """A slice in HU through a window, without axes."""
+    ax.imshow(hounsfield_to_unit(hu[part], window), cmap="gray", vmin=0, vmax=1)
+    ax.set_title(title, fontsize=9)
+    ax.axis("off")
+
+
+# %%
+healthy = make_patient(PATIENT, label=0)
+# HU, and a mask: 0 outside, 1 lung, 2 ground glass, 3 consolidation
+hu, mask = draw(healthy, position=0.6, size=SIZE)
+SHARP = Scanner(
+    cutoff=130, edge=0.3, noise=30, streak=0, motion=0,
+    level=-600, width=1500, gamma=1, quality=0,
+)  # fmt: skip
+scanned = scan(hu, SHARP, default_rng(0))
+print(f"drawn slice: {hu.shape}, {hu.min():.0f} to {hu.max():.0f} HU")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A drawn chest slice beside a real one in the lung window. Both show two dark lungs with bright vessels, heart, aorta, spine and ribs. The drawn one is smooth and oval and lies in air with a curved table below; the real one has an irregular outline, muscles, a bright heart, many fine vessels, and is cut off by a circle."}, "figure": {"caption": "A drawn slice, and a real one where the file is there. Lung window: level -600 HU, width 1500 HU.", "name": "fig-made-pair"}}
+pair = {"drawn": scanned} | ({"real": real} if real is not None else {})
+fig, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
+for ax in axes:
+    ax.axis("off")
+for ax, (name, picture) in zip(axes, pair.items(), strict=False):
+    show(ax, picture, name)
+plt.show()
+
+# %% [markdown]
+# Go on looking before you read on. Outline, heart, vessels, noise, the border of the picture: where
+# do they differ?
+#
+# ## Tissues are numbers
+#
+# CT measures how strongly each small piece of the body weakens X-rays. The scale is fixed at two
+# points, air at -1000 Hounsfield units (HU) and water at 0:
+#
+# $$\text{HU} = 1000\,\frac{\mu - \mu_\text{water}}{\mu_\text{water} - \mu_\text{air}}$$
+#
+# So grey values mean something: a healthy lung is four fifths air, and lies near -800 HU whatever
+# the scanner. The phantom is painted in these numbers. `draw` returns them before any scanner has
+# touched them.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Above, a bar for each tissue along the HU axis: air, lung, ground glass, fat, water, soft tissue, consolidation and bone. Below, the histogram of the drawn slice has peaks at air, lung, fat and soft tissue. The lung window spans -1350 to 150 HU, the soft tissue window -160 to 240 HU."}, "figure": {"caption": "Usual ranges of tissues (above), and how often each value occurs in the drawn slice (below, logarithmic), with two windows.", "name": "fig-made-hu"}}
+SOFT_WINDOW = (40, 400)  # level, width
+ranges = {
+    "air": (-1000, -970),
+    "lung": (-920, -700),
+    "ground glass": (-700, -300),
+    "fat": (-120, -80),
+    "consolidation": (-120, 60),
+    "water": (-5, 15),
+    "blood, muscle, liver": (30, 70),
+    "bone": (150, 900),
+}
+fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+for row, (name, (low, high)) in enumerate(ranges.items()):
+    _ = top.barh(row, high - low, left=low, color=plotting.BLUE, ec="k", lw=0.5)
+    _ = top.text(high + 15, row, name, va="center", fontsize=8)
+_ = top.set(yticks=[], ylabel="Tissue", xlim=(-1400, 1150))
+top.invert_yaxis()
+values = hu.ravel()
+_ = bottom.hist(values, np.arange(-1060, 1000, 15), color="#606060", log=True)
+_ = bottom.set(xlabel="HU", ylabel="Pixels (count)")
+for name, (level, width), colour, hatch in (
+    ("lung window", LUNG_WINDOW, plotting.SKY_BLUE, ""),
+    ("soft tissue window", SOFT_WINDOW, plotting.ORANGE, "//"),
+):
+    low, high = level - width / 2, level + width / 2
+    look = {"color": colour, "alpha": 0.25, "hatch": hatch}
+    _ = bottom.axvspan(low, high, **look, label=f"{name}: {low:.0f} to {high:.0f}")
+_ = bottom.legend(fontsize=8, loc="upper right")
+plt.show()
+
+# %% [markdown]
+# A screen has 256 greys and the scale has more than 2,000 steps. A **window** chooses which of them
+# you see: what is below is black, what is above is white. The lung window shows vessels and lesions
+# and makes heart and bone one white mass; the soft tissue window does the reverse.
+
+# %%
+for name, window in {"lung": LUNG_WINDOW, "soft tissue": (40, 400)}.items():
+    grey = hounsfield_to_unit(hu, window)[mask > 0]
+    lost = ((grey == 0) | (grey == 1)).mean()
+    print(f"{name:11} window: {lost:3.0%} of the lung is black or white")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The drawn slice twice. In the lung window vessels show in grey lungs and the heart is white. In the soft tissue window the lungs are black, and heart, muscle, fat and bone differ."}, "figure": {"caption": "One drawn slice through two windows.", "name": "fig-made-windows"}}
+fig, axes = plt.subplots(1, 2, figsize=(6, 2.8), layout="constrained")
+show(axes[0], scanned, "lung window")
+show(axes[1], scanned, "soft tissue window", SOFT_WINDOW)
+plt.show()
+
+# %% [markdown]
+# ## Shapes: a level for each, and the least of them
+#
+# How do you draw a lung? Not as an outline. Each organ has a *level*: a number at each place,
+# positive inside, zero at the edge, about the distance to it. The level of "in the chest and not in
+# the heart" is then the smaller of two levels. Here are a chest, a heart and a spine:
+
+
+# %%
+y, x = (np.mgrid[:256, :256] + 0.5) / 256 - 0.5  # in image sides
+
+
+def ellipse(cx, cy, a, b):
+    return (1 - np.hypot((x - cx) / a, (y - cy) / b)) * min(a, b)
+
+
+chest = ellipse(0, 0, 0.42, 0.32)
+others = [ellipse(0.06, -0.05, 0.16, 0.13), ellipse(0, 0.25, 0.06, 0.08)]
+lung = np.minimum.reduce([chest, *(-level for level in others)])
+cover = np.clip(0.5 + lung / 0.007, 0, 1)  # share of a pixel that is lung
+print(f"lung: {cover.mean():.1%} of the picture")
+print(f"pixels at the edge: {(cover % 1 > 0).mean():.1%}")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels: the level of an oval chest with contour lines; the level of the lungs, which has a hole for heart and spine; the cover, white inside the lungs and black outside with a soft edge."}, "figure": {"caption": "The level of the chest, the level of the lungs (the least of all), and the share of each pixel that they cover. The thick line is the edge, level 0.", "name": "fig-made-levels"}}
+fig, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+for ax, field, name in zip(
+    axes,
+    (chest, lung, cover),
+    ("level of the chest", "level of the lungs", "cover"),
+    strict=True,
+):
+    _ = ax.imshow(field, cmap="gray" if name == "cover" else "cividis")
+    if name != "cover":
+        _ = ax.contour(field, [0], colors="white", linewidths=2)
+        _ = ax.contour(field, np.arange(-0.2, 0.3, 0.05), colors="k", linewidths=0.4)
+    ax.set_title(name, fontsize=9)
+    ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# The package does the same with some thirty shapes, and with two additions. Nobody is made of
+# ellipses, so all coordinates are first shifted a little by a smooth random field. And every size
+# depends on the height: a position from 0 (apex) to 1 (base) says how wide the chest is there,
+# whether the trachea has divided yet, how much of the heart shows, how far the liver has come up.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Six drawn slices from apex to base. The lungs begin small between shoulder blades, the trachea appears as a black disc and divides, the heart grows, and at the base the liver takes the place of the right lung."}, "figure": {"caption": "One drawn patient from apex (0.1) to base (0.85). As in every CT the patient's right is on the left. Synthetic.", "name": "fig-made-heights"}}
+fig, axes = plt.subplots(1, 6, figsize=(12, 2.3), layout="constrained")
+for ax, position in zip(axes, (0.1, 0.25, 0.4, 0.55, 0.7, 0.85), strict=True):
+    show(ax, draw(healthy, position, 256)[0], f"position {position}")
+plt.show()
+
+# %% [markdown]
+# Each patient has numbers of their own: width and roundness of the chest, fat, size of the heart,
+# how deeply the patient breathed in (less air makes the lung denser and lifts the diaphragm), a
+# band of denser lung at the back where blood settles, emphysema, fluid in the chest. All come from
+# the seed.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+names = ("lung_hu", "gravity", "heart", "fat", "dome", "dependent", "holes")
+print("patient " + "".join(f"{name:>10}" for name in names))
+for seed in range(PATIENT, PATIENT + 4):
+    patient = make_patient(seed, label=0)
+    values = [getattr(patient, name) for name in names]
+    print(f"{seed:7} " + "".join(f"{value:10.2f}" for value in values))
+
+# %% [markdown]
+# ## Vessels and bronchi
+#
+# A lesion finder is fooled most easily by vessels: they are bright, and cut across they are round.
+# So the phantom grows trees. From each hilum start more than a dozen branches; each goes on nearly
+# straight, gives off a thinner one, and both do so again. Beside every second of the first branches
+# runs a bronchus: a tube of air with a wall. Some hundred short vessels fill the rest of each lung,
+# and a few scars and nodules are put in to be mistaken for lesions.
+
+# %%
+# rows: x, y, z of both ends, index of the radius, weight, bronchus?
+tubes = healthy.tubes
+radii = 1000 * np.array(VESSEL_SIGMAS)[tubes[:, 6].astype(int)]
+print(f"{len(tubes):,} segments, bronchi {tubes[:, 8].mean():.1%}")
+print(f"radii {radii.min()} to {radii.max()} thousandths of the image side")
+for thickness in (0.001, 0.008):  # of the slice, in image sides
+    values = draw(replace(healthy, thickness=thickness), 0.6, SIZE)[0]
+    share = (values > -500)[mask == 1].mean()
+    print(f"thickness {thickness}: {share:.1%} of the lung above -500 HU")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: all segments of one patient from the front, two trees that fan out from the middle, bronchi in orange dashes near the hila. Middle and right: part of one lung in a thin and in a thick slice; in the thin one vessels are short and sharp, in the thick one longer and paler."}, "figure": {"caption": "The trees from the front (bronchi orange), and the same part of a lung in a thin (0.1 % of the image side) and in a thick slice (0.8 %). Synthetic.", "name": "fig-made-vessels"}}
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+for chosen, colour, line in (
+    (0, "#404040", "-"),
+    (1, plotting.ORANGE, "--"),
+):
+    rows = tubes[tubes[:, 8] == chosen]
+    _ = axes[0].plot(
+        rows[:, [0, 3]].T,
+        rows[:, [2, 5]].T,
+        line,
+        color=colour,
+        lw=0.4,
+        alpha=0.7,
+    )
+_ = axes[0].set(xlabel="x (image sides)", ylabel="z (image sides)", aspect="equal")
+_ = axes[0].set(xlim=(-0.4, 0.4), ylim=(0.75, 0))
+PART = np.s_[130:330, 60:260]
+for ax, name, thickness in zip(axes[1:], ("thin", "thick"), (0.001, 0.008), strict=True):
+    show(
+        ax,
+        draw(replace(healthy, thickness=thickness), 0.6, SIZE)[0],
+        name,
+        part=PART,
+    )
+plt.show()
+
+# %% [markdown]
+# ## Lesions, as radiology describes them
+#
+# Now we make the patient ill. A `Lesion` is an ellipsoid with a wavy, rough outline, cut off by the
+# pleura. **Ground-glass opacity** (GGO) raises the HU of the lung in which it lies; it adds. It is
+# a veil, and vessels stay visible behind it. **Consolidation** replaces the air by fluid and cells;
+# it sets the HU, and vessels drown in it.
+
+# %%
+AT = 0.6
+ggo = Lesion(
+    GGO, centre=(-0.19, 0.04, HEIGHT * AT), radii=(0.095, 0.085, 0.08),
+    angle=0.4, hu=260, edge=0.02, rough=0.012,
+    waves=((0.05, 0), (0.06, 1), (0.05, 2)),
+)  # fmt: skip
+dense = replace(ggo, code=CONSOLIDATION, hu=10, edge=0.01)
+core = replace(dense, radii=(0.04, 0.035, 0.05))
+lesions = {
+    "ground glass": [ggo],
+    "crazy paving": [replace(ggo, paving=220)],
+    "consolidation": [dense],
+    "air bronchogram": [replace(dense, bronchogram=1)],
+    "halo": [ggo, core],
+    "reversed halo": [ggo, replace(dense, hu=-60, hollow=0.016)],
+    "rind below the pleura": [replace(ggo, radii=(0.3,) * 3, rind=0.03)],
+}
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Eight pictures of the same lung: healthy; a grey veil with vessels in it; the same veil with a fine bright net; a white patch; a white patch with dark branches; a veil with a white core; a veil with a white ring; a grey band along the chest wall."}, "figure": {"caption": "One healthy lung, and the same lung with seven lesions. Only the lesion changes. Synthetic.", "name": "fig-made-lesions"}}
+drawn = {
+    name: draw(replace(healthy, lesions=tuple(each)), AT, SIZE) for name, each in lesions.items()
+}
+fig, axes = plt.subplots(2, 4, figsize=(10, 5.3), layout="constrained")
+LUNG = np.s_[170:390, 60:280]
+pictures = {"healthy": (hu, mask)} | drawn
+for ax, name in zip(axes.flat, pictures, strict=True):
+    show(ax, pictures[name][0], name, part=LUNG)
+plt.show()
+
+# %% [markdown]
+# - *Crazy paving* is ground glass with a net in it: thickened walls between the lobules.
+# - *Air bronchogram*: the alveoli are full, the bronchi are not, so they stand out dark. (A
+#   bronchus that happens to run through the plain consolidation keeps its air, too.)
+# - *Halo*: ground glass around a dense core. *Reversed halo*: a dense ring around ground glass.
+# - A *rind* follows the chest wall, which is where COVID-19 often lies {cite:p}`Shi2020`.
+#
+# Can we measure "vessels stay visible"? Take the pixels that are vessel in the healthy lung, and
+# ask how much brighter they are than the rest of the same lesion.
+
+# %%
+inside = drawn["ground glass"][1] == GGO
+vessel = inside & (hu > -500)
+for name in ("healthy", "ground glass", "crazy paving", "consolidation"):
+    values = pictures[name][0]
+    plain = np.median(values[inside & ~vessel])
+    more = np.median(values[vessel]) - plain
+    print(f"{name:14}{plain:5.0f} HU, vessels {more:3.0f} HU brighter")
+
+# %% [markdown]
+# In ground glass the vessels keep more than half of their contrast. In consolidation it is gone.
+#
+# ## Who gets what
+#
+# A class of patients is a rule for drawing lesions:
+#
+# - **Controls** have none. They keep the look-alikes: vessels, scars, nodules, dependent density.
+# - **Common pneumonia**: mostly one to three foci, often on one side, anywhere in the lung, and
+#   rather consolidation, at times with a rim of ground glass; one patient in seven has the patchy
+#   viral kind.
+# - **COVID-19**: many foci on both sides, rather low and near the pleura, mostly ground glass.
+# - **Severe COVID-19** (`severe=True`): up to half a lung, by one of three patterns: foci that
+#   merge, rinds, or large patches.
+#
+# Three slices each of forty patients show what comes out.
+
+
+# %%
+def look_at(codes):
+    """Lesion share of the lungs, GGO share, depth, and on both sides?"""
+    lesion = codes >= GGO
+    depth = ndimage.distance_transform_edt(codes > 0)
+    sides = [lesion[:, half].any() for half in (np.s_[:64], np.s_[64:])]
+    share = lesion.sum() / (codes > 0).sum()
+    deep = np.median(depth[lesion]) / depth.max()
+    return share, (codes == GGO).sum() / lesion.sum(), deep, all(sides)
+
+
+# %%
+COHORTS = {
+    "common pneumonia": (1, False),
+    "COVID-19": (2, False),
+    "severe COVID-19": (2, True),
+}
+print("               with lesion  of lung   GGO  depth  both sides")
+for name, (label, severe) in COHORTS.items():
+    cohort = [make_patient(1000 + i, label, severe) for i in range(40)]
+    codes = [draw(p, t, 128)[1] for p in cohort for t in (0.4, 0.55, 0.7)]
+    found = [look_at(c) for c in codes if (c >= GGO).any()]
+    share, ggo_share, deep, both = np.mean(found, axis=0)
+    print(f"{name:16}{len(found) / len(codes):10.0%}{share:9.1%}", end="")
+    print(f"{ggo_share:6.0%}{deep:7.2f}{both:12.0%}")
+
+# %% [markdown]
+# (Depth: 0 is the edge of the lung, 1 its innermost point. All columns but the first are means over
+# slices with a lesion.) These rules are what *we* put in, after the usual descriptions. A network
+# that tells these classes apart has found our rules again, and no more than that.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of four slices. Above: a control without lesions, a common pneumonia, a COVID-19 and a severe COVID-19 patient. Below the masks: lung grey, ground glass light blue, consolidation orange."}, "figure": {"caption": "A patient of each kind (above) and the mask that comes with the slice (below). Synthetic.", "name": "fig-made-cohorts"}}
+examples = {"control": (0, False)} | COHORTS
+fig, axes = plt.subplots(2, 4, figsize=(10.5, 5.4), layout="constrained")
+for (above, below), (name, (label, severe)) in zip(axes.T, examples.items(), strict=True):
+    picture, codes = render(make_patient(1003, label, severe), 0.55, 256)
+    _ = above.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    above.set_title(name, fontsize=9)
+    _ = plotting.show_mask(codes, below)
+    above.axis("off")
+    below.axis("off")
+    below.get_legend().remove()
+handles = [
+    plt.Rectangle((0, 0), 1, 1, fc=c, hatch=h, ec="k", label=n)
+    for c, h, n in zip(
+        ("#606060", *plotting.LESION_COLOURS),
+        ("", *plotting.LESION_HATCHES),
+        ("lung", "ground glass", "consolidation"),
+        strict=True,
+    )
+]
+_ = fig.legend(handles=handles, ncols=3, loc="outside lower center", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# ## Sizes: Figure 1 of the paper
+#
+# The paper says two things about its lesion masks {cite:p}`TerSarkisov2020`: the great majority of
+# slices have fewer than 5 regions of each class, and the great majority of regions are small, below
+# 2 % of the image for GGO and below 1 % for consolidation. The slices of COVID-19 patients that are
+# not severe were made to agree. Were they?
+
+
+# %%
+def region_areas(codes, code):
+    """Area of each connected region, % of the image; corners connect."""
+    parts, count = ndimage.label(codes == code, np.ones((3, 3)))
+    pixels = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+    return 100 * pixels / codes.size
+
+
+rng = default_rng(0)
+areas = {}
+for severe in (False, True):
+    cohort = [make_patient(2000 + i, 2, severe) for i in range(60)]
+    codes = [draw(p, rng.uniform(0.12, 0.86), 256)[1] for p in cohort]
+    for code in (GGO, CONSOLIDATION):
+        areas[severe, code] = [region_areas(c, code) for c in codes]
+
+# %%
+LIMIT = {GGO: 2, CONSOLIDATION: 1}  # % of the image
+print("             slices   small    area    largest")
+print("             with <5  regions  in them  region")
+for (severe, code), each in areas.items():
+    name = ("usual ", "severe ")[severe] + ("GGO", "C")[code - GGO]
+    few = np.mean([len(a) < 5 for a in each])
+    every = np.concatenate(each)
+    small = every < LIMIT[code]
+    area = every[small].sum() / every.sum()
+    print(f"{name:12}{few:7.0%}{small.mean():9.0%}{area:9.0%}", end="")
+    print(f"{every.max():8.1f} %")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two histograms of the area of lesion regions on a logarithmic axis, ground glass in blue and consolidation in hatched orange. Left, usual patients: nearly all lie left of the dashed lines at 1 and 2 percent. Right, severe patients: areas spread from hundredths of a percent to about ten percent."}, "figure": {"caption": "Areas of lesion regions of usual and severe COVID-19 patients. Dashed: 2 % (GGO), dotted: 1 % (consolidation), below which the paper's Figure 1 has the great majority. Synthetic.", "name": "fig-made-areas"}}
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+bins = np.geomspace(0.002, 20, 33)
+for ax, severe in zip(axes, (False, True), strict=True):
+    for i, (code, name) in enumerate(((GGO, "GGO"), (CONSOLIDATION, "consolidation"))):
+        every = np.concatenate(areas[severe, code])
+        look = {
+            "color": plotting.LESION_COLOURS[i],
+            "hatch": plotting.LESION_HATCHES[i],
+        }
+        weights = np.full(len(every), 100 / len(every))
+        _ = ax.hist(
+            every,
+            bins,
+            weights=weights,
+            alpha=0.7,
+            ec="k",
+            lw=0.4,
+            label=name,
+            **look,
+        )
+    _ = ax.axvline(2, color="k", ls="--")
+    _ = ax.axvline(1, color="k", ls=":")
+    _ = ax.set(xscale="log", xlabel="Area of a region (% of the image)")
+    ax.set_title("severe" if severe else "usual", fontsize=10)
+_ = axes[0].set_ylabel("Regions of the class (%)")
+_ = axes[0].legend()
+plt.show()
+
+# %% [markdown]
+# "Small" is below 2 % for GGO and below 1 % for consolidation. The usual patients agree with the
+# paper. The severe ones are not meant to: they have more regions in a slice, and much larger ones.
+# Most of their regions are small all the same, because a large patch comes with many crumbs; the
+# third column, the share of the lesion area that lies in small regions, tells more. COVID-SemiSeg,
+# on which `SEGMENTER_CT` is judged, shows large lesions, so most patients of its training are
+# severe.
+#
+# ## The scanner
+#
+# So far every pixel was right. A scanner is not so kind, and in `scan` it does four things. Its
+# *kernel* decides how much fine detail passes: `cutoff`, in cycles per image side, is where half of
+# it is left. It adds *noise*. Between the shoulders, where X-rays must pass a lot of bone,
+# *streaks* run across. And some patients move.
+
+
+# %%
+def zoom(**changes):
+    return scan(hu, replace(SHARP, **changes), default_rng(1))
+
+
+apex = draw(healthy, 0.12, SIZE)[0]
+steps = {
+    "no scanner": hu,
+    "soft kernel, no noise": zoom(cutoff=60, edge=0, noise=0),
+    "sharp kernel, no noise": zoom(noise=0),
+    "sharp, noise 30 HU": zoom(),
+    "sharp, noise 80 HU": zoom(noise=80),
+    "motion": zoom(motion=0.4),
+}
+worst = replace(SHARP, streak=1)
+streaky = scan(apex, worst, default_rng(1), shoulders=0.64)
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Seven pictures. Part of a lung without a scanner, blurred by a soft kernel, crisp with a sharp kernel, with weak noise, with strong noise, doubled by motion; and a whole slice at the apex with horizontal streaks between the shoulders."}, "figure": {"caption": "What the scanner does to a part of a lung, and streaks at the height of the shoulders (right, below). Synthetic.", "name": "fig-made-scanner"}}
+fig, axes = plt.subplots(2, 4, figsize=(10, 5.3), layout="constrained")
+for ax in axes.flat:
+    ax.axis("off")
+for ax, (name, picture) in zip(axes.flat, steps.items(), strict=False):
+    show(ax, picture, name, part=PART)
+show(axes[1, 2], streaky, "apex: streaks")
+show(
+    axes[1, 3],
+    streaky,
+    "apex: streaks, zoomed",
+    part=np.s_[180:340, 100:260],
+)
+plt.show()
+
+# %% [markdown]
+# ### Noise has a spectrum
+#
+# Noise in CT is not the snow of an old television. The image is computed by filtered back
+# projection, whose filter weakens slow changes and lifts fast ones, until the kernel cuts them off.
+# A Fourier transform shows this: it splits a patch into waves, and we ask how much power the waves
+# of each length have.
+
+
+# %%
+def spectrum(patch, rings=20):
+    """Frequencies, cycles per pixel, and the share of the power at each."""
+    window = np.hanning(len(patch))
+    flat = (patch - patch.mean()) * np.outer(window, window)
+    waves = np.fft.fftfreq(len(patch))
+    frequency = np.hypot(waves[:, None], waves[None, :])
+    ring = (frequency / 0.5 * rings).astype(int)
+    power = np.abs(np.fft.fft2(flat)) ** 2
+    power = np.bincount(ring.ravel(), power.ravel())
+    power = power[:rings] / np.bincount(ring.ravel())[:rings]
+    return (np.arange(rings) + 0.5) / rings / 2, power / power.sum()
+
+
+# %%
+grain = {  # the noise alone
+    name: zoom(cutoff=cutoff) - zoom(cutoff=cutoff, noise=0)
+    for name, cutoff in (("soft kernel", 60), ("sharp kernel", 130))
+}
+grain["white noise"] = default_rng(0).normal(0, 30, hu.shape)
+spectra = {name: spectrum(noise) for name, noise in grain.items()}
+for name, (frequency, power) in spectra.items():
+    mean = (frequency * power).sum()
+    print(f"{name:12} mean frequency {mean:.2f} cycles per pixel")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: power against frequency; soft kernel peaks at a low frequency and falls to nothing, sharp kernel peaks later and reaches further, white noise is flat. Right: standard deviation of the noise in each row of the slice, larger in the middle rows, where the body is."}, "figure": {"caption": "Left: the noise power of two kernels, and of white noise for comparison. Right: the noise in each row of the slice. Synthetic.", "name": "fig-made-noise"}}
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
+looks = zip(
+    ("-", "--", ":"),
+    (plotting.BLUE, plotting.VERMILLION, plotting.BLACK),
+    strict=True,
+)
+for (name, (frequency, power)), (line, colour) in zip(spectra.items(), looks, strict=True):
+    _ = axes[0].plot(frequency, 100 * power, line, color=colour, label=name)
+_ = axes[0].set(xlabel="Frequency (cycles per pixel)", ylabel="Noise power (% of all)")
+_ = axes[0].legend()
+_ = axes[1].plot(
+    grain["sharp kernel"].std(axis=1),
+    np.arange(SIZE),
+    color=plotting.VERMILLION,
+)
+_ = axes[1].set(
+    xlabel="Noise (standard deviation, HU)",
+    ylabel="Row of the slice (pixels)",
+)
+axes[1].invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# The right panel shows the second property. Rays along a row that crosses shoulder, ribs and spine
+# lose most of their photons, and fewer photons mean more noise. So `scan` gives each row noise that
+# grows with what the row absorbs.
+
+# %%
+rows = np.clip(hu, -1000, 1000).mean(axis=1)  # what a row absorbs
+deviation = grain["sharp kernel"].std(axis=1)
+quiet = deviation[rows < -900].mean()
+loud = deviation[rows > np.quantile(rows, 0.9)].mean()
+in_lungs = grain["sharp kernel"][mask > 0].std()
+print(f"rows of air {quiet:.0f} HU, densest tenth {loud:.0f} HU")
+print(f"asked for {SHARP.noise} HU, in the lungs {in_lungs:.0f} HU")
+
+# %% [markdown]
+# The `noise` that we ask for holds in a row whose mean is -300 HU, as in a broad patient who fills
+# the picture. In a slim one there is less.
+#
+# ### Two hospitals, and pictures in papers
+#
+# `draw_scanner` draws the examination. Hospital 0 has middling kernels and dose; hospital 1 sharp
+# ones, less dose and another window. `published=True` is a third world: pictures cut out of papers,
+# in any window and contrast, stored as JPEG. `develop` makes the picture from HU. The table gives
+# the share of sharp kernels, and for the rest the range that holds the middle eight tenths (quality
+# 0: no JPEG).
+
+# %%
+worlds = {
+    "hospital 0": {"hospital": 0},
+    "hospital 1": {"hospital": 1},
+    "published": {"published": True},
+}
+keys = ("noise", "level", "width", "quality")
+print("            sharp" + "".join(f"{key:>16}" for key in keys))
+for name, options in worlds.items():
+    many = [draw_scanner(default_rng(i), **options) for i in range(300)]
+    print(f"{name:12}{np.mean([s.cutoff > 95 for s in many]):5.0%}", end="")
+    for key in keys:
+        tenths = np.quantile([getattr(s, key) for s in many], (0.1, 0.9))
+        print(f"{'{:.0f} to {:.0f}'.format(*tenths):>16}", end="")
+    print()
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three rows of three pictures of the same lung. Hospital 0: soft and quiet. Hospital 1: sharper, noisier, more contrast. Published: brightness and contrast vary widely, some very noisy."}, "figure": {"caption": "The same part of the same patient by three scanners of each world. Synthetic.", "name": "fig-made-hospitals"}}
+fig, axes = plt.subplots(3, 3, figsize=(6.6, 6.6), layout="constrained")
+for row, (name, options) in zip(axes, worlds.items(), strict=True):
+    for i, ax in enumerate(row):
+        scanner = draw_scanner(default_rng(i), **options)
+        picture = develop(scan(hu, scanner, default_rng(i)), scanner)
+        _ = ax.imshow(picture[PART], cmap="gray", vmin=0, vmax=1)
+        _ = ax.set(xticks=[], yticks=[], ylabel=name if i == 0 else "")
+plt.show()
+
+# %% [markdown]
+# `SEGMENTER_CT` saw the third world, cut to the lungs, because real slices that are published with
+# masks often look like that: JPEG files in a window that nobody wrote down. The two hospitals are
+# for experiments on a change of domain: train in one, test in the other.
+#
+# ## Beside the real slice
+#
+# Now the numbers that we promised. Inside the lungs, found by the same thresholds in both
+# (`find_lungs`), we compare the HU; and in a patch of air above the patient, where nothing should
+# be but noise, its standard deviation and its spectrum (`cycles`: the mean frequency, per pixel).
+
+# %%
+inside = {name: each[find_lungs(each)] for name, each in pair.items()}
+air = {"drawn": scanned[:64, :64]}
+if real is not None:
+    air["real"] = real[10:74, 224:288]  # above the chest, inside the circle
+heart = {"drawn": np.s_[200:240, 270:310], "real": np.s_[200:240, 320:360]}
+print("HU in lungs:  5 %   25 %   50 %   75 %   95 %  heart  noise cycles")
+for name, values in inside.items():
+    quantiles = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+    print(f"{name:10}" + "".join(f"{q:7.0f}" for q in quantiles), end="")
+    blood = np.median(pair[name][heart[name]])
+    frequency, power = spectrum(air[name], rings=12)
+    mean = (frequency * power).sum()
+    print(f"{blood:7.0f}{air[name].std():7.1f}{mean:7.2f}")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: distribution of HU in the lungs. The drawn lung has one narrow peak; the real one a wider peak, further right, with a longer tail to the right. Right: noise spectra of a patch of air for both."}, "figure": {"caption": "HU in the lungs (left) and the noise spectrum in air (right), drawn, and real where the file is there.", "name": "fig-made-compare"}}
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+looks = {"drawn": (plotting.BLUE, "-"), "real": (plotting.VERMILLION, "--")}
+for name, values in inside.items():
+    colour, line = looks[name]
+    heights, edges = np.histogram(values, np.arange(-1000, 301, 20))
+    _ = axes[0].stairs(
+        100 * heights / len(values),
+        edges,
+        color=colour,
+        ls=line,
+        lw=1.5,
+        label=name,
+    )
+    frequency, power = spectrum(air[name], rings=12)
+    _ = axes[1].plot(frequency, 100 * power, line, color=colour, label=name)
+_ = axes[0].set(xlabel="HU", ylabel="Pixels of the lungs (%)")
+_ = axes[1].set(xlabel="Frequency (cycles per pixel)", ylabel="Noise power (% of all)")
+for ax in axes:
+    _ = ax.legend()
+plt.show()
+
+# %% [markdown]
+# Four differences stand out. The real lungs are denser on the whole. Their values are spread more
+# widely, from front to back and from lobule to lobule, and more of them are as dense as vessels: a
+# real lung has many more fine vessels than ours. The heart is far brighter, because this patient
+# was given a contrast medium, and ours never are. And the real noise stops at lower frequencies
+# than that of our sharp kernel; its kernel lies between our soft one and our sharp one.
+#
+# One real slice says little about real slices in general. But it shows where this phantom is plainly
+# wrong, and that is what we use it for.
+#
+# ## What a phantom cannot show
+#
+# - **How good a network is on patients.** A high score on phantoms says that the network has
+#   learned our rules. What it is worth on patients, only patients show: many, from several
+#   hospitals, read by radiologists. Models of COVID-19 failed here by the dozen
+#   {cite:p}`Roberts2021`.
+# - **How the diseases differ.** COVID-19 and pneumonia overlap much more in life than in our rules,
+#   and influenza, oedema, haemorrhage or a tumour can look like either. They are not here.
+# - **The reader's doubt.** Our masks are exact. Where ground glass ends, two radiologists draw two
+#   lines.
+# - **Much of anatomy.** No contrast medium, no lobes that would stop a pneumonia, one chest shape
+#   for both sexes, no breasts, no children, no implants, no tubes, no operations. The lesions of
+#   one slice do not know how disease spreads with time.
+# - **Much of physics.** The noise is added after the fact and does not come from photons; the
+#   streaks are lines; there is no ring artefact, no beam hardening, no padding outside a circle.
+#
+# What phantoms are good for: exact truth, as much of it as you like, nobody's privacy, and one
+# thing changed at a time.
+#
+# ## Exercises
+
+# %% [markdown]
+# ```{exercise} The wrong window
+# :label: made-window
+# A colleague sends you ground glass as a picture in the soft tissue window, level 40 and width 400.
+# Which share of the lesion `ggo` is still above black in it? And of `dense`?
+# ```
+
+# %% [markdown]
+# ````{solution-start} made-window
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+for name in ("ground glass", "consolidation"):
+    values, codes = drawn[name]
+    seen = hounsfield_to_unit(values, (40, 400))[codes >= GGO] > 0
+    print(f"{name}: {seen.mean():.0%} of its pixels are not black")
+
+# %% [markdown]
+# Of the veil only the vessels remain. No later processing brings it back, so look at the window
+# before you look for ground glass.
+#
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise} A mosaic of lesions
+# :label: made-own
+# Put a halo into the right lung and a rind into the left one of the healthy patient, in one slice.
+# Print the area of each class as a share of both lungs.
+# ```
+
+# %% [markdown]
+# ````{solution-start} made-own
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+rind = replace(
+    ggo,
+    centre=(0.22, 0.06, HEIGHT * AT),
+    radii=(0.25, 0.25, 0.2),
+    rind=0.03,
+    angle=0.0,
+)
+values, codes = draw(replace(healthy, lesions=(ggo, core, rind)), AT, SIZE)
+for code, name in ((GGO, "ground glass"), (CONSOLIDATION, "consolidation")):
+    print(f"{name}: {(codes == code).sum() / (codes > 0).sum():.1%} of both lungs")
+assert (codes[:, SIZE // 2 :] == GGO).any() and (codes[:, : SIZE // 2] == CONSOLIDATION).any()
+
+# %% [markdown]
+# A positive `x` is the left lung, on the right of the picture. Consolidation stands after the
+# ground glass in the tuple: what is drawn later lies on top.
+#
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise} Does averaging help?
+# :label: made-average
+# Average blocks of 2 x 2 pixels of the noise of the sharp kernel, of the soft kernel, and of white
+# noise. By which factor does the standard deviation fall? Explain the order by the spectra.
+# ```
+
+# %% [markdown]
+# ````{solution-start} made-average
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+for name, noise in grain.items():
+    blocks = noise.reshape(SIZE // 2, 2, SIZE // 2, 2).mean(axis=(1, 3))
+    print(f"{name:12} {noise.std() / blocks.std():.2f} times less noise")
+
+# %% [markdown]
+# White noise is independent from pixel to pixel, so four pixels give a factor of 2. The noise of a
+# scanner is smooth over two pixels, the more the softer the kernel, and averaging what is alike
+# changes little.
+#
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise} Give it away
+# :label: made-cheat
+# Find a rule of one line, without any anatomy, that tells the drawn slice from the real one. Why
+# would a network that is trained on both, with the answer "drawn" or "real", learn nothing useful?
+# ```
+
+# %% [markdown]
+# ````{solution-start} made-cheat
+# :class: dropdown
+# ````
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+for name, picture in pair.items():
+    print(f"{name}: the upper left pixel is {picture[0, 0]:.0f} HU")
+assert scanned[0, 0] > -1500
+
+# %% [markdown]
+# The scanner writes -2048 outside its circle, where it has measured nothing. The corner alone gives
+# the answer, and a network takes the easiest way. That is how networks learned to tell COVID-19 by
+# the hospital {cite:p}`DeGrave2021`.
+#
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ## What we learned
+#
+# 1. Hounsfield units give each tissue its number; a window decides which of them a picture keeps.
+# 2. An organ is a level, and lungs are the least of many levels; height changes all of them.
+# 3. Ground glass adds to the lung and keeps its vessels; consolidation replaces it and drowns them.
+# 4. A scanner blurs, and adds noise with a spectrum of its own, more of it where the body absorbs
+#    more.
+# 5. A phantom shows whether a network learned our rules, and nothing about patients.
+#
+# ## Further reading
+#
+# How COVID-19 looks in CT is described in {cite:t}`Shi2020`; why models of it failed on patients,
+# in {cite:t}`Roberts2021` and {cite:t}`DeGrave2021`. The data that the phantoms stand in for are
+# those of {cite:t}`Zhang2020` and {cite:t}`Fan2020`. Real slices are met in [chapter
+# 9](09_real_ct.ipynb).
