@@ -67,11 +67,13 @@ class DrawnChests(LesionDataset):
     Item `index` is the same in every process; nothing is kept.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, first: int = 0) -> None:
         super().__init__("both", PRESET.augment.min_area)
-        self.names = self.patients = [f"{index}.png" for index in range(count)]
+        self.names = self.patients = [f"{first + index}.png" for index in range(count)]
+        self.first = first
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        index += self.first
         rng = default_rng((FIRST_SEED, index))
         which = int(rng.choice(len(COHORTS), p=[share for *_, share in COHORTS]))
         label, severe, _ = COHORTS[which]
@@ -96,18 +98,28 @@ class Half(LesionDataset):
         return self.whole.read(self.chosen[index])
 
 
-def train(out: Path, steps: int = 3000, precision: str = "bf16-mixed", workers: int = 0) -> None:
-    """Train on drawn chests from random weights."""
-    start = time.perf_counter()
+def train(
+    out: Path,
+    steps: int = 3000,
+    precision: str = "bf16-mixed",
+    workers: int = 0,
+    start: Path | None = None,
+    first: int = 0,
+) -> None:
+    """Train on drawn chests from random weights, or from `start`, beginning with chest `first`."""
+    clock = time.perf_counter()
     torch.manual_seed(0)
-    model = lesion_mask_rcnn(PRESET.detector)
+    model = lesion_mask_rcnn(PRESET.detector) if start is None else load_segmenter(start)
+    before = {} if start is None else read_card(start)
     origin = environment()
     fabric = make_fabric(precision, "cpu" if not torch.cuda.is_available() else "auto")
-    chests = DrawnChests(steps * TRAINING.batch_size)
+    chests = DrawnChests(steps * TRAINING.batch_size, first)
     checkpoint = out.with_suffix(".ckpt")
     options = {"fabric": fabric, "checkpoint": checkpoint, "workers": workers, "memory": None}
     train_segmenter(model, chests, TRAINING, **options)
-    card = {**origin, "steps": steps, "crop": "lungs", "seconds": time.perf_counter() - start}
+    card = {**origin, "steps": steps, "crop": "lungs", "seconds": time.perf_counter() - clock}
+    if before:
+        card["before"] = {key: before[key] for key in ("command", "commit", "steps", "seconds")}
     save_model(model, out, half=True, **card)
 
 

@@ -62,10 +62,16 @@ class Patient:
     fat: float  # thickness under the skin
     muscle: float  # thickness outside the ribs
     heart: float  # relative size
+    shift: tuple[float, float, float]  # of the heart, to the left and back, and its turn
+    aorta: tuple[float, float, float]  # how the descending one is shifted, and its radius
+    spine: float  # how far back it lies, in parts of the half depth of the chest
+    wedge: float  # of fat in front, between the lungs
+    narrow: float  # relative width of the mediastinum
     bones: tuple[float, float]  # phase of the ribs, and how they slope
     dome: float  # position of the top of the diaphragm: low in expiration
     lung_hu: float
     gravity: float  # HU between the front and the back of the lungs
+    grain: float  # HU of the finest texture of the lung: lobules and small vessels
     holes: float  # share of the lung that emphysema has thinned
     dependent: float  # HU of the band of dependent density at the back; 0 for none
     fissure: tuple[float, float, float]  # y at mid height, slope, HU of the oblique fissures
@@ -175,7 +181,7 @@ def _wall_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray) -> np.
 def _organs(patient: Patient, t: float) -> list[tuple]:
     """(HU, x, y, half axes, angle) of heart, great vessels, oesophagus and spine's muscles."""
     cy, _, b = _thorax(patient, t)
-    back = cy + 0.78 * b
+    back = cy + patient.spine * b
     drawn = [(BLOOD - 10, 0.014, back - 0.085, 0.016, 0.011, 0.0)]  # oesophagus
     if t < 0.34:  # veins and arteries to head and arms
         for x, y, r in (
@@ -191,7 +197,8 @@ def _organs(patient: Patient, t: float) -> list[tuple]:
     if s := _swell(t, 0.33, 0.66):
         drawn.append((BLOOD + 8, -0.022, -0.075, 0.042 * s, 0.04 * s, 0.0))  # ascending aorta
     if t > 0.36:
-        drawn.append((BLOOD + 8, 0.055, back - 0.055, 0.029, 0.029, 0.0))  # descending aorta
+        x, y, r = patient.aorta  # the descending one, beside the spine
+        drawn.append((BLOOD + 8, 0.052 + x, back - 0.045 + y, r, r, 0.0))
     if s := _swell(t, 0.26, 0.62):
         drawn.append((BLOOD, -0.068, -0.045, 0.022 * s, 0.024 * s, 0.0))  # superior vena cava
     if s := _swell(t, 0.4, 0.58):  # pulmonary trunk and arteries
@@ -200,8 +207,10 @@ def _organs(patient: Patient, t: float) -> list[tuple]:
         drawn.append((BLOOD + 2, 0.07, 0.015, 0.04 * s, 0.024 * s, 0.7))
     h = patient.heart * _ramp(t, 0.42, 0.66)
     if h:
-        drawn.append((BLOOD, 0.06, -0.055, 0.05 + 0.095 * h, 0.04 + 0.07 * h, 0.45))
-        drawn.append((BLOOD, -0.03, -0.035, 0.04 + 0.04 * h, 0.05 + 0.035 * h, 0.0))
+        x, y, turn = patient.shift
+        left = 0.05 + 0.095 * h, 0.04 + 0.07 * h
+        drawn.append((BLOOD, 0.06 + x, -0.055 + y, *left, 0.45 + turn))
+        drawn.append((BLOOD, -0.03 + x, -0.035 + y, 0.04 + 0.04 * h, 0.05 + 0.035 * h, 0.0))
     return drawn
 
 
@@ -222,13 +231,12 @@ def _domes(patient: Patient, t: float) -> list[tuple]:
 def lung_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray, wall=None) -> np.ndarray:
     """Level of both lungs (positive inside): the chest without mediastinum, spine, diaphragm."""
     cy, _, b = _thorax(patient, t)
-    back = cy + 0.78 * b
+    back = cy + patient.spine * b
     wall = _wall_level(patient, t, x, y) if wall is None else wall
     # half width of the mediastinum: sheets of pleura and fat in front, organs in the middle
-    thin = 0.005 + 0.045 * np.exp(-(((y - 0.015) / 0.085) ** 2))
-    thin += 0.05 * np.exp(-(((y - back) / 0.06) ** 2)) + 0.07 * np.clip(
-        (cy - 0.55 * b - y) / b, 0, 1
-    )
+    thin = 0.005 + patient.narrow * 0.045 * np.exp(-(((y - 0.015) / 0.085) ** 2))
+    thin += 0.05 * np.exp(-(((y - back) / 0.06) ** 2))
+    thin += patient.wedge * np.clip((cy - 0.5 * b - y) / b, 0, 1) * 2
     level = np.minimum(wall, np.abs(x - 0.01) - thin)
     level = np.minimum(level, -_ellipse(x, y, 0, back + 0.01, 0.058, 0.07))
     for _, cx, oy, a, c, angle in [*_organs(patient, t), *_domes(patient, t)]:
@@ -323,7 +331,7 @@ def _grow_tubes(rng: Generator) -> np.ndarray:
             radius = np.concatenate([radius * 0.8, radius * rng.uniform(0.45, 0.75, len(radius))])
             keep = radius > 0.0009
             way, start, radius = way[keep], start[keep], radius[keep]
-        count = int(rng.integers(150, 500))  # small vessels, that reach everywhere
+        count = int(rng.integers(200, 900))  # small vessels, that reach everywhere
         middle = rng.uniform((0.03, -0.27, 0.05), (0.36, 0.3, 0.75), (count, 3)) * (side, 1, 1)
         way = middle - (side * 0.075, 0.012, 0.49 * HEIGHT) + rng.normal(0, 0.05, (count, 3))
         way *= rng.uniform(0.008, 0.022, (count, 1)) / np.linalg.norm(way, axis=1, keepdims=True)
@@ -405,9 +413,9 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     grid = _Grid(patient, t, size)
     x, y = grid.x, grid.y
     fields = default_rng((patient.seed, patient.label, 2))
-    coarse, patchy, medium, fine = (
+    coarse, patchy, medium, fine, finest = (
         texture(fields, cells, size, turn * t)
-        for cells, turn in ((14, 12), (7, 6), (26, 20), (70, 60))
+        for cells, turn in ((14, 12), (7, 6), (26, 20), (70, 60), (110, 90))
     )
     wall = _wall_level(patient, t, x, y)
     hu = _body(grid, t, wall)
@@ -415,7 +423,7 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     level = lung_level(patient, t, x, y, wall)
     cy, _, half = _thorax(patient, t)
     air = patient.lung_hu + patient.gravity * (y - cy + half) / (2 * half)
-    air += 16 * coarse + 14 * fine + 10 * medium
+    air += 16 * coarse + 14 * fine + 10 * medium + patient.grain * finest
     if patient.holes:
         air -= 110 * np.clip(3 * (medium + 0.6 * coarse - 2.3 + 6 * patient.holes), 0, 1)
     if patient.dependent:
@@ -439,17 +447,17 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
         cover = _cover(shape, lesion.edge) * (x[box] * lesion.centre[0] > 0)  # it stays in its lung
         inside = (cover > 0.5) & (level[box] > 0)
         mottle = 0.5 * medium[box] + 0.35 * fine[box] + 0.45 * coarse[box]
+        net = np.exp(-(((finest[box] + 0.5 * fine[box]) / 0.35) ** 2)) * lesion.paving
         if lesion.code == GGO:
-            net = np.exp(-(((fine[box] + 0.4 * medium[box]) / 0.3) ** 2))
             extra = lesion.hu * np.clip(1 + lesion.mottle * mottle, 0.1, 2.5)
             thin = np.clip((-150 - air[box]) / 500, 0, 1)  # what is dense already gains less
-            air[box] += cover * (extra + lesion.paving * net) * thin
+            air[box] += cover * (extra + net) * thin
             if patient.spare:
                 inside &= vessel[box] < 0.6
             inside &= mask[box] != CONSOLIDATION
         else:
             tubes = lesion.bronchogram * (vessel[box] > 0.45) * (coarse[box] > -0.3)
-            value = lesion.hu + 90 * lesion.mottle * mottle - tubes * 700
+            value = lesion.hu + 90 * lesion.mottle * mottle + net - tubes * 700
             air[box] += cover * (value - air[box])
             solid[box] = np.maximum(solid[box], cover)
         mask[box][inside] = lesion.code
@@ -479,7 +487,7 @@ def _body(grid: _Grid, t: float, wall: np.ndarray) -> np.ndarray:
     """HU of everything but the lungs: table, skin, fat, muscle, bones, mediastinum, abdomen."""
     patient, x, y = grid.patient, grid.x, grid.y
     cy, a, b = _thorax(patient, t)
-    back = cy + 0.78 * b
+    back = cy + patient.spine * b
     shoulders = 0.06 * _ramp(-t, -0.4, 0.0)
     full_a = patient.thorax[0] + 0.03 + patient.muscle + 0.3 * shoulders
     full_b = patient.thorax[1] + 0.025 + patient.muscle
@@ -574,10 +582,8 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
     lesions: list[Lesion] = []
     kind = rng.choice(["foci", "rind", "patches"], p=[0.4, 0.35, 0.25])
     ggo_hu, dense = np.exp(rng.uniform(np.log(60), np.log(280))), rng.random()
-    edge, paving = (
-        np.exp(rng.uniform(np.log(0.008), np.log(0.07))),
-        rng.choice([0.0, rng.uniform(50, 250)]),
-    )
+    edge = np.exp(rng.uniform(np.log(0.008), np.log(0.07)))
+    paving, net = rng.uniform(0, 200) * (rng.random() < 0.4), rng.uniform(100, 450)
     mottle = rng.uniform(0.2, 1.3)
     sides = (-1, 1) if rng.random() < 0.75 else (int(rng.choice([-1, 1])),)
     spread = 0.9 * rng.random() + 0.1
@@ -606,20 +612,13 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
                 lesions.append(ggo)
             if all_dense or (dense > 0.3 and rng.random() < 0.7):
                 inset = 0.0 if all_dense else rng.uniform(0.004, 0.5) * min(min(radii), rind)
-                hu = rng.uniform(patient.lung_hu + ggo_hu + 130, 60)
-                lesions.append(
-                    _lesion(
-                        rng,
-                        CONSOLIDATION,
-                        centre,
-                        0.05,
-                        inset=inset,
-                        hu=min(hu, 50),
-                        edge=min(edge, 0.03),
-                        mottle=2.5 * mottle,
-                        **shape,
-                    )  # fmt: skip
-                )
+                # dense, or a net of thickened septa in what is hardly denser than ground glass
+                netted = rng.random() < 0.35
+                low = patient.lung_hu + ggo_hu
+                hu = low + rng.uniform(0, 150) if netted else rng.uniform(min(low + 130, 0), 50)
+                core = dict(hu=hu, paving=net * netted, edge=min(edge, 0.03), mottle=2.5 * mottle)
+                core |= {"inset": inset} | shape
+                lesions.append(_lesion(rng, CONSOLIDATION, centre, 0.05, **core))
     return tuple(sorted(lesions, key=lambda lesion: lesion.code))
 
 
@@ -695,19 +694,25 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
         bend=rng.uniform(0.002, 0.007),
         fat=rng.uniform(0.008, 0.045),
         muscle=rng.uniform(0.02, 0.04),
-        heart=rng.uniform(0.7, 1.15),
+        heart=rng.uniform(0.6, 1.25),
+        shift=(rng.normal(0, 0.015), rng.normal(0, 0.02), rng.normal(0, 0.25)),
+        aorta=(rng.normal(0, 0.012), rng.normal(0, 0.014), rng.uniform(0.021, 0.042)),
+        spine=rng.uniform(0.68, 0.86),
+        wedge=rng.uniform(0, 0.1) * (rng.random() < 0.7),
+        narrow=rng.uniform(0.75, 1.3),
         bones=(rng.uniform(0, 2 * np.pi), rng.uniform(8, 14)),
         dome=0.78 - 0.16 * breath + rng.normal(0, 0.02),
-        lung_hu=-880 + 110 * breath + rng.normal(0, 15),
+        lung_hu=-890 + 190 * breath + rng.normal(0, 15),
         gravity=rng.uniform(20, 60) + 60 * breath,
+        grain=rng.uniform(5, 70),
         holes=rng.uniform(0.02, 0.25) if rng.random() < 0.15 else 0.0,
         dependent=rng.uniform(60, 240) if rng.random() < 0.5 else 0.0,
         fissure=(rng.normal(0.02, 0.02), rng.uniform(0.25, 0.5), rng.uniform(0, 130)),
         fluid=(float(fluid[0]), float(fluid[1])),
         vessels=rng.uniform(0.7, 1.8),
         thickness=rng.choice([0.001, 0.003, 0.008]),
-        severe=severe,
-        spare=bool(severe and rng.random() < 0.6),
+        severe=severe and label == 2,
+        spare=bool(severe and label == 2 and rng.random() < 0.6),
         lesions=(),
         tubes=_grow_tubes(rng),
     )
