@@ -43,7 +43,7 @@ class Lesion:
     hollow: float = np.inf  # only a ring of this width is drawn: a reversed halo
     mottle: float = 0.3  # relative deviation of its density
     paving: float = 0.0  # HU of the net of thickened septa in it: crazy paving
-    bronchogram: float = 0.0  # share of the vessels' places that are air: bronchi in consolidation
+    bronchogram: float = 0.0  # 1: bronchi in consolidation stay air; 0: they are filled
 
 
 @dataclass(frozen=True)
@@ -439,7 +439,10 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     vessel *= np.clip(level / 0.012, 0, 1)
     lumen = (1 - np.exp(-2.2 * lumen)) * (level > 0)
     mask = (level > 0).astype(np.uint8)
-    solid = np.zeros_like(air)  # share of a pixel that consolidation takes
+    solid, filled = (
+        np.zeros_like(air),
+        np.zeros_like(air),
+    )  # shares: consolidation; its bronchi, too
     for lesion in visible_lesions(patient, position):
         box = grid.box(*lesion.centre[:2], 1.35 * max(lesion.radii[:2]) + 2 * lesion.rough)
         noise = medium[box] + 0.55 * fine[box] + 0.7 * coarse[box]
@@ -460,9 +463,10 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
             value = lesion.hu + 90 * lesion.mottle * mottle + net - tubes * 700
             air[box] += cover * (value - air[box])
             solid[box] = np.maximum(solid[box], cover)
+            filled[box] = np.maximum(filled[box], cover * (1 - lesion.bronchogram))
         mask[box][inside] = lesion.code
     air += vessel * (1 - solid) * np.maximum(BLOOD - air, 0)
-    air += lumen * (0.85 * AIR - air) * (1 - 0.3 * solid)
+    air += lumen * (0.85 * AIR - air) * (1 - filled)
     hu += _cover(level) * (air - hu)
     _airway(grid, t, hu, mask)
     return hu, mask

@@ -16,9 +16,9 @@ from scipy.ndimage import gaussian_filter1d, shift, uniform_filter1d
 class Scanner:
     """One patient's examination. Frequencies are in cycles per image side."""
 
-    cutoff: float  # where the kernel has fallen to half: soft 60, sharp 130
+    cutoff: float  # where a kernel without `edge` has fallen to half: soft 60, sharp 130
     edge: float  # gain at half the cutoff: a sharp kernel overshoots
-    noise: float  # standard deviation in the lungs, HU
+    noise: float  # standard deviation, HU, in rows that absorb as -300 HU do; more in others
     streak: float  # strength of the streaks between the shoulders
     motion: float  # weight of a second image, 0..1
     level: float  # of the window, HU
