@@ -785,6 +785,11 @@ assert window_dice["soft tissue (40, 400)"] < window_dice["lung (-600, 1500)"]
 # covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out
 # ```
 #
+# Where you name no weights, the lesions are those of `SEGMENTER_CT`, a network that was trained on
+# [drawn chests](phantoms_made.ipynb) and on no real slice; it looks at the lungs alone, which the
+# command finds first, and [its card](weights.md) says what it reaches on real ones. It gives no
+# class probabilities, because no classifier of this book is right on real patients.
+#
 # Between the folder and the networks lie five steps, and each can go wrong in silence:
 #
 # 1. **Which files belong together.** A series is the files of one series identifier. Scouts, other

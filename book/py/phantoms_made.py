@@ -265,7 +265,7 @@ for seed in range(PATIENT, PATIENT + 4):
 # A lesion finder is fooled most easily by vessels: they are bright, and cut across they are round.
 # So the phantom grows trees. From each hilum start more than a dozen branches; each goes on nearly
 # straight, gives off a thinner one, and both do so again. Beside every second of the first branches
-# runs a bronchus: a tube of air with a wall. Some hundred short vessels fill the rest of each lung,
+# runs a bronchus: a tube of air with a wall. Some hundreds of short vessels fill the rest of each lung,
 # and a few scars and nodules are put in to be mistaken for lesions.
 
 # %%
@@ -346,8 +346,7 @@ plt.show()
 
 # %% [markdown]
 # - *Crazy paving* is ground glass with a net in it: thickened walls between the lobules.
-# - *Air bronchogram*: the alveoli are full, the bronchi are not, so they stand out dark. (A
-#   bronchus that happens to run through the plain consolidation keeps its air, too.)
+# - *Air bronchogram*: the alveoli are full, the bronchi are not, so they stand out dark.
 # - *Halo*: ground glass around a dense core. *Reversed halo*: a dense ring around ground glass.
 # - A *rind* follows the chest wall, which is where COVID-19 often lies {cite:p}`Shi2020`.
 #

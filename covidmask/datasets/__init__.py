@@ -24,6 +24,10 @@ __all__, __getattr__ = open_room(
             "mask_to_targets",
             "split_by_patient",
         ),
+        "lungs": (
+            "crop_box",
+            "find_lungs",
+        ),
         "medical": (
             "PACKAGES",
             "hounsfield_to_unit",
