@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,11 +50,12 @@ class Fetch:
 
         print(*public_sets.SETS[self.data_set]["terms"], sep="\n", flush=True)
         out = self.out or data_root() / self.data_set
+        sources = [os.path.expanduser(source) for source in self.sources]
         if self.data_set == "covidx-ct":
             options = (self.source, self.seed, self.per_class, self.allow_missing)
-            counts = public_sets.lay_out_covidx_ct(out, self.sources, *options)
+            counts = public_sets.lay_out_covidx_ct(out, sources, *options)
         elif self.data_set == "cncb-lesions":
-            counts = public_sets.lay_out_cncb_lesions(out, self.sources, self.source, self.seed)
+            counts = public_sets.lay_out_cncb_lesions(out, sources, self.source, self.seed)
         else:  # the files are the data
             counts = public_sets.fetch_files(self.data_set, out, self.source)
         print(f"{self.data_set} is whole in {out}")

@@ -126,7 +126,7 @@ def pick(here, part):
 def no_mask(here):
     path, name = pick(here, "mask")
     path.unlink()
-    return SEGMENTER, name, "without a mask"
+    return SEGMENTER, name.split("_")[1], "without a mask"
 
 
 def mask_of_another_size(here):

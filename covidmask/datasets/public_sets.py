@@ -44,9 +44,10 @@ def fetch_files(
     These are all slices and masks of COVID-SemiSeg, and the lists of the others. That `sources`,
     folders and archives with scans, are there is looked at before anything is written.
     """
-    for path in sources:
-        if not Path(path).exists():
-            raise DataError(f"{path}: there is no such file or folder; name another with --from")
+    for path in map(Path, sources):
+        if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
+            problem = "is no archive" if path.exists() else "there is no such file or folder"
+            raise DataError(f"{path}: {problem}; name a folder or a .zip with --from")
     data_set, fetched, total = SETS[name], 0, 0
     classes.write_lines(out / "TERMS.txt", data_set["terms"])
     for address, files in data_set["files"].items():
