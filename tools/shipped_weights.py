@@ -53,7 +53,7 @@ CARD = """
 - **SHA-256**: `{sha256}`
 - **Trained on**: {data}, from random weights, seed {seed}.
 - **Judged on**: {test_data}: {metrics[slices]} slices of {metrics[patients]} patients. No model\
- was trained on them; nothing was tuned on them.
+ was trained on them{tuned}.
 - **Command**: `{command}` ({hardware}; torch {torch}; {date}; commit {commit})
 
 - **Limits**: {limits}
@@ -118,6 +118,7 @@ def card_page(folder: Path) -> str:
         named = {name.replace("mask_ap", "mask AP"): v for name, v in header["metrics"].items()}
         rows = [{"name": name, **v} for name, v in named.items() if isinstance(v, dict)]
         header |= {"name": path.name, "title": TITLES[path.name]}
+        header["tuned"] = "" if path.name == CT else "; nothing was tuned on them"
         header |= {"size": path.stat().st_size / 1e6, "sha256": sha256(path)}
         head += CARD.format(table="\n".join(formatted(COLUMNS, rows)), **header)
     return head + tail

@@ -136,10 +136,10 @@ def test_redirects_are_followed(host, files, out):
 
 def test_after_a_failure_no_other_file_is_begun(host, files, out):
     host.faults = {PATHS[0]: 403}
-    many = {f"deep/{number}.bin": files[PATHS[1]] for number in range(100)}
+    many = {f"deep/{number}.bin": files[PATHS[1]] for number in range(300)}
     with pytest.raises(DataError, match="403 Client Error"):
         download(host.url, {PATHS[0]: files[PATHS[0]], **many}, out)
-    assert sum(host.requests.values()) < 90
+    assert sum(host.requests.values()) < 290
 
 
 def test_nobody_answers(files, out):
@@ -578,7 +578,7 @@ def test_what_is_no_source(covidx, out, tmp_path):
     with pytest.raises(DataError, match="absent: there is no such file or folder"):
         lay_out(out, tmp_path / "absent", lists=covidx.lists)
     assert not out.exists()
-    with pytest.raises(DataError, match="x.rar: cannot be taken in .*not a zip file.*unpack it"):
+    with pytest.raises(DataError, match="x.rar: is no archive; name a folder or a .zip"):
         lay_out(out, tmp_path / "x.rar", lists=covidx.lists)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="of the 30 slices"):
