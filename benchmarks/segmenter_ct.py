@@ -3,6 +3,7 @@
     python benchmarks/segmenter_ct.py train --out runs/ct.safetensors
     python benchmarks/segmenter_ct.py judge --weights runs/ct.safetensors --data DIR --half first
     python benchmarks/segmenter_ct.py scans --weights runs/ct.safetensors --data MD
+    python benchmarks/segmenter_ct.py ship --weights runs/ct.safetensors --data DIR
 
 DIR holds COVID-SemiSeg's TrainingSet: its first 25 slices by number are for choosing, the other
 25 are for the report. MD is the sample of COVID-CT-MD with a list slices.csv. Each look at real
@@ -200,6 +201,5 @@ def log(look: dict) -> None:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(
-        {"train": train, "judge": judge, "scans": scans}, description=__doc__
-    )
+    commands = {each.__name__: each for each in (train, judge, scans, ship)}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
