@@ -55,7 +55,6 @@ CARD = """
 - **Judged on**: {test_data}: {metrics[slices]} slices of {metrics[patients]} patients. No model\
  was trained on them{tuned}.
 - **Command**: `{command}` ({hardware}; torch {torch}; {date}; commit {commit})
-
 - **Limits**: {limits}
 
 {table}

@@ -188,7 +188,7 @@ class ShippedWeights(Enum):
     )
     SEGMENTER_CT = (
         "segmenter-ct.safetensors",
-        "0000000000000000000000000000000000000000000000000000000000000000",
+        "c11b1bfa80cd22ed9c016da0a8738ba7438b8dc938fbe2c4bc886da7e568d230",
     )
     CLASSIFIER_QUICK = (
         "classifier-quick.safetensors",
