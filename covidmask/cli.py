@@ -385,6 +385,7 @@ class Predict:
     device: Device = "auto"
 
     def run(self) -> None:
+        from covidmask.models.weights import ShippedWeights
         from covidmask.predict import predict
 
         if not self.images:
@@ -395,8 +396,8 @@ class Predict:
         names = ("score", "series", "slices", "every", "window", "threshold")
         options = {name: getattr(self, name) for name in names} | {"device": _device(self.device)}
         if self.preset == "quick" and not (self.segmenter or self.classifier or self.regime):
-            options["ct"] = models.ShippedWeights.SEGMENTER_CT.path
-            _say(f"For DICOM and NIfTI: trained on drawn chests, {options['ct']}")
+            options["ct"] = ShippedWeights.SEGMENTER_CT.path
+            _say(f"For scans, DICOM and NIfTI: trained on drawn chests, {options['ct']}")
         rows = predict(self.images, segmenter, classifier, self.out, **options)
         _say(f"{len(rows)} slices done: pictures, summary.csv and predictions.csv in {self.out}")
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
-from covidmask.datasets.lungs import crop_box, find_lungs
+from covidmask.datasets.lungs import CLOSE, crop_box, find_lungs
 from covidmask.datasets.medical import hounsfield_to_unit
 from covidmask.datasets.scans import LUNG_WINDOW, Scan, choose_slices, find_scans, read_slices
 from covidmask.errors import CheckpointError, DataError, OutputError
@@ -260,7 +261,8 @@ def lesions_in_lungs(
 
     Returns:
         What `detect` gives, on the CPU and in the coordinates of the whole slice, with the mirrored
-        slice; and the lungs, bool [H, W]. Without lungs nothing is found.
+        slice, at most `CLOSE` of its side away from the lungs; and the lungs, bool [H, W]. Without
+        lungs nothing is found.
     """
     lungs, classes = find_lungs(hu), len(detector.classes)
     if not lungs.any():
@@ -271,9 +273,17 @@ def lesions_in_lungs(
     device = next(detector.parameters()).device
     images = to_model([torch.from_numpy(grey).repeat(3, 1, 1)], device)  # [3, h, w]
     found = {key: value.cpu() for key, value in detect(detector, images, classes, True)[0].items()}
-    found["boxes"] = found["boxes"] + torch.tensor([columns.start, rows.start] * 2)
+    # the liver and the wall of the chest lie in the crop, too: what is far from lung is left out
+    near = distance_transform_edt(~lungs) <= CLOSE * max(hu.shape)
+    boxes = found["boxes"] + torch.tensor([columns.start, rows.start] * 2)
+    kept = []
+    for x1, y1, x2, y2 in boxes.round().int().tolist():
+        kept.append(near[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)].mean() > 0.5)
+    kept = torch.tensor(kept, dtype=torch.bool)
+    found |= {"boxes": boxes[kept], "labels": found["labels"][kept]}
+    found["scores"] = found["scores"][kept]
     around = (columns.start, hu.shape[1] - columns.stop, rows.start, hu.shape[0] - rows.stop)
-    found["maps"] = F.pad(found["maps"], around)  # [classes, H, W]
+    found["maps"] = F.pad(found["maps"], around) * torch.from_numpy(near)  # [classes, H, W]
     return found, lungs
 
 

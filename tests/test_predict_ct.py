@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 
 from covidmask import predict as module
@@ -69,6 +70,11 @@ def volume(tmp_path_factory):
     return path, slices
 
 
+def near(lungs):
+    """What may be lesion: the lungs and a twenty-fourth of the side around them."""
+    return ndimage.distance_transform_edt(~lungs) <= SIZE / 24
+
+
 def table(out, name):
     with open(out / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -90,6 +96,7 @@ def test_a_scan_is_looked_at_in_its_lungs(volume, centre, tmp_path, capsys):
         lesion = np.zeros(each.shape, bool)
         top = r.start + (r.stop - r.start) // 2 - 5
         lesion[top : top + 10, c] = True
+        lesion &= near(each)
         assert int(row["lesion_pixels"]) == lesion.sum()
         share = (lesion & each).sum() / each.sum()
         assert abs(float(row["lung_share"]) - share) < 1e-5 and share > 0.05
@@ -110,9 +117,30 @@ def test_boxes_and_maps_have_the_coordinates_of_the_slice():
     top = rows.start + (rows.stop - rows.start) // 2 - 5
     inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
     inside[top : top + 10, columns] = True
+    inside &= torch.from_numpy(near(lungs))
     assert ((found["maps"][0] > 0.5) == inside).all()
     assert found["boxes"][0].tolist() == [columns.start, top, columns.stop, top + 10]
     assert (found["maps"][1] == 0).all()
+
+
+def test_what_is_far_from_the_lungs_is_no_lesion():
+    hu, _ = draw(make_patient(1, 0), 0.5, SIZE)
+    lungs = find_lungs(hu)
+    network = Centre()
+    heart = Centre.forward
+
+    def small(self, images):  # a box in the middle of the chest, where the heart lies
+        found = heart(self, images)
+        for each, image in zip(found, images, strict=True):
+            middle, row = image.shape[2] // 2, image.shape[1] // 2
+            each["boxes"] = torch.tensor([[middle - 2, row - 2, middle + 2, row + 2]]).float()
+        return found
+
+    for forward, count in ((heart, 1), (small, 0)):
+        network.forward = forward.__get__(network)
+        found, _ = lesions_in_lungs(network, hu)
+        assert len(found["boxes"]) == len(found["labels"]) == len(found["scores"]) == count
+        assert not found["maps"][0].numpy()[~near(lungs)].any()
 
 
 def test_pictures_beside_a_scan_keep_their_probabilities(volume, tmp_path):
