@@ -117,6 +117,9 @@ def card_page(folder: Path) -> str:
         named = {name.replace("mask_ap", "mask AP"): v for name, v in header["metrics"].items()}
         rows = [{"name": name, **v} for name, v in named.items() if isinstance(v, dict)]
         header |= {"name": path.name, "title": TITLES[path.name]}
+        if before := header.get("before"):  # it went on from other weights
+            first = f"{before['command']}` (commit {before['commit']}), then `"
+            header["command"] = first + header["command"]
         header["tuned"] = "" if path.name == CT else "; nothing was tuned on them"
         header |= {"size": path.stat().st_size / 1e6, "sha256": sha256(path)}
         head += CARD.format(table="\n".join(formatted(COLUMNS, rows)), **header)
