@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from covidmask.config import PRESETS, TrainingConfig
 from covidmask.datasets.augmentation import crop_to_lungs, shade, warp
-from covidmask.datasets.chest import make_patient, render
+from covidmask.datasets.chest import render
 from covidmask.datasets.lesions import LesionDataset, SemiSeg
 from covidmask.datasets.medical import Slice
+from covidmask.datasets.patients import make_patient
 from covidmask.datasets.scanner import draw_scanner
 from covidmask.datasets.scans import read_slices
 from covidmask.metrics.detection import overlap_means

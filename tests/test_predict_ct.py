@@ -10,8 +10,9 @@ from scipy import ndimage
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 
 from covidmask import predict as module
-from covidmask.datasets.chest import draw, make_patient
+from covidmask.datasets.chest import draw
 from covidmask.datasets.lungs import crop_box, find_lungs
+from covidmask.datasets.patients import make_patient
 from covidmask.datasets.scans import write_image
 from covidmask.errors import CheckpointError
 from covidmask.models.classifier import covid_ct_mask_net

@@ -72,10 +72,10 @@ from covidmask.datasets.chest import (
     VESSEL_SIGMAS,
     Lesion,
     draw,
-    make_patient,
     render,
 )
 from covidmask.datasets.lungs import find_lungs
+from covidmask.datasets.patients import make_patient
 from covidmask.datasets.scanner import Scanner, develop, draw_scanner, scan
 
 torch.manual_seed(0)  # nothing here uses torch

@@ -8,7 +8,7 @@ number comes from a generator keyed by explicit integers: the same arguments giv
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.random import Generator, default_rng
@@ -160,7 +160,7 @@ def texture(rng: Generator, cells: int, size: int, turn: float = 0.0) -> np.ndar
     return weights @ knots @ weights.T
 
 
-def _thorax(patient: Patient, t: float) -> tuple[float, float, float]:
+def thorax(patient: Patient, t: float) -> tuple[float, float, float]:
     """Centre y and half axes of the inner chest wall: narrow at the apex."""
     grow = 0.5 + 0.5 * _ramp(t, -0.1, 0.45)
     a, b = patient.thorax
@@ -169,7 +169,7 @@ def _thorax(patient: Patient, t: float) -> tuple[float, float, float]:
 
 def _wall_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Depth below the inner chest wall (positive inside)."""
-    cy, a, b = _thorax(patient, t)
+    cy, a, b = thorax(patient, t)
     v = (y - cy) / b
     u, v = np.abs(x / (a * (1 + patient.taper * v))), np.abs(v)  # narrower in front
     radius = np.sqrt(u * u + v * v)
@@ -180,7 +180,7 @@ def _wall_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray) -> np.
 
 def _organs(patient: Patient, t: float) -> list[tuple]:
     """(HU, x, y, half axes, angle) of heart, great vessels, oesophagus and spine's muscles."""
-    cy, _, b = _thorax(patient, t)
+    cy, _, b = thorax(patient, t)
     back = cy + patient.spine * b
     drawn = [(BLOOD - 10, 0.014, back - 0.085, 0.016, 0.011, 0.0)]  # oesophagus
     if t < 0.34:  # veins and arteries to head and arms
@@ -230,7 +230,7 @@ def _domes(patient: Patient, t: float) -> list[tuple]:
 
 def lung_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray, wall=None) -> np.ndarray:
     """Level of both lungs (positive inside): the chest without mediastinum, spine, diaphragm."""
-    cy, _, b = _thorax(patient, t)
+    cy, _, b = thorax(patient, t)
     back = cy + patient.spine * b
     wall = _wall_level(patient, t, x, y) if wall is None else wall
     # half width of the mediastinum: sheets of pleura and fat in front, organs in the middle
@@ -267,7 +267,7 @@ def _lesion_level(lesion: Lesion, z: float, x, y, depth, noise) -> np.ndarray:
     return np.minimum(level, lesion.hollow - level) if lesion.hollow < 1 else level
 
 
-def _visible_area(patient: Patient, lesion: Lesion, t: float) -> float:
+def visible_area(patient: Patient, lesion: Lesion, t: float) -> float:
     """Area of a lesion in a slice as a fraction of the image, the same for every image size."""
     if abs(HEIGHT * t - lesion.centre[2]) >= lesion.radii[2]:
         return 0.0
@@ -286,69 +286,7 @@ def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
     Of a severe patient a fifth of it is enough.
     """
     least = MIN_AREA / 5 if patient.severe else MIN_AREA
-    return tuple(x for x in patient.lesions if _visible_area(patient, x, position) >= least)
-
-
-def _tubes(start, end, kind, weight, bronchus=0.0) -> np.ndarray:
-    """Rows of `Patient.tubes` for segments from `start` to `end` [n, 3]."""
-    rows = np.empty((len(start), 9), np.float32)
-    rows[:, :3], rows[:, 3:6] = start, end
-    rows[:, 6], rows[:, 7], rows[:, 8] = kind, weight, bronchus
-    return rows
-
-
-def _grow_tubes(rng: Generator) -> np.ndarray:
-    """Vessel trees from both hila with bronchi beside the first branches; scars and nodules."""
-    rows = []
-    for side in (-1, 1):
-        roots = rng.integers(13, 19)
-        way = rng.normal(0, 1, (roots, 3)) * (0.7, 0.9, 1.1)
-        way[:, 0] = side * (np.abs(way[:, 0]) + 0.2)
-        start = (side * 0.075, 0.012, 0.49 * HEIGHT) + rng.normal(0, 1, (roots, 3)) * (
-            (0.008, 0.02, 0.06)
-        )
-        radius = rng.uniform(0.005, 0.0095, roots)
-        for generation in range(6):
-            way /= np.linalg.norm(way, axis=1, keepdims=True)
-            length = (0.075, 0.062, 0.052, 0.042, 0.032, 0.024)[generation]
-            end = start + way * length * rng.uniform(0.6, 1.4, (len(way), 1))
-            kind = np.abs(np.log(radius[:, None] / VESSEL_SIGMAS)).argmin(1)
-            rows.append(_tubes(start, end, kind, rng.uniform(0.75, 1.1, len(way))))
-            if generation < 3:  # a bronchus runs beside every second artery
-                off = np.cross(way, rng.normal(0, 1, 3))
-                off *= 2.1 * radius[:, None] / (np.linalg.norm(off, axis=1, keepdims=True) + 1e-6)
-                pair = slice(0, None, 2)
-                inner = np.maximum(kind - 1, 0)
-                rows.append(
-                    _tubes(start[pair] + off[pair], end[pair] + off[pair], inner[pair], 1.0, 1.0)
-                )
-            # each branch goes on nearly straight and gives off a smaller one
-            bend = rng.normal(0, 1, (2, *way.shape)) * np.array([0.28, 0.75])[:, None, None]
-            way = (way[None] + bend).reshape(-1, 3)
-            start = np.concatenate(
-                [end, start + rng.uniform(0.3, 0.9, (len(end), 1)) * (end - start)]
-            )
-            radius = np.concatenate([radius * 0.8, radius * rng.uniform(0.45, 0.75, len(radius))])
-            keep = radius > 0.0009
-            way, start, radius = way[keep], start[keep], radius[keep]
-        count = int(rng.integers(200, 900))  # small vessels, that reach everywhere
-        middle = rng.uniform((0.03, -0.27, 0.05), (0.36, 0.3, 0.75), (count, 3)) * (side, 1, 1)
-        way = middle - (side * 0.075, 0.012, 0.49 * HEIGHT) + rng.normal(0, 0.05, (count, 3))
-        way *= rng.uniform(0.008, 0.022, (count, 1)) / np.linalg.norm(way, axis=1, keepdims=True)
-        kind = rng.choice(4, count, p=[0.45, 0.35, 0.15, 0.05])
-        rows.append(_tubes(middle - way, middle + way, kind, rng.uniform(0.5, 1.0, count)))
-        for _ in range(rng.poisson(1.5)):  # scars and plate atelectasis: flat lines
-            turn = rng.uniform(0, np.pi)
-            half = rng.uniform(0.02, 0.06) * np.array([np.cos(turn), np.sin(turn), 0])
-            middle = side * rng.uniform(0.12, 0.3), rng.uniform(-0.1, 0.18), rng.uniform(0.15, 0.7)
-            lift = np.arange(-0.03, 0.031, 0.004)[:, None] * (0, 0, 1)
-            rows.append(_tubes(middle + lift - half, middle + lift + half, 0, 0.35))
-        count = rng.poisson(2.0)  # small nodules
-        at = rng.uniform((0.08, -0.18, 0.07), (0.32, 0.2, 0.7), (count, 3)) * (side, 1, 1)
-        rows.append(
-            _tubes(at, at + (0, 0, 0.006), rng.integers(2, 5, count), rng.uniform(0.5, 1.2))
-        )
-    return np.concatenate(rows)
+    return tuple(x for x in patient.lesions if visible_area(patient, x, position) >= least)
 
 
 def _draw_tubes(grid: _Grid, z: float, thick: float) -> tuple[np.ndarray, np.ndarray]:
@@ -421,7 +359,7 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     hu = _body(grid, t, wall)
     hu += (hu > -300) * (9 * medium + 6 * fine)
     level = lung_level(patient, t, x, y, wall)
-    cy, _, half = _thorax(patient, t)
+    cy, _, half = thorax(patient, t)
     air = patient.lung_hu + patient.gravity * (y - cy + half) / (2 * half)
     air += 16 * coarse + 14 * fine + 10 * medium + patient.grain * finest
     if patient.holes:
@@ -490,7 +428,7 @@ def _airway(grid: _Grid, t: float, hu: np.ndarray, mask: np.ndarray) -> None:
 def _body(grid: _Grid, t: float, wall: np.ndarray) -> np.ndarray:
     """HU of everything but the lungs: table, skin, fat, muscle, bones, mediastinum, abdomen."""
     patient, x, y = grid.patient, grid.x, grid.y
-    cy, a, b = _thorax(patient, t)
+    cy, a, b = thorax(patient, t)
     back = cy + patient.spine * b
     shoulders = 0.06 * _ramp(-t, -0.4, 0.0)
     full_a = patient.thorax[0] + 0.03 + patient.muscle + 0.3 * shoulders
@@ -544,193 +482,6 @@ def _body(grid: _Grid, t: float, wall: np.ndarray) -> np.ndarray:
     paint(hu, MARROW, 0, back, 0.045, 0.038, 0.0, 0.005)  # vertebra
     paint(hu, BLOOD - 10, 0, back + 0.052, 0.018, 0.015)  # its canal
     return hu
-
-
-def _place(patient: Patient, side: int, turn: float, depth: float, t: float) -> Point:
-    """The point at `depth` (0 inner .. 1 pleura) on a ray; turn 0 is lateral, pi/2 posterior."""
-    cy, a, _ = _thorax(patient, t)
-    x0, y0 = side * 0.55 * a, cy + 0.035
-    across, down, steps = side * np.cos(turn), np.sin(turn), np.linspace(0, 0.4, 161)
-    outside = lung_level(patient, t, x0 + across * steps, y0 + down * steps) <= 0
-    reach = steps[np.argmax(outside)]  # the first outside, or 0
-    return float(x0 + across * depth * reach), float(y0 + down * depth * reach), HEIGHT * t
-
-
-def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) -> Lesion:
-    """A lesion of that radius with everything else drawn, unless `given`."""
-    ggo, radius = code == GGO, float(radius)
-    shape = rng.uniform(0.65, 1.5)
-    drawn = dict(
-        radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
-        angle=rng.uniform(0, np.pi),
-        hu=rng.uniform(120, 380) if ggo else rng.uniform(-120, 50),
-        edge=rng.uniform(0.01, 0.026) if ggo else rng.uniform(0.007, 0.014),
-        waves=tuple((rng.normal(0, 0.06), rng.uniform(0, 2 * np.pi)) for _ in range(3)),
-        rough=rng.uniform(0.05, 0.2) * radius,
-        paving=rng.uniform(60, 220) if ggo and rng.random() < 0.3 else 0.0,
-        mottle=rng.uniform(0.1, 0.7),
-        bronchogram=float(rng.random() < 0.5),
-    )
-    return Lesion(code, centre, **(drawn | given))
-
-
-def _meet(one: Lesion, other: Lesion) -> bool:
-    """Whether two lesions may touch in a slice, or nearly so."""
-    reach = max(one.radii[:2]) + max(other.radii[:2]) + 0.012
-    apart = np.hypot(*np.subtract(one.centre[:2], other.centre[:2]))
-    return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
-
-
-def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
-    """COVID-19 of up to half a lung: foci that grow and merge, rinds below the pleura, patches."""
-    lesions: list[Lesion] = []
-    kind = rng.choice(["foci", "rind", "patches"], p=[0.4, 0.35, 0.25])
-    ggo_hu, dense = np.exp(rng.uniform(np.log(60), np.log(280))), rng.random()
-    edge = np.exp(rng.uniform(np.log(0.008), np.log(0.07)))
-    paving, net = rng.uniform(0, 200) * (rng.random() < 0.4), rng.uniform(100, 450)
-    mottle = rng.uniform(0.2, 1.3)
-    sides = (-1, 1) if rng.random() < 0.75 else (int(rng.choice([-1, 1])),)
-    spread = 0.9 * rng.random() + 0.1
-    for side in sides:
-        for _ in range(rng.integers(4, 30) if kind == "foci" else rng.integers(1, 4)):
-            t = float(np.clip(rng.normal(0.55, 0.22), 0.1, 0.9))
-            if kind == "foci":
-                centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.3, 0.95), t)
-                radius = float(np.exp(rng.uniform(np.log(0.01), np.log(0.06 + 0.12 * spread))))
-                rind, rough = np.inf, rng.uniform(0.15, 0.7) * radius
-                radii = (radius * rng.uniform(0.6, 1.6), radius, radius * rng.uniform(0.8, 1.6))
-            elif kind == "rind":
-                centre = _place(patient, side, rng.normal(0.7, 0.7), 0.9, t)
-                radii = (rng.uniform(0.1, 0.34), rng.uniform(0.08, 0.25), rng.uniform(0.1, 0.35))
-                rind, rough = rng.uniform(0.02, 0.05 + 0.08 * spread), rng.uniform(0.01, 0.04)
-            else:
-                centre = _place(patient, side, rng.normal(0.4, 1.2), rng.uniform(0, 0.6), t)
-                radii = tuple(rng.uniform(0.1, 0.2 + 0.28 * spread, 3))
-                rind, rough = np.inf, rng.uniform(0.02, 0.07)
-            angle = rng.uniform(0, np.pi)
-            shape = dict(radii=radii, angle=angle, waves=(), rind=rind, rough=rough)
-            ggo = _lesion(rng, GGO, centre, 0.05, hu=ggo_hu * rng.uniform(0.8, 1.2), edge=edge,
-                          paving=paving, mottle=mottle, **shape)  # fmt: skip
-            all_dense = dense > 0.85 and rng.random() < 0.7
-            if not all_dense:
-                lesions.append(ggo)
-            if all_dense or (dense > 0.3 and rng.random() < 0.7):
-                inset = 0.0 if all_dense else rng.uniform(0.004, 0.5) * min(min(radii), rind)
-                # dense, or a net of thickened septa in what is hardly denser than ground glass
-                netted = rng.random() < 0.35
-                low = patient.lung_hu + ggo_hu
-                hu = low + rng.uniform(0, 150) if netted else rng.uniform(min(low + 130, 0), 50)
-                core = dict(hu=hu, paving=net * netted, edge=min(edge, 0.03), mottle=2.5 * mottle)
-                core |= {"inset": inset} | shape
-                lesions.append(_lesion(rng, CONSOLIDATION, centre, 0.05, **core))
-    return tuple(sorted(lesions, key=lambda lesion: lesion.code))
-
-
-def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion, ...]:
-    """Foci of pneumonia (label 1) or COVID-19, apart and large enough to be seen; perhaps none."""
-    lesions: list[Lesion] = []
-    covid, foci = label == 2, 0
-    if covid:
-        wanted = rng.choice([8, 20, 30, 40], p=[0.1, 0.25, 0.3, 0.35])  # lesions
-    else:
-        wanted = rng.choice([1, 2, 3, 6], p=[0.5, 0.25, 0.1, 0.15])  # foci; 6: viral, patchy
-        first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7 and wanted < 6
-    for number in range(5 * wanted):
-        if (len(lesions) if covid else foci) >= wanted:
-            break
-        t = float(np.clip(rng.normal(0.66 if covid else 0.52, 0.2), 0.15, 0.88))
-        if covid:
-            side = 1 if (number + rng.integers(2)) % 2 else -1
-            centre = _place(patient, side, rng.normal(0.6, 0.65), rng.uniform(0.6, 0.9), t)
-            if rng.random() < 0.62:
-                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.75, 0.28), 0.035, 0.11))]
-                if rng.random() < 0.17:  # a core leaves a ring of GGO: halo
-                    radius = 0.55 * min(new[0].radii[:2])
-                    new.append(_lesion(rng, CONSOLIDATION, centre, radius, bronchogram=0.0))
-                elif rng.random() < 0.08:  # reversed halo: a ring of consolidation
-                    new.append(replace(new[0], code=CONSOLIDATION, hu=-60.0, hollow=0.014))
-            else:
-                radius = np.clip(rng.lognormal(-2.95, 0.22), 0.034, 0.08)
-                new = [_lesion(rng, CONSOLIDATION, centre, radius)]
-        else:
-            side = int(first_side if one_sided else rng.choice([-1, 1]))
-            central = rng.random() < 0.5
-            turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
-            depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
-            centre = _place(patient, side, turn, depth, t)
-            radius = np.clip(rng.lognormal(-2.3 if wanted < 6 else -2.8, 0.35), 0.045, 0.17)
-            code = GGO if rng.random() < (0.15 if wanted < 6 else 0.5) else CONSOLIDATION
-            new = [_lesion(rng, code, centre, radius)]
-            if code == CONSOLIDATION and rng.random() < 0.3:  # a rim of GGO around it
-                rim = rng.uniform(1.25, 1.6)
-                radii = tuple(rim * r for r in new[0].radii)
-                new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))
-        free = not any(_meet(new[0], other) for other in lesions)
-        if free and _visible_area(patient, new[0], t) > 2 * MIN_AREA:
-            lesions += new
-            foci += 1
-    return tuple(lesions)
-
-
-def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
-    """Draw the anatomy and the lesions of a synthetic patient.
-
-    Args:
-        seed: at least 0. The same arguments give the same patient everywhere.
-        label: 0 control (no lesions), 1 common pneumonia, 2 COVID-19 (both have lesions).
-        severe: with lesions of up to half a lung, as in COVID-SemiSeg; else small and few, as in
-            the paper's Figure 1.
-    """
-    if seed < 0 or label not in (0, 1, 2):
-        raise ValueError(f"seed {seed}, label {label}: seed must be >= 0 and label 0, 1 or 2")
-    rng = default_rng((seed, label, 0))
-    breath = rng.uniform(0, 1) ** 1.5  # 0 inspiration, 1 expiration: denser, higher diaphragm
-    fluid = rng.uniform(0.08, 0.3, 2) * (rng.random(2) < 0.07)
-    patient = Patient(
-        seed=int(seed),
-        label=int(label),
-        scale=rng.uniform(0.93, 1.1),
-        rotation=rng.normal(0, 0.05),
-        offset=(rng.normal(0, 0.012), rng.normal(0, 0.012)),
-        thorax=(rng.uniform(0.345, 0.385), rng.uniform(0.255, 0.31)),
-        square=rng.uniform(-0.7, 0.6),
-        taper=rng.uniform(-0.15, 0.12),
-        bend=rng.uniform(0.002, 0.007),
-        fat=rng.uniform(0.008, 0.045),
-        muscle=rng.uniform(0.02, 0.04),
-        heart=rng.uniform(0.6, 1.25),
-        shift=(rng.normal(0, 0.015), rng.normal(0, 0.02), rng.normal(0, 0.25)),
-        aorta=(rng.normal(0, 0.012), rng.normal(0, 0.014), rng.uniform(0.021, 0.042)),
-        spine=rng.uniform(0.68, 0.86),
-        wedge=rng.uniform(0, 0.1) * (rng.random() < 0.7),
-        narrow=rng.uniform(0.75, 1.3),
-        bones=(rng.uniform(0, 2 * np.pi), rng.uniform(8, 14)),
-        dome=0.78 - 0.16 * breath + rng.normal(0, 0.02),
-        lung_hu=-890 + 190 * breath + rng.normal(0, 15),
-        gravity=rng.uniform(20, 60) + 60 * breath,
-        grain=rng.uniform(5, 70),
-        holes=rng.uniform(0.02, 0.25) if rng.random() < 0.15 else 0.0,
-        dependent=rng.uniform(60, 240) if rng.random() < 0.5 else 0.0,
-        fissure=(rng.normal(0.02, 0.02), rng.uniform(0.25, 0.5), rng.uniform(0, 130)),
-        fluid=(float(fluid[0]), float(fluid[1])),
-        vessels=rng.uniform(0.7, 1.8),
-        thickness=rng.choice([0.001, 0.003, 0.008]),
-        severe=severe and label == 2,
-        spare=bool(severe and label == 2 and rng.random() < 0.6),
-        lesions=(),
-        tubes=_grow_tubes(rng),
-    )
-    if severe and label == 2:
-        return replace(patient, lesions=_severe(patient, default_rng((seed, label, 1))))
-    return _with_lesions(patient, label)
-
-
-def _with_lesions(patient: Patient, label: int) -> Patient:
-    """The patient with lesions of class `label`; draws again until there is at least one."""
-    for attempt in itertools.count() if label else ():
-        if lesions := _draw_lesions(patient, label, default_rng((patient.seed, label, 1, attempt))):
-            return replace(patient, lesions=lesions)
-    return patient
 
 
 def render(

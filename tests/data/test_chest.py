@@ -16,11 +16,11 @@ from covidmask.datasets.chest import (
     HEIGHT,
     Lesion,
     draw,
-    make_patient,
     render,
     visible_lesions,
 )
 from covidmask.datasets.lungs import crop_box, find_lungs
+from covidmask.datasets.patients import make_patient
 from covidmask.datasets.scanner import Scanner, develop, draw_scanner, scan
 from covidmask.errors import DataError
 
@@ -40,7 +40,8 @@ def shown(patient):
 @pytest.mark.parametrize(("label", "severe"), [(0, False), (1, False), (2, False), (2, True)])
 def test_a_patient_is_the_same_in_every_process(label, severe):
     code = (
-        "import hashlib\nfrom covidmask.datasets.chest import make_patient, render\n"
+        "import hashlib\nfrom covidmask.datasets.chest import render\n"
+        "from covidmask.datasets.patients import make_patient\n"
         f"arrays = render(make_patient(5, {label}, {severe}), 0.55, 96)\n"
         "print(hashlib.sha256(b''.join(a.tobytes() for a in arrays)).hexdigest())"
     )
