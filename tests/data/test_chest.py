@@ -91,7 +91,8 @@ def test_the_trachea_is_air_and_divides():
 @pytest.mark.parametrize("seed", range(4))
 def test_neighbouring_slices_agree(seed):
     patient = make_patient(seed, 2, severe=True)
-    (near, mask), (other, other_mask), (far, _) = (draw(patient, p, 128) for p in (0.6, 0.605, 0.75))
+    positions = 0.6, 0.605, 0.75
+    (near, mask), (other, other_mask), (far, _) = (draw(patient, p, 128) for p in positions)
     both = (mask > 0) & (other_mask > 0)
     assert 2 * both.sum() / ((mask > 0).sum() + (other_mask > 0).sum()) > 0.93
     lungs = mask > 0
