@@ -362,7 +362,7 @@ class Predict:
 
     Reads PNG, JPEG, TIFF, DICOM (files, or folders that hold a series) and NIfTI; no patient tag
     and no name of a DICOM or NIfTI file reaches an output. The shipped weights have seen synthetic
-    slices only. Where you name no weights, scans get lesions of the network for CT, which looks at
+    slices only. Without weights of yours, scans get lesions of the network for CT, which looks at
     the lungs alone, and no probabilities. For example: `covidmask predict scan/ --out out`
     """
 
@@ -395,7 +395,10 @@ class Predict:
         classifier = _weights("classifier", self.preset, self.classifier, self.regime)
         names = ("score", "series", "slices", "every", "window", "threshold")
         options = {name: getattr(self, name) for name in names} | {"device": _device(self.device)}
-        if self.preset == "quick" and not (self.segmenter or self.classifier or self.regime):
+        # what you name or have trained comes first, for scans as for pictures
+        shipped = [ShippedWeights.SEGMENTER_QUICK.path, ShippedWeights.CLASSIFIER_QUICK.path]
+        named = self.segmenter or self.classifier or self.regime
+        if not named and [segmenter, classifier] == shipped:
             options["ct"] = ShippedWeights.SEGMENTER_CT.path
             _say(f"For scans, DICOM and NIfTI: trained on drawn chests, {options['ct']}")
         rows = predict(self.images, segmenter, classifier, self.out, **options)

@@ -10,14 +10,16 @@ from scipy import ndimage
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 
 from covidmask import predict as module
+from covidmask.cli import main
 from covidmask.datasets.chest import draw
 from covidmask.datasets.lungs import crop_box, find_lungs
 from covidmask.datasets.patients import make_patient
 from covidmask.datasets.scans import write_image
 from covidmask.errors import CheckpointError
+from covidmask.files import weights_file
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.weights import save_model
+from covidmask.models.weights import ShippedWeights, save_model
 from covidmask.predict import lesions_in_lungs, predict
 
 nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
@@ -184,3 +186,24 @@ def test_a_network_that_gives_no_numbers_is_told(volume, centre, monkeypatch, tm
     with pytest.raises(CheckpointError, match="values that are not numbers near slice_0003"):
         predict([volume[0]], "s", "c", tmp_path, ct="ct", slices="3")
     assert not Path(tmp_path / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("yours", "options", "used"),
+    [
+        (False, [], True),
+        (True, [], False),  # what you have trained comes before what is shipped
+        (False, ["--segmenter", "mine.safetensors"], False),
+        (False, ["--regime", "heads"], False),
+    ],
+)
+def test_the_network_for_ct_is_for_those_without_weights(
+    yours, options, used, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path))
+    if yours:
+        save_model(lesion_mask_rcnn(TINY_DETECTOR), weights_file("segmenter", "quick"))
+    given = {}
+    monkeypatch.setattr(module, "predict", lambda *_, **words: given.update(words) or [])
+    assert main(["predict", "scan.nii", "--out", str(tmp_path / "out"), *options]) == 0
+    assert given.get("ct") == (ShippedWeights.SEGMENTER_CT.path if used else None)

@@ -785,7 +785,7 @@ assert window_dice["soft tissue (40, 400)"] < window_dice["lung (-600, 1500)"]
 # covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out
 # ```
 #
-# Where you name no weights, the lesions are those of `SEGMENTER_CT`, a network that was trained on
+# Without weights of yours, the lesions are those of `SEGMENTER_CT`, a network that was trained on
 # [drawn chests](phantoms_made.ipynb) and on no real slice; it looks at the lungs alone, which the
 # command finds first, and [its card](weights.md) says what it reaches on real ones. It gives no
 # class probabilities, because no classifier of this book is right on real patients.
