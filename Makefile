@@ -100,7 +100,7 @@ results: $(INSTALLED)
 	$(BIN)/python benchmarks/ablations.py
 	$(if $(REAL),$(BIN)/python benchmarks/covid_semiseg.py --precision bf16-mixed --data "$(REAL)",\
 	  @echo "covid_semiseg.py: left out, as no real slices are named: make results REAL=DIR")
-	$(MAKE) notebooks
+	$(BIN)/python tools/book.py notebooks --changed
 
 # The bounds of pyproject.toml are true only if somebody installs them: with the oldest Python, too.
 OLDEST = $(or $(shell python3.10 -c '' 2>/dev/null && command -v python3.10),$(PYTHON))

@@ -24,11 +24,11 @@ import tyro
 from covidmask import datasets, metrics, training
 from covidmask.config import PRESETS, PhantomConfig
 from covidmask.datasets.phantom_sets import GENERATOR
-from covidmask.files import SPLITS, atomic_path
+from covidmask.files import SPLITS, atomic_path, phantoms_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TWINS = ROOT / "results", ROOT / "book" / "py"
-QUICK, QUICK_DATA = PRESETS["quick"], Path("data/phantoms-quick")
+QUICK, QUICK_DATA = PRESETS["quick"], phantoms_folder("quick")
 SOURCE = "command", "commit", "date", "torch"  # of each run that a file of results comes from
 
 

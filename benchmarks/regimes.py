@@ -29,8 +29,7 @@ TWIN = common.TWINS / "06_three_regimes.py"
 NAMES = {"heads": "heads", "heads_bn": "heads + BN", "full": "full"}
 COLUMNS = {
     "regime (phantoms)": "{name}",
-    "epochs": "{epochs}",
-    "rate": "{rate}",
+    "epochs; rate": "{epochs}; {rate}",
     "COVID-19": "{sensitivity[2]:.3f} ({ppv[2]:.3f})",
     "common pneumonia": "{sensitivity[1]:.3f} ({ppv[1]:.3f})",
     "control": "{sensitivity[0]:.3f} ({ppv[0]:.3f})",

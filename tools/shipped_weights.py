@@ -34,7 +34,7 @@ from covidmask.training.segmentation import predict_lesions, train_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import environment, formatted, interval, judge, unseen, write_text  # noqa: E402
+from common import QUICK_DATA, environment, formatted, interval, judge, unseen, write_text  # noqa: E402
 from quick_preset import train_heads  # noqa: E402
 
 PAGE = ROOT / "book" / "weights.md"
@@ -128,9 +128,7 @@ def card_page(folder: Path) -> str:
     return head + tail
 
 
-def main(
-    data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED, missing: bool = False
-) -> None:
+def main(data: Path = QUICK_DATA, out: Path = SHIPPED, missing: bool = False) -> None:
     """Train, judge, write."""
     facts = {
         "seed": 0,
