@@ -9,6 +9,10 @@ import pytest
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
 from covidmask.config import PRESETS, PhantomConfig
+from covidmask.datasets.phantom_sets import write_semiseg_phantoms
+from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.weights import save_model
+from tools.shipped_weights import is_made
 
 ROOT = Path(__file__).parents[1]
 TINY = replace(
@@ -30,7 +34,7 @@ def benchmark(monkeypatch):
     def load(name):
         module = importlib.import_module(name)
         for each in (module, importlib.import_module("common")):
-            monkeypatch.setattr(each, "QUICK", TINY)
+            monkeypatch.setattr(each, "QUICK", TINY, raising=False)
         return module
 
     return load
@@ -50,6 +54,7 @@ def run(benchmark, out, commit="a1", **options):
     return parts
 
 
+@pytest.mark.slow
 def test_quick_preset_seed_by_seed(benchmark, tmp_path, monkeypatch):
     quick, out = benchmark("quick_preset"), tmp_path / "out.json"
     monkeypatch.setattr(quick, "ORDINARY", tiny_training())
@@ -68,6 +73,7 @@ def test_quick_preset_seed_by_seed(benchmark, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_regimes_of_two_seeds(benchmark, tmp_path, monkeypatch):
     regimes, out = benchmark("regimes"), tmp_path / "out.json"
     for name, value in {"RATES": (1e-3,), "PILOT_SHARE": 2, "PILOT_EPOCHS": 1}.items():
@@ -160,3 +166,41 @@ def test_pages_are_not_filled_from_other_phantoms(benchmark, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["x.py", "--page"])
     with pytest.raises(SystemExit, match=r"out.json: of phantoms of generator -1, now \d.*page.md"):
         common.command(None, out, (tmp_path / "page.md", "x", str))
+
+
+@pytest.mark.slow
+def test_a_fold_of_real_slices(benchmark, tmp_path, monkeypatch):
+    """On phantoms in their layout. A model is found again by the generator of its phantoms."""
+    semiseg, preset = benchmark("covid_semiseg"), PRESETS["semiseg"]
+    training = tiny_training(epochs=1, average=0.9)
+    tiny = replace(
+        preset,
+        phantoms=TINY.phantoms,
+        detector=replace(TINY_DETECTOR, semantic=True),
+        segmenter=training,
+        augment=replace(preset.augment, size=64, copies=1, min_area=4),
+        pretraining=training,
+    )
+    monkeypatch.setattr(semiseg, "PRESET", tiny)
+    monkeypatch.setattr(semiseg, "SHORT", training)
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path))
+    data, folder = write_semiseg_phantoms(tmp_path / "real", 64, (5, 1)), tmp_path / "runs"
+    assert semiseg.phantoms_first(folder, "32-true")["steps"] == 1
+    for arm in semiseg.ARMS:
+        row = semiseg.one_fold(arm, 0, data, folder, "32-true")
+        assert row["training_slices"] == 4 and len(row["overlap_mirrored"]) == 1
+    names = {path.name for path in folder.glob("*.safetensors")}
+    g = semiseg.GENERATOR
+    arms = {f"whole-0-{g}.safetensors", f"short-0-{g}.safetensors", "random-0.safetensors"}
+    assert names == {semiseg.PHANTOMS, *arms}
+    assert len(semiseg.averaged(0, data, folder)) == 1
+
+
+def test_shipped_weights_are_made_again_for_other_phantoms(tmp_path):
+    path, facts = tmp_path / "s.safetensors", {"generator": 1, "seed": 0}
+    model = lesion_mask_rcnn(TINY_DETECTOR)
+    assert not is_made(path, facts)
+    save_model(model, path, **facts)
+    assert not is_made(path, facts)  # not judged
+    save_model(model, path, **facts, metrics={})
+    assert is_made(path, facts) and not is_made(path, facts | {"generator": 2})
