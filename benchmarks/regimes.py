@@ -164,8 +164,16 @@ def markdown(result: dict) -> str:
         ["pilot: validation accuracy", *(f"at {rate:g}" for rate in RATES)],
         [[name, *(f"{tried[key, rate]:.3f}" for rate in RATES)] for key, name in NAMES.items()],
     )
+    patients, seeds = set(result["test_patients"].split()), [r["seed"] for r in rows[0]["seeds"]]
+    share, tries = result["pilot"]
+    text = (
+        f"Means of {len(seeds)} seed(s): {result['training_slices']:,} training slices, "
+        f"{result['validation_slices']} validation slices, {len(result['test_labels'])} test slices "
+        f"of {len(patients)} patients, {result['lesion_test_slices']} lesion slices for the box "
+        f"AP50. The pilot: one seed, every {share}th training slice, {tries} epochs at most."
+    )
     made = common.origin(result, "`results/regimes.json`")
-    return "\n".join([*common.formatted(COLUMNS, rows), "", *pilot_rows, "", made])
+    return "\n".join([*common.formatted(COLUMNS, rows), "", *pilot_rows, "", text, "", made])
 
 
 def measure(
