@@ -164,12 +164,12 @@ def markdown(result: dict) -> str:
         ["pilot: validation accuracy", *(f"at {rate:g}" for rate in RATES)],
         [[name, *(f"{tried[key, rate]:.3f}" for rate in RATES)] for key, name in NAMES.items()],
     )
-    patients, seeds = set(result["test_patients"].split()), [r["seed"] for r in rows[0]["seeds"]]
+    patients, seeds = set(result["test_patients"].split()), rows[0]["seeds"]
     share, tries = result["pilot"]
     text = (
-        f"Means of {len(seeds)} seed(s): {result['training_slices']:,} training slices, "
-        f"{result['validation_slices']} validation slices, {len(result['test_labels'])} test slices "
-        f"of {len(patients)} patients, {result['lesion_test_slices']} lesion slices for the box "
+        f"Means of {len(seeds)} seed(s): {result['training_slices']:,} training, "
+        f"{result['validation_slices']} validation and {len(result['test_labels'])} test slices, "
+        f"these of {len(patients)} patients, {result['lesion_test_slices']} lesion slices for the box "
         f"AP50. The pilot: one seed, every {share}th training slice, {tries} epochs at most."
     )
     made = common.origin(result, "`results/regimes.json`")

@@ -793,7 +793,7 @@ plt.show()
 # | heads + BN | 0.733 | 0.603 | 0.493 |
 # | full | 0.337 | 0.630 | 0.690 |
 #
-# Means of 1 seed(s): 3,000 training slices, 300 validation slices, 600 test slices of 120 patients, 320 lesion slices for the box AP50. The pilot: one seed, every 4th training slice, 2 epochs at most.
+# Means of 1 seed(s): 3,000 training, 300 validation and 600 test slices, these of 120 patients, 320 lesion slices for the box AP50. The pilot: one seed, every 4th training slice, 2 epochs at most.
 #
 # Command: `python benchmarks/regimes.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit 2ba6285; all numbers in `results/regimes.json`.
 # <!-- /regimes -->
