@@ -169,8 +169,8 @@ def markdown(result: dict) -> str:
     text = (
         f"Means of {len(seeds)} seed(s): {result['training_slices']:,} training, "
         f"{result['validation_slices']} validation and {len(result['test_labels'])} test slices, "
-        f"these of {len(patients)} patients, {result['lesion_test_slices']} lesion slices for the box "
-        f"AP50. The pilot: one seed, every {share}th training slice, {tries} epochs at most."
+        f"these of {len(patients)} patients, {result['lesion_test_slices']} lesion slices for the "
+        f"box AP50. The pilot: one seed, every {share}th training slice, {tries} epochs at most."
     )
     made = common.origin(result, "`results/regimes.json`")
     return "\n".join([*common.formatted(COLUMNS, rows), "", *pilot_rows, "", text, "", made])

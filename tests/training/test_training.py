@@ -115,7 +115,7 @@ def test_groups_get_their_share_of_the_rate(tmp_path):
         groups = [{"params": [s[1].weight]}, {"params": [s[1].bias], "share": share}]
         options = {"groups": groups, "progress": False, "checkpoint": checkpoint}
         train_s(s, rows, labels, replace(training, epochs=1, batch_size=8), **options)
-        return [(a - b).abs().mean() for a, b in zip(s.parameters(), before, strict=True)]
+        return [(a - b).abs().mean().item() for a, b in zip(s.parameters(), before, strict=True)]
 
     weight, bias = moved(0.1)  # Adam's first step has the size of the rate
     assert weight == pytest.approx(training.lr, rel=0.01)
