@@ -165,7 +165,7 @@ def markdown(result: dict) -> str:
         [[name, *(f"{tried[key, rate]:.3f}" for rate in RATES)] for key, name in NAMES.items()],
     )
     patients, seeds = set(result["test_patients"].split()), rows[0]["seeds"]
-    share, tries = result["pilot"]
+    share, tries, *_ = result["pilot"]
     text = (
         f"Means of {len(seeds)} seed(s): {result['training_slices']:,} training, "
         f"{result['validation_slices']} validation and {len(result['test_labels'])} test slices, "
@@ -192,7 +192,8 @@ def measure(
         "generator": common.GENERATOR,
         "preset": asdict(QUICK),
         "epochs": epochs,
-        "pilot": [PILOT_SHARE, PILOT_EPOCHS],
+        "pilot": [PILOT_SHARE, PILOT_EPOCHS, *RATES],
+        "two_rates": [DETECTOR_SHARE, DETECTOR_DECAY],
         "data_seed": data_seed,
         "segmenter": models.ShippedWeights.SEGMENTER_QUICK.value,
         "training_slices": len(slices["train"]),
