@@ -100,7 +100,9 @@ def test_ablations(benchmark, tmp_path, monkeypatch):
     options = {"data": tmp_path / "phantoms", "test_data": tmp_path / "others", "seeds": (0,)}
     assert run(ablations, out, **options) == ["all"]
     assert run(ablations, out, **options) == []
-    assert "\nN = 32 minus N = 2: " in ablations.markdown(ablations.common.read(out))
+    assert "\nAccuracy with N = 32 minus that with N = 2, NMS 0.75: " in ablations.markdown(
+        ablations.common.read(out)
+    )
     monkeypatch.setattr(ablations, "predictions", lambda *_: iter(()))
     monkeypatch.setattr(ablations.common, "GENERATOR", 99)  # other phantoms: all of it again
     assert run(ablations, out, **options) == ["all"]
