@@ -80,7 +80,10 @@ def test_regimes_of_two_seeds(benchmark, tmp_path, monkeypatch):
         monkeypatch.setattr(regimes, name, value)
     options = {"data": tmp_path / "phantoms", "jobs": 1, "epochs": 1}
     done = run(regimes, out, seeds=(0, 1), **options)
-    assert [name.split()[0] for name in done] == 3 * ["pilot"] + ["before"] + 12 * ["run"]
+    assert [name.split()[0] for name in done] == [
+        *("ranked", "pilot", "pilot", "pilot", "before"),
+        *12 * ["run"],
+    ]
     assert run(regimes, out, seeds=(0, 1), **options) == []
     result = regimes.common.read(out)
     rows = regimes.summary(result)
