@@ -46,28 +46,29 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
         scale=rng.uniform(0.93, 1.1),
         rotation=rng.normal(0, 0.05),
         offset=(rng.normal(0, 0.012), rng.normal(0, 0.012)),
-        thorax=(rng.uniform(0.345, 0.385), rng.uniform(0.255, 0.31)),
-        square=rng.uniform(-0.7, 0.6),
+        thorax=(rng.uniform(0.325, 0.38), rng.uniform(0.275, 0.34)),
+        square=rng.uniform(-0.2, 0.9),
         taper=rng.uniform(-0.15, 0.12),
-        bend=rng.uniform(0.002, 0.007),
+        bend=rng.uniform(0.004, 0.013),
         fat=rng.uniform(0.008, 0.045),
         muscle=rng.uniform(0.02, 0.04),
         heart=rng.uniform(0.6, 1.25),
         shift=(rng.normal(0, 0.015), rng.normal(0, 0.02), rng.normal(0, 0.25)),
         aorta=(rng.normal(0, 0.012), rng.normal(0, 0.014), rng.uniform(0.021, 0.042)),
         spine=rng.uniform(0.68, 0.86),
-        wedge=rng.uniform(0, 0.1) * (rng.random() < 0.7),
-        narrow=rng.uniform(0.75, 1.3),
+        wedge=rng.uniform(0, 0.22) * (rng.random() < 0.8),
+        narrow=rng.uniform(0.95, 1.5),
+        round=rng.uniform(0.01, 0.05),
         bones=(rng.uniform(0, 2 * np.pi), rng.uniform(8, 14)),
         dome=0.78 - 0.16 * breath + rng.normal(0, 0.02),
         lung_hu=-890 + 190 * breath + rng.normal(0, 15),
         gravity=rng.uniform(20, 60) + 60 * breath,
-        grain=rng.uniform(5, 70),
+        grain=5 + rng.exponential(16),
         holes=rng.uniform(0.02, 0.25) if rng.random() < 0.15 else 0.0,
         dependent=rng.uniform(60, 240) if rng.random() < 0.5 else 0.0,
         fissure=(rng.normal(0.02, 0.02), rng.uniform(0.25, 0.5), rng.uniform(0, 130)),
         fluid=(float(fluid[0]), float(fluid[1])),
-        vessels=rng.uniform(0.7, 1.8),
+        vessels=rng.uniform(1.0, 2.6),
         thickness=rng.choice([0.001, 0.003, 0.008]),
         severe=severe and label == 2,
         spare=bool(severe and label == 2 and rng.random() < 0.6),
@@ -209,12 +210,12 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
         for _ in range(rng.integers(4, 30) if kind == "foci" else rng.integers(1, 4)):
             t = float(np.clip(rng.normal(0.55, 0.22), 0.1, 0.9))
             if kind == "foci":
-                centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.3, 0.95), t)
+                centre = _place(patient, side, rng.normal(0.7, 0.9), rng.uniform(0.3, 0.97), t)
                 radius = float(np.exp(rng.uniform(np.log(0.01), np.log(0.06 + 0.12 * spread))))
                 rind, rough = np.inf, rng.uniform(0.15, 0.7) * radius
                 radii = (radius * rng.uniform(0.6, 1.6), radius, radius * rng.uniform(0.8, 1.6))
             elif kind == "rind":
-                centre = _place(patient, side, rng.normal(0.7, 0.7), 0.9, t)
+                centre = _place(patient, side, rng.normal(0.8, 0.7), 0.9, t)
                 radii = (rng.uniform(0.1, 0.34), rng.uniform(0.08, 0.25), rng.uniform(0.1, 0.35))
                 rind, rough = rng.uniform(0.02, 0.05 + 0.08 * spread), rng.uniform(0.01, 0.04)
             else:
