@@ -44,6 +44,7 @@ class Lesion:
     mottle: float = 0.3  # relative deviation of its density
     paving: float = 0.0  # HU of the net of thickened septa in it: crazy paving
     bronchogram: float = 0.0  # 1: bronchi in consolidation stay air; 0: they are filled
+    lobe: int = 0  # -1: stops at the fissure behind it, 1: at the one in front of it; 0: neither
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Patient:
     fissure: tuple[float, float, float]  # y at mid height, slope, HU of the oblique fissures
     fluid: tuple[float, float]  # height of an effusion in the right and the left chest; 0: none
     vessels: float  # relative weight
+    contrast: float  # HU that contrast medium adds to blood; 0: none was given
     thickness: float  # of a slice
     severe: bool  # lesions of any size, up to half a lung
     spare: bool  # masks leave out the vessels in GGO, as in COVID-SemiSeg
@@ -182,7 +184,7 @@ def _wall_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray) -> np.
 def _organs(patient: Patient, t: float) -> list[tuple]:
     """(HU, x, y, half axes, angle) of heart, great vessels, oesophagus and spine's muscles."""
     cy, _, b = thorax(patient, t)
-    back, wide = cy + patient.spine * b, patient.narrow
+    back, wide, blood = cy + patient.spine * b, patient.narrow, BLOOD + patient.contrast
     drawn = [(BLOOD - 10, 0.014, back - 0.085, 0.016, 0.011, 0.0)]  # oesophagus
     if t < 0.34:  # veins and arteries to head and arms
         for x, y, r in (
@@ -192,27 +194,27 @@ def _organs(patient: Patient, t: float) -> list[tuple]:
             (-0.055, -0.045, 0.019),
             (0.05, -0.065, 0.017),
         ):
-            drawn.append((BLOOD, x * wide, y + 0.5 * cy, r * wide, r * 1.05 * wide, 0.0))
+            drawn.append((blood, x * wide, y + 0.5 * cy, r * wide, r * 1.05 * wide, 0.0))
     if s := _swell(t, 0.27, 0.42):  # arch of the aorta
-        drawn.append((BLOOD + 8, 0.028 * wide, 0.0, 0.11 * s * wide, 0.038 * s * wide, 0.95))
+        drawn.append((blood + 8, 0.028 * wide, 0.0, 0.11 * s * wide, 0.038 * s * wide, 0.95))
     if s := _swell(t, 0.33, 0.66):
-        drawn.append((BLOOD + 8, -0.022, -0.085, 0.044 * s * wide, 0.042 * s * wide, 0.0))
+        drawn.append((blood + 8, -0.022, -0.085, 0.044 * s * wide, 0.042 * s * wide, 0.0))
     if t > 0.36:
         x, y, r = patient.aorta  # the descending one, beside the spine
-        drawn.append((BLOOD + 8, 0.056 + x, back - 0.05 + y, r, r, 0.0))
+        drawn.append((blood + 8, 0.056 + x, back - 0.05 + y, r, r, 0.0))
     if s := _swell(t, 0.26, 0.62):
-        drawn.append((BLOOD, -0.07 * wide, -0.05, 0.024 * s * wide, 0.026 * s * wide, 0.0))
+        drawn.append((blood, -0.07 * wide, -0.05, 0.024 * s * wide, 0.026 * s * wide, 0.0))
     if s := _swell(t, 0.4, 0.58):  # pulmonary trunk and arteries
-        drawn.append((BLOOD + 2, 0.042 * wide, -0.095, 0.04 * s * wide, 0.046 * s * wide, 0.3))
-        drawn.append((BLOOD + 2, -0.035, -0.015, 0.085 * s * wide, 0.022 * s * wide, -0.2))
-        drawn.append((BLOOD + 2, 0.075 * wide, 0.01, 0.045 * s * wide, 0.026 * s, 0.7))
+        drawn.append((blood + 2, 0.042 * wide, -0.095, 0.04 * s * wide, 0.046 * s * wide, 0.3))
+        drawn.append((blood + 2, -0.035, -0.015, 0.085 * s * wide, 0.022 * s * wide, -0.2))
+        drawn.append((blood + 2, 0.075 * wide, 0.01, 0.045 * s * wide, 0.026 * s, 0.7))
     h = patient.heart * _ramp(t, 0.4, 0.62)
     if h:
         x, y, turn = patient.shift
         y += 0.13 - 0.45 * b  # it lies on the front wall
         left = 0.05 + 0.105 * h, 0.045 + 0.075 * h
-        drawn.append((BLOOD, 0.055 + x, -0.075 + y, *left, 0.45 + turn))
-        drawn.append((BLOOD, -0.035 + x, -0.05 + y, 0.045 + 0.05 * h, 0.055 + 0.05 * h, 0.3))
+        drawn.append((blood, 0.055 + x, -0.075 + y, *left, 0.45 + turn))
+        drawn.append((blood, -0.035 + x, -0.05 + y, 0.045 + 0.05 * h, 0.055 + 0.05 * h, 0.3))
     return drawn
 
 
@@ -258,8 +260,17 @@ def lung_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray, wall=No
     return level
 
 
-def _lesion_level(lesion: Lesion, z: float, x, y, depth, noise) -> np.ndarray:
-    """Level of the cross-section of a lesion at height `z`, before the pleura cuts it."""
+def fissure_level(patient: Patient, t: float, x, y) -> np.ndarray:
+    """How far a point lies behind the oblique fissure; below 0 in front of it."""
+    middle, slope, _ = patient.fissure
+    return y - middle - slope * (0.5 - t) + 0.5 * (np.abs(x) - 0.2) ** 2
+
+
+def _lesion_level(lesion: Lesion, z: float, x, y, depth, fissure, noise) -> np.ndarray:
+    """Level of the cross-section of a lesion at height `z`, before the pleura cuts it.
+
+    `depth` below the chest wall, and `fissure_level`, of the same points.
+    """
     cx, cy, cz = lesion.centre
     a, b, c = lesion.radii
     section = max(1 - ((z - cz) / c) ** 2, 0.0) ** 0.5
@@ -273,6 +284,7 @@ def _lesion_level(lesion: Lesion, z: float, x, y, depth, noise) -> np.ndarray:
     level = (outline - np.sqrt(u * u + v * v)) * min(a, b)
     level = np.minimum(level, lesion.rind - depth) if lesion.rind < 1 else level
     level = level + lesion.rough * noise - lesion.inset
+    level = np.minimum(level, lesion.lobe * fissure) if lesion.lobe else level
     return np.minimum(level, lesion.hollow - level) if lesion.hollow < 1 else level
 
 
@@ -284,7 +296,8 @@ def visible_area(patient: Patient, lesion: Lesion, t: float) -> float:
     steps = np.linspace(-reach, reach, 40)
     x, y = lesion.centre[0] + steps[None, :], lesion.centre[1] + steps[:, None]
     wall = _wall_level(patient, t, x, y)
-    inside = _lesion_level(lesion, HEIGHT * t, x, y, wall, 0.0) > 0
+    fissure = fissure_level(patient, t, x, y)
+    inside = _lesion_level(lesion, HEIGHT * t, x, y, wall, fissure, 0.0) > 0
     inside &= (lung_level(patient, t, x, y, wall) > 0) & (x * lesion.centre[0] > 0)
     return float(inside.sum()) * ((steps[1] - steps[0]) * patient.scale) ** 2
 
@@ -376,11 +389,9 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     if patient.dependent:
         band = np.exp(-((np.maximum(level, 0) / 0.02) ** 2)) * np.clip(0.6 + 0.7 * patchy, 0, 1.4)
         air += patient.dependent * band * np.clip((y - cy - 0.45 * half) / 0.06, 0, 1)
-    middle, slope, shade = patient.fissure
-    crack = (
-        y - middle - slope * (0.5 - t) - 0.012 * coarse + 0.5 * (np.abs(x) - 0.2) ** 2
-    ) / 0.0032
-    air += shade * np.exp(-(crack**2)) * np.clip(0.5 + patchy, 0, 1)
+    fissure = fissure_level(patient, t, x, y) - 0.012 * coarse
+    crack = np.exp(-((fissure / 0.0032) ** 2)) * np.clip(0.5 + patchy, 0, 1)
+    air += patient.fissure[2] * crack
     vessel, lumen = _draw_tubes(grid, z, patient.thickness)
     vessel = 1 - np.exp(-1.5 * patient.vessels * vessel)
     vessel *= np.clip(level / 0.012, 0, 1)
@@ -393,7 +404,7 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     for lesion in visible_lesions(patient, position):
         box = grid.box(*lesion.centre[:2], 1.35 * max(lesion.radii[:2]) + 2 * lesion.rough)
         noise = medium[box] + 0.55 * fine[box] + 0.7 * coarse[box]
-        shape = _lesion_level(lesion, z, x[box], y[box], wall[box], noise)
+        shape = _lesion_level(lesion, z, x[box], y[box], wall[box], fissure[box], noise)
         cover = _cover(shape, lesion.edge) * (x[box] * lesion.centre[0] > 0)  # it stays in its lung
         inside = (cover > 0.5) & (level[box] > 0)
         mottle = 0.5 * medium[box] + 0.35 * fine[box] + 0.45 * coarse[box]
@@ -413,7 +424,7 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
             solid[box] = np.maximum(solid[box], cover)
             filled[box] = np.maximum(filled[box], cover * (1 - lesion.bronchogram))
         mask[box][inside] = lesion.code
-    air += vessel * (1 - solid) * np.maximum(BLOOD - air, 0)
+    air += vessel * (1 - solid) * np.maximum(BLOOD + patient.contrast - air, 0)
     air += lumen * (0.85 * AIR - air) * (1 - filled)
     hu += _cover(level) * (air - hu)
     _airway(grid, t, hu, mask)
