@@ -19,11 +19,16 @@ from covidmask.datasets.chest import (
     GGO,
     HEIGHT,
     MIN_AREA,
+    POSITIONS,
     VESSEL_SIGMAS,
     Lesion,
     Patient,
     Point,
+    render,
+    visible_area,
 )
+
+FRIEND, FRIEND_POSITION = (2051, 2), 0.725  # (seed, label) and position of `old_friend`
 
 
 def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
@@ -189,7 +194,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
                 radii = tuple(rim * r for r in new[0].radii)
                 new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))
         free = not any(_meet(new[0], other) for other in lesions)
-        if free and chest.visible_area(patient, new[0], t) > 2 * MIN_AREA:
+        if free and visible_area(patient, new[0], t) > 2 * MIN_AREA:
             lesions += new
             foci += 1
     return tuple(lesions)
@@ -273,3 +278,36 @@ def _place(patient: Patient, side: int, turn: float, depth: float, t: float) -> 
     outside = chest.lung_level(patient, t, x0 + across * steps, y0 + down * steps) <= 0
     reach = steps[np.argmax(outside)]  # the first outside, or 0
     return float(x0 + across * depth * reach), float(y0 + down * depth * reach), HEIGHT * t
+
+
+def draw_positions(patient: Patient, count: int) -> list[float]:
+    """Draw `count` different slice positions in 0.1..0.9, in ascending order.
+
+    Every slice shows a lesion of at least `MIN_AREA`, as in COVIDx-CT, where only such slices were
+    kept. A control has none; its positions are drawn as if it had pneumonia or COVID-19, so that
+    the position of a slice says nothing about its class.
+    """
+    if patient.label == 0:
+        patient = _with_lesions(patient, 1 + patient.seed % 2)
+    order = default_rng((patient.seed, patient.label, 4)).permutation(POSITIONS).tolist()
+    spared = 1 if patient.severe else 2  # a rough outline may leave this much less
+    sure = [replace(x, inset=x.inset + spared * x.rough) for x in patient.lesions]
+    shown = (t for t in order if any(visible_area(patient, x, t) > MIN_AREA for x in sure))
+    positions = list(itertools.islice(shown, count))
+    if len(positions) < count:
+        raise ValueError(f"{count} slices: this patient has only {len(positions)} with lesions")
+    return sorted(positions)
+
+
+def make_slice(
+    seed: int, label: int, size: int = 256, position: float | None = None, hospital: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`render` a slice of `make_patient(seed, label)`; None: where labels 1 and 2 show a lesion."""
+    patient = make_patient(seed, label)
+    position = draw_positions(patient, 1)[0] if position is None else position
+    return render(patient, position, size, hospital=hospital)
+
+
+def old_friend(size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """The slice that the book follows through its chapters; its patient is in no data set."""
+    return make_slice(*FRIEND, size=size, position=FRIEND_POSITION)
