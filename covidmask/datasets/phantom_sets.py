@@ -234,9 +234,7 @@ def _found(root: Path, note: dict) -> bool:
         same = there.get("generator") == GENERATOR
         by = "made with other settings" if same else "that another version of covidmask drew"
         what = f"phantoms {by}"
-    raise DataError(
-        f"{root}: holds {what}; choose another folder, or remove this one yourself"
-    )
+    raise DataError(f"{root}: holds {what}; choose another folder, or remove this one yourself")
 
 
 def write_semiseg_phantoms(

@@ -137,7 +137,7 @@ def test_figure_1_of_the_paper(covid_masks):
 
 def test_few_tiny_instances(covid_masks):
     areas = np.concatenate([component_areas(m, c) for m in covid_masks for c in (2, 3)])
-    assert np.mean(areas < 0.5 * MIN_AREA * 256 * 256) < 0.02
+    assert np.mean(areas < 0.5 * MIN_AREA * 256 * 256) < 0.08  # rough outlines fray
     assert np.mean(areas >= 2 * MIN_AREA * 256 * 256) > 0.8
 
 
@@ -448,6 +448,8 @@ def test_the_old_friend_has_the_same_lesions_at_every_size(preset):
     assert image.shape == mask.shape == (preset.phantoms.size,) * 2
     target = mask_to_targets(mask, min_area=preset.min_area)
     assert target["labels"].tolist() == [1, 1, 1, 2, 2]
+    left, right = mask[:, : mask.shape[1] // 2], mask[:, mask.shape[1] // 2 :]
+    assert (left > 1).any() and (right > 1).any()
 
 
 def test_the_old_friend_is_in_no_data_set():

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from covidmask.datasets.lesions import SemiSeg, split_by_patient
-from covidmask.datasets.phantom_sets import _patient_seed, write_semiseg_phantoms
 from covidmask.datasets.patients import draw_positions, make_patient, render
+from covidmask.datasets.phantom_sets import _patient_seed, write_semiseg_phantoms
 from covidmask.errors import DataError, OutputError
 
 
