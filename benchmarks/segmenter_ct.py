@@ -29,8 +29,8 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from covidmask.config import PRESETS, TrainingConfig
-from covidmask.datasets.augmentation import crop_to_lungs, shade, warp
-from covidmask.datasets.chest import render
+from covidmask.datasets.augmentation import shade, warp
+from covidmask.datasets.chest import render, visible_lesions
 from covidmask.datasets.lesions import LesionDataset, SemiSeg
 from covidmask.datasets.medical import Slice
 from covidmask.datasets.patients import make_patient
@@ -49,7 +49,6 @@ from tools.shipped_weights import CT, name_bytes  # noqa: E402
 PRESET = PRESETS["semiseg"]
 FIRST_SEED = 1_000_000  # of the patients: no other data set shows them
 COHORTS = ((2, True, 0.76), (2, False, 0.09), (1, False, 0.07), (0, False, 0.08))  # and shares
-DRAWN = 320  # pixels per side, of which the lungs are cut out
 TRAINING = TrainingConfig(
     epochs=1, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True, average=0.998
 )  # fmt: skip
@@ -69,8 +68,9 @@ class DrawnChests(LesionDataset):
     Item `index` is the same in every process; nothing is kept.
     """
 
-    def __init__(self, count: int, first: int = 0) -> None:
+    def __init__(self, count: int, first: int = 0, size: int = 256) -> None:
         super().__init__("both", PRESET.augment.min_area)
+        self.size = size
         self.names = self.patients = [f"{first + index}.png" for index in range(count)]
         self.first = first
 
@@ -81,8 +81,15 @@ class DrawnChests(LesionDataset):
         label, severe, _ = COHORTS[which]
         patient = make_patient(FIRST_SEED + index, label, severe=severe)
         scanner = draw_scanner(rng, published=True)
-        image, mask = render(patient, float(rng.uniform(0.12, 0.86)), DRAWN, scanner)
-        image, mask = warp(*crop_to_lungs(image, mask, rng), PRESET.augment.size, rng)
+        for position in rng.uniform(0.02, 0.97, 3):  # mostly one that shows a lesion
+            if visible_lesions(patient, float(position)):
+                break
+        image, mask = render(patient, float(position), self.size * 5 // 4, scanner)
+        window = []
+        for at in np.nonzero(mask):  # the lungs and a little more or less, as pictures are cut
+            low, high = rng.uniform(-0.03, 0.06, 2) * len(mask)
+            window.append(slice(max(0, int(at.min() - low)), int(at.max() + 1 + high)))
+        image, mask = warp(image[tuple(window)], mask[tuple(window)], self.size, rng, 0.5)
         return shade(image, rng), mask
 
 
@@ -107,15 +114,20 @@ def train(
     workers: int = 0,
     start: Path | None = None,
     first: int = 0,
+    size: int = 256,
 ) -> None:
-    """Train on drawn chests from random weights, or from `start`, beginning with chest `first`."""
+    """Train on drawn chests from random weights, or from `start`, beginning with chest `first`.
+
+    Smaller slices, of `size` pixels a side, are seen in less time: good for the first steps.
+    """
     clock = time.perf_counter()
     torch.manual_seed(0)
     model = lesion_mask_rcnn(PRESET.detector) if start is None else load_segmenter(start)
+    model.transform.min_size = (size,)
     before = {} if start is None else read_card(start)
     origin = environment()
     fabric = make_fabric(precision, "cpu" if not torch.cuda.is_available() else "auto")
-    chests = DrawnChests(steps * TRAINING.batch_size, first)
+    chests = DrawnChests(steps * TRAINING.batch_size, first, size)
     checkpoint = out.with_suffix(".ckpt")
     options = {"fabric": fabric, "checkpoint": checkpoint, "workers": workers, "memory": None}
     train_segmenter(model, chests, TRAINING, **options)

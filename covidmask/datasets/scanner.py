@@ -50,7 +50,7 @@ def draw_scanner(rng: Generator, hospital: int = 0, published: bool = False) -> 
         white, black = rng.uniform(0.72, 1.08), rng.uniform(0.03, 0.28)  # of tissue and of lung
         width = 900 / (white - black)
         scanner |= dict(
-            noise=np.exp(rng.uniform(np.log(8), np.log(100))),
+            noise=np.exp(rng.uniform(np.log(6), np.log(60))),
             level=40 + (0.5 - white) * width,
             width=width,
             gamma=np.exp(rng.normal(0, 0.15)),
