@@ -506,16 +506,22 @@ def _body(grid: _Grid, t: float, wall: np.ndarray) -> np.ndarray:
 
 
 def render(
-    patient: Patient, position: float, size: int, scanner: Scanner | None = None
+    patient: Patient,
+    position: float,
+    size: int,
+    scanner: Scanner | None = None,
+    hospital: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A slice as the scanner shows it: image float32 [size, size] in 0..1, and the mask of `draw`.
 
     Args:
         position, size: as for `draw`; noise, unlike anatomy, depends on the size.
-        scanner: None draws one for the patient.
+        scanner: None draws one of the `hospital`, 0 or 1, for the patient; of severe patients one
+            whose pictures are published, as in COVID-SemiSeg.
     """
     if scanner is None:
-        scanner = draw_scanner(default_rng((patient.seed, patient.label, 6)))
+        rng = default_rng((patient.seed, patient.label, 6))
+        scanner = draw_scanner(rng, hospital, published=patient.severe)
     hu, mask = draw(patient, position, size)
     noise = default_rng((patient.seed, patient.label, 7, round(position * 1e6), size))
     shoulders = max(0.0, 1 - 3 * position)
