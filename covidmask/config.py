@@ -106,6 +106,8 @@ class PhantomConfig:
     slices_per_patient: int
     lesion_patients: tuple[int, int, int]  # COVID patients with masks: train, val, test
     class_patients: tuple[int, int, int]  # patients of EACH image class: train, val, test
+    severe: bool = False  # COVID-19 of up to half a lung, in published pictures
+    hospital: int = 0  # 1: another scanner, with a sharp kernel, more noise, another window
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ COLAB = Preset(
 SEMISEG = replace(
     QUICK,
     name="semiseg",
-    phantoms=PhantomConfig(256, 5, (120, 10, 20), (10, 5, 5)),
+    phantoms=PhantomConfig(256, 5, (120, 10, 20), (10, 5, 5), severe=True),
     detector=replace(
         QUICK.detector,
         cut=1,

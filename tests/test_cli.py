@@ -23,7 +23,7 @@ from covidmask.cli import main
 from covidmask.config import PhantomConfig
 from covidmask.datasets.classes import open_slices, slice_splits
 from covidmask.datasets.lesions import lesion_splits, open_lesions
-from covidmask.datasets.phantoms import old_friend
+from covidmask.datasets.patients import old_friend
 from covidmask.datasets.scans import write_image
 from covidmask.errors import CheckpointError, DataError
 from covidmask.models.weights import (

@@ -10,7 +10,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from covidmask.config import IMAGE_CLASSES
 from covidmask.datasets.lesions import mask_to_targets
-from covidmask.datasets.phantoms import make_slice
+from covidmask.datasets.patients import make_slice
 from covidmask.errors import DataError
 from covidmask.models.classifier import REGIMES, covid_ct_mask_net
 from covidmask.models.detector import lesion_mask_rcnn

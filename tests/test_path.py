@@ -12,7 +12,7 @@ import pytest
 
 import covidmask
 from covidmask.cli import main
-from covidmask.datasets.phantoms import old_friend
+from covidmask.datasets.patients import old_friend
 from covidmask.datasets.scans import write_image
 
 HOME = Path(covidmask.__file__).parent

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from covidmask.config import PRESETS, ClassifierConfig, DetectorConfig, TrainingConfig
 from covidmask.datasets.lesions import mask_to_targets
+from covidmask.datasets.patients import make_slice
 from covidmask.datasets.phantom_sets import GENERATOR
-from covidmask.datasets.phantoms import make_slice
 
 TINY_DETECTOR = DetectorConfig(
     backbone="resnet18",

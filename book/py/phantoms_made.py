@@ -9,7 +9,7 @@
 #
 # This page takes the drawn one apart, from Hounsfield units to the JPEG. The package's network for
 # real scans, `SEGMENTER_CT`, learned from such chests alone; no real slice was in its training. The
-# other chapters still use older and simpler phantoms, those of `covidmask.datasets.phantoms`.
+# other chapters use them, too.
 #
 # **After it you can**
 #

@@ -5,6 +5,12 @@ from covidmask.rooms import open_room
 __all__, __getattr__ = open_room(
     __name__,
     {
+        "chest": (
+            "HEIGHT",
+            "Lesion",
+            "POSITIONS",
+            "render",
+        ),
         "classes": (
             "SliceImages",
             "class_names",
@@ -32,20 +38,16 @@ __all__, __getattr__ = open_room(
             "PACKAGES",
             "hounsfield_to_unit",
         ),
+        "patients": (
+            "FRIEND",
+            "make_patient",
+            "make_slice",
+            "old_friend",
+        ),
         "phantom_sets": (
             "phantom_mask",
             "write_phantoms",
             "write_semiseg_phantoms",
-        ),
-        "phantoms": (
-            "FRIEND",
-            "HEIGHT",
-            "Lesion",
-            "POSITIONS",
-            "make_patient",
-            "make_slice",
-            "old_friend",
-            "render",
         ),
         "scans": (
             "LUNG_WINDOW",

@@ -70,13 +70,19 @@ def crop_to_lungs(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator)
     return image[window], mask[window]
 
 
-def warp(image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> SliceAndMask:
-    """Turn, scale, stretch, move, mirror and bend both alike, to [size, size]. Outside is black."""
-    angle = math.radians(rng.uniform(-20, 20))
-    scale, stretch = math.exp(rng.uniform(-0.29, 0.26)), math.exp(rng.uniform(-0.15, 0.15))
+def warp(
+    image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator, strength: float = 1.0
+) -> SliceAndMask:
+    """Turn, scale, stretch, move, mirror and bend both alike, to [size, size]. Outside is black.
+
+    `strength` multiplies how far it turns, scales and moves.
+    """
+    angle = strength * math.radians(rng.uniform(-20, 20))
+    scale = math.exp(strength * rng.uniform(-0.29, 0.26))
+    stretch = math.exp(rng.uniform(-0.15, 0.15))
     mirror = -1 if rng.random() < 0.5 else 1
     sine, cosine = math.sin(angle) / scale, math.cos(angle) / scale
-    x, y = rng.uniform(-0.12, 0.12, 2)
+    x, y = strength * rng.uniform(-0.12, 0.12, 2)
     matrix = [[cosine / stretch * mirror, -sine, x], [sine * mirror, cosine * stretch, y]]
     grid = F.affine_grid(torch.tensor([matrix], dtype=torch.float32), [1, 1, size, size], False)
     if rng.random() < 0.5:

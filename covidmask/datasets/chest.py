@@ -44,6 +44,7 @@ class Lesion:
     mottle: float = 0.3  # relative deviation of its density
     paving: float = 0.0  # HU of the net of thickened septa in it: crazy paving
     bronchogram: float = 0.0  # 1: bronchi in consolidation stay air; 0: they are filled
+    lobe: int = 0  # -1: stops at the fissure behind it, 1: at the one in front of it; 0: neither
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Patient:
     spine: float  # how far back it lies, in parts of the half depth of the chest
     wedge: float  # of fat in front, between the lungs
     narrow: float  # relative width of the mediastinum
+    round: float  # width over which the corners of the lungs are rounded
     bones: tuple[float, float]  # phase of the ribs, and how they slope
     dome: float  # position of the top of the diaphragm: low in expiration
     lung_hu: float
@@ -77,6 +79,7 @@ class Patient:
     fissure: tuple[float, float, float]  # y at mid height, slope, HU of the oblique fissures
     fluid: tuple[float, float]  # height of an effusion in the right and the left chest; 0: none
     vessels: float  # relative weight
+    contrast: float  # HU that contrast medium adds to blood; 0: none was given
     thickness: float  # of a slice
     severe: bool  # lesions of any size, up to half a lung
     spare: bool  # masks leave out the vessels in GGO, as in COVID-SemiSeg
@@ -181,7 +184,7 @@ def _wall_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray) -> np.
 def _organs(patient: Patient, t: float) -> list[tuple]:
     """(HU, x, y, half axes, angle) of heart, great vessels, oesophagus and spine's muscles."""
     cy, _, b = thorax(patient, t)
-    back = cy + patient.spine * b
+    back, wide, blood = cy + patient.spine * b, patient.narrow, BLOOD + patient.contrast
     drawn = [(BLOOD - 10, 0.014, back - 0.085, 0.016, 0.011, 0.0)]  # oesophagus
     if t < 0.34:  # veins and arteries to head and arms
         for x, y, r in (
@@ -191,26 +194,27 @@ def _organs(patient: Patient, t: float) -> list[tuple]:
             (-0.055, -0.045, 0.019),
             (0.05, -0.065, 0.017),
         ):
-            drawn.append((BLOOD, x, y + 0.5 * cy, r, r * 1.05, 0.0))
+            drawn.append((blood, x * wide, y + 0.5 * cy, r * wide, r * 1.05 * wide, 0.0))
     if s := _swell(t, 0.27, 0.42):  # arch of the aorta
-        drawn.append((BLOOD + 8, 0.022, 0.01, 0.1 * s, 0.034 * s, 0.95))
+        drawn.append((blood + 8, 0.028 * wide, 0.0, 0.11 * s * wide, 0.038 * s * wide, 0.95))
     if s := _swell(t, 0.33, 0.66):
-        drawn.append((BLOOD + 8, -0.022, -0.075, 0.042 * s, 0.04 * s, 0.0))  # ascending aorta
+        drawn.append((blood + 8, -0.022, -0.085, 0.044 * s * wide, 0.042 * s * wide, 0.0))
     if t > 0.36:
         x, y, r = patient.aorta  # the descending one, beside the spine
-        drawn.append((BLOOD + 8, 0.052 + x, back - 0.045 + y, r, r, 0.0))
+        drawn.append((blood + 8, 0.056 + x, back - 0.05 + y, r, r, 0.0))
     if s := _swell(t, 0.26, 0.62):
-        drawn.append((BLOOD, -0.068, -0.045, 0.022 * s, 0.024 * s, 0.0))  # superior vena cava
+        drawn.append((blood, -0.07 * wide, -0.05, 0.024 * s * wide, 0.026 * s * wide, 0.0))
     if s := _swell(t, 0.4, 0.58):  # pulmonary trunk and arteries
-        drawn.append((BLOOD + 2, 0.036, -0.085, 0.036 * s, 0.042 * s, 0.3))
-        drawn.append((BLOOD + 2, -0.035, -0.012, 0.075 * s, 0.021 * s, -0.2))
-        drawn.append((BLOOD + 2, 0.07, 0.015, 0.04 * s, 0.024 * s, 0.7))
-    h = patient.heart * _ramp(t, 0.42, 0.66)
+        drawn.append((blood + 2, 0.042 * wide, -0.095, 0.04 * s * wide, 0.046 * s * wide, 0.3))
+        drawn.append((blood + 2, -0.035, -0.015, 0.085 * s * wide, 0.022 * s * wide, -0.2))
+        drawn.append((blood + 2, 0.075 * wide, 0.01, 0.045 * s * wide, 0.026 * s, 0.7))
+    h = patient.heart * _ramp(t, 0.4, 0.62)
     if h:
         x, y, turn = patient.shift
-        left = 0.05 + 0.095 * h, 0.04 + 0.07 * h
-        drawn.append((BLOOD, 0.06 + x, -0.055 + y, *left, 0.45 + turn))
-        drawn.append((BLOOD, -0.03 + x, -0.035 + y, 0.04 + 0.04 * h, 0.05 + 0.035 * h, 0.0))
+        y += 0.13 - 0.45 * b  # it lies on the front wall
+        left = 0.05 + 0.105 * h, 0.045 + 0.075 * h
+        drawn.append((blood, 0.055 + x, -0.075 + y, *left, 0.45 + turn))
+        drawn.append((blood, -0.035 + x, -0.05 + y, 0.045 + 0.05 * h, 0.055 + 0.05 * h, 0.3))
     return drawn
 
 
@@ -228,20 +232,27 @@ def _domes(patient: Patient, t: float) -> list[tuple]:
     return domes
 
 
+def _blend(one: np.ndarray, other: np.ndarray, width: float) -> np.ndarray:
+    """The lower of two levels, rounded where they meet: pleura has no sharp corners."""
+    return np.minimum(one, other) - np.maximum(width - np.abs(one - other), 0) ** 2 / (4 * width)
+
+
 def lung_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray, wall=None) -> np.ndarray:
     """Level of both lungs (positive inside): the chest without mediastinum, spine, diaphragm."""
     cy, _, b = thorax(patient, t)
     back = cy + patient.spine * b
     wall = _wall_level(patient, t, x, y) if wall is None else wall
     # half width of the mediastinum: sheets of pleura and fat in front, organs in the middle
-    thin = 0.005 + patient.narrow * 0.045 * np.exp(-(((y - 0.015) / 0.085) ** 2))
-    thin += 0.05 * np.exp(-(((y - back) / 0.06) ** 2))
-    thin += patient.wedge * np.clip((cy - 0.5 * b - y) / b, 0, 1) * 2
-    level = np.minimum(wall, np.abs(x - 0.01) - thin)
-    level = np.minimum(level, -_ellipse(x, y, 0, back + 0.01, 0.058, 0.07))
+    thin = 0.006 + patient.narrow * 0.062 * np.exp(-(((y + 0.005) / 0.1) ** 2))
+    thin += 0.055 * np.exp(-(((y - back) / 0.065) ** 2))
+    front = np.clip((cy - 0.25 * b - y) / b, 0, 1)
+    thin += (patient.wedge + 0.16 * patient.heart * _ramp(t, 0.42, 0.7)) * front
+    level = _blend(wall, np.abs(x - 0.01) - thin, patient.round)
+    level = _blend(level, -_ellipse(x, y, 0, back + 0.01, 0.066, 0.078), patient.round)
     for _, cx, oy, a, c, angle in [*_organs(patient, t), *_domes(patient, t)]:
         if max(a, c) > 0.012:
-            level = np.minimum(level, -_ellipse(x, y, cx, oy, a + 0.006, c + 0.006, angle))
+            organ = -_ellipse(x, y, cx, oy, a + 0.006, c + 0.006, angle)
+            level = _blend(level, organ, 0.6 * patient.round)
     for side, height in zip((-1, 1), patient.fluid, strict=True):
         if height and t > 0.35:
             line = cy + b * (1 - height * _ramp(t, 0.3, 1.0)) - 0.25 * (np.abs(x) - 0.2) ** 2
@@ -249,8 +260,17 @@ def lung_level(patient: Patient, t: float, x: np.ndarray, y: np.ndarray, wall=No
     return level
 
 
-def _lesion_level(lesion: Lesion, z: float, x, y, depth, noise) -> np.ndarray:
-    """Level of the cross-section of a lesion at height `z`, before the pleura cuts it."""
+def fissure_level(patient: Patient, t: float, x, y) -> np.ndarray:
+    """How far a point lies behind the oblique fissure; below 0 in front of it."""
+    middle, slope, _ = patient.fissure
+    return y - middle - slope * (0.5 - t) + 0.5 * (np.abs(x) - 0.2) ** 2
+
+
+def _lesion_level(lesion: Lesion, z: float, x, y, depth, fissure, noise) -> np.ndarray:
+    """Level of the cross-section of a lesion at height `z`, before the pleura cuts it.
+
+    `depth` below the chest wall, and `fissure_level`, of the same points.
+    """
     cx, cy, cz = lesion.centre
     a, b, c = lesion.radii
     section = max(1 - ((z - cz) / c) ** 2, 0.0) ** 0.5
@@ -264,6 +284,7 @@ def _lesion_level(lesion: Lesion, z: float, x, y, depth, noise) -> np.ndarray:
     level = (outline - np.sqrt(u * u + v * v)) * min(a, b)
     level = np.minimum(level, lesion.rind - depth) if lesion.rind < 1 else level
     level = level + lesion.rough * noise - lesion.inset
+    level = np.minimum(level, lesion.lobe * fissure) if lesion.lobe else level
     return np.minimum(level, lesion.hollow - level) if lesion.hollow < 1 else level
 
 
@@ -275,7 +296,8 @@ def visible_area(patient: Patient, lesion: Lesion, t: float) -> float:
     steps = np.linspace(-reach, reach, 40)
     x, y = lesion.centre[0] + steps[None, :], lesion.centre[1] + steps[:, None]
     wall = _wall_level(patient, t, x, y)
-    inside = _lesion_level(lesion, HEIGHT * t, x, y, wall, 0.0) > 0
+    fissure = fissure_level(patient, t, x, y)
+    inside = _lesion_level(lesion, HEIGHT * t, x, y, wall, fissure, 0.0) > 0
     inside &= (lung_level(patient, t, x, y, wall) > 0) & (x * lesion.centre[0] > 0)
     return float(inside.sum()) * ((steps[1] - steps[0]) * patient.scale) ** 2
 
@@ -367,11 +389,9 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     if patient.dependent:
         band = np.exp(-((np.maximum(level, 0) / 0.02) ** 2)) * np.clip(0.6 + 0.7 * patchy, 0, 1.4)
         air += patient.dependent * band * np.clip((y - cy - 0.45 * half) / 0.06, 0, 1)
-    middle, slope, shade = patient.fissure
-    crack = (
-        y - middle - slope * (0.5 - t) - 0.012 * coarse + 0.5 * (np.abs(x) - 0.2) ** 2
-    ) / 0.0032
-    air += shade * np.exp(-(crack**2)) * np.clip(0.5 + patchy, 0, 1)
+    fissure = fissure_level(patient, t, x, y) - 0.012 * coarse
+    crack = np.exp(-((fissure / 0.0032) ** 2)) * np.clip(0.5 + patchy, 0, 1)
+    air += patient.fissure[2] * crack
     vessel, lumen = _draw_tubes(grid, z, patient.thickness)
     vessel = 1 - np.exp(-1.5 * patient.vessels * vessel)
     vessel *= np.clip(level / 0.012, 0, 1)
@@ -384,7 +404,7 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     for lesion in visible_lesions(patient, position):
         box = grid.box(*lesion.centre[:2], 1.35 * max(lesion.radii[:2]) + 2 * lesion.rough)
         noise = medium[box] + 0.55 * fine[box] + 0.7 * coarse[box]
-        shape = _lesion_level(lesion, z, x[box], y[box], wall[box], noise)
+        shape = _lesion_level(lesion, z, x[box], y[box], wall[box], fissure[box], noise)
         cover = _cover(shape, lesion.edge) * (x[box] * lesion.centre[0] > 0)  # it stays in its lung
         inside = (cover > 0.5) & (level[box] > 0)
         mottle = 0.5 * medium[box] + 0.35 * fine[box] + 0.45 * coarse[box]
@@ -398,12 +418,13 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
             inside &= mask[box] != CONSOLIDATION
         else:
             tubes = lesion.bronchogram * (vessel[box] > 0.45) * (coarse[box] > -0.3)
-            value = lesion.hu + 90 * lesion.mottle * mottle + net - tubes * 700
+            value = np.maximum(lesion.hu + 90 * lesion.mottle * mottle + net, air[box])
+            value -= tubes * 700
             air[box] += cover * (value - air[box])
             solid[box] = np.maximum(solid[box], cover)
             filled[box] = np.maximum(filled[box], cover * (1 - lesion.bronchogram))
         mask[box][inside] = lesion.code
-    air += vessel * (1 - solid) * np.maximum(BLOOD - air, 0)
+    air += vessel * (1 - solid) * np.maximum(BLOOD + patient.contrast - air, 0)
     air += lumen * (0.85 * AIR - air) * (1 - filled)
     hu += _cover(level) * (air - hu)
     _airway(grid, t, hu, mask)
@@ -479,22 +500,28 @@ def _body(grid: _Grid, t: float, wall: np.ndarray) -> np.ndarray:
             hu += (x * side > 0.03) * _cover(y - line) * _cover(wall) * (WATER - hu)
     if t > patient.dome + 0.12:  # gas of the stomach
         paint(hu, AIR + 50, 0.2, -0.12, 0.05, 0.03)
-    paint(hu, MARROW, 0, back, 0.045, 0.038, 0.0, 0.005)  # vertebra
+    paint(hu, MARROW, 0, back, 0.052, 0.043, 0.0, 0.005)  # vertebra
     paint(hu, BLOOD - 10, 0, back + 0.052, 0.018, 0.015)  # its canal
     return hu
 
 
 def render(
-    patient: Patient, position: float, size: int, scanner: Scanner | None = None
+    patient: Patient,
+    position: float,
+    size: int,
+    scanner: Scanner | None = None,
+    hospital: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A slice as the scanner shows it: image float32 [size, size] in 0..1, and the mask of `draw`.
 
     Args:
         position, size: as for `draw`; noise, unlike anatomy, depends on the size.
-        scanner: None draws one for the patient.
+        scanner: None draws one of the `hospital`, 0 or 1, for the patient; of severe patients one
+            whose pictures are published, as in COVID-SemiSeg.
     """
     if scanner is None:
-        scanner = draw_scanner(default_rng((patient.seed, patient.label, 6)))
+        rng = default_rng((patient.seed, patient.label, 6))
+        scanner = draw_scanner(rng, hospital, published=patient.severe)
     hu, mask = draw(patient, position, size)
     noise = default_rng((patient.seed, patient.label, 7, round(position * 1e6), size))
     shoulders = max(0.0, 1 - 3 * position)

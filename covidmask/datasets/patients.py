@@ -19,11 +19,16 @@ from covidmask.datasets.chest import (
     GGO,
     HEIGHT,
     MIN_AREA,
+    POSITIONS,
     VESSEL_SIGMAS,
     Lesion,
     Patient,
     Point,
+    render,
+    visible_area,
 )
+
+FRIEND, FRIEND_POSITION = (2033, 2), 0.65  # (seed, label) and position of `old_friend`
 
 
 def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
@@ -46,28 +51,30 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
         scale=rng.uniform(0.93, 1.1),
         rotation=rng.normal(0, 0.05),
         offset=(rng.normal(0, 0.012), rng.normal(0, 0.012)),
-        thorax=(rng.uniform(0.345, 0.385), rng.uniform(0.255, 0.31)),
-        square=rng.uniform(-0.7, 0.6),
+        thorax=(rng.uniform(0.325, 0.38), rng.uniform(0.275, 0.34)),
+        square=rng.uniform(-0.2, 0.9),
         taper=rng.uniform(-0.15, 0.12),
-        bend=rng.uniform(0.002, 0.007),
+        bend=rng.uniform(0.004, 0.013),
         fat=rng.uniform(0.008, 0.045),
         muscle=rng.uniform(0.02, 0.04),
         heart=rng.uniform(0.6, 1.25),
         shift=(rng.normal(0, 0.015), rng.normal(0, 0.02), rng.normal(0, 0.25)),
         aorta=(rng.normal(0, 0.012), rng.normal(0, 0.014), rng.uniform(0.021, 0.042)),
         spine=rng.uniform(0.68, 0.86),
-        wedge=rng.uniform(0, 0.1) * (rng.random() < 0.7),
-        narrow=rng.uniform(0.75, 1.3),
+        wedge=rng.uniform(0, 0.22) * (rng.random() < 0.8),
+        narrow=rng.uniform(0.95, 1.5),
+        round=rng.uniform(0.01, 0.05),
         bones=(rng.uniform(0, 2 * np.pi), rng.uniform(8, 14)),
         dome=0.78 - 0.16 * breath + rng.normal(0, 0.02),
         lung_hu=-890 + 190 * breath + rng.normal(0, 15),
         gravity=rng.uniform(20, 60) + 60 * breath,
-        grain=rng.uniform(5, 70),
+        grain=5 + rng.exponential(16),
         holes=rng.uniform(0.02, 0.25) if rng.random() < 0.15 else 0.0,
         dependent=rng.uniform(60, 240) if rng.random() < 0.5 else 0.0,
         fissure=(rng.normal(0.02, 0.02), rng.uniform(0.25, 0.5), rng.uniform(0, 130)),
         fluid=(float(fluid[0]), float(fluid[1])),
-        vessels=rng.uniform(0.7, 1.8),
+        vessels=rng.uniform(1.0, 2.6),
+        contrast=rng.uniform(60, 260) if rng.random() < 0.3 else 0.0,
         thickness=rng.choice([0.001, 0.003, 0.008]),
         severe=severe and label == 2,
         spare=bool(severe and label == 2 and rng.random() < 0.6),
@@ -75,8 +82,11 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
         tubes=_grow_tubes(rng),
     )
     if severe and label == 2:
-        return replace(patient, lesions=_severe(patient, default_rng((seed, label, 1))))
-    return _with_lesions(patient, label)
+        patient = replace(patient, lesions=_severe(patient, default_rng((seed, label, 1))))
+    else:
+        patient = _with_lesions(patient, label)
+    signs = _signs(patient, default_rng((seed, label, 8)))
+    return replace(patient, tubes=np.concatenate([patient.tubes, *signs]))
 
 
 def _with_lesions(patient: Patient, label: int) -> Patient:
@@ -154,26 +164,26 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
     if covid:
-        wanted = rng.choice([8, 20, 30, 40], p=[0.1, 0.25, 0.3, 0.35])  # lesions
+        wanted = rng.choice([12, 25, 40, 60], p=[0.1, 0.2, 0.3, 0.4])  # lesions
     else:
-        wanted = rng.choice([1, 2, 3, 6], p=[0.5, 0.25, 0.1, 0.15])  # foci; 6: viral, patchy
+        wanted = rng.choice([1, 2, 3, 6], p=[0.5, 0.3, 0.1, 0.1])  # foci; 6: viral, patchy
         first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7 and wanted < 6
     for number in range(5 * wanted):
         if (len(lesions) if covid else foci) >= wanted:
             break
-        t = float(np.clip(rng.normal(0.66 if covid else 0.52, 0.2), 0.15, 0.88))
+        t = float(np.clip(rng.normal(0.64 if covid else 0.5, 0.22), 0.12, 0.88))
         if covid:
             side = 1 if (number + rng.integers(2)) % 2 else -1
-            centre = _place(patient, side, rng.normal(0.6, 0.65), rng.uniform(0.6, 0.9), t)
-            if rng.random() < 0.62:
-                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.75, 0.28), 0.035, 0.11))]
+            centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.55, 0.92), t)
+            if rng.random() < 0.55:
+                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.72, 0.28), 0.036, 0.12))]
                 if rng.random() < 0.17:  # a core leaves a ring of GGO: halo
                     radius = 0.55 * min(new[0].radii[:2])
                     new.append(_lesion(rng, CONSOLIDATION, centre, radius, bronchogram=0.0))
                 elif rng.random() < 0.08:  # reversed halo: a ring of consolidation
                     new.append(replace(new[0], code=CONSOLIDATION, hu=-60.0, hollow=0.014))
             else:
-                radius = np.clip(rng.lognormal(-2.95, 0.22), 0.034, 0.08)
+                radius = np.clip(rng.lognormal(-2.85, 0.25), 0.036, 0.1)
                 new = [_lesion(rng, CONSOLIDATION, centre, radius)]
         else:
             side = int(first_side if one_sided else rng.choice([-1, 1]))
@@ -181,15 +191,18 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
             turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
             depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
             centre = _place(patient, side, turn, depth, t)
-            radius = np.clip(rng.lognormal(-2.3 if wanted < 6 else -2.8, 0.35), 0.045, 0.17)
-            code = GGO if rng.random() < (0.15 if wanted < 6 else 0.5) else CONSOLIDATION
-            new = [_lesion(rng, code, centre, radius)]
+            radius = np.clip(rng.lognormal(-2.75, 0.35), 0.036, 0.16)
+            code = GGO if rng.random() < (0.35 if wanted < 6 else 0.5) else CONSOLIDATION
+            behind = chest.fissure_level(patient, t, *centre[:2]) > 0
+            lobe = int(behind or -1) * (radius > 0.09 and rng.random() < 0.6)  # lobar pneumonia
+            new = [_lesion(rng, code, centre, radius, lobe=lobe)]
             if code == CONSOLIDATION and rng.random() < 0.3:  # a rim of GGO around it
                 rim = rng.uniform(1.25, 1.6)
                 radii = tuple(rim * r for r in new[0].radii)
-                new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle))
+                new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle,
+                                      lobe=lobe))  # fmt: skip
         free = not any(_meet(new[0], other) for other in lesions)
-        if free and chest.visible_area(patient, new[0], t) > 2 * MIN_AREA:
+        if free and _sure_area(patient, new[0], t) > 3 * MIN_AREA:
             lesions += new
             foci += 1
     return tuple(lesions)
@@ -209,12 +222,12 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
         for _ in range(rng.integers(4, 30) if kind == "foci" else rng.integers(1, 4)):
             t = float(np.clip(rng.normal(0.55, 0.22), 0.1, 0.9))
             if kind == "foci":
-                centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.3, 0.95), t)
+                centre = _place(patient, side, rng.normal(0.7, 0.9), rng.uniform(0.3, 0.97), t)
                 radius = float(np.exp(rng.uniform(np.log(0.01), np.log(0.06 + 0.12 * spread))))
                 rind, rough = np.inf, rng.uniform(0.15, 0.7) * radius
                 radii = (radius * rng.uniform(0.6, 1.6), radius, radius * rng.uniform(0.8, 1.6))
             elif kind == "rind":
-                centre = _place(patient, side, rng.normal(0.7, 0.7), 0.9, t)
+                centre = _place(patient, side, rng.normal(0.8, 0.7), 0.9, t)
                 radii = (rng.uniform(0.1, 0.34), rng.uniform(0.08, 0.25), rng.uniform(0.1, 0.35))
                 rind, rough = rng.uniform(0.02, 0.05 + 0.08 * spread), rng.uniform(0.01, 0.04)
             else:
@@ -238,6 +251,25 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
                 core |= {"inset": inset} | shape
                 lesions.append(_lesion(rng, CONSOLIDATION, centre, 0.05, **core))
     return tuple(sorted(lesions, key=lambda lesion: lesion.code))
+
+
+def _signs(patient: Patient, rng: Generator) -> list[np.ndarray]:
+    """Tubes that go with lesions and are in no mask: tree-in-bud, curves below the pleura."""
+    rows = []
+    for lesion in patient.lesions[:2] if patient.label == 1 and rng.random() < 0.4 else ():
+        count = int(rng.integers(8, 20))  # twigs of small airways, each with a bud at its end
+        around = rng.normal(0, 1, (2, count, 3)) * np.array([0.6, 0.012])[:, None, None]
+        start = np.array(lesion.centre) + around[0] * max(lesion.radii)
+        end = start + around[1]
+        rows.append(_tubes(start, end, rng.integers(1, 3, count), 1.0))
+        rows.append(_tubes(end, end + (0, 0, 0.004), 3, 0.9))
+    for _ in range(rng.integers(1, 3) if patient.label == 2 and rng.random() < 0.3 else 0):
+        side, first, t = rng.choice([-1, 1]), rng.uniform(0.2, 1.1), rng.uniform(0.35, 0.85)
+        turns = first + np.linspace(0, rng.uniform(0.3, 0.7), 8)
+        curve = np.array([_place(patient, side, turn, 0.86, t) for turn in turns])
+        for lift in np.arange(-0.02, 0.021, 0.004):  # a sheet, cut as a line
+            rows.append(_tubes(curve[:-1] + (0, 0, lift), curve[1:] + (0, 0, lift), 0, 0.5))
+    return rows
 
 
 def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) -> Lesion:
@@ -265,6 +297,12 @@ def _meet(one: Lesion, other: Lesion) -> bool:
     return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
 
 
+def _sure_area(patient: Patient, lesion: Lesion, t: float) -> float:
+    """What a rough outline leaves at least, as good as always, of `visible_area`."""
+    inset = lesion.inset + (0.4 if patient.severe else 2) * lesion.rough
+    return visible_area(patient, replace(lesion, inset=inset), t)
+
+
 def _place(patient: Patient, side: int, turn: float, depth: float, t: float) -> Point:
     """The point at `depth` (0 inner .. 1 pleura) on a ray; turn 0 is lateral, pi/2 posterior."""
     cy, a, _ = chest.thorax(patient, t)
@@ -273,3 +311,34 @@ def _place(patient: Patient, side: int, turn: float, depth: float, t: float) -> 
     outside = chest.lung_level(patient, t, x0 + across * steps, y0 + down * steps) <= 0
     reach = steps[np.argmax(outside)]  # the first outside, or 0
     return float(x0 + across * depth * reach), float(y0 + down * depth * reach), HEIGHT * t
+
+
+def draw_positions(patient: Patient, count: int) -> list[float]:
+    """Draw `count` different slice positions in 0.1..0.9, in ascending order.
+
+    Every slice shows a lesion of at least `MIN_AREA`, as in COVIDx-CT, where only such slices were
+    kept. A control has none; its positions are drawn as if it had pneumonia or COVID-19, so that
+    the position of a slice says nothing about its class.
+    """
+    if patient.label == 0:
+        patient = _with_lesions(patient, 1 + patient.seed % 2)
+    order = default_rng((patient.seed, patient.label, 4)).permutation(POSITIONS).tolist()
+    shown = (t for t in order if any(_sure_area(patient, x, t) > MIN_AREA for x in patient.lesions))
+    positions = list(itertools.islice(shown, count))
+    if len(positions) < count:
+        raise ValueError(f"{count} slices: this patient has only {len(positions)} with lesions")
+    return sorted(positions)
+
+
+def make_slice(
+    seed: int, label: int, size: int = 256, position: float | None = None, hospital: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`render` a slice of `make_patient(seed, label)`; None: where labels 1 and 2 show a lesion."""
+    patient = make_patient(seed, label)
+    position = draw_positions(patient, 1)[0] if position is None else position
+    return render(patient, position, size, hospital=hospital)
+
+
+def old_friend(size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """The slice that the book follows through its chapters; its patient is in no data set."""
+    return make_slice(*FRIEND, size=size, position=FRIEND_POSITION)

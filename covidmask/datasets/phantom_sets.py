@@ -24,12 +24,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from covidmask.config import PhantomConfig
-from covidmask.datasets import phantoms
-from covidmask.datasets.phantoms import draw_positions, make_patient, render
+from covidmask.datasets.chest import POSITIONS, draw, render, visible_lesions
+from covidmask.datasets.patients import draw_positions, make_patient
 from covidmask.errors import DataError, OutputError
 from covidmask.files import SPLITS
 
-GENERATOR = 1  # raised whenever the same arguments give other phantoms
+GENERATOR = 2  # raised whenever the same arguments give other phantoms
 CLASS_NAMES = ("Normal", "CP", "NCP")  # in file names of COVIDx-CT: labels 0, 1, 2
 MAX_SLICES = 12  # per patient in `write_phantoms`
 IN_PROCESS = 300 * 256**2  # pixels: for fewer, starting processes would take longer
@@ -51,17 +51,17 @@ def _patient_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])
 
 
-def phantom_mask(name: str, size: int, seed: int = 0) -> np.ndarray:
+def phantom_mask(name: str, size: int, seed: int = 0, severe: bool = False) -> np.ndarray:
     """The true mask, see `render`, of a slice that `write_phantoms` wrote without one.
 
     Args:
-        name: such as NCP_412_1_0455.png. size: pixels per side. seed: that of the data set.
+        name: such as NCP_412_1_0455.png. size: pixels per side. seed, severe: those of the set.
     """
     from covidmask.datasets.classes import parse_name
 
     label, number, _, thousandths = parse_name(name)
-    patient = make_patient(_patient_seed(seed, int(number)), label)
-    return render(patient, int(thousandths) / 1000, size)[1]
+    patient = make_patient(_patient_seed(seed, int(number)), label, severe)
+    return draw(patient, int(thousandths) / 1000, size)[1]
 
 
 def _write_patient(
@@ -69,18 +69,18 @@ def _write_patient(
 ) -> tuple[str, str, list[str]]:
     """Write the slices of one patient; return its set, its split and its lines of the list."""
     kind, split, number, seed, label = job
-    patient = make_patient(seed, label)
+    patient = make_patient(seed, label, config.severe)
     size, positions = config.size, draw_positions(patient, config.slices_per_patient)
     if kind == "lesions":  # one slice in ten is swapped for one without a lesion
         rng = np.random.default_rng((seed, label, 5))
-        anywhere = rng.permutation(phantoms.POSITIONS).tolist()
-        clear = [p for p in anywhere if not phantoms.visible_lesions(patient, p)]
+        anywhere = rng.permutation(POSITIONS).tolist()
+        clear = [p for p in anywhere if not visible_lesions(patient, p)]
         swap = rng.random(len(positions)) < 0.1
         pairs = zip(positions, swap, strict=True)
         positions = sorted(clear.pop() if clear and swapped else p for p, swapped in pairs)
     lines = []
     for position in positions:
-        image, mask = render(patient, position, size)
+        image, mask = render(patient, position, size, hospital=config.hospital)
         piece = f"{round(1000 * position):04d}.png"
         if kind == "lesions":
             _save(image, folder / kind / "image" / str(number) / piece)
@@ -137,10 +137,11 @@ def write_phantoms(
         OutputError: `root` cannot be written, the disk is full, or a process has ended early.
     """
     slices, numbers = config.slices_per_patient, (*config.lesion_patients, *config.class_patients)
-    if not (32 <= config.size <= 1024 and 1 <= slices <= MAX_SLICES and min(*numbers, seed) >= 0):
+    fits = 32 <= config.size <= 1024 and 1 <= slices <= MAX_SLICES and config.hospital in (0, 1)
+    if not (fits and min(*numbers, seed) >= 0):
         raise DataError(
             f"{config}, seed {seed}: size must be 32..1024, slices per patient 1..{MAX_SLICES}, "
-            "numbers of patients and the seed >= 0"
+            "the hospital 0 or 1, numbers of patients and the seed >= 0"
         )
     note = {"seed": seed, "config": asdict(config)}
     return _write_set(root, note, lambda folder: _fill(folder, config, seed, workers, progress))
@@ -225,14 +226,15 @@ def _found(root: Path, note: dict) -> bool:
     """Whether `root` holds these very phantoms; False when it is absent or empty."""
     if not root.exists() or root.is_dir() and not any(root.iterdir()):
         return False
+    what = "other files"
     with suppress(FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         there = json.loads((root / "phantoms.json").read_text(encoding="utf-8"))
         if there | note == there:
             return True
-    raise DataError(
-        f"{root}: holds other files, or phantoms made with other settings; choose another folder, "
-        "or remove this one yourself"
-    )
+        same = there.get("generator") == GENERATOR
+        by = "made with other settings" if same else "that another version of covidmask drew"
+        what = f"phantoms {by}"
+    raise DataError(f"{root}: holds {what}; choose another folder, or remove this one yourself")
 
 
 def write_semiseg_phantoms(
@@ -261,7 +263,7 @@ def _fill_semiseg(folder: Path, size: int, slices: tuple[int, int], seed: int) -
     margin = size // 32
     for number, part in enumerate(["Train"] * slices[0] + ["Test"] * slices[1]):
         home = folder / f"{part}ingSet" / f"MultiClassInfection-{part}"
-        patient = make_patient(_patient_seed(seed, 1_000_000 + number), 2)
+        patient = make_patient(_patient_seed(seed, 1_000_000 + number), 2, severe=True)
         image, mask = render(patient, draw_positions(patient, 1)[0], size)
         ends = [(int(at.min()), int(at.max()) + 1) for at in np.nonzero(mask)]  # lung and lesions
         crop = tuple(slice(max(low - margin, 0), high + margin) for low, high in ends)

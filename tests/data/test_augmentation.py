@@ -7,7 +7,7 @@ import torch
 from covidmask.config import AugmentConfig
 from covidmask.datasets.augmentation import Augmented, crop_to_lungs, paste, shade, warp
 from covidmask.datasets.lesions import LesionDataset
-from covidmask.datasets.phantoms import make_slice
+from covidmask.datasets.patients import make_slice
 
 CONFIG = AugmentConfig(size=48, copies=3, min_area=4)
 

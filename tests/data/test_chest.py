@@ -65,14 +65,40 @@ def test_tissues_have_their_hounsfield_units():
         hu, mask = draw(patient, 0.6, 256)
         lungs.append(np.median(hu[mask == 1]))
         grid = chest._Grid(patient, 0.6, 256)
-        blood.append(np.median(hu[np.hypot(grid.x - 0.06, grid.y + 0.055) < 0.03]))  # heart
-        bone.append((hu > 300).mean())
+        heart = hu[np.hypot(grid.x - 0.06, grid.y + 0.055) < 0.03]
+        blood.append(np.median(heart) - patient.contrast)
+        bone.append((hu > 320).mean())
         fat.append((np.abs(hu + 100) < 40).mean())
         assert hu[0, 0] < -950 and hu.max() < 1200
-    assert min(lungs) > -900 and max(lungs) < -650
+    assert min(lungs) > -900 and max(lungs) < -600
     assert min(blood) > 0 and max(blood) < 80
     assert min(bone) > 0.01 and max(bone) < 0.12
     assert min(fat) > 0.01
+
+
+def test_contrast_medium_is_in_the_blood_alone():
+    plain = next(p for p in map(make_patient, range(20), [0] * 20) if not p.contrast)
+    before, after = (draw(replace(plain, contrast=c), 0.55, 128)[0] for c in (0.0, 150.0))
+    more = (after - before)[after != before]
+    assert more.min() > 0 and 140 < more.max() < 151  # heart, great and small vessels
+    assert ((after - before)[before > 300] > 1).mean() < 0.05  # bone
+
+
+def test_lobar_pneumonia_stops_at_the_fissure():
+    patient, t = make_patient(3, 0), 0.5
+    places = {"centre": (0.19, patient.fissure[0], HEIGHT * t), "radii": (0.08, 0.08, 0.1)}
+    lesion = Lesion(CONSOLIDATION, angle=0, hu=30, edge=0.01, waves=(), **places)
+    areas = {}
+    for lobe in (0, -1, 1):
+        one = replace(patient, lesions=(replace(lesion, lobe=lobe),))
+        _, mask = draw(one, t, 256)
+        grid = chest._Grid(one, t, 256)
+        behind = chest.fissure_level(one, t, grid.x, grid.y)
+        shown = mask == CONSOLIDATION
+        areas[lobe] = shown.sum()
+        if lobe:
+            assert (lobe * behind[shown] > -0.06).all() and shown.any()
+    assert areas[0] > 1.2 * max(areas[-1], areas[1])
 
 
 def test_the_trachea_is_air_and_divides():
@@ -160,11 +186,12 @@ def test_a_reversed_halo_is_a_ring_and_a_rind_stays_below_the_pleura():
     assert (mask == GGO).sum() > 300 and depth[mask == GGO].max() < 0.04
 
 
-def test_covid_is_lower_outer_and_on_both_sides_and_severe_is_larger():
-    height, depth, both = {}, {}, {}
+def test_covid_is_more_lower_outer_and_on_both_sides_and_severe_is_larger():
+    height, depth, both, number = {}, {}, {}, {}
     for label in (1, 2):
         patients = [make_patient(seed, label) for seed in range(120)]
         lesions = [(patient, lesion) for patient in patients for lesion in patient.lesions]
+        number[label] = len(lesions)
         height[label] = np.mean([lesion.centre[2] for _, lesion in lesions])
         depth[label] = np.mean(
             [
@@ -175,6 +202,7 @@ def test_covid_is_lower_outer_and_on_both_sides_and_severe_is_larger():
         )
         sides = [{lesion.centre[0] > 0 for lesion in patient.lesions} for patient in patients]
         both[label] = np.mean([len(side) == 2 for side in sides])
+    assert number[2] > 2 * number[1]
     assert height[2] > height[1] + 0.005
     assert depth[2] < depth[1] - 0.01
     assert both[2] > 0.9 and both[1] < 0.6

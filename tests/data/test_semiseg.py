@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from covidmask.datasets.lesions import SemiSeg, split_by_patient
+from covidmask.datasets.patients import draw_positions, make_patient, render
 from covidmask.datasets.phantom_sets import _patient_seed, write_semiseg_phantoms
-from covidmask.datasets.phantoms import draw_positions, make_patient, render
 from covidmask.errors import DataError, OutputError
 
 
@@ -93,7 +93,7 @@ def test_phantoms_in_this_layout(tmp_path):
             assert both[0].shape == both[1].shape == image.shape[::-1]
             assert stored_pair(dataset, index)[1].mode == "P"
     assert len(shapes) > 1
-    patient = make_patient(_patient_seed(4, 1_000_000), 2)
+    patient = make_patient(_patient_seed(4, 1_000_000), 2, severe=True)
     image, mask = render(patient, draw_positions(patient, 1)[0], 128)
     rows, columns = (slice(at.min() - 4, at.max() + 5) for at in np.nonzero(mask))
     read = train.read(0)

@@ -17,7 +17,7 @@ from tiny import warn_if_stale
 
 from covidmask import models
 from covidmask.config import QUICK, ClassifierConfig, DetectorConfig
-from covidmask.datasets.phantoms import old_friend
+from covidmask.datasets.patients import old_friend
 from covidmask.errors import CheckpointError
 from covidmask.models import author_checkpoints, weights
 from covidmask.models.classifier import CovidCTMaskNet, covid_ct_mask_net

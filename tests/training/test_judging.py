@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from covidmask.cli import main
 from covidmask.config import IMAGE_CLASSES, LESION_CLASSES
 from covidmask.datasets.lesions import mask_to_targets
-from covidmask.datasets.phantoms import make_slice
+from covidmask.datasets.patients import make_slice
 from covidmask.errors import CheckpointError, DataError, TrainingError
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.detector import detect, fuse, lesion_mask_rcnn

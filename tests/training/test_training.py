@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from covidmask.config import AugmentConfig
 from covidmask.datasets.augmentation import Augmented
 from covidmask.datasets.lesions import LesionDataset
-from covidmask.datasets.phantoms import make_slice
+from covidmask.datasets.patients import make_slice
 from covidmask.errors import CheckpointError, DataError, OutputError, TrainingError
 from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.detector import lesion_mask_rcnn
