@@ -2,6 +2,7 @@
 
 import importlib
 import multiprocessing
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,8 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
 from covidmask.config import PRESETS, PhantomConfig
 from covidmask.datasets.phantom_sets import write_semiseg_phantoms
-from covidmask.models.detector import lesion_mask_rcnn
-from covidmask.models.weights import save_model
-from tools.shipped_weights import is_made
+from covidmask.models.weights import read_card
+from tools import shipped_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = replace(
@@ -201,11 +201,31 @@ def test_a_fold_of_real_slices(benchmark, tmp_path, monkeypatch):
     assert len(semiseg.averaged(0, data, folder)) == 1
 
 
-def test_shipped_weights_are_made_again_for_other_phantoms(tmp_path):
-    path, facts = tmp_path / "s.safetensors", {"generator": 1, "seed": 0}
-    model = lesion_mask_rcnn(TINY_DETECTOR)
-    assert not is_made(path, facts)
-    save_model(model, path, **facts)
-    assert not is_made(path, facts)  # not judged
-    save_model(model, path, **facts, metrics={})
-    assert is_made(path, facts) and not is_made(path, facts | {"generator": 2})
+@pytest.mark.slow
+def test_shipped_weights_are_made_once_for_these_phantoms(benchmark, tmp_path, monkeypatch, capsys):
+    benchmark("quick_preset")  # trains S
+    out, package = tmp_path / "shipped", tmp_path / "covidmask" / "models"
+    for file, folder in (
+        (shipped_weights.SHIPPED / shipped_weights.CT, out),
+        (ROOT / "covidmask" / "models" / "weights.py", package),
+        (shipped_weights.PAGE, tmp_path),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
+    monkeypatch.setattr(shipped_weights, "PRESET", TINY)
+    monkeypatch.setattr(shipped_weights, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped_weights, "PAGE", tmp_path / "weights.md")
+    monkeypatch.setenv("ALLOW_DIRTY", "1")
+    shipped_weights.main(tmp_path / "phantoms", out, missing=True)
+    made = shipped_weights.sha256(out / shipped_weights.CLASSIFIER)
+    for file in (package / "weights.py", tmp_path / "weights.md"):
+        assert made in file.read_text(encoding="utf-8")
+    assert read_card(out / shipped_weights.CLASSIFIER)["generator"] == shipped_weights.GENERATOR
+    capsys.readouterr()
+    shipped_weights.main(tmp_path / "phantoms", out, missing=True)
+    assert "are there" in capsys.readouterr().out
+    monkeypatch.setattr(shipped_weights, "GENERATOR", 99)
+    monkeypatch.setattr(shipped_weights, "environment", dict)
+    monkeypatch.setattr(shipped_weights, "write_phantoms", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it begins
+        shipped_weights.main(tmp_path / "phantoms", out, missing=True)
