@@ -3,7 +3,7 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/09_real_ct.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/09_real_ct.ipynb)
 #
-# Every chapter so far ran on phantoms. How does the method meet real CT? We read a small public set
+# Every chapter so far ran on phantoms. How does the method do on real CT? We read a small public set
 # of labelled slices, see what a model from another domain does on it, fine-tune for a minute, and
 # then look at scans from a hospital and at the way to the full data sets. We host no data: one
 # command gets them from their hosts. Without them, this chapter runs on phantoms written in the
@@ -145,8 +145,9 @@ EPOCHS = 4  # of fine-tuning
 #
 # ## The same layout, from phantoms
 #
-# `write_semiseg_phantoms` writes phantoms of COVID-19 patients as if they were this set: cropped to
-# the lungs, 8-bit JPEG, palette masks, stored as the real files are.
+# `write_semiseg_phantoms` writes phantoms of COVID-19 patients as if they were this set: lesions of
+# up to half a lung, pictures in as many windows and contrasts as papers print, cropped to the
+# lungs, 8-bit JPEG, palette masks, stored as the real files are.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -173,12 +174,12 @@ print("indices        ", np.unique(np.asarray(stored)).tolist())
 print('convert("L")   ', np.unique(np.asarray(stored.convert("L"))).tolist())
 
 # %% [markdown]
-# The reading itself does not fail. A loss that checks its classes would stop at code 38. Code that asks
-# only whether a pixel is above 0, or that compares numbers, goes on and learns something else.
+# The reading itself does not fail. A loss that checks its classes would stop at code 38; code that
+# asks only whether a pixel is above 0, or that compares numbers, goes on and learns the wrong thing.
 #
 # **The axes.** Image and mask are stored transposed, with the spine to the right. Since both are,
-# they fit each other, and again nothing fails. But a model that learned on upright slices sees
-# patients lying on their side.
+# they fit each other, and again nothing fails. But a model that learned on upright slices now sees
+# patients who lie on their side.
 
 # %% mystnb={"image": {"alt": "Three pictures of one synthetic slice: as stored, with the spine on the right; as read, upright; and its mask with the lesions coloured."}, "figure": {"caption": "A phantom in the COVID-SemiSeg layout, as it is stored (left) and as `SemiSeg` reads it (middle, right). Synthetic."}}
 upright, codes = SemiSeg(phantom_root, "train").read(1)
@@ -207,9 +208,9 @@ print("palette indices", np.unique(indices).tolist(), "-> codes", np.unique(by_h
 #
 # From here on the chapter uses the real slices, if their folder is there, and the phantoms
 # otherwise. The split is the published one. Where the folder has no `TestingSet`, we hold out a
-# quarter of the training slices. `split_by_patient` would keep patients apart, but without ids each
+# quarter of the training slices. `split_by_patient` would keep patients apart; but without ids each
 # slice counts as a patient, so **the two parts may share patients**, and a score on the held-out
-# part may flatter.
+# part may be too good.
 
 # %%
 real = bool(SEMISEG) and Path(SEMISEG).is_dir()
@@ -244,9 +245,10 @@ print(f"This run uses {KIND}: {len(train)} to train, {len(test)} to test.")
 # %% [markdown]
 # ## What is different here
 #
-# The shipped segmenter learned on uncropped phantoms. Two of its habits can be checked before any
-# model runs: which grey values it knows, and how large a lesion is for it. The detector resizes
-# each slice so that its shorter side fits, so a cropped slice is enlarged, and its lesions with it.
+# The shipped segmenter learned on uncropped phantoms in one window, with small lesions. Two things
+# can be compared before any model runs: the grey values that it has met and those that it meets
+# here, and the sizes of the lesions. The detector resizes each slice so that its shorter side fits,
+# so a cropped slice is enlarged, and its lesions with it.
 
 # %%
 home_root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
@@ -265,7 +267,7 @@ def grey_and_sides(some):
     return torch.cat(grey), torch.cat(sides)
 
 
-# %% mystnb={"image": {"alt": "Two pairs of histograms. Left: grey values of the phantoms that the segmenter learned on and of the slices used here. Right: longer sides of lesion boxes, larger for the cropped slices, with a line at the largest anchor."}, "figure": {"caption": "What the shipped segmenter knows (home) and what it meets here. Left: grey values. Right: the size of lesions as the network sees them; cropping enlarges them, some beyond the largest anchor. On this page both sets are phantoms, the second in the COVID-SemiSeg layout."}}
+# %% mystnb={"image": {"alt": "Two pairs of histograms. Left: grey values of the phantoms that the segmenter learned on and of the slices used here. Right: longer sides of lesion boxes in both sets, with a line at the largest anchor."}, "figure": {"caption": "What the shipped segmenter knows (home) and what it meets here. Left: grey values. Right: the size of lesions as the network sees them, after cropping and resizing. On this page both sets are phantoms, the second in the COVID-SemiSeg layout."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 looks = (
     (home, "home: uncropped phantoms", plotting.BLUE, "-"),
@@ -301,7 +303,7 @@ plt.show()
 #
 # Mask R-CNN gives overlapping instances, each with a score and a soft mask. We fuse them: take
 # those above a score threshold, cut the soft masks at 0.5, and paint them in the order of rising
-# score, so that the best lies on top where GGO and consolidation meet.
+# score, so that where GGO and consolidation overlap the better one lies on top.
 
 # %%
 segmenter = trained_segmenter(PRESET, device, shipped=True).eval()
@@ -318,10 +320,10 @@ for i in found["scores"].argsort(stable=True).tolist():
 assert np.array_equal(painted, semantic_mask(found, 0.5))
 
 # %% [markdown]
-# *Infection* is GGO or consolidation. The mean over slices needs a decision: what of a slice that
-# has no consolidation, and in which none is found? Dice is 0/0 there. We leave such slices out. If
-# consolidation is found where there is none, Dice is 0 and counts. (An exercise below shows how
-# much this decision moves the mean.)
+# *Infection* is GGO or consolidation. The mean over slices needs a decision: what do we do with a
+# slice that has no consolidation, and in which none is found? Dice is 0/0 there. We leave such
+# slices out. If consolidation is found where there is none, Dice is 0 and counts. (An exercise below
+# shows how much this decision moves the mean.)
 
 
 # %%
@@ -379,16 +381,17 @@ def show(names):
 show(scores)
 
 # %% [markdown]
-# On phantoms in this layout the gap is small: the lesions are drawn by the same program and only
-# cropped and compressed. **On real CT expect the shipped weights to be poor.** They have never seen
-# a real vessel, a real artefact or a real lesion. A model that does well on its own test split and
-# poorly one hospital further is the usual case and not the exception {cite:p}`Roberts2021`.
+# The difference of the two rows is the domain gap. Between phantoms it has three causes: larger
+# lesions, other windows, and cropping. Lungs, vessels and noise come from the same program in both.
+# **On real CT expect the shipped weights to be poor.** They have never seen a real vessel, a real
+# artefact or a real lesion. A model that does well on its own test split and poorly one hospital
+# further on is the rule rather than the exception {cite:p}`Roberts2021`.
 #
 # ## Fine-tuning
 #
-# Do weights from another domain help all the same? Compare two models with the same training
+# Do weights from another domain help all the same? We compare two models with the same training
 # slices in the same order and the same number of steps. One starts from the shipped weights, the
-# other from random ones. The settings are those of the preset, shorter.
+# other from random ones. The settings are those of the preset, with fewer epochs.
 
 # %%
 settings = replace(preset.segmenter, epochs=EPOCHS, warmup=10)
@@ -408,12 +411,12 @@ print(f"{steps} steps of {settings.batch_size} slices each")
 show(scores)
 
 # %% [markdown]
-# Here the shipped weights are a long way ahead, because home and here are neighbours. **Do not expect
-# this of real slices.** Phantoms are not CT, and weights that learned on them may give no head start
-# at all; for a real head start, others begin with ImageNet or with other CT. The same two lines with
-# your slices tell you.
+# The last two rows say what the shipped weights are worth as a start. On this page home and here are
+# neighbours, because one program drew both. **Do not expect the same of real slices.** Phantoms are
+# not CT, and weights that learned on them may give no head start at all; for a real head start,
+# others begin with ImageNet or with other CT. The same two cells with your slices tell you.
 
-# %% mystnb={"image": {"alt": "Total training loss against the step for the two models; the one from random weights falls from higher up or more slowly, and both flatten."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
+# %% mystnb={"image": {"alt": "Total training loss against the step, one line for each of the two models."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
 ax = plotting.get_ax(6.5, 3.6)
 for (name, history), colour, line in zip(
     histories.items(), (plotting.BLUE, plotting.VERMILLION), ("-", "--"), strict=True
@@ -517,12 +520,12 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # %% [markdown]
 # ## What the method reaches on real slices
 #
-# A minute of fine-tuning on small pictures shows the way and no more. The preset
-# `semiseg` is the whole of it. It trains on phantoms first, cropped to the lungs as the real slices
-# are, and then on random copies of the real slices: turned, stretched, bent, mirrored, brighter or
-# darker. Half of the copies also get the lesions of another training slice, changed in their own
-# way, as in Copy-Paste {cite:p}`Ghiasi2021`: the same lesion in other lungs, so that the model learns
-# lesions and not slices. What is kept in the end is a running average of the weights.
+# A minute of fine-tuning on small pictures shows the way and no more. The preset `semiseg` goes the
+# whole way. It trains on phantoms first, cropped to the lungs as the real slices are, and then on
+# random copies of the real slices: turned, stretched, bent, mirrored, brighter or darker. Half of
+# the copies also get the lesions of another training slice, changed in their own way, as in
+# Copy-Paste {cite:p}`Ghiasi2021`: the same lesion in other lungs, so that the model learns lesions
+# and not slices. What is kept in the end is a running average of the weights.
 #
 # And the preset adds something that the paper does not have. Lesions of real CT fray and merge, so
 # that one reader's three lesions are another's one, and boxes suffer from that. A *semantic branch*
@@ -627,7 +630,7 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   consolidation has the wrong name. So its name is not in the grey values alone. (An exercise below
 #   tries such a limit.)
 # - **More models are no help.** The mean of the maps of all three models of a fold is no better than
-#   the best of them. What is wrong is wrong in all three.
+#   the best of them: all three tend to err in the same places.
 # - **Pixels, not instances.** The mask AP50 is low. Connected regions of a hand-drawn mask are poor
 #   instances where lesions merge: a gap of a few pixels decides whether one or three are true. Even
 #   connected regions of the fused mask, which are made as the true ones are, do little better.
@@ -635,9 +638,10 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   than the error, and the instances as well. What they add to GGO and consolidation is within the
 #   error. Forty slices are learned by random copies, and no copy is seen twice, so a model can go on
 #   for long before it knows its training slices by heart (the table has its Dice on them).
-# - **Phantoms do not help here.** None of the three intervals of *what phantoms add* leaves zero out. A
-#   phantom is no substitute for a real slice: steps on random copies of the real ones are worth as
-#   much. `--no-pretraining --epochs 25` skips the phantoms and takes about as many steps as the preset.
+# - **Phantoms do not help here.** None of the three intervals of *what phantoms add* leaves zero out:
+#   steps on random copies of the real slices are worth as much. (These phantoms were those of the
+#   commits below the table.) `--no-pretraining --epochs 25` skips the phantoms and takes about as
+#   many steps as the preset.
 #
 # No weights trained on these slices come with the package: their terms do not allow it. The command
 # above makes them.
@@ -672,13 +676,14 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # ## Hounsfield units and windows
 #
 # A scanner does not write grey values of 0 to 1. It writes Hounsfield units (HU): air is -1000,
-# water 0, healthy lung about -850, soft tissue about 40, bone several hundred. A screen, and a
+# water 0, healthy lung about -800, soft tissue about 40, bone several hundred. A screen, and a
 # model, see them through a *window* with level $L$ and width $W$:
 #
 # $$ u = \mathrm{clip}\left(\frac{h - (L - W/2)}{W},\; 0,\; 1\right). $$
 #
 # The lung window of this book has $L = -600$ and $W = 1500$, so it shows -1350 to 150 HU. A phantom
-# is drawn in HU and stored through that window, so inside it we can go back.
+# is [drawn in HU](phantoms_made.ipynb) and stored through nearly that window (its scanner may set it
+# a little higher or wider), so inside it we can go back, to within some tens of HU.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -699,7 +704,7 @@ print(
 )
 
 # %% [markdown]
-# Turn the window. GGO, at some -600 to -500 HU, vanishes in a window for soft tissue, and so does
+# Change the window. GGO, at some -700 to -300 HU, vanishes in a window for soft tissue, and so does
 # the whole lung.
 
 
@@ -756,9 +761,9 @@ _ = ipywidgets.interact(
 )
 
 # %% [markdown]
-# One slice proves nothing, so here are more of them. **The window is a part of the model.** Weights
-# without a note on the window that they learned on are half a model. COVID-SemiSeg does not say
-# which window made its JPEGs, and a collection from many sources will hold several.
+# One slice proves nothing, so here are more of them. **The window is a part of the model:** with
+# weights, always note the window that they learned on. COVID-SemiSeg does not say which window made
+# its JPEGs, and a collection from many sources will hold several.
 
 # %%
 window_dice = {}
@@ -909,7 +914,7 @@ else:
 # so a model that was trained on it has never had to deal with a clear slice of a sick patient. Here
 # is our old friend's chest, slice by slice.
 
-# %% mystnb={"image": {"alt": "Two panels over the position in the chest from apex to base. Above: area of lesions as a share of each slice. Below: the three probabilities of the classifier, which change from slice to slice."}, "figure": {"caption": "One patient, many answers: lesion area (above) and the classifier's three sigmoids (below) along our old friend's chest. Where no lesion is in the slice, the sick patient looks like a control. Synthetic."}}
+# %% mystnb={"image": {"alt": "Two panels over the position in the chest from apex to base. Above: area of lesions as a share of each slice. Below: the three probabilities of the classifier for each slice."}, "figure": {"caption": "One patient, many answers: lesion area (above) and the classifier's three sigmoids (below) along our old friend's chest. Synthetic."}}
 classifier = trained_classifier(PRESET, device, shipped=True).eval()
 with torch.no_grad():
     images = [torch.from_numpy(image).expand(3, -1, -1).to(device) for image in stack]
@@ -930,12 +935,11 @@ plt.show()
 temporary.cleanup()
 
 # %% [markdown]
-# Neighbouring slices of one patient get different answers, and where no lesion is in sight the
-# answer is "control", which is right for the slice and wrong for the patient. A result for a
-# patient needs a rule over slices: the share of positive slices, or the mean over those that a
-# radiologist, or a lesion detector, picked. The paper has none, and its figures are per slice.
-#
-# That is why `summary.csv` gives shares and means and no diagnosis of the volume.
+# Slices of one patient can get different answers. Where no lesion is in sight, "control" is right for
+# the slice and wrong for the patient. A result for a patient needs a rule over slices: the share of
+# positive slices, or the mean over those that a radiologist, or a lesion detector, picked. The paper
+# has none, and its figures are per slice. That is why `summary.csv` gives shares and means and no
+# diagnosis of the volume.
 #
 # ## The full scale
 #
@@ -1000,7 +1004,7 @@ temporary.cleanup()
 # - **The split may leak.** Without patient ids nobody can rule out that a neighbour of a test slice
 #   was in training.
 # - **Labels are opinions.** Where GGO ends, two radiologists disagree; a Dice near 1 would be a
-#   reason for suspicion.
+#   reason to be suspicious.
 #
 # ## Exercises
 #
@@ -1029,8 +1033,8 @@ print(f"{KIND}, {len(upright_dice)} slices, mean Dice of infection")
 print(f"upright {np.nanmean(upright_dice):.2f}, as stored {np.nanmean(lying_dice):.2f}")
 
 # %% [markdown]
-# A lesion looks much the same lying on its side, and the chest around it does not. Nothing fails
-# and nothing warns: only a number is lower than it could be.
+# A lesion looks much the same lying on its side, and the chest around it does not. Whatever the
+# trap costs here, nothing fails and nothing warns: the number is all that you would see of it.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1065,7 +1069,8 @@ print(f"counted as 1 {np.nan_to_num(values, nan=1).mean():.2f}")
 print(f"pooled       {2 * both / total:.2f}")
 
 # %% [markdown]
-# Same masks, three numbers. A paper that does not name its rule cannot be compared with.
+# The masks are the same each time. So nothing can be compared with a mean Dice whose rule is not
+# named.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1122,10 +1127,10 @@ for name, values in names.items():
 
 # %% [markdown]
 # The last row gives the found lesion pixels their right names, and leaves those alone that are no
-# lesion: about the most that naming can win. The rest to 1 is the outline. On phantoms the names of the
-# network are nearly right. On the real slices of the table above they are no better than those of
-# one number. If one number comes close to the network, the network has learned little about names, or
-# there is little more to know. Such a baseline takes minutes and belongs beside every network.
+# lesion: about the most that naming can win. What is missing to 1 then is the outline. On the real
+# slices of the table above the names of the network are no better than those of one number. Where
+# one number comes close to the network, the network has learned little about names, or there is
+# little more to know. Such a baseline takes minutes; put it beside every network that you report.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1162,8 +1167,8 @@ for factor in (1, 2):
     print(f"sizes x {factor}: {share:.0%} of {len(sides)} lesions have an anchor  ({KIND})")
 
 # %% [markdown]
-# This is the best case: real anchors stand on a grid and miss the centre. Larger sizes win where
-# many lesions outgrow the anchors, and lose where small ones are as many. The change is one line,
+# This is the best case: real anchors stand on a grid and miss the centre. Larger sizes win where many
+# lesions outgrow the anchors, and lose where as many are small. The change is one line,
 # `replace(preset.detector, anchor_sizes=...)`; the shipped weights still load, because the number
 # of anchors stays the same, though each output now means another size.
 
@@ -1176,9 +1181,9 @@ for factor in (1, 2):
 #
 # 1. Read indices, not colours, and turn the slices upright: neither mistake need raise an error.
 # 2. A mean Dice needs a threshold, a rule for empty slices and a split, all named.
-# 3. On phantoms, weights of a neighbouring domain are the better start; try both on your own slices.
-# 4. The window is a part of the model, and the order of the slices a part of the scan; DICOM and
-#    NIfTI give both, JPEG collections neither.
+# 3. Whether weights of another domain are the better start is quickly tried; do so on your own slices.
+# 4. The window is a part of the model, and the order of the slices a part of the scan. DICOM and
+#    NIfTI files give both, collections of JPEG files neither.
 # 5. Positive slices from few sources say nothing about patients elsewhere.
 #
 # ## Further reading

@@ -73,19 +73,20 @@ from covidmask.datasets.chest import (
     Lesion,
     draw,
     render,
+    thorax,
 )
 from covidmask.datasets.lungs import find_lungs
 from covidmask.datasets.patients import make_patient
 from covidmask.datasets.scanner import Scanner, develop, draw_scanner, scan
 
 torch.manual_seed(0)  # nothing here uses torch
-plt.rcParams["figure.dpi"] = 76  # noise makes large files
+plt.rcParams["figure.dpi"] = 72  # noise makes large files
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}")
 
 # %% tags=["parameters"]
 PRESET = "quick"  # this page is the same in every preset
 SIZE = 512  # pixels per side
-PATIENT = 57  # seed of the healthy patient
+PATIENT = 7  # seed of the healthy patient
 REAL = Path("real/slice.dcm")  # beside this notebook
 
 # %% tags=["hide-input"]
@@ -115,10 +116,11 @@ healthy = make_patient(PATIENT, label=0)
 # HU, and a mask: 0 outside, 1 lung, 2 ground glass, 3 consolidation
 hu, mask = draw(healthy, position=0.6, size=SIZE)
 SHARP = Scanner(
-    cutoff=130, edge=0.3, noise=30, streak=0, motion=0,
+    cutoff=200, edge=0.3, noise=30, streak=0, motion=0,
     level=-600, width=1500, gamma=1, quality=0,
 )  # fmt: skip
-scanned = scan(hu, SHARP, default_rng(0))
+SOFT = replace(SHARP, cutoff=100, edge=0.05)
+scanned = scan(hu, SOFT, default_rng(0))
 print(f"drawn slice: {hu.shape}, {hu.min():.0f} to {hu.max():.0f} HU")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A drawn chest slice beside a real one in the lung window. Both show two dark lungs with bright vessels, heart, aorta, spine and ribs. The drawn one is smooth and oval and lies in air with a curved table below; the real one has an irregular outline, muscles, a bright heart, many fine vessels, and is cut off by a circle."}, "figure": {"caption": "A drawn slice, and a real one where the file is there. Lung window: level -600 HU, width 1500 HU.", "name": "fig-made-pair"}}
@@ -233,10 +235,11 @@ for ax, field, name in zip(
 plt.show()
 
 # %% [markdown]
-# The package does the same with some thirty shapes, and with two additions. Nobody is made of
-# ellipses, so all coordinates are first shifted a little by a smooth random field. And every size
-# depends on the height: a position from 0 (apex) to 1 (base) says how wide the chest is there,
-# whether the trachea has divided yet, how much of the heart shows, how far the liver has come up.
+# The package does the same with some thirty shapes, and with three additions. Where two levels of a
+# lung meet, the corner is rounded, because pleura has no sharp ones. Nobody is made of ellipses, so
+# all coordinates are first shifted a little by a smooth random field. And every size depends on the
+# height: a position from 0 (apex) to 1 (base) says how wide the chest is there, whether the trachea
+# has divided yet, how much of the heart shows, how far the liver has come up.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Six drawn slices from apex to base. The lungs begin small between shoulder blades, the trachea appears as a black disc and divides, the heart grows, and at the base the liver takes the place of the right lung."}, "figure": {"caption": "One drawn patient from apex (0.1) to base (0.85). As in every CT the patient's right is on the left. Synthetic.", "name": "fig-made-heights"}}
 fig, axes = plt.subplots(1, 6, figsize=(12, 2.3), layout="constrained")
@@ -247,12 +250,12 @@ plt.show()
 # %% [markdown]
 # Each patient has numbers of their own: width and roundness of the chest, fat, size of the heart,
 # how deeply the patient breathed in (less air makes the lung denser and lifts the diaphragm), a
-# band of denser lung at the back where blood settles, emphysema, fluid in the chest. All come from
-# the seed.
+# band of denser lung at the back where blood settles, emphysema, fluid in the chest, and contrast
+# medium in the blood of about three patients in ten. All come from the seed.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-names = ("lung_hu", "gravity", "heart", "fat", "dome", "dependent", "holes")
+names = ("lung_hu", "gravity", "heart", "fat", "dome", "dependent", "contrast")
 print("patient " + "".join(f"{name:>10}" for name in names))
 for seed in range(PATIENT, PATIENT + 4):
     patient = make_patient(seed, label=0)
@@ -365,15 +368,57 @@ for name in ("healthy", "ground glass", "crazy paving", "consolidation"):
 # %% [markdown]
 # In ground glass the vessels keep more than half of their contrast. In consolidation it is gone.
 #
+# Four more signs come with some patients. *Contrast medium* makes blood as bright as bone, and the
+# vessels with it. A *lobar pneumonia* fills a lobe and stops at the fissure, as if cut by a knife.
+# *Tree-in-bud* is what small airways full of pus look like: twigs, each with a bud at its end. And
+# a *curve below the pleura* is a thin line beside the chest wall, as some patients with COVID-19
+# have it. The last two are tubes, as vessels are, and in no mask.
+
+
+# %%
+def with_tubes(patient, start, end, kind):
+    """The patient with more tubes, from `start` to `end` [n, 3]."""
+    rest = np.tile((kind, 1, 0), (len(start), 1))
+    rows = np.concatenate([start, end, rest], axis=1)
+    return replace(patient, tubes=np.concatenate([patient.tubes, rows]))
+
+
+rng = default_rng(3)
+twigs = rng.normal((-0.22, 0.11, HEIGHT * AT), (0.03, 0.03, 0.003), (20, 3))
+buds = twigs + rng.normal(0, (0.012, 0.012, 0.002), (20, 3))
+cy, wide, deep = thorax(healthy, AT)  # centre and half axes of the chest wall
+turn = np.linspace(0.1, 0.9, 12)
+line = np.stack(
+    [-0.9 * wide * np.cos(turn), cy + 0.9 * deep * np.sin(turn), 0 * turn + HEIGHT * AT],
+    axis=1,
+)
+lobe = replace(dense, radii=(0.3, 0.3, 0.2), lobe=1, bronchogram=1)
+signs = {
+    "contrast medium": replace(healthy, contrast=200),
+    "lobar pneumonia": replace(healthy, lesions=(lobe,)),
+    "tree-in-bud": with_tubes(with_tubes(healthy, twigs, buds, 0), buds, buds + (0, 0, 0.004), 3),
+    "curve below the pleura": with_tubes(healthy, line[:-1], line[1:], 1),
+}
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four pictures. A whole slice in the soft tissue window, whose heart and aorta are white; part of a lung whose back half is white up to a sharp, nearly straight edge, with dark branches in it; a cluster of short lines with round ends; a thin bright curve beside the chest wall."}, "figure": {"caption": "The same patient with contrast medium (soft tissue window) and with three more signs (lung window). Synthetic.", "name": "fig-made-signs"}}
+fig, axes = plt.subplots(1, 4, figsize=(10, 2.8), layout="constrained")
+for ax, (name, patient) in zip(axes, signs.items(), strict=True):
+    given = patient.contrast > 0
+    window, part = (SOFT_WINDOW, np.s_[:, :]) if given else (LUNG_WINDOW, LUNG)
+    show(ax, draw(patient, AT, SIZE)[0], name, window, part)
+plt.show()
+
+# %% [markdown]
 # ## Who gets what
 #
 # A class of patients is a rule for drawing lesions:
 #
 # - **Controls** have none. They keep the look-alikes: vessels, scars, nodules, dependent density.
 # - **Common pneumonia**: mostly one to three foci, often on one side, anywhere in the lung, and
-#   rather consolidation, at times with a rim of ground glass; one patient in seven has the patchy
-#   viral kind.
-# - **COVID-19**: many foci on both sides, rather low and near the pleura, mostly ground glass.
+#   rather consolidation, at times with a rim of ground glass. Large ones often keep to their lobe;
+#   one patient in ten has the patchy viral kind, four in ten have tree-in-bud.
+# - **COVID-19**: many foci on both sides, rather low and near the pleura, more of it ground glass
+#   than consolidation; three patients in ten have a curve below the pleura.
 # - **Severe COVID-19** (`severe=True`): up to half a lung, by one of three patterns: foci that
 #   merge, rinds, or large patches.
 #
@@ -518,14 +563,14 @@ plt.show()
 
 
 # %%
-def zoom(**changes):
-    return scan(hu, replace(SHARP, **changes), default_rng(1))
+def zoom(scanner=SHARP, **changes):
+    return scan(hu, replace(scanner, **changes), default_rng(1))
 
 
 apex = draw(healthy, 0.12, SIZE)[0]
 steps = {
     "no scanner": hu,
-    "soft kernel, no noise": zoom(cutoff=60, edge=0, noise=0),
+    "soft kernel, no noise": zoom(SOFT, noise=0),
     "sharp kernel, no noise": zoom(noise=0),
     "sharp, noise 30 HU": zoom(),
     "sharp, noise 80 HU": zoom(noise=80),
@@ -574,8 +619,8 @@ def spectrum(patch, rings=20):
 
 # %%
 grain = {  # the noise alone
-    name: zoom(cutoff=cutoff) - zoom(cutoff=cutoff, noise=0)
-    for name, cutoff in (("soft kernel", 60), ("sharp kernel", 130))
+    name: zoom(scanner) - zoom(scanner, noise=0)
+    for name, scanner in (("soft kernel", SOFT), ("sharp kernel", SHARP))
 }
 grain["white noise"] = default_rng(0).normal(0, 30, hu.shape)
 spectra = {name: spectrum(noise) for name, noise in grain.items()}
@@ -642,7 +687,7 @@ keys = ("noise", "level", "width", "quality")
 print("            sharp" + "".join(f"{key:>16}" for key in keys))
 for name, options in worlds.items():
     many = [draw_scanner(default_rng(i), **options) for i in range(300)]
-    print(f"{name:12}{np.mean([s.cutoff > 95 for s in many]):5.0%}", end="")
+    print(f"{name:12}{np.mean([s.cutoff > 140 for s in many]):5.0%}", end="")
     for key in keys:
         tenths = np.quantile([getattr(s, key) for s in many], (0.1, 0.9))
         print(f"{'{:.0f} to {:.0f}'.format(*tenths):>16}", end="")
