@@ -5,8 +5,8 @@
 #
 # You have read how the method works. Now you would like to try an idea of your own: another network
 # under the detector, one more number for each box, two classes instead of three. Where do you put
-# it, and how much of the package do you have to touch? For the six changes that readers ask for
-# most the answer is the same: you write a few lines in your own file, and touch nothing.
+# it, and how much of the package do you have to touch? For the six changes on this page the answer
+# is the same: you write a few lines in your own file, and touch nothing.
 #
 # **After it you can**
 #
@@ -221,8 +221,8 @@ two = replace(preset.classifier, classes=CovidOrNot.classes)
 try_out(covid_ct_mask_net(segmenter, two), CovidOrNot(train), CovidOrNot(held_out))
 
 # %% [markdown]
-# A third of the slices show COVID-19, so whoever always says no is right in two thirds. For a folder
-# of images no code is needed: put a file `classes.txt` beside the lists, with a name on each line
+# A third of the slices show COVID-19, so a model that always says no is right in two thirds. For a
+# folder of images no code is needed: put a file `classes.txt` beside the lists, with a name on each line
 # in the order of the labels, and lines `image.png 1` into `train.txt`. Then `covidmask train
 # classifier --data FOLDER` takes the classes from there.
 #
@@ -248,11 +248,13 @@ model = covid_ct_mask_net(segmenter, preset.classifier, s=DeepSet())
 try_out(model, train, held_out)
 
 # %% [markdown]
-# Ten short epochs teach it next to nothing here. The change works; whether it can be made to help is
-# another question.
+# With three classes of equal size guessing is right in a third of the slices; a network that is new
+# may need more than these few epochs to leave that behind. The change works; whether it can be made
+# to help is another question.
 #
 # The weights file keeps the *name* of a part that is yours, never its code: loading a file must not
-# run what a stranger wrote. So whoever loads it passes the part again, and hears so if not.
+# run what a stranger wrote. So you pass the part again when you load the file, and an error reminds
+# you if you forget.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -315,11 +317,11 @@ with torch.no_grad():
 
 # %% [markdown]
 # A detector that has no proposals, such as RetinaNet, has nothing to rank in this sense, and is
-# refused in one sentence.
+# refused with an error that says so.
 #
 # ## Numbers of a preset
 #
-# What is a number, or a name, needs no code. Every entry of a preset is an option of the command
+# To change a number or a name you need no code. Every entry of a preset is an option of the command
 # line, and `--help` lists them with their values:
 #
 #     covidmask train segmenter --preset quick --detector.lesions merged --segmenter.epochs 2
@@ -419,7 +421,7 @@ print("\n".join(other))
 assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
 
 # %% [markdown]
-# Logits, deltas and masks have one class less, in weight and bias; backbone, RPN and the two hidden
+# Logits, deltas and masks have one class fewer, in weight and bias; backbone, RPN and the two hidden
 # layers of the box head are the same. So the rows keep their five columns, and $S$ its shape.
 
 # %% [markdown]
@@ -432,7 +434,7 @@ assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
 # 1. A column is a function of the boxes; $S$ grows with it.
 # 2. A backbone is a name, and a detector of torchvision's is taken as it is.
 # 3. A data set brings its classes, of images or of lesions.
-# 4. A weights file names your parts and never holds their code; whoever loads it passes them.
+# 4. A weights file names your parts and never holds their code; you pass them when you load it.
 # 5. A short run shows that a change works. Whether it helps is a question for several seeds,
 #    intervals and patients that nobody has looked at ([chapter 7](07_evaluation.ipynb)).
 #

@@ -4,15 +4,16 @@
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/paper_v_code.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/paper_v_code.ipynb)
 #
 # Where do the paper and its released code differ, and which of the two does this book follow? A
-# method section has a few pages, a repository has thousands of lines. Small differences are normal.
-# This page lists those that we found, so that whoever builds on the work need not find them again.
+# method section has a few pages, a repository has thousands of lines, so small differences are
+# normal. This page lists those that we found, so that you need not find them again if you build on
+# the work.
 #
 # **After it you can**
 #
 # - say, for each step of the method, what the paper says, what the code does and what we do;
 # - tell a difference that changes results from one that changes only a count or a word;
 # - check a published table with counts and arithmetic alone;
-# - read somebody's code for what it does rather than for what its names promise.
+# - read code for what it does rather than for what its names promise.
 #
 # **You need** [chapter 4](04_ranked_boxes.ipynb) and [chapter 5](05_covid_ct_mask_net.ipynb) for
 # the terms; the [glossary](glossary.md) has them as well. The page runs alone. **Run time:** about
@@ -119,8 +120,8 @@ picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, S, S]
 # - **Here**: what this book and its package do.
 #
 # The released code made this book possible. It answers questions that the paper leaves open, and a
-# re-implementation could be tested against it number by number. A list of differences is no
-# judgement of the work: a paper without code has none that could be found.
+# re-implementation could be tested against it number by number. So do not read this list as a
+# judgement of the work: in a paper without code nobody could have found any of this.
 #
 # Paper and code agree on most of what matters: Adam with learning rate $10^{-5}$ and weight decay
 # $10^{-3}$, 50 epochs for the classifier, NMS thresholds of 0.75, the score threshold of -0.01, the
@@ -235,18 +236,18 @@ for text, codes in (
     print(f"{text:16} code: {', '.join(by_position):7} here: {', '.join(ours)}")
 
 # %% [markdown]
-# A slice with consolidation and no GGO teaches the detector that consolidation is GGO. How many of
-# the real slices are such is not known to us. With merged masks (one lesion class) a slice without
-# GGO does no harm, but one without lung pixels loses its lesion. `tests/data/test_lesions.py` pins
-# these cases.
+# A slice with consolidation and no GGO teaches the detector that consolidation is GGO. We do not know
+# how many of the real slices are like that. With merged masks (one lesion class) a slice without GGO
+# does no harm, but one without lung pixels loses its lesion. `tests/data/test_lesions.py` pins these
+# cases.
 #
 # ### 6. Small lesions are dropped
 #
-# - **Paper**: says that nearly all lesions are small (Figure 1), and does not say that any is
-#   dropped.
+# - **Paper**: says that the great majority of lesions are small (Figure 1), and does not say that
+#   any is dropped.
 # - **Code**: drops every connected region of at most 100 pixels, in training and from the ground
-#   truth on which average precision is computed.
-#   A slice that has no lesion left is skipped in training: no pass, no step.
+#   truth on which average precision is computed. A slice that has no lesion left is skipped in
+#   training: no pass, no step.
 # - **Here**: `min_area`, a setting: 101 in the preset `paper`, as in the code. Slices without a
 #   lesion take part: their anchors and RoIs all teach "background".
 
@@ -452,7 +453,7 @@ print(f"pixels in their masks: {areas[0].sum()} at 0.5, {areas[1].sum()} at {cod
 assert areas[1].sum() <= areas[0].sum()
 
 # %% [markdown]
-# The code's masks are a little smaller than the paper's.
+# So the masks of the code lie inside those of the paper.
 
 # %% mystnb={"image": {"alt": "The surroundings of one lesion of a synthetic slice, with its detected outline drawn twice: a solid line and, just inside it, a dashed one."}, "figure": {"caption": "The largest detection of our old friend, cut at a logit of 0 (solid, as in the paper) and at 0.5 (dashed, as in the code). The second lies inside the first. Synthetic."}}
 largest = (sure["boxes"][:, 2:] - sure["boxes"][:, :2]).prod(dim=1).argmax()
@@ -595,7 +596,7 @@ for i, name in enumerate(IMAGE_CLASSES):
 
 # %% [markdown]
 # Where padding is needed, the code's probabilities for one and the same slice change from run to
-# run, and with them, at times, the class.
+# run. Where two classes are close, the answer can change with them.
 #
 # ### 18. What a row is
 #
@@ -629,7 +630,7 @@ assert len(kept.unique()) <= len(kept)
 # - **Paper** (Algorithm 1, line 9): $-\sum_k L_k \log \sigma(\hat s_k)$, the term of the true class
 #   alone, summed over classes.
 # - **Code**: binary cross-entropy with both terms,
-#   $-\frac{1}{C}\sum_k \left[ L_k \log \sigma(\hat s_k) + (1 - L_k) \log (1 - \sigma(\hat s_k)) \right]$.
+#   $-\frac{1}{3}\sum_k \left[ L_k \log \sigma(\hat s_k) + (1 - L_k) \log (1 - \sigma(\hat s_k)) \right]$.
 # - **Here**: as in the code.
 #
 # The difference is not small. With the printed loss a wrong class can score as high as it likes,
@@ -727,13 +728,14 @@ print(f"missed: {len(missed)} tensors, {sum(named[name].numel() for name in miss
 print("for example", missed[0].removeprefix("detector."))
 
 # %% [markdown]
-# ### 24. Epochs, and which model is kept
+# ### 24. Epochs, batches, and which model is kept
 #
-# - **Paper**: 50 epochs "for each algorithm"; Algorithm 1 returns the best model.
-# - **Code**: the README trains the segmenter for 100 epochs (an older one for 50). The loops save
-#   every tenth epoch and compare nothing: which file is best is decided outside the code.
-# - **Here**: 100 and 50 epochs in the preset `paper`; of the classifier the epoch with the best
-#   *validation* accuracy is kept, by code, of the segmenter the last.
+# - **Paper**: 50 epochs "for each algorithm"; no size of a batch; Algorithm 1 returns the best model.
+# - **Code**: the README trains the segmenter for 100 epochs (an older one for 50). A step of the
+#   segmenter takes one slice, a step of the classifier eight. The loops save every tenth epoch and
+#   compare nothing: which file is best is decided outside the code.
+# - **Here**: the code's epochs and batches in the preset `paper`. Of the classifier the epoch with
+#   the best *validation* accuracy is kept, by code; of the segmenter the last.
 #
 # ### 25. Validation that trains a little
 #
@@ -952,8 +954,7 @@ print("PPV of the old README's matrix:", [f"{value:.2%}" for value in old["ppv"]
 # %% [markdown]
 # The PPVs of "full" imply more than 300 predictions too few, those of heads + BN 16 to 20. The
 # matrix in the old README has the sensitivities of heads + BN and other PPVs. So at least one
-# number in each of these two rows comes from another model or is misprinted. Which one, we cannot
-# tell.
+# number in each of these two rows comes from another model or is misprinted; we cannot tell which.
 #
 # ### 32. "Precision above 90 % for all classes"
 #
@@ -980,8 +981,8 @@ print(f"COVNet, test / (train + validation): {438 / (3000 + 370):.5f}")
 # %% [markdown]
 # For COVNet the printed ratio fits only if the validation images are added to the training images
 # (and the result is cut). The paper calls 7.06 a new state of the art. A ratio of test to train
-# says how little was used for training, not how well the model generalises: all splits come from
-# one source.
+# says how little was used for training. How well the model generalises, it does not say: all splits
+# come from one source.
 #
 # ### 34. Smaller slips
 #
@@ -1008,7 +1009,7 @@ for name, row, printed in (
 # |---|---|---|
 # | 5 classes by position, 6 small lesions, 13 mask threshold | 1, 2, 3 numbers of slices | 4 balance |
 # | 9 losses, 11 ranking, 17 padding, 19 classifier loss | 8 model sizes, 23 batch norms | 10 scales |
-# | 20 to 22 regimes and modes, 24 epochs, 25 validation | 28 AP, 30 to 34 tables | 12 two words |
+# | 20 to 22 regimes and modes, 24 epochs and batches, 25 validation | 28 AP, 30 to 34 tables | 12 two words |
 #
 # ## Exercises
 #
@@ -1106,11 +1107,11 @@ assert high < 1000
 # ## What we learned
 #
 # 1. Paper and code agree on the method; they differ in details, and some details change results.
-# 2. Code is checked by counting, by gradients and by toy inputs, not by the names that it uses.
+# 2. Check code by counting, by gradients and by toy inputs; its names can mislead.
 # 3. A printed table can be checked with arithmetic: sensitivities fix counts, and counts must add
 #    up.
 # 4. Old commits are part of the record: one README explains three numbers of the paper.
-# 5. Released code lets others find such things. Release it, with the lists and the matrices.
+# 5. Released code lets others find such things. So release yours, with its lists and matrices.
 #
 # ## Further reading
 #
