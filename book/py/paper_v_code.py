@@ -65,7 +65,12 @@ from torchvision.transforms import v2
 
 import covidmask
 from covidmask import plotting
-from covidmask.config import IMAGE_CLASSES, PRESETS, ClassifierConfig, DetectorConfig
+from covidmask.config import (
+    IMAGE_CLASSES,
+    PRESETS,
+    ClassifierConfig,
+    DetectorConfig,
+)
 from covidmask.datasets import mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
 from covidmask.metrics import CocoAP, author_image_ap, report
@@ -139,7 +144,11 @@ picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, S, S]
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for source, train, rest in (("text", 500, 150), ("Table 1", 600, 150), ("lists", 650, 100)):
+for source, train, rest in (
+    ("text", 500, 150),
+    ("Table 1", 600, 150),
+    ("lists", 650, 100),
+):
     print(f"{source:8} {train} + {rest} = {train + rest}")
 print("patients in the lists:", 130 + 20)
 
@@ -309,7 +318,10 @@ def light_models(backbone, cut):
 detector = lesion_mask_rcnn(DetectorConfig())
 large = covid_ct_mask_net(detector, ClassifierConfig())
 s_count = count_parameters(large.s)
-resnet34, resnet18 = light_models("resnet34", 0)[1], light_models("resnet18", 0)[1]
+resnet34, resnet18 = (
+    light_models("resnet34", 0)[1],
+    light_models("resnet18", 0)[1],
+)
 for name, millions, rule, count in (
     ("Mask R-CNN", 31.78, "segmenter entries", entries(detector)),
     ("full", 34.14, "segmenter entries + S", entries(detector) + s_count),
@@ -334,7 +346,12 @@ for name, millions, rule, count in (
 # %%
 # NBVAL_CHECK_OUTPUT
 heads = detector.roi_heads
-three = sum(map(count_parameters, (detector.rpn.head, heads.box_head, heads.box_predictor)))
+three = sum(
+    map(
+        count_parameters,
+        (detector.rpn.head, heads.box_head, heads.box_predictor),
+    )
+)
 print(f"S: {s_count:,}; divided by 2**20: {s_count / 2**20:.3f}")
 print(f"RPN head + box head + box predictor: {three:,}")
 for backbone, printed in (("resnet34", 11.45), ("resnet18", 6.12)):
@@ -365,14 +382,21 @@ for beta, colour, line, name in (
 ):
     loss = F.smooth_l1_loss(residual, zero.expand_as(residual), beta=beta, reduction="none")
     _ = ax.plot(residual, loss, color=colour, ls=line, lw=2, label=name)
-_ = ax.set(xlabel="Residual of one encoded coordinate (no unit)", ylabel="Loss (no unit)")
+_ = ax.set(
+    xlabel="Residual of one encoded coordinate (no unit)",
+    ylabel="Loss (no unit)",
+)
 _ = ax.legend()
 plt.show()
 
 # %%
 # NBVAL_CHECK_OUTPUT
 small = torch.tensor([0.05])
-for beta, name in ((0.0, "L1"), (1 / 9, "smooth L1, beta 1/9"), (1.0, "smooth L1, beta 1")):
+for beta, name in (
+    (0.0, "L1"),
+    (1 / 9, "smooth L1, beta 1/9"),
+    (1.0, "smooth L1, beta 1"),
+):
     variable = small.clone().requires_grad_()
     F.smooth_l1_loss(variable, torch.zeros(1), beta=beta, reduction="sum").backward()
     print(f"{name:20} residual 0.05: gradient {variable.grad.item():.2f}")
@@ -421,7 +445,12 @@ for ratio, size, flat in zip(
 # %%
 # NBVAL_CHECK_OUTPUT
 strong = torch.tensor([18.0, 20.0, 22.0, 25.0])
-print("logits", strong.tolist(), "-> different probabilities:", len(strong.sigmoid().unique()))
+print(
+    "logits",
+    strong.tolist(),
+    "-> different probabilities:",
+    len(strong.sigmoid().unique()),
+)
 
 # %% [markdown]
 # Ties are then broken by accident, and the order of boxes is what $S$ reads.
@@ -464,7 +493,13 @@ for threshold, colour, line, name in (
     (0.5, plotting.SKY_BLUE, "-", "logit > 0 (paper)"),
     (code_threshold, plotting.ORANGE, "--", "logit > 0.5 (code)"),
 ):
-    _ = ax.contour(one, levels=[threshold], colors=[colour], linestyles=[line], linewidths=1.8)
+    _ = ax.contour(
+        one,
+        levels=[threshold],
+        colors=[colour],
+        linestyles=[line],
+        linewidths=1.8,
+    )
     _ = ax.plot([], [], color=colour, ls=line, label=name)
 x1, y1, x2, y2 = sure["boxes"][largest].tolist()
 margin = 0.4 * max(x2 - x1, y2 - y1)
@@ -523,7 +558,10 @@ for layers in (1, 2):
 # NBVAL_CHECK_OUTPUT
 print("even:   ", even_padding(3, 8).tolist())
 for seed in range(3):
-    print("author: ", author_padding(3, 8, torch.Generator().manual_seed(seed)).tolist())
+    print(
+        "author: ",
+        author_padding(3, 8, torch.Generator().manual_seed(seed)).tolist(),
+    )
 
 # %% [markdown]
 # Which box fills which row? The slider changes how many boxes are left.
@@ -535,12 +573,27 @@ def draw_padding(kept, total):
     fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
     rows = np.arange(1, total + 1)
     ax.step(
-        rows, even_padding(kept, total) + 1, where="mid", color=plotting.BLUE, lw=2.5, label="even"
+        rows,
+        even_padding(kept, total) + 1,
+        where="mid",
+        color=plotting.BLUE,
+        lw=2.5,
+        label="even",
     )
-    for seed, colour, line in ((0, plotting.VERMILLION, "--"), (1, plotting.GREEN, ":")):
+    for seed, colour, line in (
+        (0, plotting.VERMILLION, "--"),
+        (1, plotting.GREEN, ":"),
+    ):
         generator = torch.Generator().manual_seed(seed)
         index = author_padding(kept, total, generator)
-        ax.step(rows, index + 1, where="mid", color=colour, ls=line, label=f"author, draw {seed}")
+        ax.step(
+            rows,
+            index + 1,
+            where="mid",
+            color=colour,
+            ls=line,
+            label=f"author, draw {seed}",
+        )
     ax.set(
         xlabel="Row of the vector (rank)",
         ylabel="Box that fills it (rank)",
@@ -645,7 +698,10 @@ def printed_loss(logits, labels):
 
 
 label = torch.tensor([2])
-for text, row in (("only COVID-19 is high", [-3.0, -3.0, 3.0]), ("all are high", [3.0, 3.0, 3.0])):
+for text, row in (
+    ("only COVID-19 is high", [-3.0, -3.0, 3.0]),
+    ("all are high", [3.0, 3.0, 3.0]),
+):
     scores = torch.tensor([row])
     print(
         f"{text:22} as printed {printed_loss(scores, label):.3f}"
@@ -653,7 +709,10 @@ for text, row in (("only COVID-19 is high", [-3.0, -3.0, 3.0]), ("all are high",
     )
 scores = torch.tensor([[3.0, 3.0, 3.0]], requires_grad=True)
 printed_loss(scores, label).backward()
-print("gradient of the printed loss for the two wrong classes:", scores.grad[0, :2].abs().tolist())
+print(
+    "gradient of the printed loss for the two wrong classes:",
+    scores.grad[0, :2].abs().tolist(),
+)
 
 # %% [markdown]
 # ### 20. Three regimes, one in the code
@@ -722,7 +781,10 @@ named = dict(large.named_parameters())
 trains = {name for name, parameter in named.items() if parameter.requires_grad}
 by_name = {name for name in named if name.startswith("s.") or "bn" in name}
 missed = sorted(trains - by_name)
-count = {"all": count_trainable(large), "by name": sum(named[name].numel() for name in by_name)}
+count = {
+    "all": count_trainable(large),
+    "by name": sum(named[name].numel() for name in by_name),
+}
 print(f"ResNet-50: S + every batch norm {count['all']:,}; by name {count['by name']:,}")
 print(f"missed: {len(missed)} tensors, {sum(named[name].numel() for name in missed):,} numbers")
 print("for example", missed[0].removeprefix("detector."))
@@ -769,7 +831,12 @@ print(f"after one more in evaluation mode: {norm.running_mean.item():.1f}")
 # NBVAL_CHECK_OUTPUT
 last_index = 9  # the tenth epoch, counted from 0
 saved = last_index + 1  # "epoch" in the file
-print("epochs run:", list(range(saved))[-3:], "then, after resuming:", [saved + 1, saved + 2])
+print(
+    "epochs run:",
+    list(range(saved))[-3:],
+    "then, after resuming:",
+    [saved + 1, saved + 2],
+)
 
 # %% [markdown]
 # ### 27. Commands and files
@@ -821,7 +888,11 @@ def instances(boxes, labels, scores=None, size=48):
     masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
     for one, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
         one[y1:y2, x1:x2] = 1
-    result = {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "masks": masks}
+    result = {
+        "boxes": boxes,
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "masks": masks,
+    }
     return result if scores is None else {**result, "scores": torch.tensor(scores)}
 
 
@@ -843,7 +914,10 @@ cases = {
         instances(three_more, [1, 1, 1], [0.9, 0.8, 0.7]),
         instances([*three_more, B], [1, 1, 1, 2]),
     ),
-    "nothing there, nothing found": (instances([], [], []), instances([], [])),
+    "nothing there, nothing found": (
+        instances([], [], []),
+        instances([], []),
+    ),
 }
 for name, (found, target) in cases.items():
     author, coco = both_rules(found, target)
@@ -906,7 +980,11 @@ for control in (92.10, 91.10):
     low, high = accuracies_for((control, 91.62, 90.80))
     print(f"controls {control:.2f}: accuracy {low:.2f} to {high:.2f}, printed 91.66")
 old = report(old_readme)
-print("old README:", [f"{value:.2%}" for value in old["sensitivity"]], f"{old['accuracy']:.2%}")
+print(
+    "old README:",
+    [f"{value:.2%}" for value in old["sensitivity"]],
+    f"{old['accuracy']:.2%}",
+)
 for name, row, printed in (
     ("heads", (82.37, 71.13, 76.30), 77.20),
     ("full", (97.21, 91.70, 82.26), 92.22),
@@ -928,7 +1006,11 @@ for name, row, printed in (
 # NBVAL_CHECK_OUTPUT
 table_2 = {  # (sensitivity, PPV) of control, common pneumonia, COVID-19
     "heads": ((82.37, 83.38), (71.13, 67.70), (76.30, 81.13)),
-    "heads + BN": ((92.10, 94.33), (91.62, 87.08), (90.80, 94.75)),  # 92.10: see item 30
+    "heads + BN": (
+        (92.10, 94.33),
+        (91.62, 87.08),
+        (90.80, 94.75),
+    ),  # 92.10: see item 30
     "full": ((97.21, 95.33), (91.70, 95.22), (82.26, 87.01)),
 }
 
@@ -949,7 +1031,10 @@ for name, row in table_2.items():
         low, high = predictions_for(row, sizes)
         fits = "fits" if low <= sum(sizes) <= high else "does not fit"
         print(f"{name:10} of {sum(sizes):,} slices implies {low:,} to {high:,} predictions: {fits}")
-print("PPV of the old README's matrix:", [f"{value:.2%}" for value in old["ppv"]])
+print(
+    "PPV of the old README's matrix:",
+    [f"{value:.2%}" for value in old["ppv"]],
+)
 
 # %% [markdown]
 # The PPVs of "full" imply more than 300 predictions too few, those of heads + BN 16 to 20. The

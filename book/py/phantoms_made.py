@@ -257,7 +257,7 @@ plt.show()
 # NBVAL_CHECK_OUTPUT
 names = ("lung_hu", "gravity", "heart", "fat", "dome", "contrast")
 print("patient " + "".join(f"{name:>10}" for name in names))
-for seed in range(PATIENT, PATIENT + 4):
+for seed in range(PATIENT, PATIENT + 5):
     patient = make_patient(seed, label=0)
     values = [getattr(patient, name) for name in names]
     print(f"{seed:7} " + "".join(f"{value:10.2f}" for value in values))
