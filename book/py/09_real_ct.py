@@ -389,7 +389,7 @@ def all_dice(model, some):
 
 
 def judge(model, tune, test):
-    """Mean Dice on `test`, at the best threshold for infection on `tune`."""
+    """Mean Dice on `test`, at the threshold that is best on `tune`."""
     best = int(np.nanmean(all_dice(model, tune)[:, :, 0], axis=1).argmax())
     return THRESHOLDS[best], np.nanmean(all_dice(model, test)[best], axis=0)
 
@@ -810,9 +810,9 @@ frame_slider(
     "Window (level, width in HU)",
     "The same synthetic slice through one window, with the detections of "
     "the shipped segmenter; contrast and detections change with the window",
-    caption="Our old friend in five windows, and what a segmenter finds that "
-    "learned on the first. Yellow: the true lesions. Dice: infection, scores "
-    "above 0.75. Synthetic.",
+    caption="Our old friend in five windows, and what a segmenter finds "
+    "that learned on the first. Yellow: the true lesions. Dice: infection, "
+    "scores above 0.75. Synthetic.",
     dpi=70,
 )
 
