@@ -236,7 +236,7 @@ except DataError:
     test_set = training_set
     shares, patients = (0.75, 0.25), training_set.patients
     train_indices, test_indices = split_by_patient(patients, shares, SEED)
-    print("no TestingSet: a quarter of the training slices is held out")
+    print("no TestingSet here: a quarter of the slices is held out")
 
 # specks of a few pixels are no lesions to a detector: the preset's limit,
 # as a share of the image
@@ -267,7 +267,8 @@ print(f"This run uses {KIND}: {len(train)} to train, {len(test)} to test.")
 # %%
 home_root = f"{DATA}/phantoms-{PRESET}"
 home_root = write_phantoms(home_root, preset.phantoms, seed=0)
-home_set = LesionSlices(home_root / "lesions", "test", preset.min_area)
+home_root /= "lesions"
+home_set = LesionSlices(home_root, "test", min_area=preset.min_area)
 # the kind of slices that the shipped weights know
 home = part(home_set, list(range(0, len(home_set), 10)))
 
