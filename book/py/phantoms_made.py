@@ -368,8 +368,8 @@ for name in ("healthy", "ground glass", "crazy paving", "consolidation"):
 # %% [markdown]
 # In ground glass the vessels keep more than half of their contrast. In consolidation it is gone.
 #
-# Four more signs come with some patients. *Contrast medium* makes blood as bright as bone, and the
-# vessels with it. A *lobar pneumonia* fills a lobe and stops at the fissure, as if cut by a knife.
+# Four more signs come with some patients. *Contrast medium* makes blood nearly as bright as bone, and
+# the vessels with it. A *lobar pneumonia* fills a lobe and stops at the fissure, as if cut off.
 # *Tree-in-bud* is what small airways full of pus look like: twigs, each with a bud at its end. And
 # a *curve below the pleura* is a thin line beside the chest wall, as some patients with COVID-19
 # have it. The last two are tubes, as vessels are, and in no mask.
