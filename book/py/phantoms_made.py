@@ -756,11 +756,11 @@ plt.show()
 # Noise and its spectrum nearly agree: with our soft kernel they no longer give the drawn slice away.
 # Other things do, as you will have seen:
 #
-# - **The wall.** A real chest has an irregular outline, breasts, muscles in layers, fat with strands
+# - **The wall.** The real chest has an irregular outline, breasts, muscles in layers, fat with strands
 #   in it, and ribs that are cut at all angles. Ours is a set of smooth rings, with ribs as regular
 #   as the dashes of a line.
 # - **The heart.** Ours is an egg of one grey on a smooth funnel. The real one has chambers and fat
-#   around it, and is far brighter, because this patient was given a contrast medium. So are some of
+#   around it, and is far brighter, because this patient was given a contrast medium. So were some of
 #   ours, but none gets blood as bright as this.
 # - **The vessels.** Ours crowd at the hila, leave parts of the lung empty, and end abruptly; many
 #   belong to no tree. Real ones grow thinner and thinner and reach nearly to the pleura. So more of a
