@@ -90,7 +90,8 @@ from covidmask.training import evaluate_segmenter, predict_lesions, train_segmen
 plt.rcParams["image.interpolation"] = "nearest"  # show pixels as they are
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, all digits of float32 count
+# on a GPU, too, all digits of float32 count
+torch.backends.cudnn.allow_tf32 = False
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
@@ -122,7 +123,8 @@ train, test = (
 )
 chosen = list(dict.fromkeys(test.patients))[:JUDGED_PATIENTS]
 judged = Subset(test, [i for i, name in enumerate(test.patients) if name in chosen])
-patients = [test.patients[i] for i in judged.indices]  # of each judged slice
+# of each judged slice
+patients = [test.patients[i] for i in judged.indices]
 true = [target for _, target in judged]
 print(f"train:  {len(train)} slices of {len(set(train.patients))} patients")
 print(f"judged: {len(judged)} slices of {len(chosen)} patients, out of {len(test)} test slices")
@@ -173,11 +175,11 @@ for key, value in targets[0].items():
 # | `loss_box_reg` | box head | how must the RoI move, given its class? | smooth L1 |
 # | `loss_mask` | mask head | which pixels of the RoI are lesion, given its class? | binary cross-entropy |
 #
-# Before the first step the network knows nothing, so each loss should be what a guess costs: $\ln 2$
-# between two answers, $\ln 3$ between three. The box losses start near 0, because they count only
-# positive anchors and RoIs, and there are few of those. The mask loss starts higher than $\ln 2$:
-# torchvision draws the first weights of the mask head larger than those of the RPN, so its first
-# guesses are confident, and being confidently wrong costs more than being undecided.
+# Before the first step the network knows nothing, so each loss should be what a guess costs: $\ln
+# 2$ between two answers, $\ln 3$ between three. The box losses start near 0, because they count
+# only positive anchors and RoIs, and there are few of those. The mask loss starts higher than $\ln
+# 2$: torchvision draws the first weights of the mask head larger than those of the RPN, so its
+# first guesses are confident, and being confidently wrong costs more than being undecided.
 
 # %%
 torch.manual_seed(SEED)
@@ -198,13 +200,15 @@ assert abs(losses["loss_objectness"].item() - math.log(2)) < 0.1
 #
 # At the first step $\hat m = g$ and $\hat v = g^2$, so each weight moves by the learning rate
 # $\alpha$, however small its gradient is. The size of a loss does not set the size of the step, but
-# it still matters for the direction: where several losses share weights, as in the backbone, the one
-# with the larger gradient decides.
+# it still matters for the direction: where several losses share weights, as in the backbone, the
+# one with the larger gradient decides.
 
 # %%
-rate, decay = 1e-3, preset.segmenter.weight_decay  # a rate for this small experiment
+# a rate for this small experiment
+rate, decay = 1e-3, preset.segmenter.weight_decay
 optimizer = torch.optim.Adam(practice.parameters(), lr=rate, weight_decay=decay)
-weight = practice.roi_heads.box_predictor.cls_score.weight  # [1 + classes, 128]
+# [1 + classes, 128]
+weight = practice.roi_heads.box_predictor.cls_score.weight
 before = weight.detach().clone()
 
 optimizer.zero_grad()
@@ -219,9 +223,9 @@ print(f"typical gradient {gradient.abs().median():.0e}, typical move {move:.0e}"
 
 # %% [markdown]
 # Now we run these lines again and again, on the *same* batch. Its loss must fall fast, because the
-# network can learn a few slices by heart. If it does not, something is broken: perhaps the format of
-# the boxes, labels that start at 0, or a frozen weight. This test is worth a minute before any long
-# run.
+# network can learn a few slices by heart. If it does not, something is broken: perhaps the format
+# of the boxes, labels that start at 0, or a frozen weight. This test is worth a minute before any
+# long run.
 
 # %% mystnb={"image": {"alt": "A curve that falls steeply: the sum of the five losses of one batch over sixteen training steps."}, "figure": {"caption": "The loss of one batch, when we train on it again and again. It must fall; if it does not, look for the mistake before you train for hours. Synthetic data."}}
 practised = []
@@ -242,8 +246,8 @@ plt.show()
 #
 # `train_segmenter` runs these lines over all slices, in a new random order each epoch. It also does
 # what a long run needs: it sets the learning rate of each step, writes checkpoints, can use several
-# processes, and stops if a loss is not finite. Here are the settings of the paper's released code and
-# ours.
+# processes, and stops if a loss is not finite. Here are the settings of the paper's released code
+# and ours.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -276,8 +280,8 @@ for name, value in rows:
 # With the released lists, 100 epochs at batch size 1 are at most 65,000 steps at a small, constant
 # rate (its loop skips slices without a lesion). The preset `quick` makes fewer than a fiftieth of
 # them, so it takes a larger rate, warms it up, and lets it fall along a cosine. It also calls more
-# anchors and RoIs positive: on small pictures fewer boxes reach a high overlap, and without positives
-# the network learns nothing about lesions.
+# anchors and RoIs positive: on small pictures fewer boxes reach a high overlap, and without
+# positives the network learns nothing about lesions.
 #
 # The next cell takes by far the longest.
 
@@ -290,9 +294,9 @@ segmenter.to(device).eval()
 print(f"{len(history)} steps, {sum(p.numel() for p in segmenter.parameters()):,} parameters")
 
 # %% [markdown]
-# The other chapters need trained weights. In the preset `quick` they take [small
-# ones](weights.md) that come with the package, trained by the same call for all epochs. In the other
-# presets they take what you have just trained.
+# The other chapters need trained weights. In the preset `quick` they take [small ones](weights.md)
+# that come with the package, trained by the same call for all epochs. In the other presets they
+# take what you have just trained.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -317,8 +321,8 @@ plt.show()
 #
 # - **Objectness** can fall from the start, because the two RPN losses need only the anchors and the
 #   true boxes.
-# - **Class** drops at once, because "background" is right for almost every RoI. This first drop shows
-#   no skill yet. Any further fall must wait until the RPN proposes lesions.
+# - **Class** drops at once, because "background" is right for almost every RoI. This first drop
+#   shows no skill yet. Any further fall must wait until the RPN proposes lesions.
 # - **RoI box** *rises* before it falls. It is summed over positive RoIs and divided by all sampled
 #   RoIs, and at first hardly any RoI is positive. So a rise here is a good sign.
 # - **Mask** is a mean over the pixels of positive RoIs. It falls slowly, because the pixels at the
@@ -330,8 +334,8 @@ plt.show()
 # ## Eval mode is part of judging
 #
 # In train mode, batch normalisation uses the statistics of the batch and moves its running
-# statistics. The released code computes the validation losses in train mode, so its validation slices
-# change the model a little. We show this on a copy.
+# statistics. The released code computes the validation losses in train mode, so its validation
+# slices change the model a little. We show this on a copy.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -444,8 +448,8 @@ _ = ipywidgets.interact(
 # ## Non-maximum suppression
 #
 # Many RoIs see the same lesion, and each answers with a box of its own. NMS keeps the best of them
-# and removes the others. Whether two boxes mark the same lesion is judged by their *intersection over
-# union*,
+# and removes the others. Whether two boxes mark the same lesion is judged by their *intersection
+# over union*,
 #
 # $$\text{IoU}(b, b') = \frac{|b \cap b'|}{|b \cup b'|}.$$
 #
@@ -475,9 +479,9 @@ def nms_by_hand(boxes, scores, threshold):
 
 
 # %% [markdown]
-# To try it out we need the boxes *before* NMS. Backbone and RPN do not know the threshold of the last
-# stage, so we compute features and proposals once, and then run only the RoI heads, as often as we
-# like. Nothing has to be trained again. A threshold of 1 removes nothing.
+# To try it out we need the boxes *before* NMS. Backbone and RPN do not know the threshold of the
+# last stage, so we compute features and proposals once, and then run only the RoI heads, as often
+# as we like. Nothing has to be trained again. A threshold of 1 removes nothing.
 
 
 # %%
@@ -509,11 +513,11 @@ for threshold in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
 # %% [markdown]
 # ### Figure 2 of the paper
 #
-# Figure 2 of the paper shows one model at the NMS thresholds 0.25 and 0.75, beside the true mask. Its
-# first slice has both kinds of lesion, its second only GGO. A detection counts if its score is above
-# 0.75, and a pixel of its mask if the logit is above 0, that is, a probability above 0.5. We remake it
-# on phantoms, with our old friend on top. Below come the judged slice whose C lies deepest in a GGO,
-# and the one with the most GGO and no C. We put the truth first.
+# Figure 2 of the paper shows one model at the NMS thresholds 0.25 and 0.75, beside the true mask.
+# Its first slice has both kinds of lesion, its second only GGO. A detection counts if its score is
+# above 0.75, and a pixel of its mask if the logit is above 0, that is, a probability above 0.5. We
+# remake it on phantoms, with our old friend on top. Below come the judged slice whose C lies
+# deepest in a GGO, and the one with the most GGO and no C. We put the truth first.
 
 
 # %%
@@ -607,10 +611,11 @@ _ = ipywidgets.interact(
 #    classes together. It runs per class.
 # 3. *More ranked boxes.* The classifier reads the $N$ best boxes. If NMS leaves one box for each
 #    lesion, a slice with one small lesion has few boxes with high scores. The paper reports that
-#    several overlapping ones speak for COVID-19, which raises its sensitivity at some cost in accuracy.
+#    several overlapping ones speak for COVID-19, which raises its sensitivity at some cost in
+#    accuracy.
 #
-# We can test the first two without any model. Suppose we had a perfect detector, whose boxes are the
-# true ones. How many lesions would NMS remove?
+# We can test the first two without any model. Suppose we had a perfect detector, whose boxes are
+# the true ones. How many lesions would NMS remove?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -628,17 +633,17 @@ for threshold in (0.1, 0.25, 0.5, 0.75):
     print(f"NMS {threshold:4}: " + ", ".join(f"{name} {count}" for name, count in lost.items()))
 
 # %% [markdown]
-# The counts per class answer the first argument for these phantoms: lesions of one class are separate
-# regions, and their boxes hardly overlap. On real slices, where large lesions run into each other, it
-# may be otherwise. The counts for all classes together answer the second: there are such lesions, and
-# NMS per class keeps them. The third argument is about the classifier, and
+# The counts per class answer the first argument for these phantoms: lesions of one class are
+# separate regions, and their boxes hardly overlap. On real slices, where large lesions run into
+# each other, it may be otherwise. The counts for all classes together answer the second: there are
+# such lesions, and NMS per class keeps them. The third argument is about the classifier, and
 # [chapter 4](04_ranked_boxes.ipynb) takes it up. What the threshold does to the quality of a
 # *detector* we can find out once we have a measure for it.
 #
 # ## Average precision by hand
 #
-# A measure for detectors must answer three questions. Which detections are right? What part do their
-# scores play? And how does all this become one number?
+# A measure for detectors must answer three questions. Which detections are right? What part do
+# their scores play? And how does all this become one number?
 #
 # **Right** means: the mask overlaps a true lesion of the same class enough, and no better-scored
 # detection has taken that lesion. We run the detector once over the judged slices and keep its
@@ -647,7 +652,8 @@ for threshold in (0.1, 0.25, 0.5, 0.75):
 # %%
 pairs = []  # (prediction, target) of each judged slice
 for _, prediction, target in predict_lesions(segmenter, judged):
-    prediction["masks"] = binary_masks(prediction)  # float [K, 1, H, W] -> bool [K, H, W]
+    # float [K, 1, H, W] -> bool [K, H, W]
+    prediction["masks"] = binary_masks(prediction)
     pairs.append((prediction, target))
 print(f"{sum(len(p['scores']) for p, _ in pairs)} detections for {total} lesions")
 
@@ -655,7 +661,8 @@ print(f"{sum(len(p['scores']) for p, _ in pairs)} detections for {total} lesions
 # %%
 def mask_overlap(first, second):
     """IoU of masks bool [K, H, W] and [L, H, W] -> float64 [K, L]."""
-    first, second = first.flatten(1).double(), second.flatten(1).double()  # [K, HW], [L, HW]
+    # [K, HW], [L, HW]
+    first, second = first.flatten(1).double(), second.flatten(1).double()
     common = first @ second.T  # [K, L] pixels that both have
     union = first.sum(dim=1)[:, None] + second.sum(dim=1) - common
     return (common / union.clamp(min=1)).numpy()
@@ -678,12 +685,13 @@ def match(overlap, threshold):
 
 
 # %% [markdown]
-# For the GGO of our old friend, the matrix of IoU looks like this. A second detection of a lesion may
-# have a high IoU too, but the lesion is already taken, so it counts as wrong.
+# For the GGO of our old friend, the matrix of IoU looks like this. A second detection of a lesion
+# may have a high IoU too, but the lesion is already taken, so it counts as wrong.
 
 # %% mystnb={"image": {"alt": "A heat map with detections in rows, in falling score, and true lesions in columns; cells hold the IoU, and a frame marks the detection that takes each lesion."}, "figure": {"caption": "IoU of the 12 best GGO detections of the old friend with its GGO lesions. A frame marks a match at IoU 0.5: the best score wins, not the best IoU. Synthetic."}}
 is_ggo = found["labels"] == 1
-friend_masks = binary_masks(found)[is_ggo][:12]  # the detector returns falling scores
+# the detector returns falling scores
+friend_masks = binary_masks(found)[is_ggo][:12]
 friend_overlap = mask_overlap(friend_masks, friend_target["masks"][friend_target["labels"] == 1])
 friend_taken = match(friend_overlap, 0.5)
 ax = plotting.get_ax(5.5, 4.8)
@@ -732,7 +740,8 @@ def average_precision(hits, n_targets):
     """AP by COCO's 101 recalls; hits bool [K] in falling score."""
     found = np.cumsum(hits)
     recall, precision = found / n_targets, found / np.arange(1, len(hits) + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]  # the best from here on
+    # the best from here on
+    best = np.maximum.accumulate(precision[::-1])[::-1]
     # where each recall is first reached; never: at the 0 behind the end
     place = np.searchsorted(recall, np.linspace(0, 1, 101))
     return np.append(best, 0)[place].mean()
@@ -811,8 +820,8 @@ _ = axes[0].set_ylabel("Precision (no unit)")
 plt.show()
 
 # %% [markdown]
-# Each marker shows what a score threshold gives you: the recall that it reaches, and the precision at
-# which it does so. The last exercise asks what the wrong detections are.
+# Each marker shows what a score threshold gives you: the recall that it reaches, and the precision
+# at which it does so. The last exercise asks what the wrong detections are.
 #
 # ### Ten thresholds
 #
@@ -855,10 +864,10 @@ radius = (areas.median() / math.pi).sqrt()
 print(f"half of our lesions are smaller than a disc of radius {radius:.1f}")
 
 # %% [markdown]
-# At a radius of 3 pixels, one pixel too many turns a lesion that was found in the right place into a
-# miss at IoU 0.75. So AP at high thresholds says as much about the size of lesions and pixels as about
-# the detector. For small lesions AP50 is fairer, and an AP at one image size cannot be compared with
-# an AP at another.
+# At a radius of 3 pixels, one pixel too many turns a lesion that was found in the right place into
+# a miss at IoU 0.75. So AP at high thresholds says as much about the size of lesions and pixels as
+# about the detector. For small lesions AP50 is fairer, and an AP at one image size cannot be
+# compared with an AP at another.
 #
 # ### What does NMS do to AP?
 #
@@ -881,10 +890,10 @@ for nms in (0.25, 0.5, 0.75):
     print(f"{nms:4} {count:19.1f} {result['mask_ap50']:6.3f} {result['mask_ap']:6.3f}")
 
 # %% [markdown]
-# Compare the rows. AP50 forgives duplicates that score low, so it need not fall when there are more of
-# them. AP over ten thresholds can even gain from more boxes: where the first box of a lesion fits
-# loosely, a second one may still match at a high IoU. The second column shows what the paper is after,
-# which is more boxes for the classifier to rank.
+# Compare the rows. AP50 forgives duplicates that score low, so it need not fall when there are more
+# of them. AP over ten thresholds can even gain from more boxes: where the first box of a lesion
+# fits loosely, a second one may still match at a high IoU. The second column shows what the paper
+# is after, which is more boxes for the classifier to rank.
 #
 # ## The released code's own AP
 #
@@ -909,9 +918,11 @@ def image_ap_by_hand(prediction, target, threshold=0.5):
     n, m = len(prediction["labels"]), len(target["labels"])
     if n == 0 or m == 0:
         return float(n == m)
-    overlap = mask_overlap(binary_masks(prediction), target["masks"])  # [n, m], falling score
+    # [n, m], falling score
+    overlap = mask_overlap(binary_masks(prediction), target["masks"])
     overlap[(prediction["labels"][:, None] != target["labels"]).numpy()] = 0
-    choice = n - 1 - overlap[::-1].argmax(axis=0)  # lesions choose; of equals the lowest score
+    # lesions choose; of equals the lowest score
+    choice = n - 1 - overlap[::-1].argmax(axis=0)
     hits = np.zeros(n, dtype=bool)
     hits[choice[overlap.max(axis=0) > threshold]] = True
     precision = np.cumsum(hits) / np.arange(1, n + 1)
@@ -948,15 +959,16 @@ for score in (0, 0.75):
 # %% [markdown]
 # It is one model and one set of slices, and each of these numbers may rightly be called AP50. They
 # differ for two reasons. First, for COCO a detection with a low score does little harm, because it
-# stands at the end of the list. By the released rule it can do harm: a lesion takes the box that fits
-# *best*, which may be a second box with a low score, and then the first box counts as wrong. The more
-# duplicates NMS leaves, the more this can cost, unless a cut such as 0.75 keeps them out. Second, the
-# mean over slices gives the only lesion of one slice the weight of all lesions of another.
+# stands at the end of the list. By the released rule it can do harm: a lesion takes the box that
+# fits *best*, which may be a second box with a low score, and then the first box counts as wrong.
+# The more duplicates NMS leaves, the more this can cost, unless a cut such as 0.75 keeps them out.
+# Second, the mean over slices gives the only lesion of one slice the weight of all lesions of
+# another.
 #
-# The README of the released code reports, by this rule, AP at IoU 0.5, at 0.75, and over thresholds:
-# 61.92, 45.22 and 44.68 for masks of one merged class; 50.20, 41.98 and 38.71 for two classes. They
-# cannot be compared with the COCO AP of another paper, nor with ours: the rule differs, and so do the
-# slices, the size of the image, and the smallest lesion that counts.
+# The README of the released code reports, by this rule, AP at IoU 0.5, at 0.75, and over
+# thresholds: 61.92, 45.22 and 44.68 for masks of one merged class; 50.20, 41.98 and 38.71 for two
+# classes. They cannot be compared with the COCO AP of another paper, nor with ours: the rule
+# differs, and so do the slices, the size of the image, and the smallest lesion that counts.
 #
 # ## Dice
 #
@@ -965,8 +977,8 @@ for score in (0, 0.75):
 #
 # $$\text{Dice} = \frac{2\,|m \cap m'|}{|m| + |m'|} = \frac{2\,\text{IoU}}{1 + \text{IoU}}.$$
 #
-# To get one mask per class, we paint the detections above a score threshold into the slice, in order
-# of rising score, so that the best lies on top.
+# To get one mask per class, we paint the detections above a score threshold into the slice, in
+# order of rising score, so that the best lies on top.
 
 # %%
 painted = np.zeros(friend.shape, dtype=np.uint8)  # [H, W]: 0, 2 GGO, 3 C
@@ -998,16 +1010,16 @@ for name, column in zip(classes, dices.T, strict=True):
     print(f"Dice of {name:3} {np.nanmean(column):.2f}, mean of {np.isfinite(column).sum()} slices")
 
 # %% [markdown]
-# AP and Dice can disagree. Dice sees one score threshold and no instances, so joining two lesions into
-# one costs nothing, and a lesion counts by its area. AP sees all thresholds, and each lesion counts
-# once.
+# AP and Dice can disagree. Dice sees one score threshold and no instances, so joining two lesions
+# into one costs nothing, and a lesion counts by its area. AP sees all thresholds, and each lesion
+# counts once.
 #
 # ## How sure is the number?
 #
 # With other patients we would have got another AP. The bootstrap {cite:p}`Efron1979` estimates how
-# different it might be: draw patients with replacement, judge again, and look at the spread. We draw
-# whole *patients*, because slices of one patient resemble each other. Matching happens inside a slice,
-# so it is done once; each draw only sorts and counts.
+# different it might be: draw patients with replacement, judge again, and look at the spread. We
+# draw whole *patients*, because slices of one patient resemble each other. Matching happens inside
+# a slice, so it is done once; each draw only sorts and counts.
 
 
 # %%
@@ -1039,15 +1051,15 @@ for name, value, draws in (
     print(f"{name:25} {value:.3f}, 95 % interval by patients {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# The interval covers the choice of patients. It does not cover the training, where another seed gives
-# another model. The table of results in the repository's README has three seeds.
+# The interval covers the choice of patients. It does not cover the training, where another seed
+# gives another model. The table of results in the repository's README has three seeds.
 #
 # ## Better than what?
 #
-# A number alone says little. We compare it first with the model that comes with the package, which was
-# trained by the same call on the same slices. If our own run went well, the two are alike. (In the
-# other presets this is the file that we have just saved.) `evaluate_segmenter` gives in one call what
-# we have built by hand.
+# A number alone says little. We compare it first with the model that comes with the package, which
+# was trained by the same call on the same slices. If our own run went well, the two are alike. (In
+# the other presets this is the file that we have just saved.) `evaluate_segmenter` gives in one
+# call what we have built by hand.
 
 # %%
 shipped = evaluate_segmenter(trained_segmenter(PRESET, device, shipped=True), judged)
@@ -1059,12 +1071,12 @@ assert shipped["slices"] == len(pairs)
 assert abs(live["mask_ap50"] - shipped["mask_ap50"]) < 0.15
 
 # %% [markdown]
-# Next comes a rule without learning: inside the body, call everything a lesion that is neither air nor
-# soft tissue, and take connected regions. The rule knows no classes, so for this comparison all lesions
-# are of one merged class, in the truth and in our detections. Consolidation is about as bright as soft
-# tissue, so much of it is out of the rule's reach, and we compare a second time, on GGO alone. To be
-# fair, we choose the two thresholds of the rule on training slices, and judge it on the same slices as
-# the detector.
+# Next comes a rule without learning: inside the body, call everything a lesion that is neither air
+# nor soft tissue, and take connected regions. The rule knows no classes, so for this comparison all
+# lesions are of one merged class, in the truth and in our detections. Consolidation is about as
+# bright as soft tissue, so much of it is out of the rule's reach, and we compare a second time, on
+# GGO alone. To be fair, we choose the two thresholds of the rule on training slices, and judge it
+# on the same slices as the detector.
 
 
 # %%
@@ -1094,16 +1106,16 @@ for lesions, name in (("merged", "GGO or C"), ("ggo", "GGO alone")):
     assert detector > rule + 0.1
 
 # %% [markdown]
-# The first line is unkind to both. Where a C lies inside a GGO, the two are one lesion there, so one of
-# the detector's two boxes counts as wrong; and the rule misses most of the C. The second line asks only
-# for what the rule can find. The detector is ahead in both. What the rule reaches tells you how easy
-# the slices are: it can find a GGO that stands alone, but it cannot tell one from a vessel, a scar or
-# dependent density of the same grey, and a real lung has more of these.
+# The first line is unkind to both. Where a C lies inside a GGO, the two are one lesion there, so
+# one of the detector's two boxes counts as wrong; and the rule misses most of the C. The second
+# line asks only for what the rule can find. The detector is ahead in both. What the rule reaches
+# tells you how easy the slices are: it can find a GGO that stands alone, but it cannot tell one
+# from a vessel, a scar or dependent density of the same grey, and a real lung has more of these.
 #
 # ## Which lesions are missed?
 #
-# A single number does not show where the misses are. We take the detections above 0.5 and ask for each
-# true lesion whether one of them matched it, at IoU 0.5.
+# A single number does not show where the misses are. We take the detections above 0.5 and ask for
+# each true lesion whether one of them matched it, at IoU 0.5.
 
 # %% mystnb={"image": {"alt": "Recall with error bars against lesion area on a logarithmic axis, for GGO and C; the smallest lesions have a lower recall than the largest."}, "figure": {"caption": "Share of true lesions that are found (score above 0.5, mask IoU at least 0.5), by area, with Wilson intervals. Phantoms, synthetic."}}
 ax = plotting.get_ax(7, 4)
@@ -1115,7 +1127,8 @@ for label, (name, table) in enumerate(tables.items(), start=1):
         recalled += np.isin(np.arange(overlap.shape[1]), taken).tolist()
         areas += (100 * target["area"][target["labels"] == label] / pixels).tolist()
     areas, recalled = np.array(areas), np.array(recalled)
-    groups = np.array_split(np.argsort(areas, kind="stable"), 5)  # five groups of equal number
+    # five groups of equal number
+    groups = np.array_split(np.argsort(areas, kind="stable"), 5)
     x = np.array([np.median(areas[group]) for group in groups])
     y = np.array([recalled[group].mean() for group in groups])
     ends = np.array([wilson(int(recalled[group].sum()), len(group)) for group in groups]).T
@@ -1134,16 +1147,16 @@ _ = ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# Small lesions are missed more often than large ones. Part of this is due to the measure: as we saw,
-# one pixel all round costs a small lesion much of its IoU, so a small shift on top makes it a miss at
-# 0.5. Another part is due to the detector: its features have a stride of several pixels, and a lesion
-# smaller than that leaves little trace in them.
+# Small lesions are missed more often than large ones. Part of this is due to the measure: as we
+# saw, one pixel all round costs a small lesion much of its IoU, so a small shift on top makes it a
+# miss at 0.5. Another part is due to the detector: its features have a stride of several pixels,
+# and a lesion smaller than that leaves little trace in them.
 #
 # ## What these slices cannot show
 #
-# Every slice of this set comes from a COVID-19 patient, as in the paper's set {cite:p}`Zhang2020`. So
-# no number above says what the detector does in *healthy* lungs. Let us find out: in how many control
-# slices does it call anything a lesion?
+# Every slice of this set comes from a COVID-19 patient, as in the paper's set {cite:p}`Zhang2020`.
+# So no number above says what the detector does in *healthy* lungs. Let us find out: in how many
+# control slices does it call anything a lesion?
 
 # %%
 control = SliceImages(root / "slices", "test")
@@ -1160,12 +1173,12 @@ for threshold in (0.25, 0.5, 0.75):
 # %% [markdown]
 # (The intervals take slices as independent, which the slices of a patient are not.)
 #
-# None of these false alarms entered AP. A detector of lesions is not yet a classifier of slices: that
-# it has found something does not mean that the patient is ill. The next chapters build the classifier
-# from these very detections, the doubtful ones included.
+# None of these false alarms entered AP. A detector of lesions is not yet a classifier of slices:
+# that it has found something does not mean that the patient is ill. The next chapters build the
+# classifier from these very detections, the doubtful ones included.
 #
-# Nor is a slice a patient, and a phantom is no patient at all. For real CT all of these numbers have to
-# be measured again, on patients of other hospitals.
+# Nor is a slice a patient, and a phantom is no patient at all. For real CT all of these numbers
+# have to be measured again, on patients of other hospitals.
 #
 # ## Exercises
 #
@@ -1194,8 +1207,8 @@ assert abs(np.mean(ap75) - coco["mask_ap75"]) < 1e-5
 # ```{exercise} Duplicates
 # :label: 03-segmenter-duplicates
 # Switch NMS off (`nms_thresh = 1.0`) and judge the first 25 slices of `judged` again. What do
-# duplicates do to AP50? And what if each detection came twice, with the same score? Think before you
-# run it: AP sees only the order.
+# duplicates do to AP50? And what if each detection came twice, with the same score? Think before
+# you run it: AP sees only the order.
 # ```
 
 # %% [markdown]
@@ -1235,8 +1248,8 @@ assert ap50(without) < ap50(with_nms) and ap50(twice) < ap50(with_nms)
 # %% [markdown]
 # ```{exercise} Where to cut a mask
 # :label: 03-segmenter-logit
-# The paper says that a pixel is lesion if its logit is above 0. The released code cuts the raw logit
-# at 0.5. Which probability is that? Judge the first 25 slices with both cuts
+# The paper says that a pixel is lesion if its logit is above 0. The released code cuts the raw
+# logit at 0.5. Which probability is that? Judge the first 25 slices with both cuts
 # (`CocoAP(classes, mask_threshold=...)`). Do masks grow or shrink?
 # ```
 
@@ -1290,9 +1303,9 @@ _ = ax.legend()
 plt.show()
 
 # %% [markdown]
-# Where a curve is flat, the choice hardly matters: painting in the order of rising score lets the best
-# box win anyway. Choose such a threshold on validation patients. If you choose it on the very slices
-# that you report, the result looks better than it is.
+# Where a curve is flat, the choice hardly matters: painting in the order of rising score lets the
+# best box win anyway. Choose such a threshold on validation patients. If you choose it on the very
+# slices that you report, the result looks better than it is.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1301,9 +1314,9 @@ plt.show()
 # %% [markdown]
 # ```{exercise} What are the false positives?
 # :label: 03-segmenter-wrong
-# Take the detections above 0.75 that match no lesion at IoU 0.5. How many are second boxes on a lesion
-# that is taken, how many a poor outline of a lesion of their class, how many the other class, and how
-# many no lesion at all?
+# Take the detections above 0.75 that match no lesion at IoU 0.5. How many are second boxes on a
+# lesion that is taken, how many a poor outline of a lesion of their class, how many the other
+# class, and how many no lesion at all?
 # ```
 
 # %% [markdown]
@@ -1317,7 +1330,8 @@ kinds = {"right": 0, "second box": 0, "poor outline": 0, "other class": 0, "no l
 for label, table in enumerate(tables.values(), start=1):
     for (scores, overlap), (prediction, target) in zip(table, pairs, strict=True):
         others = mask_overlap(
-            prediction["masks"][prediction["labels"] == label],  # falling score, as in the table
+            # falling score, as in the table
+            prediction["masks"][prediction["labels"] == label],
             target["masks"][target["labels"] != label],
         )
         for k, lesion in enumerate(match(overlap, 0.5)):
@@ -1339,9 +1353,9 @@ print(f"most frequent among the wrong ones: {wrong}")
 assert sum(kinds.values()) == sum(len(p["scores"]) for p in confident)
 
 # %% [markdown]
-# Second boxes are what NMS at 0.75 lets pass: two boxes of one lesion often overlap by less than that.
-# Detections on no lesion sit on look-alikes, such as vessels and scars. Bear in mind that all these
-# slices are of patients with lesions.
+# Second boxes are what NMS at 0.75 lets pass: two boxes of one lesion often overlap by less than
+# that. Detections on no lesion sit on look-alikes, such as vessels and scars. Bear in mind that all
+# these slices are of patients with lesions.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1359,7 +1373,7 @@ assert sum(kinds.values()) == sum(len(p["scores"]) for p in confident)
 # ## Further reading
 #
 # {cite:t}`He2017` describe the losses of Mask R-CNN and {cite:t}`Ren2015` those of the RPN.
-# {cite:t}`Lin2014` define the data set behind COCO's AP. {cite:t}`Fan2020` judge lesion segmentation
-# by Dice. {cite:t}`Aleem2020` train Mask R-CNN on COVID-19 CT with several backbones. The paper of
-# this book is {cite:t}`TerSarkisov2020`. What goes wrong when such models are judged is collected by
-# {cite:t}`Roberts2021`.
+# {cite:t}`Lin2014` define the data set behind COCO's AP. {cite:t}`Fan2020` judge lesion
+# segmentation by Dice. {cite:t}`Aleem2020` train Mask R-CNN on COVID-19 CT with several backbones.
+# The paper of this book is {cite:t}`TerSarkisov2020`. What goes wrong when such models are judged
+# is collected by {cite:t}`Roberts2021`.
