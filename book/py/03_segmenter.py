@@ -127,9 +127,10 @@ judged = Subset(test, [i for i, name in enumerate(test.patients) if name in chos
 patients = [test.patients[i] for i in judged.indices]
 true = [target for _, target in judged]
 print(f"train:  {len(train)} slices of {len(set(train.patients))} patients")
-print(f"judged: {len(judged)} slices of {len(chosen)} patients, out of {len(test)} test slices")
+print(f"judged: {len(judged)} of {len(test)} test slices, {len(chosen)} patients")
 for label, name in enumerate(classes, start=1):
-    print(f"        {sum(int((t['labels'] == label).sum()) for t in true)} lesions of class {name}")
+    count = sum(int((target["labels"] == label).sum()) for target in true)
+    print(f"        {count} lesions of class {name}")
 print("patients in both:", len(set(train.patients) & set(test.patients)))
 
 # %% [markdown]
@@ -185,7 +186,10 @@ for key, value in targets[0].items():
 torch.manual_seed(SEED)
 practice = lesion_mask_rcnn(preset.detector).to(device).train()
 losses = practice(images, targets)
-guess = {"loss_objectness": math.log(2), "loss_classifier": math.log(len(classes) + 1)}
+guess = {
+    "loss_objectness": math.log(2),
+    "loss_classifier": math.log(len(classes) + 1),
+}
 for key, value in losses.items():
     beside = f"   a guess costs {guess[key]:.3f}" if key in guess else ""
     print(f"{key:17} {value.item():6.3f}{beside}")
@@ -219,7 +223,7 @@ optimizer.step()
 by_hand = before - rate * gradient / (gradient.abs() + 1e-8)
 torch.testing.assert_close(weight.detach(), by_hand)
 move = (weight - before).abs().median()
-print(f"typical gradient {gradient.abs().median():.0e}, typical move {move:.0e}")
+print(f"typical gradient {gradient.abs().median():.0e}, move {move:.0e}")
 
 # %% [markdown]
 # Now we run these lines again and again, on the *same* batch. Its loss must fall fast, because the
@@ -228,17 +232,16 @@ print(f"typical gradient {gradient.abs().median():.0e}, typical move {move:.0e}"
 # long run.
 
 # %% mystnb={"image": {"alt": "A curve that falls steeply: the sum of the five losses of one batch over sixteen training steps."}, "figure": {"caption": "The loss of one batch, when we train on it again and again. It must fall; if it does not, look for the mistake before you train for hours. Synthetic data."}}
-practised = []
+practised, total_loss = [], "sum of the five losses"
 for step in range(16):
     losses = practice(images, targets)
     loss = sum(losses.values())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    practised.append({"step": step, "sum of the five losses": loss.item()})
-first, last = (entry["sum of the five losses"] for entry in (practised[0], practised[-1]))
-assert last < first
-_ = plotting.loss_curves(practised, ["sum of the five losses"], plotting.get_ax(6, 3.6))
+    practised.append({"step": step, total_loss: loss.item()})
+assert practised[-1][total_loss] < practised[0][total_loss]
+_ = plotting.loss_curves(practised, [total_loss], plotting.get_ax(6, 3.6))
 plt.show()
 
 # %% [markdown]
@@ -289,9 +292,11 @@ for name, value in rows:
 torch.manual_seed(SEED)
 segmenter = lesion_mask_rcnn(preset.detector)  # random weights
 epochs = max(1, round(SHARE_OF_EPOCHS * preset.segmenter.epochs))
-history = train_segmenter(segmenter, train, replace(preset.segmenter, epochs=epochs), seed=SEED)
+settings = replace(preset.segmenter, epochs=epochs)
+history = train_segmenter(segmenter, train, settings, seed=SEED)
 segmenter.to(device).eval()
-print(f"{len(history)} steps, {sum(p.numel() for p in segmenter.parameters()):,} parameters")
+size = sum(p.numel() for p in segmenter.parameters())
+print(f"{len(history)} steps, {size:,} parameters")
 
 # %% [markdown]
 # The other chapters need trained weights. In the preset `quick` they take [small ones](weights.md)
@@ -301,10 +306,11 @@ print(f"{len(history)} steps, {sum(p.numel() for p in segmenter.parameters()):,}
 # %%
 # NBVAL_CHECK_OUTPUT
 if PRESET == "quick":
-    print("preset quick: the other chapters load the weights of the package")
+    print("preset quick: the other chapters load the package's weights")
 else:
     file = weights_file("segmenter", PRESET)
-    _ = save_model(segmenter, file, trained_by="book/03_segmenter", seed=SEED, steps=len(history))
+    note = {"trained_by": "book/03_segmenter", "seed": SEED}
+    _ = save_model(segmenter, file, **note, steps=len(history))
     print(f"saved for the other chapters as {file.name}")
 
 # %% mystnb={"image": {"alt": "Left: five loss curves on a logarithmic axis against the training step. Right: the learning rate against the step; it rises during the warm-up and then falls to 0."}, "figure": {"caption": "The five losses, each the mean of 20 steps (left), and the learning rate (right). The losses differ in size and in what they wait for. Synthetic data."}}
@@ -340,13 +346,14 @@ plt.show()
 # %%
 # NBVAL_CHECK_OUTPUT
 copied = copy.deepcopy(segmenter)
-statistics = {name: value.clone() for name, value in copied.named_buffers() if "running" in name}
+buffers = copied.named_buffers()
+statistics = {name: b.clone() for name, b in buffers if "running" in name}
 
 
 def moved():
     """How many running statistics differ from those after training."""
     now = dict(copied.named_buffers())
-    return sum(not torch.equal(now[name], old) for name, old in statistics.items())
+    return sum(not torch.equal(now[k], old) for k, old in statistics.items())
 
 
 with torch.no_grad():  # no gradient, no optimizer step
@@ -354,7 +361,7 @@ with torch.no_grad():  # no gradient, no optimizer step
     after_eval = moved()
     _ = copied.train()(images, targets)
     after_train = moved()
-print(f"of {len(statistics)} running statistics, {after_eval} moved in eval mode,")
+print(f"of {len(statistics)} running statistics {after_eval} moved in eval mode,")
 print(f"{after_train} in train mode, without any gradient")
 assert after_eval == 0 and after_train > 0
 
@@ -369,14 +376,15 @@ assert after_eval == 0 and after_train > 0
 # %%
 @torch.no_grad()
 def detect(image):
-    """The detections of one slice [3, H, W], on the CPU, best score first."""
+    """The detections of a slice [3, H, W], on the CPU, best score first."""
     found = segmenter([image.to(device)])[0]
     return {key: value.cpu() for key, value in found.items()}
 
 
 def above(prediction, score):
     """The detections that score above `score`."""
-    return {key: value[prediction["scores"] > score] for key, value in prediction.items()}
+    sure = prediction["scores"] > score
+    return {key: value[sure] for key, value in prediction.items()}
 
 
 found = detect(friend_image)
@@ -387,7 +395,8 @@ print(f"{len(found['scores'])} detections, {sure} score above 0.75")
 # %% mystnb={"image": {"alt": "The old friend twice: true lesions on the left, detections with scores above 0.75 on the right."}, "figure": {"caption": "Truth (left) and detections with a score above 0.75 (right) on a patient that the model has not seen. Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
 _ = plotting.show_lesions(friend, friend_target, axes[0]).set_title("Truth")
-_ = plotting.show_lesions(friend, found, axes[1], score_threshold=0.75).set_title("Detections")
+ax = plotting.show_lesions(friend, found, axes[1], score_threshold=0.75)
+_ = ax.set_title("Detections")
 plt.show()
 
 
@@ -401,12 +410,15 @@ def zoom(ax, mask):
     """Show the lungs only."""
     y, x = np.nonzero(mask)
     margin = len(mask) // 40
-    _ = ax.set(xlim=(x.min() - margin, x.max() + margin), ylim=(y.max() + margin, y.min() - margin))
+    _ = ax.set(
+        xlim=(x.min() - margin, x.max() + margin),
+        ylim=(y.max() + margin, y.min() - margin),
+    )
 
 
 def draw_friend(detections, title):
-    """Detections on our old friend; printed scores would cover each other."""
-    shown = {key: value for key, value in detections.items() if key != "scores"}
+    """Detections on our old friend, without scores: they would overlap."""
+    shown = {k: v for k, v in detections.items() if k != "scores"}
     ax = plotting.show_lesions(friend, shown, plotting.get_ax(5, 4))
     zoom(ax, friend_mask)
     _ = ax.set_title(f"{title}: {len(shown['labels'])} detections")
@@ -463,7 +475,8 @@ def box_overlap(box, others):
     left_top = torch.maximum(box[:2], others[:, :2])  # [K, 2]
     right_bottom = torch.minimum(box[2:], others[:, 2:])
     common = (right_bottom - left_top).clamp(min=0).prod(dim=1)  # [K]
-    area, areas = (box[2:] - box[:2]).prod(), (others[:, 2:] - others[:, :2]).prod(dim=1)
+    area = (box[2:] - box[:2]).prod()
+    areas = (others[:, 2:] - others[:, :2]).prod(dim=1)
     return common / (area + areas - common)
 
 
@@ -487,11 +500,12 @@ def nms_by_hand(boxes, scores, threshold):
 # %%
 @torch.no_grad()
 def detect_at(nms, image, proposed):
-    """Detections at another NMS threshold, from given features and proposals."""
+    """Detections at another NMS threshold; `proposed` is what `propose` gives."""
     features, proposals, shapes = proposed
     segmenter.roi_heads.nms_thresh = nms
     found, _ = segmenter.roi_heads(features, proposals, shapes)
-    found = segmenter.transform.postprocess(found, shapes, [tuple(image.shape[-2:])])[0]
+    original = [tuple(image.shape[-2:])]
+    found = segmenter.transform.postprocess(found, shapes, original)[0]
     segmenter.roi_heads.nms_thresh = preset.detector.box_nms
     return {key: value.cpu() for key, value in found.items()}
 
@@ -508,7 +522,7 @@ boxes, scores = raw["boxes"][ggo], raw["scores"][ggo]  # [K, 4], [K]
 for threshold in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
     kept = nms_by_hand(boxes, scores, threshold)
     assert torch.equal(kept, torchvision.ops.nms(boxes, scores, threshold))
-    print(f"NMS {threshold:4}: {len(kept):3} of {len(boxes)} GGO boxes are kept")
+    print(f"NMS {threshold:4}: {len(kept):3} of {len(boxes)} GGO boxes stay")
 
 # %% [markdown]
 # ### Figure 2 of the paper
@@ -523,8 +537,9 @@ for threshold in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
 # %%
 def deepest(target):
     """The largest IoU between the boxes of a GGO and a C."""
-    ggo, c = (target["boxes"][target["labels"] == label] for label in (1, 2))
-    return float(torchvision.ops.box_iou(ggo, c).max()) if len(ggo) and len(c) else 0.0
+    ggo, c = (target["boxes"][target["labels"] == k] for k in (1, 2))
+    overlap = torchvision.ops.box_iou(ggo, c)
+    return float(overlap.max()) if overlap.numel() else 0.0
 
 
 def only_ggo(target):
@@ -535,16 +550,16 @@ def only_ggo(target):
 inside = judged.indices[int(np.argmax([deepest(t) for t in true]))]
 alone = judged.indices[int(np.argmax([only_ggo(t) for t in true]))]
 shown = [("old friend", friend_image, friend_target, friend_mask)]
-shown += [
-    (name, *test[i], test.read(i)[1]) for name, i in (("C in GGO", inside), ("only GGO", alone))
-]
+for name, i in (("C in GGO", inside), ("only GGO", alone)):
+    shown.append((name, *test[i], test.read(i)[1]))
 
 # %% mystnb={"image": {"alt": "Three rows of three panels. Columns: true lesions; detections at NMS 0.25; detections at NMS 0.75. The titles count the detections."}, "figure": {"caption": "Figure 2 of the paper, remade on phantoms: (a) truth, (b) NMS 0.25, (c) NMS 0.75, all with scores above 0.75. Look at what (c) adds to (b): new lesions, or second boxes on the same ones? The view is cut to the lungs. Synthetic."}}
 fig, axes = plt.subplots(3, 3, figsize=(10, 8.6), layout="constrained")
 for row, (name, image, target, mask) in zip(axes, shown, strict=True):
     with torch.no_grad():
         proposed = propose(segmenter, [image.to(device)])
-    _ = plotting.show_lesions(image, target, row[0]).set_title(f"(a) truth: {name}")
+    ax = plotting.show_lesions(image, target, row[0])
+    _ = ax.set_title(f"(a) truth: {name}")
     for ax, letter, nms in zip(row[1:], "bc", (0.25, 0.75), strict=True):
         at = above(detect_at(nms, image, proposed), 0.75)
         del at["scores"]  # printed scores would cover each other
@@ -630,7 +645,8 @@ for threshold in (0.1, 0.25, 0.5, 0.75):
         lost["all classes together"] += len(labels) - len(
             torchvision.ops.nms(boxes, area, threshold)
         )
-    print(f"NMS {threshold:4}: " + ", ".join(f"{name} {count}" for name, count in lost.items()))
+    counts = ", ".join(f"{name} {count}" for name, count in lost.items())
+    print(f"NMS {threshold:4}: {counts}")
 
 # %% [markdown]
 # The counts per class answer the first argument for these phantoms: lesions of one class are
@@ -655,7 +671,8 @@ for _, prediction, target in predict_lesions(segmenter, judged):
     # float [K, 1, H, W] -> bool [K, H, W]
     prediction["masks"] = binary_masks(prediction)
     pairs.append((prediction, target))
-print(f"{sum(len(p['scores']) for p, _ in pairs)} detections for {total} lesions")
+count = sum(len(prediction["scores"]) for prediction, _ in pairs)
+print(f"{count} detections for {total} lesions")
 
 
 # %%
@@ -671,8 +688,8 @@ def mask_overlap(first, second):
 def match(overlap, threshold):
     """Greedy matching of one slice and class.
 
-    Rows of `overlap` [K, L] are in falling score. Each takes the best lesion
-    that is still free. Returns int [K]: the lesion that it takes, or -1.
+    Rows of `overlap` [K, L] are in falling score. Each takes the best
+    lesion that is still free. Returns int [K]: that lesion, or -1.
     """
     taken = np.full(len(overlap), -1)
     free = np.ones(overlap.shape[1], dtype=bool)
@@ -692,7 +709,8 @@ def match(overlap, threshold):
 is_ggo = found["labels"] == 1
 # the detector returns falling scores
 friend_masks = binary_masks(found)[is_ggo][:12]
-friend_overlap = mask_overlap(friend_masks, friend_target["masks"][friend_target["labels"] == 1])
+true_masks = friend_target["masks"][friend_target["labels"] == 1]
+friend_overlap = mask_overlap(friend_masks, true_masks)
 friend_taken = match(friend_overlap, 0.5)
 ax = plotting.get_ax(5.5, 4.8)
 drawn = ax.imshow(friend_overlap, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -709,9 +727,13 @@ for (k, lesion), value in np.ndenumerate(friend_overlap):
         _ = ax.add_patch(frame)
 _ = ax.set_xticks(range(friend_overlap.shape[1]))
 _ = ax.set_yticks(
-    range(len(friend_overlap)), [f"{s:.2f}" for s in found["scores"][is_ggo][:12].tolist()]
+    range(len(friend_overlap)),
+    [f"{s:.2f}" for s in found["scores"][is_ggo][:12].tolist()],
 )
-_ = ax.set(xlabel="True GGO lesion (number)", ylabel="Detection (its score, no unit)")
+_ = ax.set(
+    xlabel="True GGO lesion (number)",
+    ylabel="Detection (its score, no unit)",
+)
 _ = ax.figure.colorbar(drawn, ax=ax, label="IoU of the masks (no unit)")
 plt.show()
 
@@ -739,7 +761,8 @@ plt.show()
 def average_precision(hits, n_targets):
     """AP by COCO's 101 recalls; hits bool [K] in falling score."""
     found = np.cumsum(hits)
-    recall, precision = found / n_targets, found / np.arange(1, len(hits) + 1)
+    recall = found / n_targets
+    precision = found / np.arange(1, len(hits) + 1)
     # the best from here on
     best = np.maximum.accumulate(precision[::-1])[::-1]
     # where each recall is first reached; never: at the 0 behind the end
@@ -758,9 +781,9 @@ print("rank       ", *[f"{k:5}" for k in range(1, 7)])
 print("right      ", *[f"{'yes' if hit else 'no':>5}" for hit in hits])
 print("precision  ", *[f"{p:5.2f}" for p in np.cumsum(hits) / np.arange(1, 7)])
 print("recall     ", *[f"{r:5.2f}" for r in np.cumsum(hits) / 5])
-# 41 recalls (0 to 0.40) at 1, 20 (to 0.60) at 3/4, 20 (to 0.80) at 4/6, 20 at 0
+# 41 recalls (0 to 0.4) at 1, 20 (to 0.6) at 3/4, 20 (to 0.8) at 4/6, 20 at 0
 on_paper = (41 * 1 + 20 * 3 / 4 + 20 * 4 / 6) / 101
-print(f"AP by the function {average_precision(hits, 5):.4f}, on paper {on_paper:.4f}")
+print(f"AP: function {average_precision(hits, 5):.4f}, on paper {on_paper:.4f}")
 assert math.isclose(average_precision(hits, 5), on_paper)
 
 # %% [markdown]
@@ -769,11 +792,12 @@ assert math.isclose(average_precision(hits, 5), on_paper)
 
 # %%
 def overlaps(pairs, label):
-    """For each slice the scores [K], falling, and the IoU [K, L] of one class."""
+    """For each slice the scores [K], falling, and IoU [K, L] of one class."""
     result = []
     for prediction, target in pairs:
         mine = torch.where(prediction["labels"] == label)[0]
-        mine = mine[prediction["scores"][mine].argsort(descending=True, stable=True)]
+        scores = prediction["scores"][mine]
+        mine = mine[scores.argsort(descending=True, stable=True)]
         masks = target["masks"][target["labels"] == label]
         matrix = mask_overlap(prediction["masks"][mine], masks)
         result.append((prediction["scores"][mine].numpy(), matrix))
@@ -781,28 +805,30 @@ def overlaps(pairs, label):
 
 
 def ranked_hits(table, threshold):
-    """Right or wrong for each detection of all slices, in falling score; and the scores."""
+    """All detections in falling score: whether each is right, and its score."""
     scores = np.concatenate([scores for scores, _ in table])
-    hits = np.concatenate([match(overlap, threshold) >= 0 for _, overlap in table])
+    hits = np.concatenate([match(o, threshold) >= 0 for _, o in table])
     order = np.argsort(-scores, kind="stable")
     return hits[order], scores[order]
 
 
-tables = {name: overlaps(pairs, label) for label, name in enumerate(classes, start=1)}
-n_true = {name: sum(o.shape[1] for _, o in table) for name, table in tables.items()}
+tables = {name: overlaps(pairs, k) for k, name in enumerate(classes, start=1)}
+n_true = {k: sum(o.shape[1] for _, o in t) for k, t in tables.items()}
 coco = CocoAP(classes)
 coco.update([p for p, _ in pairs], [t for _, t in pairs])
 coco = coco.compute()
 for name, table in tables.items():
     ours = average_precision(ranked_hits(table, 0.5)[0], n_true[name])
-    print(f"AP50 of {name:3}: by hand {ours:.6f}, CocoAP {coco[f'mask_ap50_{name}']:.6f}")
-    assert abs(ours - coco[f"mask_ap50_{name}"]) < 1e-5
+    theirs = coco[f"mask_ap50_{name}"]
+    print(f"AP50 of {name:3}: by hand {ours:.6f}, CocoAP {theirs:.6f}")
+    assert abs(ours - theirs) < 1e-5
 
 # %% mystnb={"image": {"alt": "Two panels, one for GGO and one for C: precision against recall as a jagged thin line, its monotone envelope as a thick line, and markers at the score thresholds 0.75 and 0.5."}, "figure": {"caption": "Precision and recall on the judged phantoms at mask IoU 0.5. AP is the area under the thick line. A score threshold picks one point of the curve. Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
 for ax, (name, table), colour in zip(axes, tables.items(), plotting.LESION_COLOURS, strict=True):
     hits, scores = ranked_hits(table, 0.5)
-    recall, precision = hits.cumsum() / n_true[name], hits.cumsum() / np.arange(1, len(hits) + 1)
+    recall = hits.cumsum() / n_true[name]
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]
     _ = ax.plot(recall, precision, color="black", lw=0.8, label="as counted", zorder=3)
     _ = ax.plot(recall, best, color=colour, lw=3, alpha=0.8, label="best from here on")
@@ -813,7 +839,10 @@ for ax, (name, table), colour in zip(axes, tables.items(), plotting.LESION_COLOU
         )
     ap = average_precision(hits, n_true[name])
     _ = ax.set(
-        title=f"{name}: AP50 {ap:.2f}", xlabel="Recall (no unit)", xlim=(0, 1), ylim=(0, 1.03)
+        title=f"{name}: AP50 {ap:.2f}",
+        xlabel="Recall (no unit)",
+        xlim=(0, 1),
+        ylim=(0, 1.03),
     )
     _ = ax.legend(loc="lower left")
 _ = axes[0].set_ylabel("Precision (no unit)")
@@ -830,12 +859,12 @@ plt.show()
 
 # %%
 ious = np.linspace(0.5, 0.95, 10)
-curve = {
-    name: [average_precision(ranked_hits(table, iou)[0], n_true[name]) for iou in ious]
-    for name, table in tables.items()
-}
+curve = {}
+for name, table in tables.items():
+    ranked = [ranked_hits(table, iou)[0] for iou in ious]
+    curve[name] = [average_precision(hits, n_true[name]) for hits in ranked]
 ours = np.mean(list(curve.values()))
-print(f"mask AP over ten thresholds: by hand {ours:.6f}, CocoAP {coco['mask_ap']:.6f}")
+print(f"mask AP: by hand {ours:.6f}, CocoAP {coco['mask_ap']:.6f}")
 assert abs(ours - coco["mask_ap"]) < 1e-5
 
 # %% mystnb={"image": {"alt": "AP against the IoU threshold for GGO and C, two falling curves."}, "figure": {"caption": "AP at each of the ten thresholds. The more exact an outline must be, the fewer detections count as right. Phantoms, synthetic."}}
@@ -879,15 +908,15 @@ at_nms = {preset.detector.box_nms: [prediction for prediction, _ in pairs]}
 for nms in (0.25, 0.5, 0.75):
     if nms not in at_nms:
         segmenter.roi_heads.nms_thresh = nms
-        at_nms[nms] = [
-            {**p, "masks": binary_masks(p)} for _, p, _ in predict_lesions(segmenter, judged)
-        ]
+        found_again = [p for _, p, _ in predict_lesions(segmenter, judged)]
+        at_nms[nms] = [{**p, "masks": binary_masks(p)} for p in found_again]
         segmenter.roi_heads.nms_thresh = preset.detector.box_nms
     metric = CocoAP(classes)
     metric.update(at_nms[nms], true)
     result = metric.compute()
     count = np.mean([len(p["scores"]) for p in at_nms[nms]])
-    print(f"{nms:4} {count:19.1f} {result['mask_ap50']:6.3f} {result['mask_ap']:6.3f}")
+    ap50, ap = result["mask_ap50"], result["mask_ap"]
+    print(f"{nms:4} {count:19.1f} {ap50:6.3f} {ap:6.3f}")
 
 # %% [markdown]
 # Compare the rows. AP50 forgives duplicates that score low, so it need not fall when there are more
@@ -933,7 +962,9 @@ def image_ap_by_hand(prediction, target, threshold=0.5):
 confident = [above(prediction, 0.75) for prediction, _ in pairs]
 for prediction, target in zip(confident, true, strict=True):
     assert math.isclose(
-        image_ap_by_hand(prediction, target), author_image_ap(prediction, target)[0], abs_tol=1e-6
+        image_ap_by_hand(prediction, target),
+        author_image_ap(prediction, target)[0],
+        abs_tol=1e-6,
     )
 
 
@@ -949,12 +980,14 @@ def released_ap50(predictions):
     return author_ap(predictions, true, thresholds=(0.5,))[0]
 
 
-print("AP50 on phantoms                   " + "".join(f"  NMS {nms:4}" for nms in sorted(at_nms)))
-for score in (0, 0.75):
-    detections = [[above(p, score) for p in at_nms[nms]] for nms in sorted(at_nms)]
-    for name, rule in (("COCO", coco_ap50), ("released code", released_ap50)):
-        values = "".join(f"{rule(part):10.3f}" for part in detections)
-        print(f"{name}, {'all' if score == 0 else 'score above 0.75'}".ljust(35) + values)
+header = "".join(f"  NMS {nms:4}" for nms in sorted(at_nms))
+print(f"{'AP50 on phantoms':35}{header}")
+rules = {"COCO": coco_ap50, "released code": released_ap50}
+for score, kept in ((0, "all"), (0.75, "score above 0.75")):
+    parts = [[above(p, score) for p in at_nms[nms]] for nms in sorted(at_nms)]
+    for name, rule in rules.items():
+        values = "".join(f"{rule(part):10.3f}" for part in parts)
+        print(f"{name}, {kept}".ljust(35) + values)
 
 # %% [markdown]
 # It is one model and one set of slices, and each of these numbers may rightly be called AP50. They
@@ -996,18 +1029,21 @@ for code, name in enumerate(classes, start=2):
 
 # %%
 def slice_dice(pairs, score=0.75):
-    """Dice of each slice and class, float [M, classes]; NaN where neither has the class."""
+    """Dice of each slice and class, float [M, classes]; NaN if neither has it."""
     rows = []
     for prediction, target in pairs:
         painted = semantic_mask(prediction, score)
-        truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
-        rows.append([dice(painted == c + 2, truth == c + 2) for c in range(len(classes))])
+        scores = torch.ones(len(target["labels"]))
+        truth = semantic_mask({**target, "scores": scores}, 0)
+        codes = range(2, 2 + len(classes))
+        rows.append([dice(painted == c, truth == c) for c in codes])
     return np.array(rows)
 
 
 dices = slice_dice(pairs)
 for name, column in zip(classes, dices.T, strict=True):
-    print(f"Dice of {name:3} {np.nanmean(column):.2f}, mean of {np.isfinite(column).sum()} slices")
+    count = np.isfinite(column).sum()
+    print(f"Dice of {name:3} {np.nanmean(column):.2f}, mean of {count} slices")
 
 # %% [markdown]
 # AP and Dice can disagree. Dice sees one score threshold and no instances, so joining two lesions
@@ -1027,28 +1063,32 @@ def bootstrap(tables, dices, repeats=200, seed=0):
     """AP50 and mean Dice of each draw of patients, two arrays [repeats]."""
     rng = np.random.default_rng(seed)
     slices_of = [np.flatnonzero(np.array(patients) == name) for name in chosen]
-    hits = {name: [match(o, 0.5) >= 0 for _, o in table] for name, table in tables.items()}
+    hits = {k: [match(o, 0.5) >= 0 for _, o in t] for k, t in tables.items()}
     aps, means = [], []
     for _ in range(repeats):
-        drawn = np.concatenate([slices_of[i] for i in rng.integers(len(chosen), size=len(chosen))])
+        those = rng.integers(len(chosen), size=len(chosen))
+        drawn = np.concatenate([slices_of[i] for i in those])
         values = []
         for name, table in tables.items():
             scores = np.concatenate([table[i][0] for i in drawn])
             right = np.concatenate([hits[name][i] for i in drawn])
             n_targets = sum(table[i][1].shape[1] for i in drawn)
-            values.append(average_precision(right[np.argsort(-scores, kind="stable")], n_targets))
+            order = np.argsort(-scores, kind="stable")
+            values.append(average_precision(right[order], n_targets))
         aps.append(np.mean(values))
         means.append(np.nanmean(dices[drawn], axis=0).mean())
     return np.array(aps), np.array(means)
 
 
 ap_draws, dice_draws = bootstrap(tables, dices)
+mean_dice = np.nanmean(dices, axis=0).mean()
+print("with the 95 % interval by patients:")
 for name, value, draws in (
     ("mask AP50", coco["mask_ap50"], ap_draws),
-    ("Dice, mean of the classes", np.nanmean(dices, axis=0).mean(), dice_draws),
+    ("Dice, mean of the classes", mean_dice, dice_draws),
 ):
     low, high = np.quantile(draws, [0.025, 0.975])
-    print(f"{name:25} {value:.3f}, 95 % interval by patients {low:.3f} to {high:.3f}")
+    print(f"{name:25} {value:.3f}, {low:.3f} to {high:.3f}")
 
 # %% [markdown]
 # The interval covers the choice of patients. It does not cover the training, where another seed
@@ -1062,10 +1102,12 @@ for name, value, draws in (
 # call what we have built by hand.
 
 # %%
-shipped = evaluate_segmenter(trained_segmenter(PRESET, device, shipped=True), judged)
-live = {**coco, **{f"dice_{n}": v for n, v in zip(classes, np.nanmean(dices, axis=0), strict=True)}}
+shipped = trained_segmenter(PRESET, device, shipped=True)
+shipped = evaluate_segmenter(shipped, judged)
+dice_keys = [f"dice_{name}" for name in classes]
+live = coco | dict(zip(dice_keys, np.nanmean(dices, axis=0), strict=True))
 print(f"{'phantoms':14} {'trained here':>12} {'shipped':>9}")
-for key in ("mask_ap50", "mask_ap", "box_ap50", *(f"dice_{name}" for name in classes)):
+for key in ("mask_ap50", "mask_ap", "box_ap50", *dice_keys):
     print(f"{key:14} {live[key]:12.3f} {shipped[key]:9.3f}")
 assert shipped["slices"] == len(pairs)
 assert abs(live["mask_ap50"] - shipped["mask_ap50"]) < 0.15
@@ -1085,12 +1127,16 @@ def judge_rule(dataset, low, high):
     metric = CocoAP()
     for i in range(len(dataset)):
         image, target = dataset[i]
-        found = threshold_detections(image[0].numpy(), low, high, preset.min_area)
+        picture = image[0].numpy()
+        found = threshold_detections(picture, low, high, preset.min_area)
         metric.update([found], [target])
     return metric.compute()["mask_ap50"]
 
 
-few = Subset(LesionSlices(root / "lesions", "train", "merged", preset.min_area), range(60))
+few = Subset(
+    LesionSlices(root / "lesions", "train", "merged", preset.min_area),
+    range(60),
+)
 grid = [(a, b) for a in (0.45, 0.5, 0.55) for b in (0.75, 0.8, 0.85)]
 low, high = max(grid, key=lambda pair: judge_rule(few, *pair))
 for lesions, name in (("merged", "GGO or C"), ("ggo", "GGO alone")):
@@ -1100,9 +1146,11 @@ for lesions, name in (("merged", "GGO or C"), ("ggo", "GGO alone")):
     for (prediction, _), (_, target) in zip(pairs, one_class, strict=True):
         kept = prediction["labels"] <= (2 if lesions == "merged" else 1)
         prediction = {key: value[kept] for key, value in prediction.items()}
-        metric.update([{**prediction, "labels": torch.ones_like(prediction["labels"])}], [target])
-    rule, detector = judge_rule(one_class, low, high), metric.compute()["mask_ap50"]
-    print(f"{name:9} mask AP50 on phantoms: rule {rule:.2f}, detector {detector:.2f}")
+        prediction["labels"] = torch.ones_like(prediction["labels"])
+        metric.update([prediction], [target])
+    rule = judge_rule(one_class, low, high)
+    detector = metric.compute()["mask_ap50"]
+    print(f"{name:9} mask AP50: rule {rule:.2f}, detector {detector:.2f}")
     assert detector > rule + 0.1
 
 # %% [markdown]
@@ -1125,13 +1173,15 @@ for label, (name, table) in enumerate(tables.items(), start=1):
     for (scores, overlap), target in zip(table, true, strict=True):
         taken = match(overlap[scores > 0.5], 0.5)
         recalled += np.isin(np.arange(overlap.shape[1]), taken).tolist()
-        areas += (100 * target["area"][target["labels"] == label] / pixels).tolist()
+        area = target["area"][target["labels"] == label]
+        areas += (100 * area / pixels).tolist()
     areas, recalled = np.array(areas), np.array(recalled)
     # five groups of equal number
     groups = np.array_split(np.argsort(areas, kind="stable"), 5)
     x = np.array([np.median(areas[group]) for group in groups])
     y = np.array([recalled[group].mean() for group in groups])
-    ends = np.array([wilson(int(recalled[group].sum()), len(group)) for group in groups]).T
+    ends = [wilson(int(recalled[group].sum()), len(group)) for group in groups]
+    ends = np.array(ends).T
     _ = ax.errorbar(
         x, y, yerr=np.maximum(np.abs(ends - y), 0), capsize=4, marker="os"[label - 1],
         color=plotting.LESION_COLOURS[label - 1], ls=plotting.LESION_LINES[label - 1],
@@ -1166,8 +1216,8 @@ for threshold in (0.25, 0.5, 0.75):
     alarms = sum(top > threshold for top in tops)
     low, high = wilson(alarms, len(tops))
     print(
-        f"score > {threshold:4}: a detection in {alarms} of {len(tops)} control slices, "
-        f"95 % interval {low:.0%} to {high:.0%} (phantoms)"
+        f"score > {threshold:4}: in {alarms} of {len(tops)} control slices, "
+        f"95 % interval {low:.0%} to {high:.0%}"
     )
 
 # %% [markdown]

@@ -65,7 +65,14 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.datasets import HEIGHT, Lesion, make_patient, make_slice, old_friend, render
+from covidmask.datasets import (
+    HEIGHT,
+    Lesion,
+    make_patient,
+    make_slice,
+    old_friend,
+    render,
+)
 from covidmask.interactive import frame_slider
 from covidmask.models import (
     author_padding,
@@ -113,7 +120,7 @@ config = preset.classifier
 segmenter = trained_segmenter(PRESET, device, shipped=True)
 model = covid_ct_mask_net(segmenter, config)
 detector, n = model.detector, config.n_boxes
-print(f"N = {n}, score threshold {config.score}, NMS threshold {config.nms}")
+print(f"N = {n}, thresholds: score {config.score}, NMS {config.nms}")
 
 # %% [markdown]
 # We follow three slices: our old friend, a patient with common pneumonia and a control. The
@@ -122,12 +129,19 @@ print(f"N = {n}, score threshold {config.score}, NMS threshold {config.nms}")
 
 # %%
 size = preset.phantoms.size
+
+
+def model_input(image):
+    """float32 [H, W] -> [3, H, W] on the device."""
+    return torch.from_numpy(image).expand(3, -1, -1).to(device)
+
+
 grey = [
     make_slice(3014, 0, size)[0],
     make_slice(3010, 1, size)[0],
     old_friend(size)[0],
-]  # each [H, W]
-slices = [torch.from_numpy(image).expand(3, -1, -1).to(device) for image in grey]
+]
+slices = [model_input(image) for image in grey]
 names = ["control", "pneumonia", "old friend"]  # image classes 0, 1, 2
 
 # %% mystnb={"image": {"alt": "Three synthetic chest slices in the lung window, each with two dark lungs and bright vessels around a white heart, in a wall of ribs, muscle and fat: a control, a common pneumonia and our old friend. Boxes mark what the detector found, and the titles count them."}, "figure": {"caption": "What the detector reports when it is asked for boxes with a score above 0.5: a list whose length differs from slice to slice. GGO solid, consolidation (C) dashed. Synthetic."}}
@@ -137,7 +151,7 @@ with torch.no_grad():
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
 for ax, image, name, found in zip(axes, grey, names, detections, strict=True):
     sure = found["scores"] > 0.5
-    boxes_only = {key: found[key][sure].cpu() for key in ("boxes", "labels")}
+    boxes_only = {k: found[k][sure].cpu() for k in ("boxes", "labels")}
     _ = plotting.show_lesions(image, boxes_only, ax)
     _ = ax.set_title(f"{name}: {int(sure.sum())} boxes")
 plt.show()
@@ -195,13 +209,14 @@ print("deltas   ", tuple(deltas.shape))
 per_class = deltas.reshape(p, 3, 4)  # [P, class, delta]
 assert torch.equal(per_class[:, 1], deltas[:, 4:8])  # GGO is columns 4 to 7
 most = (logits[:, 1:].max(dim=1).values - logits[:, 0]).topk(3).indices
-print("RoI   logits: background  GGO    C      deltas for GGO: dx    dy    dw    dh")
+print("RoI   background    GGO      C   GGO: dx     dy     dw     dh")
 for i in most.tolist():
+    none, *lesion = logits[i].tolist()
     print(
-        f"{i:3}  ",
-        *(f"{v:13.2f}" if k == 0 else f"{v:7.2f}" for k, v in enumerate(logits[i])),
-        " " * 12,
-        *(f"{v:6.2f}" for v in per_class[i, 1]),
+        f"{i:3} {none:12.2f}",
+        *(f"{value:6.2f}" for value in lesion),
+        "  ",
+        *(f"{value:6.2f}" for value in per_class[i, 1]),
     )
 
 # %% [markdown]
@@ -216,9 +231,10 @@ for i in most.tolist():
 
 # %%
 # NBVAL_CHECK_OUTPUT
-toy = np.array([[f"RoI {i} as {name}" for name in ("GGO", "C")] for i in range(3)])
-for position, candidate in enumerate(toy.flatten()):
-    print(f"position {position}: {candidate} = RoI {position // 2}, label {position % 2 + 1}")
+toy = [[f"RoI {i} as {name}" for name in ("GGO", "C")] for i in range(3)]
+for place, candidate in enumerate(np.array(toy).flatten()):
+    number, code = place // 2, place % 2 + 1
+    print(f"position {place}: {candidate} = RoI {number}, label {code}")
 
 # %%
 probability = logits.softmax(dim=1)  # [P, 3]
@@ -265,11 +281,13 @@ CLAMP = math.log(1000 / 16)
 
 
 def encode(boxes, proposals):
-    """[M, 4], [M, 4] -> [M, 4]: how far the boxes are from the proposals."""
-    b_size, p_size = boxes[:, 2:] - boxes[:, :2], proposals[:, 2:] - proposals[:, :2]
-    b_centre, p_centre = boxes[:, :2] + b_size / 2, proposals[:, :2] + p_size / 2
-    raw = torch.cat([(b_centre - p_centre) / p_size, (b_size / p_size).log()], dim=1)
-    return raw * CODER_WEIGHTS
+    """[M, 4], [M, 4] -> [M, 4]: how far boxes are from proposals."""
+    b_size = boxes[:, 2:] - boxes[:, :2]
+    p_size = proposals[:, 2:] - proposals[:, :2]
+    b_centre = boxes[:, :2] + b_size / 2
+    p_centre = proposals[:, :2] + p_size / 2
+    shift, growth = (b_centre - p_centre) / p_size, (b_size / p_size).log()
+    return torch.cat([shift, growth], dim=1) * CODER_WEIGHTS
 
 
 def decode(deltas, proposals):
@@ -294,10 +312,12 @@ small = torch.tensor([[10.0, 10.0, 30.0, 20.0]], device=device)
 true = torch.tensor([[12.0, 10.0, 52.0, 20.0]], device=device)
 code = encode(true, small)
 assert torch.allclose(decode(code, small), true, atol=1e-4)
-assert torch.allclose(encode(3 * true + 40, 3 * small + 40), code, atol=1e-4)
+again = encode(3 * true + 40, 3 * small + 40)
+assert torch.allclose(again, code, atol=1e-4)
 wild = decode(torch.tensor([[0.0, 0.0, 1000.0, 0.0]], device=device), small)
 print("encoded:", *(f"{value:.2f}" for value in code[0].tolist()))
-print(f"a delta of 1000 widens 20 pixels to {(wild[0, 2] - wild[0, 0]).item():.0f}, not more")
+width = (wild[0, 2] - wild[0, 0]).item()
+print(f"a delta of 1000 widens 20 pixels to {width:.0f}, not more")
 
 # %% [markdown]
 # Now the boxes of our old friend. Each candidate uses the proposal of its own RoI and the deltas of
@@ -320,7 +340,8 @@ print(f"{len(index)} of {2 * p} candidates have an area")
 def frame(ax, corners, **style):
     """Draw one box, given in pixels."""
     x1, y1, x2, y2 = corners.tolist()
-    ax.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, **style))
+    place = x1 - 0.5, y1 - 0.5
+    ax.add_patch(Rectangle(place, x2 - x1, y2 - y1, fill=False, **style))
 
 
 best = int(scores.argmax()) // 2  # the RoI with the best score
@@ -333,12 +354,15 @@ _ = axes[0].set_title(f"P = {p} proposals")
 styles = {"proposal": dict(edgecolor=plotting.YELLOW, ls=":", lw=2)}
 for k, kind in enumerate(("GGO", "C")):
     styles[f"{kind}, score {probability[best, k + 1]:.3f}"] = dict(
-        edgecolor=plotting.LESION_COLOURS[k], ls=plotting.LESION_LINES[k], lw=2
+        edgecolor=plotting.LESION_COLOURS[k],
+        ls=plotting.LESION_LINES[k],
+        lw=2,
     )
 shown = [proposal[best], box[2 * best], box[2 * best + 1]]
 for corners, (name, style) in zip(shown, styles.items(), strict=True):
     frame(axes[1], corners, label=name, **style)
-(x1, y1), (x2, y2) = torch.stack(shown)[:, :2].amin(0), torch.stack(shown)[:, 2:].amax(0)
+x1, y1 = torch.stack(shown)[:, :2].amin(0)
+x2, y2 = torch.stack(shown)[:, 2:].amax(0)
 middle, half = ((x1 + x2) / 2, (y1 + y2) / 2), 0.9 * max(x2 - x1, y2 - y1)
 _ = axes[1].set(
     title=f"RoI {best}",
@@ -372,7 +396,7 @@ with torch.no_grad():
 all_scores = [part.softmax(dim=1)[:, 1:].flatten() for part in all_logits]
 print("candidates with a score above   -0.01    0.05     0.5")
 for name, values in zip(names, all_scores, strict=True):
-    above = [int((values > threshold).sum()) for threshold in (-0.01, 0.05, 0.5)]
+    above = [int((values > score).sum()) for score in (-0.01, 0.05, 0.5)]
     print(f"{name:27}", *(f"{count:8}" for count in above))
 
 # %% mystnb={"image": {"alt": "Sorted scores of all candidates on a logarithmic axis, one falling curve for each of the three slices, with horizontal lines at 0.05 and 0.5."}, "figure": {"caption": "All candidate scores of the three slices, sorted, on a logarithmic axis. The two horizontal lines are common thresholds. A control has a curve, too. Synthetic."}}
@@ -392,7 +416,10 @@ for threshold in (0.05, 0.5):
     _ = ax.axhline(threshold, color=plotting.BLACK, lw=0.8)
     _ = ax.text(len(falling), threshold * 1.15, f"{threshold}", ha="right")
 _ = ax.set(
-    xlabel="Candidates, best first (count)", ylabel="Score (no unit)", yscale="log", ylim=(1e-9, 3)
+    xlabel="Candidates, best first (count)",
+    ylabel="Score (no unit)",
+    yscale="log",
+    ylim=(1e-9, 3),
 )
 _ = ax.legend()
 plt.show()
@@ -435,10 +462,17 @@ for kind in (1, 2):  # GGO and C do not suppress each other
     survivors.append(mine[nms_by_hand(box[mine], scores[mine], config.nms)])
 survivors = torch.cat(survivors)
 # [K]
-survivors = survivors[scores[survivors].argsort(descending=True, stable=True)]
-by_library = index[batched_nms(box[index], scores[index], label[index], config.nms)]
-# torchvision's batched_nms does the same
-assert torch.equal(survivors, by_library)
+order = scores[survivors].argsort(descending=True, stable=True)
+survivors = survivors[order]
+
+
+def library_nms(threshold):
+    """The same by torchvision's batched_nms."""
+    kept = batched_nms(box[index], scores[index], label[index], threshold)
+    return index[kept]
+
+
+assert torch.equal(survivors, library_nms(config.nms))
 print(f"{len(index)} candidates, {len(survivors)} survive")
 
 # %% [markdown]
@@ -452,22 +486,26 @@ print(f"{len(index)} candidates, {len(survivors)} survive")
 # 0 background, 1 lung, 2 GGO, 3 consolidation
 friend_mask = old_friend(size)[1]
 in_lungs = np.argwhere(friend_mask > 0)  # rows and columns
-(y_low, x_low), (y_high, x_high) = in_lungs.min(axis=0), in_lungs.max(axis=0)
+y_low, x_low = in_lungs.min(axis=0)
+y_high, x_high = in_lungs.max(axis=0)
 
 
 def lungs_of_friend():
-    """A figure of the old friend's lungs, with the true lesions outlined."""
+    """A figure of the old friend's lungs; true lesions are outlined."""
     fig, ax = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
     plotting.show_slice(grey[2], ax)
-    ax.contour(friend_mask >= 2, levels=[0.5], colors="white", linewidths=0.8)
+    ax.contour(friend_mask >= 2, [0.5], colors="white", linewidths=0.8)
     edge = 0.03 * size
-    ax.set(xlim=(x_low - edge, x_high + edge), ylim=(y_high + edge, y_low - edge))
+    ax.set(
+        xlim=(x_low - edge, x_high + edge),
+        ylim=(y_high + edge, y_low - edge),
+    )
     return ax
 
 
 def draw_nms(threshold):
-    """The N best boxes of the old friend that survive NMS at this threshold."""
-    left = index[batched_nms(box[index], scores[index], label[index], threshold)]
+    """The N best boxes of the old friend that survive this threshold."""
+    left = library_nms(threshold)
     top = left[:n]
     ax = lungs_of_friend()
     for i in top.tolist():
@@ -480,9 +518,9 @@ def draw_nms(threshold):
             lw=1.6 if sure else 0.5,
         )
     sure = int((scores[top] > 0.5).sum())
-    ax.set_title(
-        f"{len(left)} of {len(index)} survive; {sure} of the {len(top)} best above 0.5", fontsize=9
-    )
+    survive = f"{len(left)} of {len(index)} survive"
+    title = f"{survive}; {sure} of the {len(top)} best above 0.5"
+    ax.set_title(title, fontsize=9)
 
 
 thresholds = (0.05, 0.25, 0.5, 0.75, 1.0)
@@ -494,8 +532,11 @@ frame_slider(
     frames,
     [f"{threshold}" for threshold in thresholds],
     "NMS threshold",
-    "The old friend with its best boxes, thick where the score is above 0.5; the title counts the boxes that survive",
-    caption="Old friend: the best boxes after NMS. GGO solid blue, C dashed orange, thick where the score is above 0.5; white: true lesions. A higher threshold leaves more copies on a sure lesion. Synthetic.",
+    "The old friend with its best boxes, thick where the score is above "
+    "0.5; the title counts the boxes that survive",
+    caption="Old friend: the best boxes after NMS. GGO solid blue, C "
+    "dashed orange, thick where the score is above 0.5; white: true "
+    "lesions. A higher threshold leaves more copies. Synthetic.",
     start=thresholds.index(0.75),
     dpi=70,
 )
@@ -521,7 +562,13 @@ _ = ipywidgets.interact(
 # phantoms. Here is what the threshold does to the curves.
 
 # %% mystnb={"image": {"alt": "Two panels with scores by rank for the three slices, at the NMS thresholds 0.25 and 0.75; curves that start high stay high for more ranks at 0.75."}, "figure": {"caption": "Scores by rank of the three slices at two NMS thresholds. Copies stretch the part with high scores. Synthetic."}}
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+fig, axes = plt.subplots(
+    1,
+    2,
+    figsize=(10, 3.6),
+    layout="constrained",
+    sharey=True,
+)
 for ax, threshold in zip(axes, (0.25, config.nms), strict=True):
     for k, name in enumerate(names):
         ranking = rank_boxes(
@@ -540,7 +587,10 @@ for ax, threshold in zip(axes, (0.25, config.nms), strict=True):
             ls=plotting.CLASS_LINES[k],
             label=name,
         )
-    _ = ax.set(xlabel="Rank of the box (1 is the best score)", title=f"NMS at {threshold}")
+    _ = ax.set(
+        xlabel="Rank of the box (1 is the best score)",
+        title=f"NMS at {threshold}",
+    )
 _ = axes[0].set_ylabel("Score (no unit)")
 _ = axes[1].legend()
 plt.show()
@@ -560,13 +610,11 @@ plt.show()
 top = survivors[:n]  # [N]
 rows = torch.cat([scores[top, None], lesion_deltas[top]], dim=1)  # [N, 5]
 print("rows", tuple(rows.shape))
-print("rank  score     dx     dy     dw     dh   (not in the row: RoI and class)")
-for r in range(5):
-    print(
-        f"{r + 1:4}",
-        *(f"{value:6.2f}" for value in rows[r]),
-        f"  RoI {int(roi[top[r]])} as {('GGO', 'C')[int(label[top[r]]) - 1]}",
-    )
+print("rank  score     dx     dy     dw     dh   not in the row")
+for i, candidate in enumerate(top[:5].tolist()):
+    kind = ("GGO", "C")[int(label[candidate]) - 1]
+    numbers = " ".join(f"{value:6.2f}" for value in rows[i])
+    print(f"{i + 1:4} {numbers}   RoI {int(roi[candidate])} as {kind}")
 twice = len(top) - len(roi[top].unique())
 print(f"RoIs that occupy two of the {len(top)} rows: {twice}")
 
@@ -585,7 +633,8 @@ def draw_rank(rank):
         lw=2.5,
         label=f"decoded as {('GGO', 'C')[k]}",
     )
-    frame(ax, proposal[roi[i]], edgecolor=plotting.YELLOW, ls=":", lw=2, label="proposal")
+    look = {"edgecolor": plotting.YELLOW, "ls": ":", "lw": 2}
+    frame(ax, proposal[roi[i]], **look, label="proposal")
     ax.legend(loc="upper right", fontsize="small")
     numbers = ", ".join(f"{value:.2f}" for value in rows[rank - 1].tolist())
     ax.set_title(f"rank {rank}: [{numbers}]", fontsize=9)
@@ -600,8 +649,11 @@ frame_slider(
     frames,
     [f"{rank}" for rank in ranks],
     "Rank",
-    "The old friend with the proposal (dotted) and the decoded box of one rank; the title prints the row",
-    caption="Old friend: which box stands at which rank, with the true lesions outlined in white. The title is the row that enters the vector. Synthetic.",
+    "The old friend with the proposal (dotted) and the decoded box of one "
+    "rank; the title prints the row",
+    caption="Old friend: which box stands at which rank, with the true "
+    "lesions outlined in white. The title is the row that enters the "
+    "vector. Synthetic.",
     dpi=70,
 )
 
@@ -638,12 +690,13 @@ encoded = torch.cat(
 ).cpu()  # [3N, 4]
 decoded = torch.cat([r.box for r in rankings]).cpu()  # [3N, 4]
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-_ = axes[0].boxplot(encoded.numpy(), medianprops={"color": plotting.VERMILLION})
+median = {"color": plotting.VERMILLION}
+_ = axes[0].boxplot(encoded.numpy(), medianprops=median)
 _ = axes[0].set_xticks(range(1, 5), ["dx", "dy", "dw", "dh"])
 _ = axes[0].set(title="encoded", xlabel="Delta", ylabel="Value (no unit)")
-_ = axes[1].boxplot(decoded.numpy(), medianprops={"color": plotting.VERMILLION})
+_ = axes[1].boxplot(decoded.numpy(), medianprops=median)
 _ = axes[1].set_xticks(range(1, 5), ["x1", "y1", "x2", "y2"])
-_ = axes[1].set(title="decoded", xlabel="Corner", ylabel="Position (pixels)")
+_ = axes[1].set(title="decoded", xlabel="Corner", ylabel="Pixels")
 plt.show()
 
 # %%
@@ -663,21 +716,32 @@ for name, values in (("encoded", encoded), ("decoded", decoded)):
 
 # %%
 def one_lesion(seed, x, y, radius):
-    """A control with one GGO. x, y and radius in image sides, from the centre of the body."""
+    """A control with one GGO; x, y, radius in image sides from the middle."""
     centre, radii = (x, y, HEIGHT / 2), (radius, radius, 0.08)
     lesion = Lesion(2, centre, radii, 0.0, 280.0, 0.015, ((0, 0),) * 3)
-    return render(replace(make_patient(seed, 0), lesions=(lesion,)), 0.5, size)
+    patient = replace(make_patient(seed, 0), lesions=(lesion,))
+    return render(patient, 0.5, size)
+
+
+def candidates_of(picture):
+    """Logits, deltas, proposals and size of one image [3, H, W]."""
+    with torch.no_grad():
+        maps, found, shapes = propose(detector, [picture])
+        logits, deltas = run_box_head(detector, maps, found, shapes)
+    return logits[0], deltas[0], found[0], shapes[0]
+
+
+def rows_of(candidates):
+    """Ranking, and rows [K, 5], of what `candidates_of` gives."""
+    ranking = rank_boxes(*candidates, heads.box_coder, config)
+    logits, deltas = (part[ranking.roi] for part in candidates[:2])
+    return ranking, encoded_rows(logits, deltas, ranking.label)
 
 
 def best_box(image):
     """Row and decoded box at rank 1."""
-    picture = torch.from_numpy(image).expand(3, -1, -1).to(device)
-    with torch.no_grad():
-        maps, found, shapes = propose(detector, [picture])
-        logits, deltas = run_box_head(detector, maps, found, shapes)
-        ranking = rank_boxes(logits[0], deltas[0], found[0], shapes[0], heads.box_coder, config)
-        row = encoded_rows(logits[0][ranking.roi], deltas[0][ranking.roi], ranking.label)[0]
-    return row.cpu(), ranking.box[0].cpu()
+    ranking, rows = rows_of(candidates_of(model_input(image)))
+    return rows[0].cpu(), ranking.box[0].cpu()
 
 
 # %% mystnb={"image": {"alt": "The same synthetic slice twice, with a grey lesion in the lung on the left of the picture, then in the lung on the right. A frame marks the best box, and the titles print two rows of five numbers."}, "figure": {"caption": "One patient, one lesion, two places. The titles are the rows at rank 1. Which of their numbers would say left or right? Synthetic."}}
@@ -687,7 +751,10 @@ for ax, x in zip(axes, (-0.2, 0.2), strict=True):
     row, corners = best_box(image)
     _ = plotting.show_slice(image, ax)
     frame(ax, corners, edgecolor=plotting.SKY_BLUE, lw=2)
-    _ = ax.set_title("[" + ", ".join(f"{value:.2f}" for value in row.tolist()) + "]", fontsize=10)
+    _ = ax.set_title(
+        "[" + ", ".join(f"{value:.2f}" for value in row.tolist()) + "]",
+        fontsize=10,
+    )
 plt.show()
 
 # %% [markdown]
@@ -702,7 +769,8 @@ seed = 5100
 while len(truth) < 200:
     seed += 1
     x = rng.choice([-1, 1]) * rng.uniform(0.13, 0.27)
-    image, mask = one_lesion(seed, x, rng.uniform(-0.1, 0.17), rng.uniform(0.045, 0.09))
+    y, radius = rng.uniform(-0.1, 0.17), rng.uniform(0.045, 0.09)
+    image, mask = one_lesion(seed, x, y, radius)
     inside_y, inside_x = np.nonzero(mask == 2)
     # the pleura left almost nothing of it
     if len(inside_x) < 0.002 * size**2:
@@ -711,27 +779,38 @@ while len(truth) < 200:
     truth.append([inside_x.mean(), inside_y.mean(), len(inside_x) ** 0.5])
     first_rows.append(row.numpy())
     centres.append(((corners[:2] + corners[2:]) / 2).numpy())
-truth, first_rows, centres = np.array(truth), np.array(first_rows), np.array(centres)
+truth, first_rows = np.array(truth), np.array(first_rows)
+centres = np.array(centres)
 
 # [3, 7]
 correlation = np.corrcoef(np.c_[truth, first_rows, centres].T)[:3, 3:]
-print("correlation with       score     dx     dy     dw     dh | decoded x      y   (phantoms)")
-for name, line in zip(("x of the lesion", "y of the lesion", "size"), correlation, strict=True):
-    print(f"{name:20}", *(f"{v:6.2f}" for v in line[:5]), " |", *(f"{v:8.2f}" for v in line[5:]))
+print("lesion        score     dx     dy     dw     dh | decoded x      y")
+for name, line in zip(("x", "y", "size"), correlation, strict=True):
+    numbers = [f"{value:6.2f}" for value in line]
+    print(f"{name:12}", *numbers[:5], "|", *(f"{v:>8}" for v in numbers[5:]))
 assert abs(correlation[0, 1]) < correlation[0, 5]
 assert abs(correlation[1, 2]) < correlation[1, 6]
-in_row, decoded_share = (correlation[:2, :5] ** 2).max(), correlation[0, 5] ** 2
-print(f"one number of the row explains at most {in_row:.0%} of the variance of x or y,")
-print(f"the decoded x explains {decoded_share:.0%} of that of x")
+in_row = (correlation[:2, :5] ** 2).max()
+decoded_share = correlation[0, 5] ** 2
+print(f"one number of the row explains at most {in_row:.0%} of the")
+print(f"variance of x or y, the decoded x {decoded_share:.0%} of that of x")
 
 # %% mystnb={"image": {"alt": "Two scatter plots against the true horizontal place of the lesion. Left: the encoded shift dx, a cloud for lesions in either half. Right: the centre of the decoded box, for most lesions close to the diagonal."}, "figure": {"caption": "Two hundred phantoms with one lesion each. The encoded shift of the best box does not follow the place of the lesion (left); the decoded box does (right). Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
-_ = axes[0].scatter(truth[:, 0], first_rows[:, 1], s=14, color=plotting.BLUE)
-_ = axes[0].set(xlabel="Lesion, x (pixels)", ylabel="dx of rank 1 (no unit)", title="in the row")
-_ = axes[1].scatter(truth[:, 0], centres[:, 0], s=14, color=plotting.VERMILLION, marker="s")
+x = truth[:, 0]
+_ = axes[0].scatter(x, first_rows[:, 1], s=14, color=plotting.BLUE)
+_ = axes[0].set(
+    xlabel="Lesion, x (pixels)",
+    ylabel="dx of rank 1 (no unit)",
+    title="in the row",
+)
+look = {"color": plotting.VERMILLION, "marker": "s"}
+_ = axes[1].scatter(x, centres[:, 0], s=14, **look)
 _ = axes[1].plot([0, size], [0, size], color=plotting.BLACK, lw=0.8)
 _ = axes[1].set(
-    xlabel="Lesion, x (pixels)", ylabel="Centre of its box, x (pixels)", title="not in the row"
+    xlabel="Lesion, x (pixels)",
+    ylabel="Centre of its box, x (pixels)",
+    title="not in the row",
 )
 plt.show()
 
@@ -775,14 +854,17 @@ print(tuple(rows.shape), "->", tuple(vector.shape))
 # %%
 # NBVAL_CHECK_OUTPUT
 caught = []
-hook = model.s.fc_scores.register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0]))
+hook = model.s.fc_scores.register_forward_pre_hook(
+    lambda layer, inputs: caught.append(inputs[0])
+)  # fmt: skip
 with torch.no_grad():
     package = ranked_boxes(detector, [friend], config)  # [1, N, 5]
     _ = model([friend])  # logits [1, 3]; S has random weights here
 hook.remove()
 assert torch.allclose(package[0], rows, atol=1e-4)
 assert torch.allclose(caught[0][0], vector, atol=1e-4)
-print("ranked_boxes gives", tuple(package.shape), "and S reads", tuple(caught[0].shape))
+print("ranked_boxes gives", tuple(package.shape))
+print("S reads           ", tuple(caught[0].shape))
 print("the same numbers as by hand")
 
 # %% [markdown]
@@ -794,21 +876,17 @@ print("the same numbers as by hand")
 
 # %%
 crowd = [make_slice(6000 + i, i % 3, size)[0] for i in range(30)]
-parts = []  # logits, deltas, proposals and shape of each slice
-with torch.no_grad():
-    for image in crowd:
-        picture = torch.from_numpy(image).expand(3, -1, -1).to(device)
-        maps, found, shapes_ = propose(detector, [picture])
-        lo, de = run_box_head(detector, maps, found, shapes_)
-        parts.append((lo[0], de[0], found[0], shapes_[0]))
+parts = [candidates_of(model_input(image)) for image in crowd]
 many = PRESETS["paper"].classifier.n_boxes
-print(f"NMS    survivors K      slices with K < {n}    K < {many}   (of {len(crowd)} phantoms)")
+print(f"{len(crowd)} phantoms")
+print(f"NMS    survivors K      slices with K < {n}    K < {many}")
 for threshold in (0.05, 0.25, 0.75):
     loose = replace(config, n_boxes=100_000, nms=threshold)
-    counts = np.array([len(rank_boxes(*part, heads.box_coder, loose).roi) for part in parts])
+    ranked = [rank_boxes(*part, heads.box_coder, loose) for part in parts]
+    counts = np.array([len(ranking.roi) for ranking in ranked])
     print(
-        f"{threshold:4} {counts.min():6} to {counts.max():4} {(counts < n).sum():20}"
-        f" {(counts < many).sum():10}"
+        f"{threshold:4} {counts.min():6} to {counts.max():4} "
+        f"{(counts < n).sum():20} {(counts < many).sum():10}"
     )
 
 # %% [markdown]
@@ -819,15 +897,15 @@ for threshold in (0.05, 0.25, 0.75):
 # For a small example we let the box head see only six proposals of the old friend.
 
 # %%
-few = [proposal[:6]]
+few, sizes = [proposal[:6]], batch.image_sizes
 with torch.no_grad():
-    some_logits, some_deltas = run_box_head(detector, features, few, batch.image_sizes)
-ranking = rank_boxes(
-    some_logits[0], some_deltas[0], few[0], batch.image_sizes[0], heads.box_coder, config
-)
-some_rows = encoded_rows(some_logits[0][ranking.roi], some_deltas[0][ranking.roi], ranking.label)
+    some_logits, some_deltas = run_box_head(detector, features, few, sizes)
+_, some_rows = rows_of((some_logits[0], some_deltas[0], few[0], sizes[0]))
 k = len(some_rows)
-print(f"K = {k} boxes for N = {n} rows; scores", *(f"{s:.3f}" for s in some_rows[:, 0].tolist()))
+print(
+    f"K = {k} boxes for N = {n} rows; scores",
+    *(f"{s:.3f}" for s in some_rows[:, 0].tolist()),
+)
 
 # %% [markdown]
 # **Even padding**, the package's default: row $i$ shows box $\lfloor iK/N \rfloor$. Each box is
@@ -853,17 +931,20 @@ assert (by_hand[1:, 0] <= by_hand[:-1, 0]).all()  # the scores still fall
 # %% mystnb={"image": {"alt": "Three strips of coloured runs, one cell per row of the vector, each run labelled with its box number. Even padding has runs of equal length; the two random draws have runs of very different lengths."}, "figure": {"caption": "Which box fills which row when there are fewer boxes than rows: even padding, and two draws of the author's random rule. Synthetic."}}
 def start_of_runs(which):
     """Positions at which the shown box changes."""
-    return [i for i in range(len(which)) if i == 0 or which[i] != which[i - 1]]
+    inner = range(1, len(which))
+    return [0, *(i for i in inner if which[i] != which[i - 1])]
 
 
-fills = {
-    "even": even_padding(k, n),
-    "author, seed 1": author_padding(k, n, torch.Generator().manual_seed(1)),
-    "author, seed 2": author_padding(k, n, torch.Generator().manual_seed(2)),
-}
+fills = {"even": even_padding(k, n)}
+for seed in (1, 2):
+    generator = torch.Generator().manual_seed(seed)
+    fills[f"author, seed {seed}"] = author_padding(k, n, generator)
 ax = plotting.get_ax(9, 2.6)
 _ = ax.imshow(
-    torch.stack(list(fills.values())), cmap="cividis", aspect="auto", interpolation="nearest"
+    torch.stack(list(fills.values())),
+    cmap="cividis",
+    aspect="auto",
+    interpolation="nearest",
 )
 for line, which in enumerate(fills.values()):
     for i in start_of_runs(which):
@@ -876,7 +957,8 @@ for line, which in enumerate(fills.values()):
             va="center",
             color="white" if number < k / 2 else "black",
         )
-        _ = ax.plot([i - 0.5, i - 0.5], [line - 0.5, line + 0.5], color="white", lw=1)
+        ends = [line - 0.5, line + 0.5]
+        _ = ax.plot([i - 0.5, i - 0.5], ends, color="white", lw=1)
 _ = ax.set_yticks(range(3), fills)
 _ = ax.set(xlabel="Row of the vector (from 0)", ylabel="Padding")
 plt.show()
@@ -887,12 +969,13 @@ plt.show()
 
 # %%
 trained_s = trained_classifier(PRESET, device, shipped=True).s
-print("probability of     control  pneumonia  COVID-19   prediction (phantom, six proposals)")
+print("probability of     control  pneumonia  COVID-19   prediction")
 with torch.no_grad():
     for name, which in fills.items():
         answer = trained_s(some_rows[which.to(device)][None]).sigmoid()[0]
         predicted = IMAGE_CLASSES[int(answer.argmax())]
-        print(f"{name:17}", *(f"{value:9.2f}" for value in answer.tolist()), f"   {predicted}")
+        numbers = " ".join(f"{value:9.2f}" for value in answer.tolist())
+        print(f"{name:17} {numbers}    {predicted}")
 assert not torch.equal(fills["author, seed 1"], fills["author, seed 2"])
 
 # %% [markdown]
@@ -922,7 +1005,8 @@ print(tuple(nothing.shape), "not zero:", int(nothing.count_nonzero()))
 with torch.no_grad():
     together = model.ranked_boxes(slices)  # [3, N, 5]
     alone = torch.cat([model.ranked_boxes([picture]) for picture in slices])
-print(f"largest difference, together v alone: {(together - alone).abs().max():.0e}")
+difference = (together - alone).abs().max()
+print(f"largest difference, together v alone: {difference:.0e}")
 assert (together[..., 0] - alone[..., 0]).abs().max() < 1e-2
 
 # %% [markdown]
@@ -936,15 +1020,13 @@ wide = torch.nn.functional.pad(slices[0], (0, size // 4))  # [3, S, 1.25 S]
 with torch.no_grad():
     # one padded batch
     maps, found, shapes_ = propose(detector, [friend, wide])
-    mixed_logits, mixed_deltas = run_box_head(detector, maps, found, shapes_)
-    ranking = rank_boxes(
-        mixed_logits[0], mixed_deltas[0], found[0], shapes_[0], heads.box_coder, config
-    )
-    mixed = encoded_rows(mixed_logits[0][ranking.roi], mixed_deltas[0][ranking.roi], ranking.label)
+    lo, de = run_box_head(detector, maps, found, shapes_)
+    _, mixed = rows_of((lo[0], de[0], found[0], shapes_[0]))
     grouped = model.ranked_boxes([friend, wide])[0]
 mixed = pad_rows(mixed, n)
-print(f"proposals of the old friend: {p} alone, {len(found[0])} in the mixed batch")
-print(f"largest score difference: mixed batch {(mixed - rows)[:, 0].abs().max():.2f}, ", end="")
+print(f"proposals of the friend: {p} alone, {len(found[0])} in the batch")
+print("largest difference of a score from the old friend alone:")
+print(f"mixed batch {(mixed - rows)[:, 0].abs().max():.2f}, ", end="")
 print(f"package {(grouped - rows)[:, 0].abs().max():.0e}")
 
 # %% [markdown]
@@ -976,9 +1058,10 @@ groups = {
     "S": model.s,
 }
 for name, part in groups.items():
-    reached = any(w.grad is not None and w.grad.any() for w in part.parameters())
+    gradients = [w.grad for w in part.parameters() if w.grad is not None]
+    reached = "yes" if any(g.any() for g in gradients) else "no"
     total = sum(w.numel() for w in part.parameters())
-    print(f"{name:17} {total:9,} parameters, gradient: {'yes' if reached else 'no'}")
+    print(f"{name:17} {total:9,} parameters, gradient: {reached}")
 
 # %% [markdown]
 # Everything between picture and rows has a gradient, except the RPN. torchvision *detaches* the
@@ -994,7 +1077,8 @@ for name, part in groups.items():
 # %%
 # NBVAL_CHECK_OUTPUT
 # per class
-reach = heads.box_predictor.bbox_pred.weight.grad.reshape(3, -1).abs().amax(dim=1)
+reach = heads.box_predictor.bbox_pred.weight.grad.reshape(3, -1)
+reach = reach.abs().amax(dim=1)
 print("background deltas:", "some" if reach[0] > 0 else "no", "gradient")
 
 # %% [markdown]
@@ -1037,7 +1121,8 @@ for way in (plain_way, short_way):
     graph_rows.sum().backward()
     gradients.append(weight.grad.clone())
     print(f"{way.__name__.replace('_', ' ')}: {rois} RoIs in the graph")
-difference = (gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()
+difference = (gradients[0] - gradients[1]).abs().max()
+difference = difference / gradients[0].abs().max()
 print(f"relative difference of the gradient: {difference:.0e}")
 assert difference < 1e-5
 model.zero_grad()
@@ -1064,21 +1149,22 @@ plt.show()
 
 # %%
 labels = torch.arange(3).repeat_interleave(20)
-sample = [make_slice(7000 + i, int(c), size)[0] for i, c in enumerate(labels)]
-sample = [torch.from_numpy(image).expand(3, -1, -1).to(device) for image in sample]
+sample = []
+for i, label_ in enumerate(labels.tolist()):
+    sample.append(model_input(make_slice(7000 + i, label_, size)[0]))
 with torch.no_grad():
-    matrices = torch.cat([model.ranked_boxes(sample[i : i + 10]) for i in range(0, 60, 10)]).cpu()
-print("20 of each class  best > 0.05  > 0.5   rows > 0.5        dw            dh")
+    tens = [sample[i : i + 10] for i in range(0, 60, 10)]
+    matrices = torch.cat([model.ranked_boxes(ten) for ten in tens]).cpu()
+print(f"{'':17} best > 0.05  > 0.5   rows > 0.5       dw             dh")
 for c, name in enumerate(IMAGE_CLASSES):
     group = matrices[labels == c]  # [20, N, 5]
     best_scores = group[:, 0, 0]
-    counts = [int((best_scores > threshold).sum()) for threshold in (0.05, 0.5)]
+    counts = [int((best_scores > score).sum()) for score in (0.05, 0.5)]
     sure = (group[..., 0] > 0.5).sum(dim=1, keepdim=True).float()
     values = torch.cat([sure, group[..., 3:].mean(dim=1)], dim=1)  # [20, 3]
     half = 1.96 * values.std(dim=0) / len(group) ** 0.5
-    means = "".join(
-        f"{mean:7.2f} ± {h:4.2f}" for mean, h in zip(values.mean(dim=0), half, strict=True)
-    )
+    pairs = zip(values.mean(dim=0), half, strict=True)
+    means = "".join(f"{mean:8.2f} ± {h:4.2f}" for mean, h in pairs)
     print(f"{name:18} {counts[0]:11} {counts[1]:6} {means}")
 
 # %% mystnb={"image": {"alt": "Mean score against rank for twenty phantoms of each class, one falling curve with a quantile band for each class."}, "figure": {"caption": "Scores by rank over twenty new phantoms of each class, with the band from the 25 to the 75 percent quantile. Synthetic."}}
@@ -1151,24 +1237,15 @@ print("position 17: rank {}, {}".format(*meaning(17)))
 # @title Solution
 
 
-def rank_image(picture):
-    """Rows [K, 5] and decoded boxes [K, 4] of one image."""
-    with torch.no_grad():
-        maps, found, shapes = propose(detector, [picture])
-        logits, deltas = run_box_head(detector, maps, found, shapes)
-        r = rank_boxes(logits[0], deltas[0], found[0], shapes[0], heads.box_coder, config)
-        return encoded_rows(logits[0][r.roi], deltas[0][r.roi], r.label), r.box
-
-
 def on_canvas(left):
     """The old friend, `left` pixels from the left end of a canvas twice as wide."""
     return torch.nn.functional.pad(friend, (left, size - left))
 
 
-(rows_l, boxes_l), (rows_r, boxes_r) = (
-    rank_image(on_canvas(s)) for s in (size // 4, 3 * size // 4)
+(left, rows_l), (right, rows_r) = (
+    rows_of(candidates_of(on_canvas(s))) for s in (size // 4, 3 * size // 4)
 )
-moved = (boxes_r - boxes_l)[:, 0].median()
+moved = (right.box - left.box)[:, 0].median()
 print(f"decoded: moved by {moved:.1f} pixels (median), the slice by {size // 2}")
 print(f"encoded: median difference {(rows_r - rows_l).abs().median():.0e}")
 print(f"to the control, for comparison: {(rows_l - together[0]).abs().median():.2f}")
@@ -1275,12 +1352,9 @@ assert (copies.mean(0) - expected).abs().max() < 0.5 and copies[:, -1].min() >= 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 shares = []
-with torch.no_grad():
-    for picture in sample:
-        maps, found, shapes_ = propose(detector, [picture])
-        lo, de = run_box_head(detector, maps, found, shapes_)
-        r = rank_boxes(lo[0], de[0], found[0], shapes_[0], heads.box_coder, config)
-        shares.append(float((r.label[:10] == 2).float().mean()))
+for picture in sample:
+    ranking, _ = rows_of(candidates_of(picture))
+    shares.append(float((ranking.label[:10] == 2).float().mean()))
 for c, name in enumerate(IMAGE_CLASSES):
     share = np.array(shares)[labels.numpy() == c]
     print(

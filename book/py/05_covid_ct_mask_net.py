@@ -235,7 +235,10 @@ with torch.no_grad():
     assert torch.allclose(s_by_hand(rows, matrices, biases), fresh(rows), atol=1e-3)
 
 layers = (model.s.fc_scores, model.s.fc_scores_2, model.s.fc_scores_img)
-trained = [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
+trained = (
+    [layer.weight.detach() for layer in layers],
+    [layer.bias.detach() for layer in layers],
+)
 with torch.no_grad():
     logits = s_by_hand(friend_rows, *trained)  # [1, 3]
     assert torch.allclose(logits, model.s(friend_rows), atol=1e-4)
@@ -406,7 +409,10 @@ def toy_training(both, steps=100):
     return np.array(history), (z.argmax(1) == toy_labels).float().mean().item()
 
 
-runs = {"positive term alone": toy_training(False), "both terms": toy_training(True)}
+runs = {
+    "positive term alone": toy_training(False),
+    "both terms": toy_training(True),
+}
 print(f"{'':20} {'loss':>7} {'true logit':>12} {'other logits':>14} {'rows memorised':>16}")
 for name, (history, accuracy) in runs.items():
     loss, right, wrong = history[-1]
@@ -414,7 +420,10 @@ for name, (history, accuracy) in runs.items():
 
 # %% mystnb={"image": {"alt": "Left: both losses fall towards zero on a logarithmic axis. Right: with the positive term alone the mean logits of the true class and of the other classes both rise; with both terms the logits of the other classes fall."}, "figure": {"caption": "A loss of zero that says nothing: with the positive term alone every logit rises. Random rows, random labels."}}
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.7), layout="constrained")
-styles = {"positive term alone": (plotting.VERMILLION, "-"), "both terms": (plotting.BLUE, "--")}
+styles = {
+    "positive term alone": (plotting.VERMILLION, "-"),
+    "both terms": (plotting.BLUE, "--"),
+}
 for name, (history, _) in runs.items():
     colour, line = styles[name]
     _ = axes[0].plot(history[:, 0], color=colour, ls=line, label=name)
@@ -514,7 +523,10 @@ with torch.no_grad():
     guess = assembled([friend])[0].sigmoid()  # [3]
 assert same
 print("same ranked boxes as in the trained classifier:", same)
-print("fresh S on our old friend:", ", ".join(f"{value:.2f}" for value in guess.tolist()))
+print(
+    "fresh S on our old friend:",
+    ", ".join(f"{value:.2f}" for value in guess.tolist()),
+)
 
 # %% [markdown]
 # It does, because the regime "heads" trains $S$ and nothing else: the detector of the trained
@@ -674,7 +686,8 @@ def both_models(backbone="resnet50"):
 
 with torch.device("meta"):  # shapes without numbers
     paper_segmenter, paper_model = both_models()
-    resnet34, resnet18 = both_models("resnet34")[1], both_models("resnet18")[1]
+    resnet34 = both_models("resnet34")[1]
+    resnet18 = both_models("resnet18")[1]
 s_count = count_parameters(paper_model.s)
 published = [
     ("Mask R-CNN", 31.78, "segmenter entries", entries(paper_segmenter)),
@@ -781,8 +794,14 @@ print(tuple(slope.shape), "by hand and by autograd")
 # usual size.
 
 # %% mystnb={"image": {"alt": "Left: gradient of the COVID-19 logit by the score at each rank, for our old friend and as a mean over control, common pneumonia and COVID-19 phantoms. Right: gradient times spread by rank, one curve for the score and one for the four deltas together."}, "figure": {"caption": "Which inputs move the COVID-19 logit. Left: by the score at each rank. Right: effect of a change of usual size. Ranks on a logarithmic axis, mean over phantoms. Synthetic."}}
-groups = {"Old friend": slope[:1], **{IMAGE_CLASSES[k]: slope[1:][labels == k] for k in range(3)}}
-looks = [(plotting.BLACK, "-."), *zip(plotting.CLASS_COLOURS, plotting.CLASS_LINES, strict=True)]
+groups = {
+    "Old friend": slope[:1],
+    **{IMAGE_CLASSES[k]: slope[1:][labels == k] for k in range(3)},
+}
+looks = [
+    (plotting.BLACK, "-."),
+    *zip(plotting.CLASS_COLOURS, plotting.CLASS_LINES, strict=True),
+]
 ranks = np.arange(1, n + 1)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
 for (name, values), (colour, line) in zip(groups.items(), looks, strict=True):
@@ -939,7 +958,10 @@ with torch.no_grad():
 for k, name in enumerate(IMAGE_CLASSES):
     low, high = shuffled[:, k].min().item(), shuffled[:, k].max().item()
     print(f"{name:17} ranked {probabilities[0, k].item():.2f}, shuffled {low:.2f} to {high:.2f}")
-print("predicted classes:", sorted({IMAGE_CLASSES[k] for k in shuffled.argmax(1).tolist()}))
+print(
+    "predicted classes:",
+    sorted({IMAGE_CLASSES[k] for k in shuffled.argmax(1).tolist()}),
+)
 assert shuffled.std(0).max() > 0.01
 
 # %% [markdown]
@@ -986,7 +1008,10 @@ with torch.no_grad():
             drawn_rows.append(model.ranked_boxes([model_input(make_slice(seed, k, size)[0])]).cpu())
 drawn_rows = torch.cat(drawn_rows)  # [180, N, 5]
 learn = torch.arange(each_class).repeat(3) < 2 * each_class // 3
-candidates = {"linear": Linear, "S": lambda: ClassificationModule(n, hidden)}
+candidates = {
+    "linear": Linear,
+    "S": lambda: ClassificationModule(n, hidden),
+}
 
 
 def on_others(right):
