@@ -75,7 +75,14 @@ from covidmask.datasets import (
     write_phantoms,
 )
 from covidmask.interactive import frame_slider
-from covidmask.metrics import CocoAP, author_ap, author_image_ap, dice, semantic_mask, wilson
+from covidmask.metrics import (
+    CocoAP,
+    author_ap,
+    author_image_ap,
+    dice,
+    semantic_mask,
+    wilson,
+)
 from covidmask.models import (
     binary_masks,
     lesion_mask_rcnn,
@@ -85,7 +92,11 @@ from covidmask.models import (
     trained_segmenter,
     weights_file,
 )
-from covidmask.training import evaluate_segmenter, predict_lesions, train_segmenter
+from covidmask.training import (
+    evaluate_segmenter,
+    predict_lesions,
+    train_segmenter,
+)
 
 plt.rcParams["image.interpolation"] = "nearest"  # show pixels as they are
 torch.manual_seed(0)
@@ -119,15 +130,18 @@ preset = PRESETS[PRESET]
 classes = LESION_CLASSES[preset.detector.lesions]
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
 train, test = (
-    LesionSlices(root / "lesions", split, min_area=preset.min_area) for split in ("train", "test")
-)
+    LesionSlices(root / "lesions", part, min_area=preset.min_area)
+    for part in ("train", "test")
+)  # fmt: skip
 chosen = list(dict.fromkeys(test.patients))[:JUDGED_PATIENTS]
-judged = Subset(test, [i for i, name in enumerate(test.patients) if name in chosen])
+those = [i for i, name in enumerate(test.patients) if name in chosen]
+judged = Subset(test, those)
 # of each judged slice
 patients = [test.patients[i] for i in judged.indices]
 true = [target for _, target in judged]
 print(f"train:  {len(train)} slices of {len(set(train.patients))} patients")
-print(f"judged: {len(judged)} of {len(test)} test slices, {len(chosen)} patients")
+print(f"judged: {len(judged)} slices of {len(chosen)} patients,")
+print(f"        out of {len(test)} test slices")
 for label, name in enumerate(classes, start=1):
     count = sum(int((target["labels"] == label).sum()) for target in true)
     print(f"        {count} lesions of class {name}")
@@ -140,7 +154,8 @@ print("patients in both:", len(set(train.patients) & set(test.patients)))
 # float32 [H, W], uint8 [H, W]
 friend, friend_mask = old_friend(preset.phantoms.size)
 friend_image = torch.from_numpy(friend).expand(3, -1, -1)  # [3, H, W]
-friend_target = mask_to_targets(friend_mask, preset.detector.lesions, preset.min_area)
+lesions = preset.detector.lesions
+friend_target = mask_to_targets(friend_mask, lesions, preset.min_area)
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
 _ = plotting.show_slice(friend, axes[0])
 _ = plotting.show_lesions(friend, friend_target, axes[1])
@@ -154,10 +169,10 @@ plt.show()
 
 # %%
 # NBVAL_CHECK_OUTPUT
-items = [item for item in (train[i] for i in range(20)) if len(item[1]["labels"])]
+items = [train[i] for i in range(20) if len(train[i][1]["labels"])]
 items = items[: preset.segmenter.batch_size]
 images = [image.to(device) for image, _ in items]
-targets = [{key: value.to(device) for key, value in target.items()} for _, target in items]
+targets = [{k: v.to(device) for k, v in t.items()} for _, t in items]
 print(f"{len(images)} images, each {tuple(images[0].shape)}")
 for key, value in targets[0].items():
     print(f"first target: {key:9} {tuple(value.shape)} {value.dtype}")
@@ -210,7 +225,8 @@ assert abs(losses["loss_objectness"].item() - math.log(2)) < 0.1
 # %%
 # a rate for this small experiment
 rate, decay = 1e-3, preset.segmenter.weight_decay
-optimizer = torch.optim.Adam(practice.parameters(), lr=rate, weight_decay=decay)
+weights = practice.parameters()
+optimizer = torch.optim.Adam(weights, lr=rate, weight_decay=decay)
 # [1 + classes, 128]
 weight = practice.roi_heads.box_predictor.cls_score.weight
 before = weight.detach().clone()
@@ -315,11 +331,13 @@ else:
 
 # %% mystnb={"image": {"alt": "Left: five loss curves on a logarithmic axis against the training step. Right: the learning rate against the step; it rises during the warm-up and then falls to 0."}, "figure": {"caption": "The five losses, each the mean of 20 steps (left), and the learning rate (right). The losses differ in size and in what they wait for. Synthetic data."}}
 names = [name for name in history[0] if name.startswith("loss_")]
-fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 2))
+look = {"layout": "constrained", "width_ratios": (3, 2)}
+fig, axes = plt.subplots(1, 2, figsize=(10, 4), **look)
 _ = plotting.loss_curves(history, names, axes[0], smooth=20)
 _ = axes[0].set_yscale("log")
 _ = axes[0].legend(fontsize="small", ncols=2)
-_ = plotting.loss_curves(history, ["lr"], axes[1], ylabel="Learning rate (no unit)")
+label = "Learning rate (no unit)"
+_ = plotting.loss_curves(history, ["lr"], axes[1], ylabel=label)
 plt.show()
 
 # %% [markdown]
@@ -361,8 +379,8 @@ with torch.no_grad():  # no gradient, no optimizer step
     after_eval = moved()
     _ = copied.train()(images, targets)
     after_train = moved()
-print(f"of {len(statistics)} running statistics {after_eval} moved in eval mode,")
-print(f"{after_train} in train mode, without any gradient")
+print(f"of {len(statistics)} running statistics {after_eval} moved in eval")
+print(f"mode, {after_train} in train mode, without any gradient")
 assert after_eval == 0 and after_train > 0
 
 # %% [markdown]
@@ -500,7 +518,7 @@ def nms_by_hand(boxes, scores, threshold):
 # %%
 @torch.no_grad()
 def detect_at(nms, image, proposed):
-    """Detections at another NMS threshold; `proposed` is what `propose` gives."""
+    """Detections at another threshold; `proposed` is what `propose` gives."""
     features, proposals, shapes = proposed
     segmenter.roi_heads.nms_thresh = nms
     found, _ = segmenter.roi_heads(features, proposals, shapes)
@@ -564,7 +582,8 @@ for row, (name, image, target, mask) in zip(axes, shown, strict=True):
         at = above(detect_at(nms, image, proposed), 0.75)
         del at["scores"]  # printed scores would cover each other
         _ = plotting.show_lesions(image, at, ax)
-        _ = ax.set_title(f"({letter}) NMS {nms}: {len(at['labels'])} detections")
+        count = len(at["labels"])
+        _ = ax.set_title(f"({letter}) NMS {nms}: {count} detections")
     for ax in row:
         zoom(ax, mask)
         if legend := ax.get_legend():
@@ -640,11 +659,10 @@ for threshold in (0.1, 0.25, 0.5, 0.75):
     lost = {"per class": 0, "all classes together": 0}
     for target in true:
         boxes, labels, area = target["boxes"], target["labels"], target["area"]
-        per_class = torchvision.ops.batched_nms(boxes, area, labels, threshold)
-        lost["per class"] += len(labels) - len(per_class)
-        lost["all classes together"] += len(labels) - len(
-            torchvision.ops.nms(boxes, area, threshold)
-        )
+        kept = torchvision.ops.batched_nms(boxes, area, labels, threshold)
+        lost["per class"] += len(labels) - len(kept)
+        kept = torchvision.ops.nms(boxes, area, threshold)
+        lost["all classes together"] += len(labels) - len(kept)
     counts = ", ".join(f"{name} {count}" for name, count in lost.items())
     print(f"NMS {threshold:4}: {counts}")
 
@@ -783,7 +801,7 @@ print("precision  ", *[f"{p:5.2f}" for p in np.cumsum(hits) / np.arange(1, 7)])
 print("recall     ", *[f"{r:5.2f}" for r in np.cumsum(hits) / 5])
 # 41 recalls (0 to 0.4) at 1, 20 (to 0.6) at 3/4, 20 (to 0.8) at 4/6, 20 at 0
 on_paper = (41 * 1 + 20 * 3 / 4 + 20 * 4 / 6) / 101
-print(f"AP: function {average_precision(hits, 5):.4f}, on paper {on_paper:.4f}")
+print(f"AP: {average_precision(hits, 5):.4f}, on paper {on_paper:.4f}")
 assert math.isclose(average_precision(hits, 5), on_paper)
 
 # %% [markdown]
@@ -792,7 +810,7 @@ assert math.isclose(average_precision(hits, 5), on_paper)
 
 # %%
 def overlaps(pairs, label):
-    """For each slice the scores [K], falling, and IoU [K, L] of one class."""
+    """For each slice the scores [K], falling, and IoU [K, L] of a class."""
     result = []
     for prediction, target in pairs:
         mine = torch.where(prediction["labels"] == label)[0]
@@ -805,7 +823,7 @@ def overlaps(pairs, label):
 
 
 def ranked_hits(table, threshold):
-    """All detections in falling score: whether each is right, and its score."""
+    """All detections in falling score: is it right, and its score."""
     scores = np.concatenate([scores for scores, _ in table])
     hits = np.concatenate([match(o, threshold) >= 0 for _, o in table])
     order = np.argsort(-scores, kind="stable")
@@ -825,18 +843,18 @@ for name, table in tables.items():
 
 # %% mystnb={"image": {"alt": "Two panels, one for GGO and one for C: precision against recall as a jagged thin line, its monotone envelope as a thick line, and markers at the score thresholds 0.75 and 0.5."}, "figure": {"caption": "Precision and recall on the judged phantoms at mask IoU 0.5. AP is the area under the thick line. A score threshold picks one point of the curve. Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-for ax, (name, table), colour in zip(axes, tables.items(), plotting.LESION_COLOURS, strict=True):
-    hits, scores = ranked_hits(table, 0.5)
+for ax, name, colour in zip(axes, tables, plotting.LESION_COLOURS, strict=True):
+    hits, scores = ranked_hits(tables[name], 0.5)
     recall = hits.cumsum() / n_true[name]
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]
-    _ = ax.plot(recall, precision, color="black", lw=0.8, label="as counted", zorder=3)
-    _ = ax.plot(recall, best, color=colour, lw=3, alpha=0.8, label="best from here on")
+    thin, thick = {"color": "black", "lw": 0.8}, {"color": colour, "lw": 3}
+    _ = ax.plot(recall, precision, **thin, label="as counted", zorder=3)
+    _ = ax.plot(recall, best, **thick, alpha=0.8, label="best from here on")
     for threshold, marker in ((0.75, "o"), (0.5, "s")):
         k = (scores > threshold).sum() - 1
-        _ = ax.plot(
-            recall[k], precision[k], marker, color="black", label=f"score > {threshold}", ls=""
-        )
+        look = {"color": "black", "label": f"score > {threshold}", "ls": ""}
+        _ = ax.plot(recall[k], precision[k], marker, **look)
     ap = average_precision(hits, n_true[name])
     _ = ax.set(
         title=f"{name}: AP50 {ap:.2f}",
@@ -873,7 +891,8 @@ for (name, values), colour, line in zip(
     curve.items(), plotting.LESION_COLOURS, plotting.LESION_LINES, strict=True
 ):
     _ = ax.plot(ious, values, line, color=colour, marker="o", label=name)
-_ = ax.set(xlabel="IoU threshold (no unit)", ylabel="AP (no unit)", ylim=(0, 1))
+_ = ax.set(xlabel="IoU threshold (no unit)", ylabel="AP (no unit)")
+_ = ax.set_ylim(0, 1)
 _ = ax.legend()
 plt.show()
 
@@ -1029,7 +1048,7 @@ for code, name in enumerate(classes, start=2):
 
 # %%
 def slice_dice(pairs, score=0.75):
-    """Dice of each slice and class, float [M, classes]; NaN if neither has it."""
+    """Dice of each slice and class, float [M, classes]; NaN: neither has it."""
     rows = []
     for prediction, target in pairs:
         painted = semantic_mask(prediction, score)
@@ -1043,7 +1062,8 @@ def slice_dice(pairs, score=0.75):
 dices = slice_dice(pairs)
 for name, column in zip(classes, dices.T, strict=True):
     count = np.isfinite(column).sum()
-    print(f"Dice of {name:3} {np.nanmean(column):.2f}, mean of {count} slices")
+    mean = np.nanmean(column)
+    print(f"Dice of {name:3} {mean:.2f}, mean of {count} slices")
 
 # %% [markdown]
 # AP and Dice can disagree. Dice sees one score threshold and no instances, so joining two lesions
@@ -1062,7 +1082,8 @@ for name, column in zip(classes, dices.T, strict=True):
 def bootstrap(tables, dices, repeats=200, seed=0):
     """AP50 and mean Dice of each draw of patients, two arrays [repeats]."""
     rng = np.random.default_rng(seed)
-    slices_of = [np.flatnonzero(np.array(patients) == name) for name in chosen]
+    of = np.array(patients)
+    slices_of = [np.flatnonzero(of == name) for name in chosen]
     hits = {k: [match(o, 0.5) >= 0 for _, o in t] for k, t in tables.items()}
     aps, means = [], []
     for _ in range(repeats):
@@ -1188,7 +1209,8 @@ for label, (name, table) in enumerate(tables.items(), start=1):
         label=f"{name} ({len(areas)} lesions)",
     )  # fmt: skip
     assert y[0] < y[-1]
-_ = ax.set(xscale="log", xlabel="Area of the lesion (% of the image)", ylim=(0, 1.03))
+_ = ax.set(xlabel="Area of the lesion (% of the image)")
+_ = ax.set(xscale="log", ylim=(0, 1.03))
 ticks = (0.1, 0.2, 0.5, 1, 2)
 _ = ax.set_xticks(ticks, [str(tick) for tick in ticks])
 _ = ax.set_xticks([], minor=True)
@@ -1210,8 +1232,9 @@ plt.show()
 
 # %%
 control = SliceImages(root / "slices", "test")
-control = [control[i][0] for i in range(len(control)) if control.labels[i] == 0][:50]
-tops = [max(detect(image)["scores"].tolist(), default=0.0) for image in control]
+healthy = [i for i, label in enumerate(control.labels) if label == 0][:50]
+found_in = [detect(control[i][0])["scores"].tolist() for i in healthy]
+tops = [max(scores, default=0.0) for scores in found_in]
 for threshold in (0.25, 0.5, 0.75):
     alarms = sum(top > threshold for top in tops)
     low, high = wilson(alarms, len(tops))

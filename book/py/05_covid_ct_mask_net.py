@@ -62,7 +62,12 @@ from torch import nn
 
 import covidmask
 from covidmask import plotting
-from covidmask.config import IMAGE_CLASSES, PRESETS, ClassifierConfig, DetectorConfig
+from covidmask.config import (
+    IMAGE_CLASSES,
+    PRESETS,
+    ClassifierConfig,
+    DetectorConfig,
+)
 from covidmask.datasets import make_slice, old_friend
 from covidmask.diagrams import model_diagram
 from covidmask.interactive import frame_slider
@@ -96,8 +101,10 @@ SEED = 0
 # %%
 # NBVAL_CHECK_OUTPUT
 preset = PRESETS[PRESET]
-size, n, hidden = preset.phantoms.size, preset.classifier.n_boxes, preset.classifier.hidden
-print(f"slices of {size} x {size} pixels, N = {n} ranked boxes, hidden layers {hidden} wide")
+size = preset.phantoms.size
+n, hidden = preset.classifier.n_boxes, preset.classifier.hidden
+print(f"slices of {size} x {size} pixels, N = {n} ranked boxes,")
+print(f"hidden layers {hidden} wide")
 
 # %% [markdown]
 # ## The model on one page
@@ -136,19 +143,24 @@ def model_input(image):
 
 
 friend = model_input(old_friend(size)[0])
-others = [
-    model_input(make_slice(seed, k, size)[0]) for k in range(3) for seed in range(1, each + 1)
-]
+others = []
+for k in range(3):
+    for seed in range(1, each + 1):
+        others.append(model_input(make_slice(seed, k, size)[0]))
 # [24]: 0 control, 1 pneumonia, 2 COVID-19
 labels = torch.arange(3).repeat_interleave(each)
 with torch.no_grad():
     # [25, N, 5]
-    rows = torch.cat([model.ranked_boxes([image]) for image in [friend, *others]])
+    pictures = [friend, *others]
+    rows = torch.cat([model.ranked_boxes([image]) for image in pictures])
 friend_rows, other_rows = rows[:1], rows[1:]  # [1, N, 5], [24, N, 5]
 
 # %% mystnb={"image": {"alt": "Three synthetic axial chest slices in the lung window, side by side, each with two dark lungs and bright vessels around a white heart or great vessels, in a wall of ribs, muscle and fat: our old friend with lesions in both lungs, a control without lesions, and a common pneumonia."}, "figure": {"caption": "Our old friend, one control and one common pneumonia. We use all three again below. Synthetic."}}
-shown = {"Old friend (COVID-19)": 0, "Control": 1, "Common pneumonia": 1 + each}
-pictures = [friend, *others]
+shown = {
+    "Old friend (COVID-19)": 0,
+    "Control": 1,
+    "Common pneumonia": 1 + each,
+}
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.7), layout="constrained")
 for (name, i), ax in zip(shown.items(), axes, strict=True):
     _ = plotting.show_slice(pictures[i].cpu(), ax)
@@ -204,7 +216,7 @@ for n_out, n_in in zip(outputs, inputs, strict=True):
     biases.append(torch.zeros(n_out, device=device))
     drawn = matrix.std().item()
     assert abs(drawn / theory - 1) < 0.15
-    print(f"{n_in:5} -> {n_out:5}: standard deviation {drawn:.4f}, theory {theory:.4f}")
+    print(f"{n_in:5} -> {n_out:5}: drawn {drawn:.4f}, theory {theory:.4f}")
 
 # %% [markdown]
 # The forward pass takes four lines. PyTorch's `nn.Linear` keeps $W$ as [out, in], hence the
@@ -232,7 +244,8 @@ with torch.no_grad():
     for layer, matrix, bias in zip(layers, matrices, biases, strict=True):
         _ = layer.weight.copy_(matrix)
         _ = layer.bias.copy_(bias)
-    assert torch.allclose(s_by_hand(rows, matrices, biases), fresh(rows), atol=1e-3)
+    by_hand = s_by_hand(rows, matrices, biases)
+    assert torch.allclose(by_hand, fresh(rows), atol=1e-3)
 
 layers = (model.s.fc_scores, model.s.fc_scores_2, model.s.fc_scores_img)
 trained = (
@@ -265,14 +278,16 @@ print(tuple(logits.shape), "logits: the same by hand and by the package")
 
 # %%
 mean_square = rows.square().mean().item()
-print(f"{'':8} size of the logits   theory    first loss   (twenty fresh S)")
-for mode, theory in (("fan_out", 10 * n / 3 * mean_square), ("fan_in", 2 * mean_square)):
+print(f"{'':8} size of the logits   theory    first loss")
+theories = {"fan_out": 10 * n / 3 * mean_square, "fan_in": 2 * mean_square}
+for mode, theory in theories.items():
     squares, losses = [], []
     for seed in range(20):
         torch.manual_seed(seed)
         s = ClassificationModule(n, hidden)
         for layer in s.children():
-            _ = nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
+            start = {"mode": mode, "nonlinearity": "relu"}
+            _ = nn.init.kaiming_normal_(layer.weight, **start)
         with torch.no_grad():
             z = s.to(device)(rows)  # [25, 3]
         squares.append(z.square().mean().item())
@@ -319,11 +334,12 @@ with torch.no_grad():
 probabilities = 1 / (1 + torch.exp(-logits))
 assert torch.allclose(probabilities, logits.sigmoid())
 assert torch.equal(probabilities.argmax(1), logits.softmax(1).argmax(1))
-print(f"{'phantom':22} {'control':>8} {'pneum.':>7} {'COVID':>7} {'sum':>6}   predicted")
+print(f"{'phantom':22}  control  pneum.   COVID    sum   predicted")
 for name, i in shown.items():
     p = probabilities[i].tolist()
     columns = f"{p[0]:8.3f} {p[1]:7.3f} {p[2]:7.3f} {sum(p):6.3f}"
-    print(f"{name:22} {columns}   {IMAGE_CLASSES[int(probabilities[i].argmax())]}")
+    predicted = IMAGE_CLASSES[int(probabilities[i].argmax())]
+    print(f"{name:22} {columns}   {predicted}")
 
 # %% [markdown]
 # Compare the two largest probabilities in each line. The predicted class is the one with the
@@ -333,10 +349,10 @@ for name, i in shown.items():
 # %%
 sums = probabilities.sum(1)
 best = probabilities[1:].argmax(1).cpu()
-print(f"sum of the three probabilities: {sums.min().item():.2f} to {sums.max().item():.2f}")
+print(f"sum of the probabilities: {sums.min():.2f} to {sums.max():.2f}")
 right = int((best == labels).sum())
 low, high = wilson(right, len(labels))
-print(f"classified right: {right} of {len(labels)} (without our old friend),")
+print(f"right without our old friend: {right} of {len(labels)},")
 print(f"95 % interval {low:.0%} to {high:.0%}")
 
 # %% [markdown]
@@ -363,7 +379,7 @@ print(f"{'':17} L_k   p_k  {'positive term':>15} {'negative term':>14}")
 for k, name in enumerate(IMAGE_CLASSES):
     terms = f"{positive[0, k].item():15.3f} {negative[0, k].item():14.3f}"
     print(f"{name:18} {int(truth[0, k])}  {p[0, k].item():.3f} {terms}")
-print(f"{'sum':27} {positive.sum().item():15.3f} {negative.sum().item():14.3f}")
+print(f"{'sum':27} {positive.sum():15.3f} {negative.sum():14.3f}")
 
 # %% [markdown]
 # The positive term does not see how high the other two classes stand. The negative term does.
@@ -375,7 +391,8 @@ print(f"{'sum':27} {positive.sum().item():15.3f} {negative.sum().item():14.3f}")
 truth = F.one_hot(labels, 3).float().to(device)  # [24, 3]
 p = probabilities[1:]
 by_hand = -(truth * p.log() + (1 - truth) * (1 - p).log()).mean()
-assert torch.allclose(by_hand, classification_loss(logits[1:], labels.to(device)), atol=1e-5)
+package = classification_loss(logits[1:], labels.to(device))
+assert torch.allclose(by_hand, package, atol=1e-5)
 print("classification loss: the same by hand and by the package")
 
 # %% [markdown]
@@ -390,7 +407,7 @@ print("classification loss: the same by hand and by the package")
 
 # %%
 def toy_training(both, steps=100):
-    """Train S on random rows; return loss, mean logit of the true and of the other classes."""
+    """Train S on random rows: loss, mean logit of true and other classes."""
     torch.manual_seed(SEED)
     toy_rows, toy_labels = torch.randn(60, n, 5), torch.randint(3, (60,))
     truth = F.one_hot(toy_labels, 3).float()
@@ -402,42 +419,40 @@ def toy_training(both, steps=100):
         # log(1 - p) = log sigma(-z)
         negative = (1 - truth) * F.logsigmoid(-z) if both else 0
         loss = -(truth * F.logsigmoid(z) + negative).sum(1).mean()
-        history.append([loss.item(), z[truth == 1].mean().item(), z[truth == 0].mean().item()])
+        means = z[truth == 1].mean().item(), z[truth == 0].mean().item()
+        history.append([loss.item(), *means])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return np.array(history), (z.argmax(1) == toy_labels).float().mean().item()
+    accuracy = (z.argmax(1) == toy_labels).float().mean().item()
+    return np.array(history), accuracy
 
 
 runs = {
     "positive term alone": toy_training(False),
     "both terms": toy_training(True),
 }
-print(f"{'':20} {'loss':>7} {'true logit':>12} {'other logits':>14} {'rows memorised':>16}")
+print(f"{'':20}    loss  true logit  other logits  memorised")
 for name, (history, accuracy) in runs.items():
     loss, right, wrong = history[-1]
-    print(f"{name:20} {loss:7.4f} {right:12.1f} {wrong:14.1f} {accuracy:16.0%}")
+    logits_of = f"{right:11.1f} {wrong:13.1f}"
+    print(f"{name:20} {loss:7.4f} {logits_of} {accuracy:10.0%}")
 
 # %% mystnb={"image": {"alt": "Left: both losses fall towards zero on a logarithmic axis. Right: with the positive term alone the mean logits of the true class and of the other classes both rise; with both terms the logits of the other classes fall."}, "figure": {"caption": "A loss of zero that says nothing: with the positive term alone every logit rises. Random rows, random labels."}}
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.7), layout="constrained")
-styles = {
-    "positive term alone": (plotting.VERMILLION, "-"),
-    "both terms": (plotting.BLUE, "--"),
-}
-for name, (history, _) in runs.items():
-    colour, line = styles[name]
-    _ = axes[0].plot(history[:, 0], color=colour, ls=line, label=name)
-    _ = axes[1].plot(
-        history[:, 1], color=colour, ls=line, marker="^", markevery=20, label=f"{name}: true class"
-    )
-    _ = axes[1].plot(
-        history[:, 2], color=colour, ls=line, marker="v", markevery=20, label=f"{name}: others"
-    )
+colours = (plotting.VERMILLION, plotting.BLUE)
+for name, colour, line in zip(runs, colours, ("-", "--"), strict=True):
+    history, look = runs[name][0], {"color": colour, "ls": line}
+    _ = axes[0].plot(history[:, 0], **look, label=name)
+    for i, which, marker in ((1, "true class", "^"), (2, "others", "v")):
+        look |= {"marker": marker, "markevery": 20}
+        _ = axes[1].plot(history[:, i], **look, label=f"{name}: {which}")
 _ = axes[0].set(xlabel="Step", ylabel="Loss (no unit)", yscale="log")
 _ = axes[1].set(xlabel="Step", ylabel="Mean logit (no unit)")
 _ = axes[1].axhline(0, color=plotting.BLACK, lw=0.8)
 _ = axes[0].legend(fontsize="small")
-_ = axes[1].legend(fontsize="x-small", loc="center", bbox_to_anchor=(0.65, 0.34), framealpha=1)
+place = {"loc": "center", "bbox_to_anchor": (0.65, 0.34)}
+_ = axes[1].legend(fontsize="x-small", framealpha=1, **place)
 plt.show()
 
 # %%
@@ -473,13 +488,16 @@ one_hot = torch.tensor([0.0, 0.0, 1.0])
 both = F.binary_cross_entropy_with_logits(z, one_hot, reduction="sum")
 alone = -(one_hot * F.logsigmoid(z)).sum()
 softmax = -(one_hot * z.log_softmax(0)).sum()
-gradients = {}
-for name, loss in (("both terms", both), ("positive term", alone), ("softmax", softmax)):
-    (gradients[name],) = torch.autograd.grad(loss, z)
-    print(f"{name:14}", " ".join(f"{value + 0.0:6.3f}" for value in gradients[name].tolist()))
-assert torch.allclose(gradients["both terms"], z.sigmoid() - one_hot)
-assert torch.allclose(gradients["positive term"], one_hot * (z.sigmoid() - 1))
-assert torch.allclose(gradients["softmax"], z.softmax(0) - one_hot)
+theory = {
+    "both terms": (both, z.sigmoid() - one_hot),
+    "positive term": (alone, one_hot * (z.sigmoid() - 1)),
+    "softmax": (softmax, z.softmax(0) - one_hot),
+}
+for name, (loss, expected) in theory.items():
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert torch.allclose(gradient, expected)
+    numbers = " ".join(f"{value + 0.0:6.3f}" for value in gradient.tolist())
+    print(f"{name:14} {numbers}")
 
 # %% [markdown]
 # ## One model of two
@@ -493,11 +511,13 @@ segmenter = trained_segmenter(PRESET, device, shipped=True)
 assembled = covid_ct_mask_net(segmenter, preset.classifier)
 
 heads = segmenter.roi_heads
-masks = count_parameters(heads.mask_head) + count_parameters(heads.mask_predictor)
+branch = heads.mask_head, heads.mask_predictor
+masks = sum(count_parameters(part) for part in branch)
 s_size = count_parameters(assembled.s)
 assert assembled.detector.roi_heads.mask_head is None
 assert heads.mask_head is not None  # the segmenter itself keeps its masks
-assert count_parameters(assembled) == count_parameters(segmenter) - masks + s_size
+expected = count_parameters(segmenter) - masks + s_size
+assert count_parameters(assembled) == expected
 
 # %% [markdown]
 # The weights are equal but lie in different memory, so training one model does not change the
@@ -507,7 +527,8 @@ assert count_parameters(assembled) == count_parameters(segmenter) - masks + s_si
 # NBVAL_CHECK_OUTPUT
 source = dict(segmenter.named_parameters())
 for name, copied in assembled.detector.named_parameters():
-    assert torch.equal(copied, source[name]) and copied.data_ptr() != source[name].data_ptr()
+    assert torch.equal(copied, source[name])
+    assert copied.data_ptr() != source[name].data_ptr()
 print(f"segmenter          {count_parameters(segmenter):10,} parameters")
 print(f"- mask branch      {masks:10,}")
 print(f"+ module S         {s_size:10,}")
@@ -519,7 +540,8 @@ print(f"= classifier       {count_parameters(assembled):10,}")
 
 # %%
 with torch.no_grad():
-    same = torch.allclose(assembled.ranked_boxes([friend]), friend_rows, atol=1e-4)
+    again = assembled.ranked_boxes([friend])
+    same = torch.allclose(again, friend_rows, atol=1e-4)
     guess = assembled([friend])[0].sigmoid()  # [3]
 assert same
 print("same ranked boxes as in the trained classifier:", same)
@@ -571,9 +593,10 @@ for mode in ("eval", "train"):
     _ = probe.backbone.train(mode == "train")
     with torch.no_grad():
         single, beside = probe.backbone(batch[:1]), probe.backbone(batch)
-    change = max((beside[key][0] - single[key][0]).abs().max().item() for key in single)
-    largest = max(value.abs().max().item() for value in single.values())
-    print(f"{mode:5} mode: the largest change is {change / largest:.2%} of the largest feature")
+    change = max((beside[k][0] - single[k][0]).abs().max() for k in single)
+    largest = max(value.abs().max() for value in single.values())
+    change = change / largest
+    print(f"{mode:5} mode: largest change {change:.2%} of largest feature")
 
 # %% [markdown]
 # ## How large is it?
@@ -596,7 +619,8 @@ assert s_parameters(256, 1024) == 2_364_419
 assert s_parameters(n, hidden) == count_parameters(model.s)
 for name, other in PRESETS.items():
     boxes, width = other.classifier.n_boxes, other.classifier.hidden
-    print(f"{name:5} N = {boxes:3}, h = {width:4}: {s_parameters(boxes, width):9,}")
+    count = s_parameters(boxes, width)
+    print(f"{name:5} N = {boxes:3}, h = {width:4}: {count:9,}")
 
 # %% [markdown]
 # Where are the other parameters? Beside the paper's model and the preset `quick` we look at one of
@@ -606,11 +630,11 @@ for name, other in PRESETS.items():
 
 # %%
 # NBVAL_CHECK_OUTPUT
-def parts_of(detector_config, classifier_config):
+def parts_of(detector_config, config):
     """Parameters of segmenter and S by part."""
     with torch.device("meta"):
         segmenter = lesion_mask_rcnn(detector_config)
-        s = ClassificationModule(classifier_config.n_boxes, classifier_config.hidden)
+        s = ClassificationModule(config.n_boxes, config.hidden)
     heads = segmenter.roi_heads
     modules = {
         "ResNet": [segmenter.backbone.body],
@@ -620,23 +644,27 @@ def parts_of(detector_config, classifier_config):
         "mask branch": [heads.mask_head, heads.mask_predictor],
         "S": [s],
     }
-    return {name: sum(map(count_parameters, group)) for name, group in modules.items()}
+    return {k: sum(map(count_parameters, m)) for k, m in modules.items()}
 
 
 light = DetectorConfig(backbone="resnet18", cut=1, light_mask_head=True)
+light_s = ClassifierConfig(n_boxes=128, hidden=512)
+paper, quick = PRESETS["paper"], PRESETS["quick"]
 chosen = {
-    "paper, ResNet-50": parts_of(PRESETS["paper"].detector, PRESETS["paper"].classifier),
-    "light, ResNet-18": parts_of(light, ClassifierConfig(n_boxes=128, hidden=512)),
-    "preset quick": parts_of(PRESETS["quick"].detector, PRESETS["quick"].classifier),
+    "paper, ResNet-50": parts_of(paper.detector, paper.classifier),
+    "light, ResNet-18": parts_of(light, light_s),
+    "preset quick": parts_of(quick.detector, quick.classifier),
 }
 print(f"{'':14}" + "".join(f"{name:>18}" for name in chosen))
 for part in chosen["preset quick"]:
-    print(f"{part:14}" + "".join(f"{parts[part]:18,}" for parts in chosen.values()))
+    counts = "".join(f"{parts[part]:18,}" for parts in chosen.values())
+    print(f"{part:14}{counts}")
 totals = {
     name: sum(p for part, p in parts.items() if part != "mask branch")
     for name, parts in chosen.items()
 }
-print(f"{'classifier':14}" + "".join(f"{total:18,}" for total in totals.values()))
+counts = "".join(f"{total:18,}" for total in totals.values())
+print(f"{'classifier':14}{counts}")
 
 # %% mystnb={"image": {"alt": "Three stacked horizontal bars, one for each model, in percent of the classifier's parameters: most of the paper's model is the ResNet, and S has a small share in each."}, "figure": {"caption": "Where the parameters of the classifier are. In the regime heads, S is all that trains."}}
 fig, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")
@@ -651,8 +679,9 @@ for row, (name, parts) in enumerate(chosen.items()):
     left = 0.0
     for part, (colour, hatch) in fills.items():
         width = 100 * parts[part] / totals[name]
-        style = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.5}
-        _ = ax.barh(row, width, 0.6, left, label=part if row == 0 else None, **style)
+        style = {"color": colour, "hatch": hatch, "ec": "black", "lw": 0.5}
+        style["label"] = part if row == 0 else None
+        _ = ax.barh(row, width, 0.6, left, **style)
         left += width
 names = [f"{name}\n{totals[name] / 1e6:.2f} million" for name in chosen]
 _ = ax.set_yticks(range(len(names)), names)
@@ -679,8 +708,9 @@ def entries(module):
 # the paper's, or light ones of the released code
 def both_models(backbone="resnet50"):
     light = backbone != "resnet50"
-    segmenter = lesion_mask_rcnn(DetectorConfig(backbone=backbone, light_mask_head=light))
-    config = ClassifierConfig(n_boxes=128, hidden=512) if light else ClassifierConfig()
+    detector = DetectorConfig(backbone=backbone, light_mask_head=light)
+    segmenter = lesion_mask_rcnn(detector)
+    config = light_s if light else ClassifierConfig()
     return segmenter, covid_ct_mask_net(segmenter, config)
 
 
@@ -691,7 +721,7 @@ with torch.device("meta"):  # shapes without numbers
 s_count = count_parameters(paper_model.s)
 published = [
     ("Mask R-CNN", 31.78, "segmenter entries", entries(paper_segmenter)),
-    ("full", 34.14, "segmenter entries + S", entries(paper_segmenter) + s_count),
+    ("full", 34.14, "those + S", entries(paper_segmenter) + s_count),
     ("heads+BN", 2.36, "S alone", s_count),
     ("ResNet-34 cut 0", 24.86, "classifier entries", entries(resnet34)),
     ("ResNet-18 cut 0", 14.75, "classifier entries", entries(resnet18)),
@@ -724,23 +754,26 @@ for name, millions, rule, count in published:
 # NBVAL_CHECK_OUTPUT
 rpn = count_parameters(paper_model.detector.rpn)
 whole = count_parameters(paper_model)
-heads_bn = sum(parameter.numel() for parameter in set_regime(paper_model, "heads_bn"))
-print(f"segmenter                     {count_parameters(paper_segmenter):12,}")
+heads_bn = sum(p.numel() for p in set_regime(paper_model, "heads_bn"))
+segmenter_size = count_parameters(paper_segmenter)
+print(f"segmenter                     {segmenter_size:12,}")
 print(f"classifier                    {whole:12,}")
 print(f"trains in heads: S            {s_count:12,}")
 print(f"trains in heads + BN          {heads_bn:12,}")
-print(f"gets a gradient in full       {whole - rpn:12,}   (all but the RPN)")
+print(f"gets a gradient in full       {whole - rpn:12,}   (without RPN)")
 
 # %%
 # NBVAL_CHECK_OUTPUT
 roi_heads = paper_model.detector.roi_heads
-box_heads = count_parameters(roi_heads.box_head) + count_parameters(roi_heads.box_predictor)
+box_heads = count_parameters(roi_heads.box_head)
+box_heads += count_parameters(roi_heads.box_predictor)
 norms = [m for m in paper_model.modules() if isinstance(m, nn.BatchNorm2d)]
 # gamma and beta; as many running values
 affine = sum(2 * norm.num_features for norm in norms)
-print(f"S / 2**20                                     {s_count / 2**20:.4f}")
-print(f"RPN and box heads, millions                   {(rpn + box_heads) / 1e6:.4f}")
-print(f"RPN, box heads and all values of BN, millions {(rpn + box_heads + 2 * affine) / 1e6:.4f}")
+own, with_bn = rpn + box_heads, rpn + box_heads + 2 * affine
+print(f"S / 2**20                           {s_count / 2**20:.4f}")
+print(f"RPN and box heads, millions         {own / 1e6:.4f}")
+print(f"those and all values of BN          {with_bn / 1e6:.4f}")
 
 # %% [markdown]
 # The first two come to 2.25. The third gives 2.36 if it is rounded (if it is cut, as most numbers
@@ -752,7 +785,8 @@ print(f"RPN, box heads and all values of BN, millions {(rpn + box_heads + 2 * af
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print(f"test / train {21_191 / 3_000:.2f} (printed 7.06), train / test {3_000 / 21_191:.2f}")
+print(f"test / train {21_191 / 3_000:.2f} (printed 7.06)")
+print(f"train / test {3_000 / 21_191:.2f}")
 print(f"COVNet: 438 / 3,000 = {438 / 3_000:.3f} (printed 0.129)")
 
 # %% [markdown]
@@ -794,27 +828,26 @@ print(tuple(slope.shape), "by hand and by autograd")
 # usual size.
 
 # %% mystnb={"image": {"alt": "Left: gradient of the COVID-19 logit by the score at each rank, for our old friend and as a mean over control, common pneumonia and COVID-19 phantoms. Right: gradient times spread by rank, one curve for the score and one for the four deltas together."}, "figure": {"caption": "Which inputs move the COVID-19 logit. Left: by the score at each rank. Right: effect of a change of usual size. Ranks on a logarithmic axis, mean over phantoms. Synthetic."}}
-groups = {
-    "Old friend": slope[:1],
-    **{IMAGE_CLASSES[k]: slope[1:][labels == k] for k in range(3)},
-}
-looks = [
-    (plotting.BLACK, "-."),
-    *zip(plotting.CLASS_COLOURS, plotting.CLASS_LINES, strict=True),
-]
+groups = {"Old friend": slope[:1]}
+for k, name in enumerate(IMAGE_CLASSES):
+    groups[name] = slope[1:][labels == k]
+colours = plotting.BLACK, *plotting.CLASS_COLOURS
+lines = "-.", *plotting.CLASS_LINES
 ranks = np.arange(1, n + 1)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
-for (name, values), (colour, line) in zip(groups.items(), looks, strict=True):
-    _ = axes[0].plot(ranks, values[..., 0].mean(0).cpu(), color=colour, ls=line, label=name)
+for name, colour, line in zip(groups, colours, lines, strict=True):
+    mean = groups[name][..., 0].mean(0).cpu()
+    _ = axes[0].plot(ranks, mean, color=colour, ls=line, label=name)
 _ = axes[0].axhline(0, color=plotting.BLACK, lw=0.8)
 _ = axes[0].set(xlabel="Rank", ylabel="Gradient by the score (no unit)")
 _ = axes[0].legend(fontsize="small")
 effect = (slope.abs() * rows.std(0)).mean(0).cpu()  # [N, 5]
 _ = axes[1].plot(ranks, effect[:, 0], color=plotting.ORANGE, label="score")
-_ = axes[1].plot(
-    ranks, effect[:, 1:].sum(1), color=plotting.SKY_BLUE, ls="--", label="four deltas together"
-)
-_ = axes[1].set(xlabel="Rank", ylabel="|gradient| x spread (no unit)", ylim=(0, None))
+look = {"color": plotting.SKY_BLUE, "ls": "--"}
+deltas = effect[:, 1:].sum(1)
+_ = axes[1].plot(ranks, deltas, **look, label="four deltas together")
+_ = axes[1].set(xlabel="Rank", ylabel="|gradient| x spread (no unit)")
+_ = axes[1].set_ylim(0, None)
 _ = axes[1].legend(fontsize="small")
 ticks = [2**power for power in range(n.bit_length()) if 2**power <= n]
 for ax in axes:
@@ -823,13 +856,19 @@ for ax in axes:
 plt.show()
 
 # %%
-bands = {"1": (0, 1), f"2 to {n // 4}": (1, n // 4), f"{n // 2 + 1} to {n}": (n // 2, n)}
-print(f"{'mean gradient by the score, at ranks':38}" + "".join(f"{name:>10}" for name in bands))
+bands = {
+    "1": slice(0, 1),
+    f"2 to {n // 4}": slice(1, n // 4),
+    f"{n // 2 + 1} to {n}": slice(n // 2, n),
+}
+header = "".join(f"{name:>10}" for name in bands)
+print(f"{'mean gradient by the score, at ranks':38}{header}")
 for name, values in groups.items():
-    means = [values[:, start:stop, 0].mean().item() for start, stop in bands.values()]
+    means = [values[:, band, 0].mean().item() for band in bands.values()]
     print(f"{name:38}" + "".join(f"{mean:10.3f}" for mean in means))
 share = (effect.sum(0) / effect.sum()).tolist()  # of the five columns
-shares = [f"{name} {value:.0%}" for name, value in zip(plotting.BOX_NUMBERS, share, strict=True)]
+named = zip(plotting.BOX_NUMBERS, share, strict=True)
+shares = [f"{name} {value:.0%}" for name, value in named]
 print("share of |gradient| x spread:", ", ".join(shares))
 
 # %% [markdown]
@@ -861,22 +900,25 @@ steps = sorted({0, *(n // 2**power for power in range(6))})
 
 
 def draw_mixture(k):
-    """Scores of the mixed ranking, and the three probabilities that S gives it."""
+    """Scores of the mixed ranking, and the probabilities that it gets."""
     mixed = torch.cat([friend_rows[0, :k], control_rows[k:]])  # [N, 5]
     with torch.no_grad():
         p = model.s(mixed[None])[0].sigmoid().cpu()  # [3]
     fig, axes = plt.subplots(1, 2, figsize=(6.6, 3.3), layout="constrained")
     ends = (mixed[:k, 0].cpu(), mixed[k:, 0].cpu())
-    _ = axes[0].plot(ranks[:k], ends[0], "o", color=plotting.VERMILLION, ms=4, label="old friend")
-    _ = axes[0].plot(
-        ranks[k:], ends[1], "s", color=plotting.GREEN, ms=4, mfc="none", label="control"
-    )
-    _ = axes[0].set(xlabel="Rank", ylabel="Score (no unit)", ylim=(-0.05, 1.05), xlim=(0, n + 1))
+    look = {"color": plotting.VERMILLION, "ms": 4}
+    _ = axes[0].plot(ranks[:k], ends[0], "o", **look, label="old friend")
+    look = {"color": plotting.GREEN, "ms": 4, "mfc": "none"}
+    _ = axes[0].plot(ranks[k:], ends[1], "s", **look, label="control")
+    _ = axes[0].set(xlabel="Rank", ylabel="Score (no unit)")
+    _ = axes[0].set(xlim=(0, n + 1), ylim=(-0.05, 1.05))
     _ = axes[0].legend(fontsize="small")
     names = [name.replace(" ", "\n") for name in IMAGE_CLASSES]
-    bars = axes[1].bar(names, p, color=plotting.CLASS_COLOURS, edgecolor="black", linewidth=0.5)
+    look = {"color": plotting.CLASS_COLOURS, "ec": "black", "lw": 0.5}
+    bars = axes[1].bar(names, p, **look)
     _ = axes[1].bar_label(bars, fmt="%.2f")
-    _ = axes[1].set(xlabel="Image class", ylabel="Probability (no unit)", ylim=(0, 1.12))
+    _ = axes[1].set(xlabel="Image class", ylim=(0, 1.12))
+    _ = axes[1].set_ylabel("Probability (no unit)")
     return fig
 
 
@@ -884,8 +926,9 @@ frame_slider(
     [draw_mixture(k) for k in steps],
     [f"{k} of {n} boxes from the old friend" for k in steps],
     "Ranked boxes taken from the old friend",
-    "Left: scores by rank, the first from the old friend and the others from a control. "
-    "Right: three bars with the probabilities of control, common pneumonia and COVID-19",
+    "Left: scores by rank, the first from the old friend and the others "
+    "from a control. Right: three bars with the probabilities of control, "
+    "common pneumonia and COVID-19",
     caption="A control whose best boxes give way to those of a COVID-19 phantom. Synthetic.",
     dpi=80,
 )
