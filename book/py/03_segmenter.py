@@ -136,8 +136,7 @@ train, test = (
 chosen = list(dict.fromkeys(test.patients))[:JUDGED_PATIENTS]
 those = [i for i, name in enumerate(test.patients) if name in chosen]
 judged = Subset(test, those)
-# of each judged slice
-patients = [test.patients[i] for i in judged.indices]
+patients = [test.patients[i] for i in those]  # of each judged slice
 true = [target for _, target in judged]
 print(f"train:  {len(train)} slices of {len(set(train.patients))} patients")
 print(f"judged: {len(judged)} slices of {len(chosen)} patients,")

@@ -392,8 +392,9 @@ print("dropped by the threshold:", int((scores <= config.score).sum()))
 with torch.no_grad():
     maps, proposed, shapes = propose(detector, slices)
     all_logits, all_deltas = run_box_head(detector, maps, proposed, shapes)
-# three of [2P]
-all_scores = [part.softmax(dim=1)[:, 1:].flatten() for part in all_logits]
+all_scores = []  # three of [2P]
+for part in all_logits:
+    all_scores.append(part.softmax(dim=1)[:, 1:].flatten())
 print("candidates with a score above   -0.01    0.05     0.5")
 for name, values in zip(names, all_scores, strict=True):
     above = [int((values > score).sum()) for score in (-0.01, 0.05, 0.5)]
@@ -426,7 +427,7 @@ plt.show()
 
 # %% [markdown]
 # Look at the control. Where a threshold leaves no candidate, the list is empty, and there is
-# nothing to classify. (How many controls this happens to, we count in the last section.) Without a
+# nothing to classify. (The last section counts how many controls this happens to.) Without a
 # threshold it has about as many candidates as the others, and a curve of its own, which describes
 # the slice: that even the best place in these lungs hardly looks like a lesion is worth knowing
 # about a healthy slice. The paper gives this reason, and adds that the *ranking* of weak boxes is a
@@ -461,9 +462,8 @@ for kind in (1, 2):  # GGO and C do not suppress each other
     mine = index[label[index] == kind]
     survivors.append(mine[nms_by_hand(box[mine], scores[mine], config.nms)])
 survivors = torch.cat(survivors)
-# [K]
 order = scores[survivors].argsort(descending=True, stable=True)
-survivors = survivors[order]
+survivors = survivors[order]  # [K]
 
 
 def library_nms(threshold):

@@ -150,9 +150,9 @@ for k in range(3):
 # [24]: 0 control, 1 pneumonia, 2 COVID-19
 labels = torch.arange(3).repeat_interleave(each)
 with torch.no_grad():
-    # [25, N, 5]
     pictures = [friend, *others]
-    rows = torch.cat([model.ranked_boxes([image]) for image in pictures])
+    rows = [model.ranked_boxes([image]) for image in pictures]
+    rows = torch.cat(rows)  # [25, N, 5]
 friend_rows, other_rows = rows[:1], rows[1:]  # [1, N, 5], [24, N, 5]
 
 # %% mystnb={"image": {"alt": "Three synthetic axial chest slices in the lung window, side by side, each with two dark lungs and bright vessels around a white heart or great vessels, in a wall of ribs, muscle and fat: our old friend with lesions in both lungs, a control without lesions, and a common pneumonia."}, "figure": {"caption": "Our old friend, one control and one common pneumonia. We use all three again below. Synthetic."}}
