@@ -190,10 +190,10 @@ for key, value in targets[0].items():
 # | `loss_box_reg` | box head | how must the RoI move, given its class? | smooth L1 |
 # | `loss_mask` | mask head | which pixels of the RoI are lesion, given its class? | binary cross-entropy |
 #
-# Before the first step the network knows nothing, so each loss should be what a guess costs: $\ln
-# 2$ between two answers, $\ln 3$ between three. The box losses start near 0, because they count
-# only positive anchors and RoIs, and there are few of those. The mask loss starts higher than $\ln
-# 2$: torchvision draws the first weights of the mask head larger than those of the RPN, so its
+# Before the first step the network knows nothing, so each loss should be what a guess costs:
+# $\ln 2$ between two answers, $\ln 3$ between three. The box losses start near 0, because they
+# count only positive anchors and RoIs, and there are few of those. The mask loss starts higher than
+# $\ln 2$: torchvision draws the first weights of the mask head larger than those of the RPN, so its
 # first guesses are confident, and being confidently wrong costs more than being undecided.
 
 # %%
