@@ -273,8 +273,8 @@ print(tuple(logits.shape), "logits: the same by hand and by the package")
 #
 # A model that knows nothing should say so, with logits near 0, all probabilities near one half, and
 # a loss of $\log 2 = 0.69$. Instead the fresh $S$ is sure of itself and wrong. With fan-in the same
-# calculation gives $\overline{z^2} = 2 \, \overline{x^2}$. (The table gives half the width of a 95
-# % interval with the mean loss.)
+# calculation gives $\overline{z^2} = 2 \, \overline{x^2}$. We try twenty fresh $S$ of each kind; the
+# number behind the mean loss is half the width of its 95 % interval.
 
 # %%
 mean_square = rows.square().mean().item()
