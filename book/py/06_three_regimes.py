@@ -100,9 +100,11 @@ from covidmask.training import (
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, all digits of float32 count
-print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
+# on a GPU, too, all digits of float32 count
+torch.backends.cudnn.allow_tf32 = False
+print(f"covidmask {covidmask.__version__}, torch {torch.__version__}")
 print(f"numpy {np.__version__}, Python {platform.python_version()}")
+print(device)
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -127,7 +129,7 @@ def fresh():
 
 
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
-slices = {split: SliceImages(root / "slices", split) for split in ("train", "val")}
+slices = {s: SliceImages(root / "slices", s) for s in ("train", "val")}
 lesions = LesionSlices(root / "lesions", "test", min_area=preset.min_area)
 
 friend, friend_mask = old_friend(preset.phantoms.size)
@@ -150,7 +152,8 @@ friend = torch.from_numpy(friend).expand(3, -1, -1).to(device)  # [3, H, W]
 # Before you read on: which parts will *not* change even in "full"?
 
 # %% mystnb={"image": {"alt": "A grid with one column for each part of the network, from the backbone to module S, and one row for each regime. Cells say learns, passes the gradient on, or no gradient. Only S learns in heads; S and the batch-norm affine parameters in heads plus BN; everything but RPN and batch-norm statistics in full."}, "figure": {"caption": "What learns in which regime, and how far back the gradient runs. The RPN and the statistics of batch normalisation change in none of them; this chapter shows why."}}
-parts = ("Backbone\nconv.", "BN\nγ, β", "BN\nstatistics", "FPN", "RPN", "Box head,\npredictor", "S")
+parts = ["Backbone\nconv.", "BN\nγ, β", "BN\nstatistics", "FPN", "RPN"]
+parts += ["Box head,\npredictor", "S"]
 plan = {
     "heads": "nnnnnnl",
     "heads + BN": "plnpnpl",
@@ -179,9 +182,14 @@ for row, codes in enumerate(plan.values()):
             ha="center",
             va="center",
             fontsize=9,
-            bbox={"facecolor": colours[code], "edgecolor": "none", "pad": 1.5},
+            bbox={
+                "facecolor": colours[code],
+                "edgecolor": "none",
+                "pad": 1.5,
+            },
         )
-_ = ax.set(xlim=(0, 7), ylim=(3, 0), xlabel="Part of the network", ylabel="Regime")
+_ = ax.set(xlim=(0, 7), ylim=(3, 0))
+_ = ax.set(xlabel="Part of the network", ylabel="Regime")
 _ = ax.set_xticks(np.arange(7) + 0.5, parts)
 _ = ax.set_yticks(np.arange(3) + 0.5, list(plan))
 _ = ax.tick_params(length=0)
@@ -205,11 +213,16 @@ def pick(dataset, indices):
     return part
 
 
-batch = pick(slices["train"], range(0, len(slices["train"]), len(slices["train"]) // 100))
-batch = pick(batch, epoch_batches(len(batch), training.batch_size, epoch=0, seed=SEED)[0])
-# the order in which the step below takes them
-order = epoch_batches(len(batch), training.batch_size, epoch=0, seed=SEED)[0]
-images = [batch[i][0].to(device) for i in order]  # B x [3, S, S]
+def first_batch(dataset):
+    """Indices of the slices of the first step of an epoch."""
+    return epoch_batches(len(dataset), training.batch_size, 0, SEED)[0]
+
+
+total = len(slices["train"])
+batch = pick(slices["train"], range(0, total, total // 100))
+batch = pick(batch, first_batch(batch))
+order = first_batch(batch)  # in which the step below takes them
+images = [batch[i][0].to(device) for i in order]  # B x [3, H, W]
 labels = torch.tensor([batch[i][1] for i in order], device=device)  # [B]
 
 # %% [markdown]
@@ -229,7 +242,8 @@ print(tuple(rows.shape), "requires a gradient:", rows.requires_grad)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-first, second, last = model.s.fc_scores, model.s.fc_scores_2, model.s.fc_scores_img
+first, second = model.s.fc_scores, model.s.fc_scores_2
+last = model.s.fc_scores_img
 x = rows.flatten(1)  # [B, 5N]
 x = (x @ first.weight.T + first.bias).clamp(min=0)  # [B, hidden]
 x = (x @ second.weight.T + second.bias).clamp(min=0)  # [B, hidden]
@@ -291,7 +305,12 @@ for theta, gradient in zip(parameters, gradients, strict=True):
 # NBVAL_CHECK_OUTPUT
 package = fresh()
 _ = train_classifier(
-    package, batch, "heads_bn", replace(training, epochs=1), seed=SEED, progress=False
+    package,
+    batch,
+    "heads_bn",
+    replace(training, epochs=1),
+    seed=SEED,
+    progress=False,
 )
 moved = list(package.s.parameters()) + [
     parameter
@@ -299,9 +318,10 @@ moved = list(package.s.parameters()) + [
     if isinstance(layer, nn.BatchNorm2d)
     for parameter in (layer.weight, layer.bias)
 ]
-apart = torch.cat([(a - b).abs().flatten() for a, b in zip(moved, by_hand, strict=True)])
+pairs = zip(moved, by_hand, strict=True)
+apart = torch.cat([(a - b).abs().flatten() for a, b in pairs])
 assert (apart < 0.01 * alpha).float().mean() > 0.99
-print(f"one step by hand and by the package: {len(moved)} tensors, the same")
+print(f"a step by hand and by the package: {len(moved)} tensors, the same")
 
 # %% [markdown]
 # ## What one step changes
@@ -324,11 +344,12 @@ PARTS = (
 
 
 def part_of(name, tensor):
-    """The part of the network that a tensor of the state dict belongs to."""
+    """The part of the network to which an entry of a state dict belongs."""
     if "running_" in name or "num_batches" in name:
         return "BN statistics"
     if "backbone.body" in name:  # ResNet's convolutions have no bias
-        return "BN gamma, beta" if tensor.ndim == 1 else "backbone convolutions"
+        of_norm = tensor.ndim == 1
+        return "BN gamma, beta" if of_norm else "backbone convolutions"
     for key, part in (
         ("fpn.", "FPN"),
         ("rpn.", "RPN"),
@@ -341,12 +362,14 @@ def part_of(name, tensor):
 
 
 def one_step(regime, images, labels, rate):
-    """The model after one step of a regime, and its state dict before it."""
+    """The model after one step of a regime; its state dict before it."""
     model = fresh()
     trained = set_regime(model, regime)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
     model.train()  # leaves the detector in eval mode
-    adam = torch.optim.Adam(trained, lr=rate, weight_decay=training.weight_decay)
+    decay = training.weight_decay
+    adam = torch.optim.Adam(trained, lr=rate, weight_decay=decay)
     classification_loss(model(images), labels).backward()
     adam.step()
     return model, before
@@ -357,20 +380,21 @@ def one_step(regime, images, labels, rate):
 few = slice(0, min(8, len(images)))
 stepped, changed = {}, {}
 for regime in REGIMES:
-    stepped[regime] = one_step(regime, images[few], labels[few], training.lr)
-    model, before = stepped[regime]
+    model, before = one_step(regime, images[few], labels[few], training.lr)
     count = dict.fromkeys(PARTS, 0)
     for name, tensor in model.state_dict().items():
-        count[part_of(name, tensor)] += not torch.equal(tensor, before[name])
-    changed[regime] = count
+        same = torch.equal(tensor, before[name])
+        count[part_of(name, tensor)] += not same
+    assert count["RPN"] == count["BN statistics"] == 0
+    stepped[regime], changed[regime] = (model, before), count
 
-print(f"{'tensors changed':22} {'of':>4}" + "".join(f"{regime:>10}" for regime in REGIMES))
+print(f"{'tensors changed':22} {'of':>4}", *(f"{r:>9}" for r in REGIMES))
 names = {name: part_of(name, tensor) for name, tensor in before.items()}
 for part in PARTS:
     total = list(names.values()).count(part)
-    print(f"{part:22} {total:4}" + "".join(f"{changed[regime][part]:10}" for regime in REGIMES))
+    counts = [f"{changed[regime][part]:9}" for regime in REGIMES]
+    print(f"{part:22} {total:4}", *counts)
     assert part == "module S" or changed["heads"][part] == 0
-assert all(changed[regime]["RPN"] == changed[regime]["BN statistics"] == 0 for regime in REGIMES)
 
 # %% [markdown]
 # Two rows stay at zero in all regimes.
@@ -386,12 +410,13 @@ assert all(changed[regime]["RPN"] == changed[regime]["BN statistics"] == 0 for r
 
 # %%
 model, before = stepped["full"]
-unreached = {names[n] for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+learns = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+unreached = {names[n] for n, p in learns if p.grad is None}
 assert unreached == {"RPN"}
 features, proposals, _ = propose(model.detector, images[:1])
 assert all(feature.requires_grad for feature in features.values())
 assert not proposals[0].requires_grad
-print("on the optimiser's list but without a gradient:", ", ".join(unreached))
+print("on the optimiser's list, without a gradient:", ", ".join(unreached))
 
 # %% [markdown]
 # "No gradient" and "a gradient of zero" are not the same. Adam skips a parameter whose gradient is
@@ -404,7 +429,8 @@ for gradient in (None, torch.zeros(1)):
     theta = torch.ones(1, requires_grad=True)
     theta.grad = gradient
     torch.optim.Adam([theta], lr=0.01, weight_decay=0.001).step()
-    print(f"gradient {'none' if gradient is None else 'zero'}: 1 becomes {theta.item():.2f}")
+    kind = "none" if gradient is None else "zero"
+    print(f"gradient {kind}: 1 becomes {theta.item():.2f}")
 
 # %% [markdown]
 # The box predictor shows where this leads. It also predicts deltas for the background, which no
@@ -412,9 +438,10 @@ for gradient in (None, torch.zeros(1)):
 # in the segmenter's training weight decay alone has moved their weights:
 
 # %%
-weights = segmenter.roi_heads.box_predictor.bbox_pred.weight.detach()  # [4 C, features]
-names_of_deltas = ("background", *(f"lesion class {k}" for k in range(1, len(weights) // 4)))
-for name, part in zip(names_of_deltas, weights.split(4), strict=True):
+predictor = segmenter.roi_heads.box_predictor
+weights = predictor.bbox_pred.weight.detach()  # [4 C, features]
+for label, part in enumerate(weights.split(4)):
+    name = f"lesion class {label}" if label else "background"
     print(f"deltas of {name:15} median weight {part.abs().median():.4f}")
 
 # %% [markdown]
@@ -433,7 +460,8 @@ for name, p in model.named_parameters():
         sizes.setdefault(part, []).append(before[name].abs().flatten())
 for part, values in sizes.items():
     size = torch.cat(values).median().item()
-    print(f"{part:22} {size:11.3f} {100 * training.lr / max(size, 1e-9):15.1f} %")
+    percent = 100 * training.lr / max(size, 1e-9)
+    print(f"{part:22} {size:11.3f} {percent:15.1f} %")
 
 # %% [markdown]
 # $S$ is random at the start, so a large step does it no harm. Convolutions and heads hold what the
@@ -452,14 +480,16 @@ for part, values in sizes.items():
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print(f"{'':8}" + "".join(f"{regime:>12}" for regime in REGIMES) + f"{'of it S':>12}")
+print(f"{'':8}", *(f"{title:>11}" for title in (*REGIMES, "of it S")))
 for name in ("quick", "paper"):
-    sized = covid_ct_mask_net(lesion_mask_rcnn(PRESETS[name].detector), PRESETS[name].classifier)
+    detector = lesion_mask_rcnn(PRESETS[name].detector)
+    sized = covid_ct_mask_net(detector, PRESETS[name].classifier)
     counts = []
     for regime in REGIMES:
         set_regime(sized, regime)
         counts.append(count_trainable(sized))
-    print(f"{name:8}" + "".join(f"{n:12,}" for n in (*counts, count_parameters(sized.s))))
+    of_s = count_parameters(sized.s)
+    print(f"{name:8}", *(f"{number:11,}" for number in (*counts, of_s)))
 assert counts[:2] == [2_364_419, 2_417_539]
 
 # %% [markdown]
@@ -469,13 +499,15 @@ assert counts[:2] == [2_364_419, 2_417_539]
 
 # %%
 # NBVAL_CHECK_OUTPUT
-by_name = sum(p.numel() for n, p in sized.named_parameters() if n.startswith("s.") or "bn" in n)
+parameters = sized.named_parameters()
+found = [p for n, p in parameters if n.startswith("s.") or "bn" in n]
+by_name = sum(p.numel() for p in found)
 missed = sum(
     layer.weight.numel() + layer.bias.numel()
     for name, layer in sized.detector.named_modules()
     if isinstance(layer, nn.BatchNorm2d) and "bn" not in name
 )
-print(f"S and names with bn: {by_name:,}; missed on the shortcuts: {missed:,}")
+print(f"S and names with bn: {by_name:,}; missed: {missed:,}")
 print(f"all gamma and beta: {count_batch_norm(sized):,}")
 assert by_name == 2_409_859 and by_name + missed == 2_417_539
 
@@ -512,7 +544,8 @@ with torch.no_grad():
     d = layer.bias - a * layer.running_mean  # [channels]
     line = a[:, None, None] * x + d[:, None, None]
     assert torch.allclose(layer(x), line, rtol=1e-3, atol=1e-4)
-print("first batch-norm layer:", tuple(x.shape), "the same as one line for each channel")
+print("first batch-norm layer:", tuple(x.shape))
+print("the same as one line for each channel")
 
 # %% [markdown]
 # ### Why two numbers a channel can move a detector
@@ -527,14 +560,17 @@ print("first batch-norm layer:", tuple(x.shape), "the same as one line for each 
 with torch.no_grad():
     normalised = layer(x)[0]  # [channels, H/2, W/2]
     open_share = (normalised > 0).flatten(1).float().mean(1)
-    channel = int(normalised.relu().flatten(1).std(1).mul((open_share - 0.5).abs() < 0.4).argmax())
+    varied = normalised.relu().flatten(1).std(1)
+    channel = int((varied * ((open_share - 0.5).abs() < 0.4)).argmax())
     shift = normalised[channel].std().item()
-    maps = [(normalised[channel] + k * shift).relu().cpu() for k in (-1, 0, 1)]
+    one = normalised[channel].cpu()
+    maps = [(one + k * shift).relu() for k in (-1, 0, 1)]
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
 for k, (ax, map_) in enumerate(zip(axes, maps, strict=True)):
     drawn = ax.imshow(map_, cmap="gray", vmin=0, vmax=float(maps[2].max()))
-    _ = ax.set_title(f"β {k - 1:+d} std: {100 * (map_ > 0).float().mean():.0f} % open")
-    _ = ax.set(xlabel="x (pixels of the map)", ylabel="y (pixels of the map)")
+    open_now = (map_ > 0).float().mean()
+    _ = ax.set_title(f"β {k - 1:+d} std: {open_now:.0%} open")
+    _ = ax.set(xlabel="x (map pixels)", ylabel="y (map pixels)")
 _ = fig.colorbar(drawn, ax=axes, label="Activation (no unit)", shrink=0.8)
 plt.show()
 
@@ -548,7 +584,10 @@ plt.show()
 
 # %%
 def friend_scores(companions, statistics):
-    """Scores by rank of the old friend [N] in a batch; statistics "running" or of the "batch"."""
+    """Scores of the old friend by rank [N], in a batch with others.
+
+    Batch normalisation uses "running" statistics or those of the "batch".
+    """
     probe = fresh()
     if statistics == "batch":
         for layer in probe.modules():
@@ -559,20 +598,23 @@ def friend_scores(companions, statistics):
 
 
 def company(size, draw):
-    """`size` - 1 validation slices; `draw` 0, 1, 2 gives others each time."""
-    others = len(slices["val"])
-    chosen = [(draw * others // 3 + k * others // 50) % others for k in range(size - 1)]
+    """`size` - 1 validation slices; others for each `draw` of 0, 1, 2."""
+    total = len(slices["val"])
+    start, step = draw * total // 3, total // 50
+    chosen = [(start + k * step) % total for k in range(size - 1)]
     return [slices["val"][i][0].to(device) for i in chosen]
 
 
 alone = friend_scores([], "running")
 in_company = friend_scores(company(8, 0), "running")
-print(f"running statistics: mean change in company {(alone - in_company).abs().mean():.6f}")
+change = (alone - in_company).abs().mean()
+print(f"running statistics, in company: mean change {change:.6f}")
+assert change < 1e-3
 for draw in range(3):
     scores = friend_scores(company(8, draw), "batch")
-    print(f"statistics of batch {draw}: mean change {(alone - scores).abs().mean():.3f}")
-assert (alone - in_company).abs().mean() < 1e-3
-assert (alone - scores).abs().mean() > 1e-3
+    change = (alone - scores).abs().mean()
+    print(f"statistics of batch {draw}: mean change {change:.3f}")
+assert change > 1e-3
 
 # %% [markdown]
 # With running statistics, the other slices change nothing beyond rounding. With the statistics of
@@ -586,14 +628,23 @@ def draw_company(size):
     """The old friend's scores by rank, in batches of `size`."""
     fig, ax = plt.subplots(figsize=(5.4, 4), layout="constrained")
     ranks = np.arange(1, len(alone) + 1)
-    _ = ax.plot(ranks, alone, color="black", lw=2.5, label="running statistics, any batch")
-    styles = ((plotting.BLUE, "--"), (plotting.VERMILLION, ":"), (plotting.GREEN, "-."))
+    label = "running statistics, any batch"
+    _ = ax.plot(ranks, alone, color="black", lw=2.5, label=label)
+    colours = (plotting.BLUE, plotting.VERMILLION, plotting.GREEN)
+    styles = list(zip(colours, ("--", ":", "-."), strict=True))
     for draw, (colour, line) in enumerate(styles[: 1 if size == 1 else 3]):
         scores = friend_scores(company(size, draw), "batch")
-        label = "statistics of itself" if size == 1 else f"statistics of batch {draw + 1}"
+        whose = "itself" if size == 1 else f"batch {draw + 1}"
+        label = f"statistics of {whose}"
         _ = ax.plot(ranks, scores, color=colour, ls=line, label=label)
-    _ = ax.set(xlabel="Rank of the box (1 is the best score)", ylabel="Score (no unit)")
-    _ = ax.set(ylim=(0, 1.02), title=f"{size} slice{'s' if size > 1 else ''} in the batch")
+    _ = ax.set(
+        xlabel="Rank of the box (1 is the best score)",
+        ylabel="Score (no unit)",
+    )
+    _ = ax.set(
+        ylim=(0, 1.02),
+        title=f"{size} slice{'s' if size > 1 else ''} in the batch",
+    )
     _ = ax.legend(fontsize="small")
     return fig
 
@@ -603,10 +654,11 @@ frame_slider(
     [draw_company(size) for size in sizes],
     [f"{size} slices" if size > 1 else "1 slice" for size in sizes],
     "Slices in the batch",
-    "Scores of the old friend by rank: one black curve for running statistics, and up to three "
-    "others, for the statistics of three batches, which differ from it and from each other",
-    caption="The scores of one synthetic slice when batch normalisation uses the statistics of the "
-    "batch. The black curve is the only one that belongs to the slice alone.",
+    "Scores of the old friend by rank: one black curve for running "
+    "statistics, and up to three others for the statistics of batches",
+    caption="The scores of one synthetic slice when batch normalisation "
+    "uses the statistics of the batch. Only the black curve does not "
+    "depend on the other slices.",
     start=3,
     dpi=70,
 )
@@ -639,7 +691,8 @@ _ = ipywidgets.interact(
 live = pick(slices["train"], range(0, len(slices["train"]), 10))
 held_out = pick(slices["val"], range(0, len(slices["val"]), 3))
 short = replace(training, epochs=training.epochs // 4)
-rate = {"heads": training.lr, "heads_bn": training.lr, "full": min(training.lr, 3e-4)}
+rate = dict.fromkeys(REGIMES, training.lr)
+rate["full"] = min(training.lr, 3e-4)
 
 models, history, passes = {}, {}, {}
 for regime in REGIMES:
@@ -651,7 +704,11 @@ for regime in REGIMES:
 
     hook = models[regime].detector.backbone.register_forward_hook(count)
     history[regime] = train_classifier(
-        models[regime], live, regime, replace(short, lr=rate[regime]), seed=SEED
+        models[regime],
+        live,
+        regime,
+        replace(short, lr=rate[regime]),
+        seed=SEED,
     )
     hook.remove()
 
@@ -661,11 +718,13 @@ merged = [
     {"step": step, **{r: history[r][step]["bce"] for r in REGIMES}}
     for step in range(len(history["heads"]))
 ]
-_ = plotting.loss_curves(merged, REGIMES, ax, smooth=5, ylabel="Binary cross-entropy (no unit)")
+label = "Binary cross-entropy (no unit)"
+_ = plotting.loss_curves(merged, REGIMES, ax, smooth=5, ylabel=label)
 plt.show()
 
 # %%
-print(f"accuracy on {len(held_out)} validation slices (phantoms), 95 % by slices")
+print(f"accuracy on {len(held_out)} validation slices (phantoms)")
+print("intervals: 95 %, slices as independent")
 for regime in REGIMES:
     result = evaluate_classifier(models[regime], held_out, progress=False)
     low, high = wilson(int(result["confusion"].trace()), len(held_out))
@@ -690,10 +749,11 @@ steps = len(history["full"])
 assert passes["heads"] == len(live)
 assert passes["heads_bn"] == passes["full"] == steps * training.batch_size
 for regime in REGIMES:
-    print(f"{regime:10} {passes[regime]:5} images through the backbone, {steps} steps")
-whole = training.epochs * (len(slices["train"]) // training.batch_size) * training.batch_size
-print(f"whole preset: {len(slices['train']):,} images for heads, {whole:,} for the others")
-print(f"saved: {1 - len(slices['train']) / whole:.0%}")
+    print(f"{regime:10} {passes[regime]:5} images, {steps} steps")
+total, size = len(slices["train"]), training.batch_size
+whole = training.epochs * (total // size) * size
+print(f"whole preset: {total:,} images for heads, {whole:,} for the others")
+print(f"saved: {1 - total / whole:.0%}")
 
 # %% [markdown]
 # With $E$ epochs the saving is about $1 - 1/E$. That is why the other chapters use "heads": one can
@@ -709,17 +769,24 @@ print(f"saved: {1 - len(slices['train']) / whole:.0%}")
 # %% mystnb={"image": {"alt": "Scores of the old friend by rank: before training and after heads they coincide; after heads plus BN and after full they differ."}, "figure": {"caption": "Scores by rank of our old friend before training and after each regime. Heads leaves them as they are; in the other two the loss of the image label has changed them. Synthetic."}}
 with torch.no_grad():
     start_rows = fresh().ranked_boxes([friend])[0].cpu()  # [N, 5]
-    friend_rows = {r: models[r].ranked_boxes([friend])[0].cpu() for r in REGIMES}
+    friend_rows = {
+        r: models[r].ranked_boxes([friend])[0].cpu() for r in REGIMES
+    }  # fmt: skip
 assert torch.allclose(friend_rows["heads"], start_rows, atol=1e-5)
 fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
 ranks = np.arange(1, len(start_rows) + 1)
-_ = ax.plot(ranks, start_rows[:, 0], color="#bbbbbb", lw=6, label="before training")
+scores = start_rows[:, 0]
+_ = ax.plot(ranks, scores, color="#bbbbbb", lw=6, label="before training")
 for regime, colour, line in zip(
-    REGIMES, (plotting.BLUE, plotting.VERMILLION, plotting.GREEN), ("-", "--", ":"), strict=True
+    REGIMES,
+    (plotting.BLUE, plotting.VERMILLION, plotting.GREEN),
+    ("-", "--", ":"),
+    strict=True,
 ):
-    _ = ax.plot(ranks, friend_rows[regime][:, 0], color=colour, ls=line, lw=2, label=regime)
-_ = ax.set(xlabel="Rank of the box (1 is the best score)", ylabel="Score (no unit)")
-_ = ax.set(ylim=(0, 1.02))
+    scores = friend_rows[regime][:, 0]
+    _ = ax.plot(ranks, scores, color=colour, ls=line, lw=2, label=regime)
+_ = ax.set(xlabel="Rank of the box (1 is the best score)")
+_ = ax.set(ylabel="Score (no unit)", ylim=(0, 1.02))
 _ = ax.legend()
 plt.show()
 
@@ -736,31 +803,41 @@ plt.show()
 
 # %%
 def with_masks(model):
-    """The classifier's detector with the mask branch that its copy had lost."""
+    """The classifier's detector, with the segmenter's mask branch again."""
     detector = copy.deepcopy(model.detector)
+    heads = detector.roi_heads
     for name in ("mask_roi_pool", "mask_head", "mask_predictor"):
-        setattr(detector.roi_heads, name, getattr(segmenter.roi_heads, name))
+        setattr(heads, name, getattr(segmenter.roi_heads, name))
     return detector.eval()
 
 
 some = Subset(lesions, range(0, len(lesions), len(lesions) // 40))
-detectors = {"before": segmenter, **{regime: with_masks(models[regime]) for regime in REGIMES}}
-found = {name: evaluate_segmenter(d, some, progress=False) for name, d in detectors.items()}
+detectors = {
+    "before": segmenter,
+    **{regime: with_masks(models[regime]) for regime in REGIMES},
+}
 print(f"{len(some)} lesion slices (phantoms)   box AP50   mask AP50")
-for name, values in found.items():
-    print(f"{name:30} {values['box_ap50']:10.2f} {values['mask_ap50']:11.2f}")
+found = {}
+for name, detector in detectors.items():
+    found[name] = evaluate_segmenter(detector, some, progress=False)
+    box, mask = found[name]["box_ap50"], found[name]["mask_ap50"]
+    print(f"{name:30} {box:10.2f} {mask:11.2f}")
 assert abs(found["heads"]["box_ap50"] - found["before"]["box_ap50"]) < 0.01
 
 # %% mystnb={"image": {"alt": "Four panels with the old friend: the true lesions, and the detections with a score above one half before training, after heads plus BN and after full."}, "figure": {"caption": "Our old friend: true lesions, and detections with a score above 0.5 before training and after two regimes. Synthetic."}}
-truth = mask_to_targets(friend_mask, preset.detector.lesions, preset.min_area)
+lesion_kinds, picture = preset.detector.lesions, friend.cpu()
+truth = mask_to_targets(friend_mask, lesion_kinds, preset.min_area)
 fig, axes = plt.subplots(2, 2, figsize=(8.4, 8.4), layout="constrained")
-_ = plotting.show_lesions(friend.cpu(), truth, axes[0, 0])
+_ = plotting.show_lesions(picture, truth, axes[0, 0])
 _ = axes[0, 0].set_title("truth")
-for ax, name in zip(axes.flat[1:], ("before", "heads_bn", "full"), strict=True):
+shown = "before", "heads_bn", "full"
+for ax, name in zip(axes.flat[1:], shown, strict=True):
     with torch.no_grad():
-        prediction = {k: v.cpu() for k, v in detectors[name]([friend])[0].items()}
-    _ = plotting.show_lesions(friend.cpu(), prediction, ax, score_threshold=0.5)
-    _ = ax.set_title(f"{name}: {int((prediction['scores'] > 0.5).sum())} detections")
+        output = detectors[name]([friend])[0]
+    output = {key: value.cpu() for key, value in output.items()}
+    _ = plotting.show_lesions(picture, output, ax, score_threshold=0.5)
+    number = int((output["scores"] > 0.5).sum())
+    _ = ax.set_title(f"{name}: {number} detections")
 plt.show()
 
 # %% [markdown]
@@ -886,7 +963,11 @@ for i, model in enumerate(backbones):
         lw=0.6,
     )
     _ = ax.bar_label(bars, [f"{ratio:.3g}x" for ratio in ratios], padding=3)
-_ = ax.set(xscale="log", xlabel="Times faster (ratio of times, no unit)", ylabel="Regime")
+_ = ax.set(
+    xscale="log",
+    xlabel="Times faster (ratio of times, no unit)",
+    ylabel="Regime",
+)
 _ = ax.set_xlim(0.9, 3 * max(speed.values(), default=1))
 _ = ax.set_yticks(range(len(names)), names)
 _ = ax.invert_yaxis()
@@ -925,14 +1006,25 @@ plt.show()
 
 # %%
 if PRESET == "quick":
-    print("preset quick: the other chapters load the weights of the package")
+    print("preset quick: other chapters load the weights of the package")
 else:
     model = fresh()
     _ = train_classifier(
-        model, slices["train"], "heads", training, validation=slices["val"], seed=SEED
+        model,
+        slices["train"],
+        "heads",
+        training,
+        validation=slices["val"],
+        seed=SEED,
     )
     file = weights_file("classifier", PRESET, "heads")
-    _ = save_model(model, file, trained_by="book/06_three_regimes", regime="heads", seed=SEED)
+    _ = save_model(
+        model,
+        file,
+        trained_by="book/06_three_regimes",
+        regime="heads",
+        seed=SEED,
+    )
     print(f"saved for the other chapters as {file.name}")
 
 # %% [markdown]
@@ -961,14 +1053,17 @@ for layer in model.modules():
 with torch.no_grad():
     for chosen in epoch_batches(len(live), 16, epoch=0, seed=SEED)[:10]:
         batch_images = [live[i][0].to(device) for i in chosen]
-        _ = model.detector.backbone(model.detector.transform(batch_images)[0].tensors)
+        resized = model.detector.transform(batch_images)[0]
+        _ = model.detector.backbone(resized.tensors)
 model.eval()
-assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+pairs = zip(model.parameters(), weights, strict=True)
+assert all(torch.equal(now, before) for now, before in pairs)
 updated = evaluate_classifier(model, held_out, progress=False)
-other = (frozen["predictions"] != updated["predictions"]).float().mean().item()
-print(f"accuracy with frozen statistics  {frozen['accuracy']:.1%} (phantoms)")
-print(f"accuracy with updated statistics {updated['accuracy']:.1%}")
-print(f"slices with another prediction   {other:.1%}")
+other = frozen["predictions"] != updated["predictions"]
+print("accuracy on phantoms")
+print(f"with frozen statistics  {frozen['accuracy']:.1%}")
+print(f"with updated statistics {updated['accuracy']:.1%}")
+print(f"slices with another prediction: {other.float().mean():.1%}")
 
 # %% [markdown]
 # No weight has changed, only means and variances. They came from slices of COVID-19 patients; now
@@ -994,14 +1089,18 @@ print(f"slices with another prediction   {other:.1%}")
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-some_slices = pick(slices["val"], range(0, len(slices["val"]), len(slices["val"]) // 15))
+total = len(slices["val"])
+some_slices = pick(slices["val"], range(0, total, total // 15))
 few_images = [image.to(device) for image, _ in some_slices]
 few_labels = torch.tensor(some_slices.labels, device=device)
 for name, attribute in (("gamma", "weight"), ("beta", "bias")):
     for step_size in (training.lr, training.lr / 10):
         model = copy.deepcopy(models["heads"]).requires_grad_(False)
-        norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-        learned = [getattr(layer, attribute).requires_grad_(True) for layer in norms]
+        learned = [
+            getattr(layer, attribute).requires_grad_(True)
+            for layer in model.modules()
+            if isinstance(layer, nn.BatchNorm2d)
+        ]
         adam = torch.optim.Adam(learned, lr=step_size)
         losses = []
         for _ in range(7):
@@ -1037,18 +1136,21 @@ for name, attribute in (("gamma", "weight"), ("beta", "bias")):
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 def spread(model):
-    """How much the ranked boxes of 16 slices differ: mean standard deviation of a value."""
+    """Mean standard deviation of the ranked boxes over 16 slices."""
     with torch.no_grad():
-        return model.ranked_boxes(images[:16]).std(dim=0).mean().item()  # of [16, N, 5]
+        rows = model.ranked_boxes(images[:16])  # [16, N, 5]
+    return rows.std(dim=0).mean().item()
 
 
 print(f"before: spread of the rows over slices {spread(fresh()):.3f}")
 for factor in (1, 10):
     model = fresh()
-    adam = torch.optim.Adam(set_regime(model, "full"), lr=factor * rate["full"])
+    parameters = set_regime(model, "full")
+    adam = torch.optim.Adam(parameters, lr=factor * rate["full"])
     for chosen in epoch_batches(len(live), 16, epoch=0, seed=SEED)[:10]:
-        target = torch.tensor([live.labels[i] for i in chosen], device=device)
-        loss = classification_loss(model([live[i][0].to(device) for i in chosen]), target)
+        target = torch.tensor([live.labels[i] for i in chosen])
+        logits = model([live[i][0].to(device) for i in chosen])
+        loss = classification_loss(logits, target.to(device))
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -1080,12 +1182,18 @@ print(f"loss if every probability is 1/3: {guess:.3f}")
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-cached = cache_ranked_boxes(models["heads"], live, progress=False).to(device)  # [M, N, 5]
+cached = cache_ranked_boxes(models["heads"], live, progress=False)
+cached = cached.to(device)  # [M, N, 5]
 target = torch.tensor(live.labels, device=device)
-losses = {
-    "both terms": classification_loss,
-    "positive term": lambda z, k: nn.functional.softplus(-z[torch.arange(len(k)), k]).mean(),
-}
+
+
+def positive_term(logits, target):
+    """The negative log sigmoid of the true class, averaged."""
+    own = logits.gather(1, target[:, None])
+    return nn.functional.softplus(-own).mean()
+
+
+losses = {"both terms": classification_loss, "positive term": positive_term}
 for name, function in losses.items():
     s = fresh().s
     adam = torch.optim.Adam(s.parameters(), lr=training.lr)
@@ -1098,7 +1206,8 @@ for name, function in losses.items():
         probability = s(cached).sigmoid().cpu()
     above = (probability > 0.5).float().mean().item()
     right = (probability.argmax(1) == target.cpu()).float().mean().item()
-    print(f"{name:14} loss {loss.item():.3f}, above 0.5: {above:.0%}, accuracy here {right:.0%}")
+    print(f"{name:14} loss {loss.item():.3f}, ", end="")
+    print(f"above 0.5: {above:.0%}, accuracy here {right:.0%}")
 
 # %% [markdown]
 # The positive term is lowest when *every* logit is large, because nothing punishes a wrong class. A

@@ -63,7 +63,12 @@ import torch
 import covidmask
 from covidmask import plotting
 from covidmask.config import IMAGE_CLASSES, PRESETS
-from covidmask.datasets import SliceImages, class_statistics, old_friend, write_phantoms
+from covidmask.datasets import (
+    SliceImages,
+    class_statistics,
+    old_friend,
+    write_phantoms,
+)
 from covidmask.interactive import frame_slider
 from covidmask.metrics import confusion, patient_bootstrap, report, wilson
 from covidmask.models import ShippedWeights, trained_classifier
@@ -71,8 +76,9 @@ from covidmask.training import evaluate_classifier
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
-print(f"scikit-learn {sklearn.__version__}, Python {platform.python_version()}")
+print(f"covidmask {covidmask.__version__}, torch {torch.__version__}")
+print(f"scikit-learn {sklearn.__version__}")
+print(f"Python {platform.python_version()}, {device}")
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -104,12 +110,14 @@ result = evaluate_classifier(model, test)
 
 # %%
 probabilities = result["probabilities"]  # float32 [M, 3]
-labels = result["labels"]  # int64 [M], 0 control, 1 common pneumonia, 2 COVID-19
+# int64 [M]: 0 control, 1 common pneumonia, 2 COVID-19
+labels = result["labels"]
 predictions = probabilities.argmax(dim=1)  # int64 [M]
 assert torch.equal(predictions, result["predictions"])
 for i in (0, len(test) // 2, len(test) - 1):
     values = ", ".join(f"{value:.2f}" for value in probabilities[i])
-    print(f"slice {i:4}: true {labels[i]}, predicted {predictions[i]}, probabilities {values}")
+    classes = f"true {labels[i]}, predicted {predictions[i]}"
+    print(f"slice {i:4}: {classes}, probabilities {values}")
 
 # %% [markdown]
 # ## The confusion matrix
@@ -152,12 +160,13 @@ plt.show()
 true_positive = counts.diag()  # [3]
 false_negative = counts.sum(dim=1) - true_positive
 false_positive = counts.sum(dim=0) - true_positive
-true_negative = counts.sum() - true_positive - false_negative - false_positive
+false = false_negative + false_positive
+true_negative = counts.sum() - true_positive - false
 
 sensitivity = true_positive / (true_positive + false_negative)
 ppv = true_positive / (true_positive + false_positive)
 specificity = true_negative / (true_negative + false_positive)
-f1 = 2 * true_positive / (2 * true_positive + false_positive + false_negative)
+f1 = 2 * true_positive / (2 * true_positive + false)
 accuracy = (true_positive.sum() / counts.sum()).item()
 
 # %% [markdown]
@@ -168,12 +177,13 @@ table = report(counts)
 assert np.allclose(table["sensitivity"], sensitivity, equal_nan=True)
 assert np.allclose(table["ppv"], ppv, equal_nan=True)
 assert abs(table["accuracy"] - accuracy) < 1e-6
-_, _, their_f1, _ = sklearn.metrics.precision_recall_fscore_support(labels, predictions)
+their_f1 = sklearn.metrics.f1_score(labels, predictions, average=None)
 assert np.allclose(their_f1, f1, equal_nan=True)
 
 print(f"{'phantoms':17} sensitivity    PPV  specificity     F1")
 for i, name in enumerate(IMAGE_CLASSES):
-    print(f"{name:17} {sensitivity[i]:11.1%} {ppv[i]:6.1%} {specificity[i]:12.1%} {f1[i]:6.1%}")
+    print(f"{name:17} {sensitivity[i]:11.1%} {ppv[i]:6.1%} ", end="")
+    print(f"{specificity[i]:12.1%} {f1[i]:6.1%}")
 print(f"accuracy {accuracy:.1%} on {len(test)} slices")
 
 # %% [markdown]
@@ -206,9 +216,9 @@ def wilson_by_hand(successes, total, level=0.95):
 
 
 for successes, total in ((4, 5), (4000, 5000), (5, 5)):
-    by_hand = wilson_by_hand(successes, total)
-    assert np.allclose(by_hand, wilson(successes, total))
-    print(f"{successes:4} of {total:4}: {by_hand[0]:.1%} to {by_hand[1]:.1%}")
+    low, high = wilson_by_hand(successes, total)
+    assert np.allclose((low, high), wilson(successes, total))
+    print(f"{successes:4} of {total:4}: {low:.1%} to {high:.1%}")
 
 # %% [markdown]
 # ## Patients, not slices
@@ -230,7 +240,7 @@ owner = torch.from_numpy(owner)
 per_patient = torch.bincount(9 * owner + case, minlength=9 * len(names))
 per_patient = per_patient.reshape(len(names), 3, 3)  # [P, 3, 3]
 assert torch.equal(per_patient.sum(dim=0), counts)
-print(f"{len(names)} patients, {per_patient.sum(dim=(1, 2)).float().mean():.1f} slices each")
+print(f"{len(names)} patients, {len(test) / len(names):.1f} slices each")
 
 # %% [markdown]
 # Then we draw as many patients as there are, with replacement, and add their matrices. We do this
@@ -239,22 +249,34 @@ print(f"{len(names)} patients, {per_patient.sum(dim=(1, 2)).float().mean():.1f} 
 
 # %%
 def draws(matrices, repeats, seed):
-    """[P, 3, 3] -> confusion matrices of `repeats` redrawn data sets, [repeats, 3, 3]."""
+    """[P, 3, 3] -> [repeats, 3, 3], matrices of redrawn data sets."""
     rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(matrices), size=(repeats, len(matrices)))  # [repeats, P]
-    return torch.stack([matrices[index].sum(dim=0) for index in torch.from_numpy(chosen)])
+    total = len(matrices)
+    chosen = torch.from_numpy(rng.integers(total, size=(repeats, total)))
+    return torch.stack([matrices[index].sum(dim=0) for index in chosen])
+
+
+def accuracy_of(matrices):
+    """[..., 3, 3] -> [...]: the share of all slices on the diagonal."""
+    right = matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return right / matrices.sum(dim=(-2, -1))
 
 
 redrawn = draws(per_patient, repeats=1000, seed=SEED)
-accuracies = redrawn.diagonal(dim1=1, dim2=2).sum(dim=1) / redrawn.sum(dim=(1, 2))  # [1000]
+accuracies = accuracy_of(redrawn)  # [1000]
 by_hand = np.quantile(accuracies.double().numpy(), [0.025, 0.975])
 
 by_package = patient_bootstrap(
-    labels, predictions, test.patients, lambda matrix: report(matrix)["accuracy"], seed=SEED
+    labels,
+    predictions,
+    test.patients,
+    lambda matrix: report(matrix)["accuracy"],
+    seed=SEED,
 )
 assert np.allclose(by_hand, by_package, atol=1e-6)
 print(f"accuracy {accuracy:.1%} (phantoms)")
-print(f"95 % interval, patients drawn: {by_package[0]:.1%} to {by_package[1]:.1%}")
+low, high = by_package
+print(f"95 % interval, patients drawn: {low:.1%} to {high:.1%}")
 low, high = wilson(int(true_positive.sum()), len(test))
 print(f"95 % interval, Wilson, slices: {low:.1%} to {high:.1%}")
 
@@ -267,23 +289,35 @@ per_slice = torch.zeros(len(test), 3, 3, dtype=torch.int64)
 per_slice[torch.arange(len(test)), labels, predictions] = 1  # [M, 3, 3]
 spread = {}
 for name, matrices in (("slices", per_slice), ("patients", per_patient)):
-    redrawn = draws(matrices, repeats=4000, seed=SEED)
-    spread[name] = redrawn.diagonal(dim1=1, dim2=2).sum(dim=1) / redrawn.sum(dim=(1, 2))
+    spread[name] = accuracy_of(draws(matrices, repeats=4000, seed=SEED))
 
 # %% mystnb={"image": {"alt": "Two histograms of the accuracy of redrawn data sets around the same centre: a solid one, for which slices are drawn, and a dashed one, for which patients are drawn."}, "figure": {"caption": "The same predictions, redrawn by slice and by patient. Where the slices of a patient are alike, drawing slices pretends to have more information than there is. Phantoms."}}
 fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-step = 2 / len(test)  # an accuracy is a whole number of slices, so bins hold two values each
-lowest = min(values.min().item() for values in spread.values()) - 0.25 * step
-highest = max(values.max().item() for values in spread.values()) + step
+# an accuracy is a whole number of slices, so each bin holds two values
+step = 2 / len(test)
+lowest = min(v.min().item() for v in spread.values()) - 0.25 * step
+highest = max(v.max().item() for v in spread.values()) + step
 bins = np.arange(lowest, highest, step)
 for (name, values), colour, line in zip(
-    spread.items(), (plotting.BLUE, plotting.VERMILLION), ("-", "--"), strict=True
+    spread.items(),
+    (plotting.BLUE, plotting.VERMILLION),
+    ("-", "--"),
+    strict=True,
 ):
-    text = f"{name} drawn: standard deviation {100 * values.std():.2f} points"
+    deviation = f"standard deviation {100 * values.std():.2f} points"
     _ = ax.hist(
-        100 * values, bins=100 * bins, histtype="step", color=colour, ls=line, lw=2, label=text
+        100 * values,
+        bins=100 * bins,
+        histtype="step",
+        color=colour,
+        ls=line,
+        lw=2,
+        label=f"{name} drawn: {deviation}",
     )
-_ = ax.set(xlabel="Accuracy of a redrawn data set (%)", ylabel="Redrawn data sets (count)")
+_ = ax.set(
+    xlabel="Accuracy of a redrawn data set (%)",
+    ylabel="Redrawn data sets (count)",
+)
 _ = ax.set_ylim(top=1.35 * ax.get_ylim()[1])
 _ = ax.legend(loc="upper left")
 plt.show()
@@ -301,7 +335,7 @@ k = preset.phantoms.slices_per_patient
 print(f"design effect {effect:.2f}")
 print(f"correlation within a patient {(effect - 1) / (k - 1):.2f}")
 independent = len(test) / effect
-print(f"{len(test)} slices are worth about {independent:.0f} independent ones")
+print(f"{len(test)} slices are worth {independent:.0f} independent ones")
 assert 0.7 < effect < k + 1
 
 # %% [markdown]
@@ -314,11 +348,12 @@ assert 0.7 < effect < k + 1
 # NBVAL_CHECK_OUTPUT
 slices, patients, share = 21191, 293, 0.9564
 print(f"{slices / patients:.0f} slices a patient")
-print("correlation  design effect  independent slices  half width of the interval")
+print("correlation  design effect  independent slices  half width (points)")
 for rho in (0.0, 0.05, 0.1, 0.3, 0.5):
     design = 1 + (slices / patients - 1) * rho
     half = 1.96 * (share * (1 - share) / (slices / design)) ** 0.5
-    print(f"{rho:11.2f} {design:14.1f} {slices / design:19,.0f} {100 * half:20.2f} points")
+    left = f"{rho:11.2f} {design:14.1f} {slices / design:19,.0f}"
+    print(f"{left} {100 * half:20.2f}")
 
 # %% [markdown]
 # A correlation of 0.1 makes the interval almost three times as wide. So intervals that treat slices
@@ -328,7 +363,10 @@ for rho in (0.0, 0.05, 0.1, 0.3, 0.5):
 # ### Sensitivities with both intervals
 
 # %%
-intervals = {"Wilson, slices independent": [], "bootstrap, patients drawn": []}
+intervals = {
+    "Wilson, slices independent": [],
+    "bootstrap, patients drawn": [],
+}
 for i in range(3):
     intervals["Wilson, slices independent"].append(
         wilson(int(true_positive[i]), int(counts[i].sum()))
@@ -343,17 +381,24 @@ for i in range(3):
         )
     )
 for name, ends in intervals.items():
-    print(f"{name:26}", "  ".join(f"{low:.1%} to {high:.1%}" for low, high in ends))
+    print(
+        f"{name:26}",
+        "  ".join(f"{low:.1%} to {high:.1%}" for low, high in ends),
+    )
 
 # %% mystnb={"image": {"alt": "Three sensitivities as points, each with two error bars: a solid one for Wilson's interval and a dashed one for the patient bootstrap."}, "figure": {"caption": "Sensitivity of each class with both intervals. Where those of two classes overlap widely, this test set does not say which class is found better. Phantoms."}}
 fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
-styles = ((-0.12, plotting.BLUE, "o", "-"), (0.12, plotting.VERMILLION, "s", "--"))
-for (name, ends), (shift, colour, marker, line) in zip(intervals.items(), styles, strict=True):
+styles = (
+    (-0.12, plotting.BLUE, "o", "-"),
+    (0.12, plotting.VERMILLION, "s", "--"),
+)
+for (name, ends), style in zip(intervals.items(), styles, strict=True):
+    shift, colour, marker, line = style
     centre = 100 * sensitivity.double().numpy()
     bars = np.abs(100 * np.array(ends).T - centre)  # [2, 3]
     drawn = ax.errorbar(
-        np.arange(3) + shift, centre, yerr=bars, color=colour, marker=marker, ls="none",
-        capsize=5, lw=2, label=name,
+        np.arange(3) + shift, centre, yerr=bars, color=colour,
+        marker=marker, ls="none", capsize=5, lw=2, label=name,
     )  # fmt: skip
     drawn[2][0].set_linestyle(line)
 _ = ax.set_xticks(range(3), IMAGE_CLASSES)
@@ -371,14 +416,15 @@ plt.show()
 # %%
 # NBVAL_CHECK_OUTPUT
 published = {
-    "merged masks": ([[9236, 188, 26], [116, 7150, 129], [20, 298, 4028]], 92.68, 96.33),
-    "two masks": ([[9158, 278, 14], [204, 7030, 161], [15, 251, 4080]], 93.88, 95.64),
+    "merged masks": [[9236, 188, 26], [116, 7150, 129], [20, 298, 4028]],
+    "two masks": [[9158, 278, 14], [204, 7030, 161], [15, 251, 4080]],
 }
-for name, (matrix, printed_sensitivity, printed_accuracy) in published.items():
+printed = {"merged masks": (92.68, 96.33), "two masks": (93.88, 95.64)}
+for name, matrix in published.items():
     numbers = report(matrix)
     covid = 100 * numbers["sensitivity"][2]
     overall = 100 * numbers["accuracy"]
-    assert (round(covid, 2), round(overall, 2)) == (printed_sensitivity, printed_accuracy)
+    assert (round(covid, 2), round(overall, 2)) == printed[name]
     right = sum(matrix[i][i] for i in range(3))
     print(f"{name}: {numbers['n']:,} slices")
     for text, value, successes, total in (
@@ -390,7 +436,8 @@ for name, (matrix, printed_sensitivity, printed_accuracy) in published.items():
             f"  {text:20} {successes:6,} / {total:6,} = {value:.3f} %"
             f"  (Wilson {100 * low:.2f} to {100 * high:.2f})"
         )
-    for class_name, s, p in zip(IMAGE_CLASSES, numbers["sensitivity"], numbers["ppv"], strict=True):
+    for i, class_name in enumerate(IMAGE_CLASSES):
+        s, p = numbers["sensitivity"][i], numbers["ppv"][i]
         print(f"  {class_name:17} sensitivity {s:.2%}, PPV {p:.2%}")
 
 # %% [markdown]
@@ -408,19 +455,24 @@ for name, (matrix, printed_sensitivity, printed_accuracy) in published.items():
 # different, so the columns cannot be ranked against each other.
 
 # %%
-table_2 = {  # sensitivity, PPV: as printed (order: control, common pneumonia, COVID-19); accuracy
+# sensitivity and PPV of control, common pneumonia and COVID-19; accuracy
+table_2 = {
     "heads": ((82.37, 83.38), (71.13, 67.70), (76.30, 81.13), 77.20),
     "heads + BN": ((91.10, 94.33), (91.62, 87.08), (90.80, 94.75), 91.66),
     "full": ((97.21, 95.33), (91.70, 95.22), (82.26, 87.01), 92.22),
 }
 print(f"{'paper, COVIDx-CT':>55} | {'phantoms':>13}")
-print(f"{'':17}" + "".join(f"{regime:>16}" for regime in table_2) + f" | {'heads':>13}")
+lines = [["", *table_2, "heads"]]
 for i, name in enumerate(IMAGE_CLASSES):
-    cells = [f"{row[i][0]:.2f} ({row[i][1]:.2f})" for row in table_2.values()]
+    pairs = [row[i] for row in table_2.values()]
+    cells = [f"{first:.2f} ({second:.2f})" for first, second in pairs]
     ours = f"{100 * sensitivity[i]:.1f} ({100 * ppv[i]:.1f})"
-    print(f"{name:17}" + "".join(f"{cell:>16}" for cell in cells) + f" | {ours:>13}")
+    lines.append([name, *cells, ours])
 cells = [f"{row[3]:.2f}" for row in table_2.values()]
-print(f"{'accuracy':17}" + "".join(f"{cell:>16}" for cell in cells) + f" | {100 * accuracy:>13.1f}")
+lines.append(["accuracy", *cells, f"{100 * accuracy:.1f}"])
+for name, *cells, ours in lines:
+    print(f"{name:17}" + "".join(f"{cell:>16}" for cell in cells), end="")
+    print(f" | {ours:>13}")
 
 # %% [markdown]
 # One of these numbers contradicts the abstract, which gives 92.10 % for the controls of heads + BN,
@@ -436,43 +488,60 @@ print(f"{'accuracy':17}" + "".join(f"{cell:>16}" for cell in cells) + f" | {100 
 
 # %%
 # NBVAL_CHECK_OUTPUT
-table_3 = {  # test cases, COVID-19 cases, COVID-19 sensitivity %, accuracy %
-    "COVID-CT-Mask-Net": (21182, 4346, 90.80, 91.66),  # the paper prints 21,182 slices
+# test cases, COVID-19 cases, COVID-19 sensitivity %, accuracy %
+table_3 = {  # the paper prints 21,182 slices
+    "COVID-CT-Mask-Net": (21182, 4346, 90.80, 91.66),
     "COVIDNet-CT": (21182, 4346, 92.49, 97.57),
     "COVNet": (438, round(0.30 * 438), 90.00, 89.04),
     "ResNet18 (Butt)": (90, round(0.3579 * 90), 81.30, 86.70),
 }
 bars = {}
 print(f"{'published':18}  cases  COVID-19 sensitivity %    accuracy %")
-for name, (cases, covid, printed_sensitivity, printed_accuracy) in table_3.items():
-    first = [100 * end for end in wilson(round(printed_sensitivity / 100 * covid), covid)]
-    second = [100 * end for end in wilson(round(printed_accuracy / 100 * cases), cases)]
+for name, (cases, covid, share_found, share_right) in table_3.items():
+    found = round(share_found / 100 * covid)
+    right = round(share_right / 100 * cases)
+    first = [100 * end for end in wilson(found, covid)]
+    second = [100 * end for end in wilson(right, cases)]
     bars[name] = first, second
     print(
-        f"{name:18} {cases:6,}  {printed_sensitivity:.2f} ({first[0]:.1f} to {first[1]:.1f})"
-        f"    {printed_accuracy:.2f} ({second[0]:.1f} to {second[1]:.1f})"
+        f"{name:18} {cases:6,}"
+        f"  {share_found:.2f} ({first[0]:.1f} to {first[1]:.1f})"
+        f"    {share_right:.2f} ({second[0]:.1f} to {second[1]:.1f})"
     )
 
 # %% mystnb={"image": {"alt": "Two panels of accuracies with intervals. Left: four published systems; the interval of ResNet18 spans about fourteen points, that of COVNet about six, the other two are narrow. Right, on its own axis: our classifier on phantoms."}, "figure": {"caption": "Accuracies of Table 3 with Wilson's intervals (left). Ours on phantoms stands apart (right), because it is another experiment. The intervals of the first two treat slices as independent and are likely to be too narrow."}}
 fig, axes = plt.subplots(
-    1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=(3, 1), sharey=True
+    1,
+    2,
+    figsize=(9.5, 3.6),
+    layout="constrained",
+    width_ratios=(3, 1),
+    sharey=True,
 )
 for i, (name, (_, second)) in enumerate(bars.items()):
     value = table_3[name][3]
     _ = axes[0].errorbar(
-        i, value, yerr=[[value - second[0]], [second[1] - value]], color=plotting.BLUE,
-        marker="o", capsize=5, lw=2,
+        i, value, yerr=[[value - second[0]], [second[1] - value]],
+        color=plotting.BLUE, marker="o", capsize=5, lw=2,
     )  # fmt: skip
-    _ = axes[0].annotate(f"{value:.2f}", (i, value), (8, 0), textcoords="offset points")
-_ = axes[0].set_xticks(range(len(bars)), [f"{n}\n{table_3[n][0]:,} cases" for n in bars])
-_ = axes[0].set(ylabel="Accuracy (%)", title="Published", xlim=(-0.5, len(bars) - 0.3))
+    _ = axes[0].annotate(
+        f"{value:.2f}", (i, value), (8, 0), textcoords="offset points"
+    )  # fmt: skip
+ticks = [f"{n}\n{table_3[n][0]:,} cases" for n in bars]
+_ = axes[0].set_xticks(range(len(bars)), ticks)
+_ = axes[0].set(ylabel="Accuracy (%)", title="Published")
+_ = axes[0].set_xlim(-0.5, len(bars) - 0.3)
 low, high = by_package
 _ = axes[1].errorbar(
-    0, 100 * accuracy, yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]],
+    0, 100 * accuracy,
+    yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]],
     color=plotting.VERMILLION, marker="s", capsize=5, lw=2,
 )  # fmt: skip
 _ = axes[1].annotate(
-    f"{100 * accuracy:.1f}", (0, 100 * accuracy), (8, 0), textcoords="offset points"
+    f"{100 * accuracy:.1f}",
+    (0, 100 * accuracy),
+    (8, 0),
+    textcoords="offset points",
 )
 _ = axes[1].set_xticks([0], [f"heads, preset {PRESET}\n{len(test)} slices"])
 _ = axes[1].set(title="Phantoms: not comparable", xlim=(-0.6, 0.8))
@@ -503,7 +572,9 @@ printed = {
     "full": [97.21, 91.70, 82.26],
 }
 for name, values in printed.items():
-    print(f"{name:47} mix of the test set {mix @ values:.2f}, equal mix {np.mean(values):.2f}")
+    print(name)
+    print(f"  mix of the test set {mix @ values:.2f}")
+    print(f"  equal mix           {np.mean(values):.2f}")
 
 # %% [markdown]
 # On the paper's test set, where 45 % of the slices are controls, "full" is more accurate. On a set
@@ -521,10 +592,11 @@ for name, values in printed.items():
 
 # %%
 def rates(matrix):
-    """Sensitivity and false positive rate of COVID-19, and its share of the slices."""
+    """Sensitivity, false positive rate and share of COVID-19."""
     matrix = np.asarray(matrix)
     covid = matrix[2].sum() / matrix.sum()
-    return matrix[2, 2] / matrix[2].sum(), matrix[:2, 2].sum() / matrix[:2].sum(), covid
+    found = matrix[2, 2] / matrix[2].sum()
+    return found, matrix[:2, 2].sum() / matrix[:2].sum(), covid
 
 
 def ppv_at(prevalence, found, false_alarms):
@@ -533,16 +605,19 @@ def ppv_at(prevalence, found, false_alarms):
     return hits / (hits + (1 - prevalence) * false_alarms)
 
 
-for matrix in (counts, published["two masks"][0]):
+for matrix in (counts, published["two masks"]):
     found, false_alarms, covid = rates(matrix)
-    assert abs(ppv_at(covid, found, false_alarms) - report(matrix)["ppv"][2]) < 1e-6
+    value = ppv_at(covid, found, false_alarms)
+    assert abs(value - report(matrix)["ppv"][2]) < 1e-6
 
 # %%
 # NBVAL_CHECK_OUTPUT
-found, false_alarms, covid = rates(published["two masks"][0])
-print(f"two masks, published: sensitivity {found:.2%}, false positive rate {false_alarms:.2%}")
+found, false_alarms, covid = rates(published["two masks"])
+print("two masks, published:")
+print(f"sensitivity {found:.2%}, false positive rate {false_alarms:.2%}")
 for prevalence in (covid, 0.1, 0.05, 0.01):
-    print(f"prevalence {prevalence:5.1%}: PPV {ppv_at(prevalence, found, false_alarms):.1%}")
+    value = ppv_at(prevalence, found, false_alarms)
+    print(f"prevalence {prevalence:5.1%}: PPV {value:.1%}")
 
 # %% [markdown]
 # One slice in five of the test set is COVID-19. Where one in a hundred is, the same model, with the
@@ -552,16 +627,16 @@ for prevalence in (covid, 0.1, 0.05, 0.01):
 
 # %%
 def draw_prevalence(prevalence):
-    """PPV against prevalence for both models, with a point at one prevalence."""
+    """PPV against prevalence for both models, with a point on each."""
     fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
     grid = np.linspace(0.001, 0.999, 400)
     for matrix, colour, line, name in (
         (counts, plotting.VERMILLION, "-", "phantoms"),
-        (published["two masks"][0], plotting.BLUE, "--", "published, two masks"),
+        (published["two masks"], plotting.BLUE, "--", "published"),
     ):
         found, false_alarms, _ = rates(matrix)
-        calls = 1000 * (prevalence * found + (1 - prevalence) * false_alarms)
         right = 1000 * prevalence * found
+        calls = right + 1000 * (1 - prevalence) * false_alarms
         ax.plot(
             100 * grid,
             100 * ppv_at(grid, found, false_alarms),
@@ -587,9 +662,9 @@ frame_slider(
     [draw_prevalence(p) for p in prevalences],
     [f"{p:.0%}" for p in prevalences],
     "Prevalence of COVID-19 slices",
-    "PPV against prevalence, for phantoms and as published: both curves rise from 0 to 100 percent",
-    caption="PPV at other prevalences, with sensitivity and false positive rate kept. "
-    "The two curves belong to different data.",
+    "PPV against prevalence: both curves rise from 0 to 100 percent",
+    caption="PPV at other prevalences, with sensitivity and false positive "
+    "rate kept. The two curves belong to different data.",
     start=4,
     dpi=70,
 )
@@ -626,12 +701,16 @@ positive = labels == 2
 order = score.argsort(descending=True)
 steps_up = positive[order].cumsum(dim=0)  # found COVID-19 slices
 steps_right = (~positive[order]).cumsum(dim=0)  # false alarms
+# the last slice of each probability
 last = torch.ones(len(score), dtype=torch.bool)
-last[:-1] = score[order][1:] != score[order][:-1]  # the last slice of each probability
-found_share = torch.cat([torch.zeros(1), steps_up[last] / positive.sum()])
-alarm_share = torch.cat([torch.zeros(1), steps_right[last] / (~positive).sum()])
+last[:-1] = score[order][1:] != score[order][:-1]
+start = torch.zeros(1)
+found_share = torch.cat([start, steps_up[last] / positive.sum()])
+alarm_share = torch.cat([start, steps_right[last] / (~positive).sum()])
 
-fpr, tpr, _ = sklearn.metrics.roc_curve(positive, score, drop_intermediate=False)
+fpr, tpr, _ = sklearn.metrics.roc_curve(
+    positive, score, drop_intermediate=False
+)  # fmt: skip
 assert np.allclose(fpr, alarm_share) and np.allclose(tpr, found_share)
 
 # %% [markdown]
@@ -648,18 +727,31 @@ print(f"area under the ROC curve {area:.3f} (phantoms)")
 
 # %% mystnb={"image": {"alt": "ROC curve of the COVID-19 sigmoid and the diagonal of chance, with two marked points: the largest-of-three rule and the threshold 0.5."}, "figure": {"caption": "Sensitivity against false alarms for all thresholds of the COVID-19 sigmoid. The largest-of-three rule looks at all three sigmoids, so it need not lie on the curve. Phantoms."}}
 fig, ax = plt.subplots(figsize=(5, 4.4), layout="constrained")
-_ = ax.plot(100 * alarm_share, 100 * found_share, color=plotting.BLUE, label="COVID-19 sigmoid")
-_ = ax.plot([0, 100], [0, 100], color=plotting.BLACK, ls=":", label="chance")
+_ = ax.plot(
+    100 * alarm_share,
+    100 * found_share,
+    color=plotting.BLUE,
+    label="COVID-19 sigmoid",
+)
+_ = ax.plot([0, 100], [0, 100], ":", color=plotting.BLACK, label="chance")
 found, false_alarms, _ = rates(counts)
 _ = ax.plot(
-    100 * false_alarms, 100 * found, "s", color=plotting.VERMILLION, label="largest of three"
+    100 * false_alarms,
+    100 * found,
+    "s",
+    color=plotting.VERMILLION,
+    label="largest of three",
 )
 above = score > 0.5
 _ = ax.plot(
-    100 * above[~positive].double().mean(), 100 * above[positive].double().mean(), "^",
+    100 * above[~positive].double().mean(),
+    100 * above[positive].double().mean(), "^",
     color=plotting.GREEN, ms=11, fillstyle="none", label="threshold 0.5",
 )  # fmt: skip
-_ = ax.set(xlabel="False positive rate = 1 - specificity (%)", ylabel="Sensitivity of COVID-19 (%)")
+_ = ax.set(
+    xlabel="False positive rate = 1 - specificity (%)",
+    ylabel="Sensitivity of COVID-19 (%)",
+)
 _ = ax.legend(loc="lower right")
 plt.show()
 
@@ -674,16 +766,21 @@ def draw_threshold(threshold):
         (score[positive], plotting.VERMILLION, "///", "COVID-19 slices"),
     ):
         ax.hist(
-            group, bins=bins, color=colour, hatch=hatch, alpha=0.6, edgecolor=plotting.BLACK,
-            lw=0.5, label=name,
+            group, bins=bins, color=colour, hatch=hatch, alpha=0.6,
+            edgecolor=plotting.BLACK, lw=0.5, label=name,
         )  # fmt: skip
     above = score > threshold
     found = above[positive].double().mean().item()
     spared = (~above[~positive]).double().mean().item()
     right = above[positive].sum().item() / max(above.sum().item(), 1)
     ax.axvline(threshold, color=plotting.BLACK, lw=2)
-    ax.set_title(f"sensitivity {found:.0%}, specificity {spared:.0%}, PPV {right:.0%}", fontsize=10)
-    ax.set(xlabel="COVID-19 probability (no unit)", ylabel="Slices (count)", xlim=(0, 1))
+    text = f"sensitivity {found:.0%}, specificity {spared:.0%}"
+    ax.set_title(f"{text}, PPV {right:.0%}", fontsize=10)
+    ax.set(
+        xlabel="COVID-19 probability (no unit)",
+        ylabel="Slices (count)",
+        xlim=(0, 1),
+    )
     ax.legend(loc="upper center")
     return fig
 
@@ -693,7 +790,7 @@ frame_slider(
     [draw_threshold(t) for t in thresholds],
     [f"{t:.2f}" for t in thresholds],
     "Threshold on the COVID-19 sigmoid",
-    "Two histograms of the COVID-19 probability with a vertical line at the threshold",
+    "Two histograms of the COVID-19 probability, cut by a vertical line",
     caption="Slices right of the line are called COVID-19. Phantoms.",
     start=4,
     dpi=70,
@@ -729,9 +826,11 @@ edges = torch.linspace(0, 1, 11, dtype=torch.float64)
 bin_of = torch.bucketize(score, edges[1:-1])  # [M], 0..9
 size = torch.bincount(bin_of, minlength=10)  # [10]
 mean_score = torch.bincount(bin_of, weights=score, minlength=10) / size
-share = torch.bincount(bin_of, weights=positive.double(), minlength=10) / size
+cases = torch.bincount(bin_of, weights=positive.double(), minlength=10)
+share = cases / size
+gap = (mean_score - share).abs()
 filled = size > 0
-error = ((mean_score - share).abs()[filled] * size[filled]).sum().item() / len(score)
+error = (gap * size)[filled].sum().item() / len(score)
 brier = ((score - positive.double()) ** 2).mean().item()
 print(f"expected calibration error {error:.3f}")
 print("(the mean gap between the two, weighted by slices)")
@@ -741,15 +840,29 @@ print(f"if every slice got the share {base:.2f}: {base - base**2:.3f}")
 
 # %% mystnb={"image": {"alt": "Reliability diagram: up to ten points with error bars, the share of COVID-19 slices against the mean probability, and the diagonal."}, "figure": {"caption": "Reliability of the COVID-19 sigmoid. Numbers are slices in the bin, bars are Wilson's intervals. A bar that misses the diagonal points to a badly calibrated bin. Phantoms, with a third of the slices COVID-19."}}
 fig, ax = plt.subplots(figsize=(5.5, 4.4), layout="constrained")
-_ = ax.plot([0, 1], [0, 1], color=plotting.BLACK, ls=":", label="calibrated")
+_ = ax.plot([0, 1], [0, 1], ":", color=plotting.BLACK, label="calibrated")
 for b in torch.where(filled)[0].tolist():
     low, high = wilson(round((share[b] * size[b]).item()), int(size[b]))
     x, y = mean_score[b].item(), share[b].item()
-    _ = ax.errorbar(x, y, yerr=[[y - low], [high - y]], color=plotting.BLUE, marker="o", capsize=3)
-    _ = ax.annotate(f"{size[b]}", (x, y), (6, -11), textcoords="offset points", fontsize=8)
+    _ = ax.errorbar(
+        x,
+        y,
+        yerr=[[y - low], [high - y]],
+        color=plotting.BLUE,
+        marker="o",
+        capsize=3,
+    )
+    _ = ax.annotate(
+        f"{size[b]}",
+        (x, y),
+        (6, -11),
+        textcoords="offset points",
+        fontsize=8,
+    )
 _ = ax.set(
     xlabel="Mean COVID-19 probability in the bin (no unit)",
-    ylabel="Share of COVID-19 slices (no unit)", xlim=(0, 1), ylim=(-0.02, 1.02),
+    ylabel="Share of COVID-19 slices (no unit)",
+    xlim=(0, 1), ylim=(-0.02, 1.02),
 )  # fmt: skip
 _ = ax.legend()
 plt.show()
@@ -765,16 +878,17 @@ plt.show()
 # for a patient takes the mean of the slices' probabilities.
 
 # %%
-mean_probability = torch.zeros(len(names), 3).index_add_(0, owner, probabilities)  # [P, 3]
-mean_probability /= torch.bincount(owner)[:, None]
+sums = torch.zeros(len(names), 3).index_add_(0, owner, probabilities)
+mean_probability = sums / torch.bincount(owner)[:, None]  # [P, 3]
 patient_label = torch.zeros(len(names), dtype=torch.int64)
-patient_label[owner] = labels  # all slices of a phantom patient have one label
+patient_label[owner] = labels  # all slices of a patient have one label
 patient_prediction = mean_probability.argmax(dim=1)  # [P]
 patient_counts = confusion(patient_label, patient_prediction)
 correct = int(patient_counts.trace())
 low, high = wilson(correct, len(names))
 print(f"slices:   {accuracy:.1%} of {len(test)} (phantoms)")
-print(f"patients: {correct / len(names):.1%} of {len(names)}, Wilson {low:.1%} to {high:.1%}")
+print(f"patients: {correct / len(names):.1%} of {len(names)}")
+print(f"95 % interval, Wilson, patients: {low:.1%} to {high:.1%}")
 
 # %% mystnb={"image": {"alt": "Confusion matrix of patients, with counts and row percentages."}, "figure": {"caption": "One prediction for each phantom patient, from the mean of the slices' probabilities. Patients are independent, so Wilson's interval is right here. Synthetic."}}
 _ = plotting.confusion_matrix(patient_counts)
@@ -798,7 +912,8 @@ plt.show()
 
 # %% mystnb={"image": {"alt": "Drawn chest slices in the lung window that the model misread, six at most, each with its true and its predicted class and the three probabilities."}, "figure": {"caption": "The most confident errors. Below each title the probabilities of control, common pneumonia and COVID-19. Synthetic."}}
 wrong = torch.where(predictions != labels)[0]
-lead = probabilities[wrong, predictions[wrong]] - probabilities[wrong, labels[wrong]]
+chosen, true = predictions[wrong], labels[wrong]
+lead = probabilities[wrong, chosen] - probabilities[wrong, true]
 worst = wrong[lead.argsort(descending=True)][:6].tolist()
 fig, axes = plt.subplots(2, 3, figsize=(9.5, 7.2), layout="constrained")
 for ax in axes.flat[len(worst) :]:
@@ -807,7 +922,8 @@ for i, ax in zip(worst, axes.flat, strict=False):
     _ = plotting.show_slice(test[i][0], ax)
     values = " / ".join(f"{value:.2f}" for value in probabilities[i])
     truth, called = IMAGE_CLASSES[labels[i]], IMAGE_CLASSES[predictions[i]]
-    _ = ax.set_title(f"true: {truth}\ncalled: {called}\n{values}", fontsize=10)
+    text = f"true: {truth}\ncalled: {called}\n{values}"
+    _ = ax.set_title(text, fontsize=10)
 plt.show()
 
 # %% [markdown]
@@ -821,15 +937,17 @@ pair_errors = counts.clone()
 pair_errors.fill_diagonal_(0)
 for index in pair_errors.flatten().argsort(descending=True)[:3].tolist():
     truth, called = IMAGE_CLASSES[index // 3], IMAGE_CLASSES[index % 3]
-    print(f"{pair_errors.flatten()[index]:3} slices of {truth} called {called} (phantoms)")
+    number = pair_errors.flatten()[index]
+    print(f"{number:3} slices of {truth} called {called} (phantoms)")
 
 # %% [markdown]
 # ### Where our old friend stands
 
 # %%
-image, mask = old_friend(preset.phantoms.size)  # float32 [S, S], uint8 [S, S]
+image, mask = old_friend(preset.phantoms.size)  # float32, uint8: [H, W]
+picture = torch.from_numpy(image).expand(3, -1, -1)  # [3, H, W]
 with torch.no_grad():
-    friend_logits = model([torch.from_numpy(image).expand(3, -1, -1).to(device)])  # [1, 3]
+    friend_logits = model([picture.to(device)])  # [1, 3]
 friend = friend_logits[0].sigmoid().cpu()  # [3]
 for name, value in zip(IMAGE_CLASSES, friend, strict=True):
     print(f"{name:17} {value:.2f}")
@@ -843,17 +961,21 @@ print(f"COVID-19 test slices with a lower probability of it: {below:.0%}")
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.5), layout="constrained")
 _ = plotting.show_slice(image, axes[0])
 bar = axes[1].bar(
-    ["Control", "Common\npneumonia", "COVID-19"], friend, color=plotting.CLASS_COLOURS,
-    edgecolor=plotting.BLACK,
+    ["Control", "Common\npneumonia", "COVID-19"], friend,
+    color=plotting.CLASS_COLOURS, edgecolor=plotting.BLACK,
 )  # fmt: skip
 _ = axes[1].bar_label(bar, [f"{value:.2f}" for value in friend])
 _ = axes[1].set(xlabel="Class", ylabel="Probability (no unit)", ylim=(0, 1))
 _ = axes[2].hist(
-    score[positive], bins=np.linspace(0, 1, 21), color=plotting.VERMILLION, hatch="///",
-    alpha=0.6, edgecolor=plotting.BLACK, lw=0.5,
+    score[positive], bins=np.linspace(0, 1, 21), color=plotting.VERMILLION,
+    hatch="///", alpha=0.6, edgecolor=plotting.BLACK, lw=0.5,
 )  # fmt: skip
-_ = axes[2].axvline(friend[2], color=plotting.BLACK, lw=2, ls="--", label="old friend")
-_ = axes[2].set(xlabel="COVID-19 probability (no unit)", ylabel="COVID-19 test slices (count)")
+line = {"color": plotting.BLACK, "lw": 2, "ls": "--"}
+_ = axes[2].axvline(friend[2], **line, label="old friend")
+_ = axes[2].set(
+    xlabel="COVID-19 probability (no unit)",
+    ylabel="COVID-19 test slices (count)",
+)
 _ = axes[2].legend(loc="upper left")
 plt.show()
 
@@ -871,13 +993,14 @@ plt.show()
 if PRESET == "quick":
     judged = ShippedWeights.CLASSIFIER_QUICK.card()["metrics"]
     fresh = judged["accuracy"]
-    print(f"these patients:  {accuracy:.1%} ({by_package[0]:.1%} to {by_package[1]:.1%}), phantoms")
-    print(
-        f"fresh patients:  {fresh['value']:.1%} ({fresh['low']:.1%} to {fresh['high']:.1%}), "
-        f"{judged['patients']} patients, phantoms"
-    )
+    print("accuracy on phantoms")
+    print(f"these patients:  {accuracy:.1%} ", end="")
+    print(f"({by_package[0]:.1%} to {by_package[1]:.1%})")
+    print(f"{judged['patients']} fresh ones: {fresh['value']:.1%} ", end="")
+    print(f"({fresh['low']:.1%} to {fresh['high']:.1%})")
 else:
-    print("The card belongs to the weights of the preset quick; judge yours on another seed.")
+    print("The card belongs to the weights of the preset quick.")
+    print("Evaluate yours on phantoms of another seed.")
 
 # %% [markdown]
 # Other limits remain, whatever the seed.
@@ -914,7 +1037,8 @@ successes = np.random.default_rng(SEED).binomial(n, p, size=10_000)
 estimate = successes / n
 half = 1.96 * np.sqrt(estimate * (1 - estimate) / n)
 simple = (estimate - half <= p) & (p <= estimate + half)
-ends = np.array([wilson_by_hand(k, n) for k in range(n + 1)])[successes]  # [10000, 2]
+ends = np.array([wilson_by_hand(k, n) for k in range(n + 1)])  # [n + 1, 2]
+ends = ends[successes]  # [10000, 2]
 kept = (ends[:, 0] <= p) & (p <= ends[:, 1])
 print(f"Wilson {kept.mean():.1%}, shortcut {simple.mean():.1%}")
 assert kept.mean() > 0.93 > simple.mean()
@@ -947,14 +1071,20 @@ for used in range(1, preset.phantoms.slices_per_patient + 1):
     shares = []
     for _ in range(50):
         shuffled = torch.randperm(len(owner), generator=generator)
-        rank = torch.zeros(len(owner), dtype=torch.int64)  # of a slice within its patient
+        # the rank of a slice within its patient
+        rank = torch.zeros(len(owner), dtype=torch.int64)
         by_patient = shuffled[owner[shuffled].argsort(stable=True)]
-        start = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(owner).cumsum(0)[:-1]])
-        rank[by_patient] = torch.arange(len(owner)) - start[owner[by_patient]]
+        sizes = torch.bincount(owner)
+        start = sizes.cumsum(0) - sizes  # of each patient in by_patient
+        order = torch.arange(len(owner))
+        rank[by_patient] = order - start[owner[by_patient]]
         keep = rank < used
-        total = torch.zeros(len(names), 3).index_add_(0, owner[keep], probabilities[keep])
-        shares.append((total.argmax(dim=1) == patient_label).double().mean())
-    print(f"{used} of a patient's slices: {torch.stack(shares).mean():.1%} of patients (phantoms)")
+        total = torch.zeros(len(names), 3)
+        total.index_add_(0, owner[keep], probabilities[keep])
+        right = total.argmax(dim=1) == patient_label
+        shares.append(right.double().mean())
+    mean = torch.stack(shares).mean()
+    print(f"{used} slices a patient: {mean:.1%} of patients (phantoms)")
 
 # %% [markdown]
 # If all slices of a patient were the same, the accuracy would not grow at all, and the design effect
@@ -981,18 +1111,22 @@ for used in range(1, preset.phantoms.slices_per_patient + 1):
 # @title Solution
 validation = SliceImages(root / "slices", "val")
 on_validation = evaluate_classifier(model, validation, progress=False)
-candidates = on_validation["probabilities"][on_validation["labels"] == 2, 2].double().sort().values
-chosen = candidates[int(0.1 * len(candidates))].item()  # at most 10 % lie below it
+val_score = on_validation["probabilities"][:, 2].double()
+val_positive = on_validation["labels"] == 2
+candidates = val_score[val_positive].sort().values
+# at most 10 % lie below it
+chosen = candidates[int(0.1 * len(candidates))].item()
 for name, scores, true in (
-    ("validation", on_validation["probabilities"][:, 2].double(), on_validation["labels"] == 2),
+    ("validation", val_score, val_positive),
     ("test", score, positive),
 ):
     called = scores >= chosen
     hits, cases = int(called[true].sum()), int(true.sum())
     low, high = wilson(hits, cases)
+    spared = (~called[~true]).double().mean()
     print(
         f"{name:10} threshold {chosen:.2f}: sensitivity {hits / cases:.1%} "
-        f"({low:.1%} to {high:.1%}), specificity {(~called[~true]).double().mean():.1%} (phantoms)"
+        f"({low:.1%} to {high:.1%}), specificity {spared:.1%}"
     )
 
 # %% [markdown]

@@ -92,9 +92,11 @@ from covidmask.training import train_s
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, all digits of float32 count
-print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
-print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
+# on a GPU, too, all digits of float32 count
+torch.backends.cudnn.allow_tf32 = False
+print(f"covidmask {covidmask.__version__}, torch {torch.__version__}")
+print(f"torchvision {torchvision.__version__}, {device}")
+print(f"Python {platform.python_version()}")
 
 # %% [markdown]
 # The live run uses some of the patients and one seed of $S$. The table near the end has all patients
@@ -119,13 +121,15 @@ slices = {split: SliceImages(root / "slices", split) for split in PATIENTS}
 chosen, labels = {}, {}
 for split, dataset in slices.items():
     first = [[], [], []]  # patients of each class, in the order of the list
-    for patient, label in zip(dataset.patients, dataset.labels, strict=True):
+    patients = dataset.patients
+    for patient, label in zip(patients, dataset.labels, strict=True):
         if patient not in first[label]:
             first[label].append(patient)
-    kept = {patient for group in first for patient in group[: PATIENTS[split]]}
-    chosen[split] = [i for i, patient in enumerate(dataset.patients) if patient in kept]
+    kept = {one for group in first for one in group[: PATIENTS[split]]}
+    chosen[split] = [i for i, one in enumerate(patients) if one in kept]
     labels[split] = torch.tensor([dataset.labels[i] for i in chosen[split]])
-    print(f"{split:5}: {labels[split].bincount().tolist()} slices of {len(kept)} phantom patients")
+    counts = labels[split].bincount().tolist()
+    print(f"{split:5}: {counts} slices of {len(kept)} phantom patients")
 
 # %% [markdown]
 # ## One look, many vectors
@@ -158,7 +162,12 @@ with torch.no_grad():
     features, proposals, shapes = propose(detector, [picture])
     logits, deltas = run_box_head(detector, features, proposals, shapes)
 lesion_classes = logits[0].shape[1] - 1
-print("logits per proposal:", logits[0].shape[1], "  deltas per proposal:", deltas[0].shape[1])
+print(
+    "logits per proposal:",
+    logits[0].shape[1],
+    "  deltas per proposal:",
+    deltas[0].shape[1],
+)
 
 # %% [markdown]
 # `rank_boxes` chooses and orders, as chapter 4 builds it by hand. It returns the proposal, the
@@ -167,11 +176,21 @@ print("logits per proposal:", logits[0].shape[1], "  deltas per proposal:", delt
 # %%
 with torch.no_grad():
     ranking = rank_boxes(
-        logits[0], deltas[0], proposals[0], shapes[0], detector.roi_heads.box_coder, config
+        logits[0],
+        deltas[0],
+        proposals[0],
+        shapes[0],
+        detector.roi_heads.box_coder,
+        config,
     )
-    rows = encoded_rows(logits[0][ranking.roi], deltas[0][ranking.roi], ranking.label)  # [K, 5]
+    roi = ranking.roi  # [K]
+    # [K, 5]
+    rows = encoded_rows(logits[0][roi], deltas[0][roi], ranking.label)
 kind = F.one_hot(ranking.label - 1, lesion_classes).float()  # [K, 2]
-upper_left, lower_right = ranking.box[:, :2], ranking.box[:, 2:]  # [K, 2] each, pixels
+upper_left, lower_right = (
+    ranking.box[:, :2],
+    ranking.box[:, 2:],
+)  # [K, 2] each, pixels
 height, width = shapes[0]
 side = torch.tensor([width, height], device=device)
 centre = (upper_left + lower_right) / 2 / side  # [K, 2]
@@ -185,7 +204,10 @@ padded = pad_rows(wide, N)
 with torch.no_grad():
     by_package = ranked_boxes(detector, [picture], config)[0]  # [N, 5]
 assert torch.allclose(padded[:, :5], by_package, atol=1e-5)
-print(tuple(padded.shape), "wide rows; their first 5 columns are the package's ranked boxes")
+print(
+    tuple(padded.shape),
+    "wide rows; their first 5 columns are the package's ranked boxes",
+)
 
 # %% [markdown]
 # ## Which boxes? A knob first
@@ -211,20 +233,33 @@ def ranked_at(nms, n=N, score=config.score):
         )
 
 
-scale = friend.shape[0] / shapes[0][0]  # the detector may have resized the slice
+# the detector may have resized the slice
+scale = friend.shape[0] / shapes[0][0]
 
 
 def draw_ranking(nms):
     """Draw the first eight boxes of the ranking and the scores of all N."""
     ranking = ranked_at(nms)
-    fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.8), layout="constrained", width_ratios=(1.15, 1))
+    fig, axes = plt.subplots(
+        1,
+        2,
+        figsize=(7.5, 3.8),
+        layout="constrained",
+        width_ratios=(1.15, 1),
+    )
     _ = plotting.show_slice(friend, axes[0])
-    _ = axes[0].contour(friend_mask >= 2, levels=[0.5], colors="white", linewidths=0.8)
+    outline = {"colors": "white", "linewidths": 0.8}
+    _ = axes[0].contour(friend_mask >= 2, levels=[0.5], **outline)
     for rank in range(min(8, len(ranking.score)) - 1, -1, -1):
         x1, y1, x2, y2 = (ranking.box[rank].cpu() * scale - 0.5).tolist()
         label = int(ranking.label[rank]) - 1
-        style = {"edgecolor": plotting.LESION_COLOURS[label], "ls": plotting.LESION_LINES[label]}
-        _ = axes[0].add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
+        style = {
+            "edgecolor": plotting.LESION_COLOURS[label],
+            "ls": plotting.LESION_LINES[label],
+        }
+        corner, width, height = (x1, y1), x2 - x1, y2 - y1
+        box = plt.Rectangle(corner, width, height, fill=False, **style)
+        _ = axes[0].add_patch(box)
     _ = axes[0].set_title("first 8 boxes (blue GGO, orange C)", fontsize=9)
     for label, name in enumerate(("GGO", "C"), start=1):
         at = (ranking.label == label).nonzero()[:, 0].cpu()
@@ -236,7 +271,11 @@ def draw_ranking(nms):
             markeredgecolor="black",
             label=name,
         )
-    _ = axes[1].set(xlabel="Rank (1 is the best score)", ylabel="Score (no unit)", ylim=(0, 1.03))
+    _ = axes[1].set(
+        xlabel="Rank (1 is the best score)",
+        ylabel="Score (no unit)",
+        ylim=(0, 1.03),
+    )
     _ = axes[1].legend()
     return fig
 
@@ -289,43 +328,54 @@ PAPER = "NMS 0.75"  # the setting of the paper
 
 @torch.no_grad()
 def wide_rows(detector, images, settings):
-    """Per setting, a list of wide rows [K, 11] for these images; one pass of the detector."""
+    """Per setting, a list of wide rows [K, 11]; the detector runs once."""
     features, proposals, shapes = propose(detector, images)
     logits, deltas = run_box_head(detector, features, proposals, shapes)
     result = {name: [] for name in settings}
+    coder = detector.roi_heads.box_coder
     for name, setting in settings.items():
         for one in zip(logits, deltas, proposals, shapes, strict=True):
-            ranking = rank_boxes(*one, detector.roi_heads.box_coder, setting)
-            rows = encoded_rows(one[0][ranking.roi], one[1][ranking.roi], ranking.label)
+            ranking = rank_boxes(*one, coder, setting)
+            its_logits, its_deltas = (part[ranking.roi] for part in one[:2])
+            rows = encoded_rows(its_logits, its_deltas, ranking.label)
             kind = F.one_hot(ranking.label - 1, lesion_classes).float()
             upper_left, lower_right = ranking.box[:, :2], ranking.box[:, 2:]
             side = torch.tensor([one[3][1], one[3][0]], device=rows.device)
-            place = torch.cat([upper_left + lower_right, 2 * (lower_right - upper_left)], dim=1)
-            place = place / 2 / side.repeat(2)  # [K, 4]: centre and size as shares of the image
+            place = torch.cat(
+                [upper_left + lower_right, 2 * (lower_right - upper_left)],
+                dim=1,
+            )
+            # [K, 4]: centre and size as shares of the image
+            place = place / 2 / side.repeat(2)
             result[name].append(torch.cat([rows, kind, place], dim=1).cpu())
     return result
 
 
 def all_rows(detector, settings, every=1):
-    """{setting: {split: list of [K, 11]}} of each `every`-th chosen slice."""
+    """{setting: {split: [K, 11] of each `every`-th chosen slice}}."""
     result = {name: {split: [] for split in chosen} for name in settings}
     for split in chosen:
         indices = chosen[split][::every]
         for start in range(0, len(indices), 8):
-            images = [slices[split][i][0].to(device) for i in indices[start : start + 8]]
+            some = indices[start : start + 8]
+            images = [slices[split][i][0].to(device) for i in some]
             for name, part in wide_rows(detector, images, settings).items():
                 result[name][split] += part
     return result
 
 
 again = wide_rows(detector, [picture], {PAPER: config})[PAPER][0]
-assert torch.allclose(again, wide.cpu(), atol=1e-5)  # the same as step by step
+# the same as step by step
+assert torch.allclose(again, wide.cpu(), atol=1e-5)
 kept = all_rows(detector, SETTINGS)
 
 # %%
 for name, parts in kept.items():
     counts = np.array([len(rows) for rows in parts["test"]])
-    print(f"{name:13} boxes in a slice: {counts.min()} to {counts.max()}, ", end="")
+    print(
+        f"{name:13} boxes in a slice: {counts.min()} to {counts.max()}, ",
+        end="",
+    )
     print(f"padded slices: {(counts < N).mean():.0%}")
 
 # %% [markdown]
@@ -345,27 +395,36 @@ for name, parts in kept.items():
 # run we only trust large differences and leave small ones to the table of the full run.
 
 # %%
-COLUMNS = {"score": [0], "deltas": [1, 2, 3, 4], "class": [5, 6], "place": [7, 8, 9, 10]}
+COLUMNS = {
+    "score": [0],
+    "deltas": [1, 2, 3, 4],
+    "class": [5, 6],
+    "place": [7, 8, 9, 10],
+}
 results = {}
 
 
 def vectors(parts, columns=("score", "deltas"), n=N):
-    """{split: [M, n, F]}: the n best rows of each slice, padded, and of them some columns."""
+    """{split: [M, n, F]}: some columns of the n best rows, padded."""
     index = [i for name in columns for i in COLUMNS[name]]
-    return {
-        split: torch.stack([pad_rows(rows[:n], n) for rows in rows_of_split])[..., index]
-        for split, rows_of_split in parts.items()
-    }
+    result = {}
+    for split, rows_of_split in parts.items():
+        padded = [pad_rows(rows[:n], n) for rows in rows_of_split]
+        result[split] = torch.stack(padded)[..., index]
+    return result
 
 
-def predict_with_s(x, y=labels, hidden=True, seed=SEED, training=preset.classifier_training):
-    """Train S on x["train"] and y["train"]; the classes of the test slices, int64 [M]."""
+def predict_with_s(
+    x, y=labels, hidden=True, seed=SEED, training=preset.classifier_training
+):  # fmt: skip
+    """Train S on x and y; the classes of the test slices, int64 [M]."""
     torch.manual_seed(seed)
     n, columns = x["train"].shape[1:]
     if hidden:
         s = ClassificationModule(n, config.hidden, columns)
     else:
-        s = nn.Sequential(nn.Flatten(), nn.Linear(n * columns, len(IMAGE_CLASSES)))
+        linear = nn.Linear(n * columns, len(IMAGE_CLASSES))
+        s = nn.Sequential(nn.Flatten(), linear)
     held_out = (x["val"], y["val"])
     _ = train_s(
         s,
@@ -385,7 +444,8 @@ def record(name, predicted, true=labels["test"]):
     correct = int((predicted == true).sum())
     results[name] = (correct, predicted)
     low, high = wilson(correct, len(predicted))
-    print(f"{name:42} {correct / len(predicted):.1%}  ({low:.1%} to {high:.1%})")
+    share = correct / len(predicted)
+    print(f"{name:42} {share:.1%}  ({low:.1%} to {high:.1%})")
 
 
 record(f"score and deltas, N = {N}", predict_with_s(vectors(kept[PAPER])))
@@ -405,11 +465,12 @@ generator = torch.Generator().manual_seed(SEED)
 
 
 def shuffled(x):
-    """{split: [M, N, F]} with the rows of each slice in an order of its own."""
+    """{split: [M, N, F]}, the rows of each slice in another order."""
     result = {}
     for split, rows in x.items():
-        order = torch.rand(rows.shape[:2], generator=generator).argsort(dim=1)  # [M, N]
-        result[split] = rows.gather(1, order[..., None].expand_as(rows))
+        order = torch.rand(rows.shape[:2], generator=generator)
+        order = order.argsort(dim=1)[..., None]  # [M, N, 1]
+        result[split] = rows.gather(1, order.expand_as(rows))
     return result
 
 
@@ -439,9 +500,13 @@ for n in [n for n in (1, 2, 4, 8, 16) if n < N]:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-drawn = {"train": chosen["train"][::4], "test": chosen["test"]}  # drawing takes a moment
+drawn = {
+    "train": chosen["train"][::4],
+    "test": chosen["test"],
+}  # drawing takes a moment
+size = preset.phantoms.size
 masks = {
-    split: [phantom_mask(slices[split].names[i], preset.phantoms.size) for i in indices]
+    split: [phantom_mask(slices[split].names[i], size) for i in indices]
     for split, indices in drawn.items()
 }
 lesions = {
@@ -455,9 +520,10 @@ lesions = {
     )
     for split, part in masks.items()
 }  # [M, 2]: how many GGO and how many C
+print("lesions in a slice")
 for label, name in enumerate(IMAGE_CLASSES):
     counts = lesions["test"][labels["test"].numpy() == label].sum(axis=1)
-    print(f"{name:16} mean {counts.mean():.2f} lesions in a slice, at most {counts.max()}")
+    print(f"{name:16} mean {counts.mean():.2f}, at most {counts.max()}")
 
 # %% mystnb={"image": {"alt": "Two panels. Left: bars of the number of true lesions in a slice for the three classes; controls have none. Right: mean score against rank, a curve for each class."}, "figure": {"caption": "Left: how many lesions the slices of each class have. Right: the mean score by rank, which falls when the lesions of a slice are used up. Synthetic test slices."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -476,7 +542,10 @@ for label, name in enumerate(IMAGE_CLASSES):
         linewidth=0.5,
         label=name,
     )
-_ = axes[0].set(xlabel="True lesions in a slice (count)", ylabel="Slices of the class (%)")
+_ = axes[0].set(
+    xlabel="True lesions in a slice (count)",
+    ylabel="Slices of the class (%)",
+)
 _ = axes[0].legend()
 _ = plotting.score_by_rank(vectors(kept[PAPER])["test"], truth, axes[1])
 plt.show()
@@ -499,7 +568,10 @@ plt.show()
 # %%
 record("NMS 0.25", predict_with_s(vectors(kept["NMS 0.25"])))
 record("no NMS", predict_with_s(vectors(kept["no NMS"])))
-record("score > 0.05, then padded", predict_with_s(vectors(kept["score > 0.05"])))
+record(
+    "score > 0.05, then padded",
+    predict_with_s(vectors(kept["score > 0.05"])),
+)
 
 # %% [markdown]
 # What does the number of high scores count in each ranking? With strict NMS each lesion should have
@@ -508,15 +580,16 @@ record("score > 0.05, then padded", predict_with_s(vectors(kept["score > 0.05"])
 
 # %%
 found = {
-    name: np.array([int((rows[:, 0] > 0.5).sum()) for rows in kept[name]["test"]])
+    name: np.array([int((r[:, 0] > 0.5).sum()) for r in kept[name]["test"]])
     for name in ("NMS 0.25", "NMS 0.75", "no NMS")
 }
 print("boxes with a score above 0.5 (phantoms):")
 print("mean of each class, correlation with the number of true lesions")
 true_count = lesions["test"].sum(axis=1)
 for name, counts in found.items():
-    means = "  ".join(f"{counts[truth == label].mean():5.2f}" for label in range(3))
-    print(f"{name:10} {means}   {np.corrcoef(counts, true_count)[0, 1]:.2f}")
+    means = [f"{counts[truth == label].mean():5.2f}" for label in range(3)]
+    correlation = np.corrcoef(counts, true_count)[0, 1]
+    print(f"{name:10}", *means, f"  {correlation:.2f}")
 
 # %% [markdown]
 # ## The other parts: detector and hidden layers
@@ -529,13 +602,16 @@ for name, counts in found.items():
 torch.manual_seed(SEED)
 untrained = lesion_mask_rcnn(preset.detector).to(device).eval()
 random_rows = all_rows(untrained, {PAPER: SETTINGS[PAPER]}, every=2)[PAPER]
-half = {split: y[::2] for split, y in labels.items()}  # enough slices to see nothing
+half = {split: y[::2] for split, y in labels.items()}
 predicted = predict_with_s(vectors(random_rows), half)
 record("detector with random weights", predicted, half["test"])
 assert (predicted == half["test"]).float().mean() < 0.6
 
 # %%
-record("S without hidden layers", predict_with_s(vectors(kept[PAPER]), hidden=False))
+record(
+    "S without hidden layers",
+    predict_with_s(vectors(kept[PAPER]), hidden=False),
+)
 
 # %% [markdown]
 # The nearer a random detector leaves $S$ to chance, one third, the more of the information must come
@@ -564,7 +640,8 @@ fit, judge = strong_rows("train"), strong_rows("test")
 forest = {"n_estimators": 100, "min_samples_leaf": 5, "random_state": SEED}
 probe = RandomForestClassifier(**forest).fit(fit[:, :5], fit[:, 6])
 common = max(judge[:, 6].mean(), 1 - judge[:, 6].mean())
-print(f"class from the row: {probe.score(judge[:, :5], judge[:, 6]):.0%} of boxes right")
+right = probe.score(judge[:, :5], judge[:, 6])
+print(f"class from the row: {right:.0%} of boxes right")
 print(f"always the commoner class: {common:.0%}")
 targets = {
     "area (log)": np.log(fit[:, 9] * fit[:, 10]),
@@ -572,9 +649,10 @@ targets = {
     "y of the centre": fit[:, 8],
 }
 answers = [np.log(judge[:, 9] * judge[:, 10]), judge[:, 7], judge[:, 8]]
+print("R2 from the row (1 is perfect, 0 is a constant guess)")
 for (name, target), answer in zip(targets.items(), answers, strict=True):
-    r2 = RandomForestRegressor(**forest).fit(fit[:, :5], target).score(judge[:, :5], answer)
-    print(f"{name} from the row: R2 {r2:.2f} (1 is perfect, 0 is a constant guess)")
+    probe = RandomForestRegressor(**forest).fit(fit[:, :5], target)
+    print(f"{name}: {probe.score(judge[:, :5], answer):.2f}")
 
 # %% [markdown]
 # An R2 near 0, or a share of right boxes near that of the commoner class, means that the row does not
@@ -590,7 +668,8 @@ for name in ("NMS 0.75", "NMS 0.25"):
         "place and class": ("score", "place", "class"),
     }
     for what, columns in wider.items():
-        record(f"{what}, {name}", predict_with_s(vectors(kept[name], columns)))
+        predicted = predict_with_s(vectors(kept[name], columns))
+        record(f"{what}, {name}", predicted)
 
 # %% [markdown]
 # Be careful if place seems to help: it *replaces* the deltas, so the gain may come from leaving these
@@ -606,7 +685,7 @@ for name in ("NMS 0.75", "NMS 0.25"):
 
 # %%
 def simple(parts, split):
-    """float64 [M, 2]: the best score of each slice, and how many scores exceed 0.5."""
+    """float64 [M, 2]: the best score, and how many scores exceed 0.5."""
     scores = [rows[:, 0].numpy() for rows in parts[split]]
     return np.array([[s.max(), (s > 0.5).sum()] for s in scores])
 
@@ -617,14 +696,16 @@ def record_rule(name, train, test, true=labels["train"]):
     record(name, torch.from_numpy(model.predict(test)))
 
 
-features = {split: simple(kept["NMS 0.25"], split) for split in ("train", "test")}
-record_rule("rule: best score", features["train"][:, :1], features["test"][:, :1])
-record_rule("rule: best score and count", features["train"], features["test"])
-areas = {split: np.array([area_features(m) for m in masks[split]]) for split in masks}
+features = {s: simple(kept["NMS 0.25"], s) for s in ("train", "test")}
+train, test = features["train"], features["test"]
+record_rule("rule: best score", train[:, :1], test[:, :1])
+record_rule("rule: best score and count", train, test)
+areas = {s: np.array([area_features(m) for m in masks[s]]) for s in masks}
 both = {split: np.hstack([areas[split], lesions[split]]) for split in masks}
 fourth = labels["train"][::4]  # those whose masks are drawn
 record_rule("rule: TRUE areas", areas["train"], areas["test"], fourth)
-record_rule("rule: TRUE areas and counts", both["train"], both["test"], fourth)
+name = "rule: TRUE areas and counts"
+record_rule(name, both["train"], both["test"], fourth)
 
 # %% [markdown]
 # ## All of it in one picture
@@ -635,32 +716,66 @@ record_rule("rule: TRUE areas and counts", both["train"], both["test"], fourth)
 names = list(results)
 judged = np.array([len(results[name][1]) for name in names])
 share = np.array([results[name][0] for name in names]) / judged
-ends = np.array([wilson(results[name][0], n) for name, n in zip(names, judged, strict=True)])
-group = [
-    "other" if "random" in n or "hidden" in n else "rule" if n.startswith("rule") else "rows"
-    for n in names
-]
+ends = np.array([wilson(results[n][0], len(results[n][1])) for n in names])
+
+
+def group_of(name):
+    """Which of the three kinds of variant this is."""
+    if "random" in name or "hidden" in name:
+        return "other"
+    return "rule" if name.startswith("rule") else "rows"
+
+
 look_of = {
     "rows": (plotting.SKY_BLUE, "", "S on variants of the rows"),
-    "other": (plotting.ORANGE, "///", "another detector, or S without hidden layers"),
+    "other": (
+        plotting.ORANGE,
+        "///",
+        "another detector, or S without hidden layers",
+    ),
     "rule": (plotting.GREEN, "..", "logistic regression"),
 }
-fig, ax = plt.subplots(figsize=(9, 0.27 * len(names) + 1.3), layout="constrained")
+tall = 0.27 * len(names) + 1.3
+fig, ax = plt.subplots(figsize=(9, tall), layout="constrained")
 for i in range(len(names)):
-    colour, hatch, _text = look_of[group[i]]
-    _ = ax.barh(i, 100 * share[i], color=colour, hatch=hatch, edgecolor="black", linewidth=0.5)
+    colour, hatch, _text = look_of[group_of(names[i])]
+    _ = ax.barh(
+        i,
+        100 * share[i],
+        color=colour,
+        hatch=hatch,
+        edgecolor="black",
+        linewidth=0.5,
+    )
 lengths = 100 * np.abs(ends.T - share)
-_ = ax.errorbar(100 * share, range(len(names)), xerr=lengths, fmt="none", color="black", capsize=3)
+_ = ax.errorbar(
+    100 * share,
+    range(len(names)),
+    xerr=lengths,
+    fmt="none",
+    color="black",
+    capsize=3,
+)
 _ = ax.axvline(100 * share[0], color="black", ls="--", lw=1)
 _ = ax.axvline(100 / 3, color="black", ls=":", lw=1)
 _ = ax.set_yticks(range(len(names)), names, fontsize=8)
 _ = ax.set_ylim(len(names) - 0.4, -0.6)
-_ = ax.set(xlabel="Accuracy on phantoms (%)", xlim=(0, 100), ylabel="What S, or the rule, reads")
+_ = ax.set(
+    xlabel="Accuracy on phantoms (%)",
+    xlim=(0, 100),
+    ylabel="What S, or the rule, reads",
+)
 patches = [
-    plt.Rectangle((0, 0), 1, 1, facecolor=c, hatch=h, edgecolor="black", label=text)
+    plt.Rectangle((0, 0), 1, 1, fc=c, hatch=h, ec="black", label=text)
     for c, h, text in look_of.values()
 ]
-_ = ax.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, fontsize=8)
+_ = ax.legend(
+    handles=patches,
+    loc="lower center",
+    bbox_to_anchor=(0.4, 1),
+    ncols=3,
+    fontsize=8,
+)
 plt.show()
 
 # %% [markdown]
@@ -806,8 +921,9 @@ plt.show()
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 only_deltas = vectors(kept[PAPER], ("deltas",))
-ordered = (predict_with_s(only_deltas) == labels["test"]).float().mean()
-mixed = (predict_with_s(shuffled(only_deltas)) == labels["test"]).float().mean()
+ordered = predict_with_s(only_deltas) == labels["test"]
+mixed = predict_with_s(shuffled(only_deltas)) == labels["test"]
+ordered, mixed = ordered.float().mean(), mixed.float().mean()
 print(f"deltas in the order of their scores: {ordered:.1%}")
 print(f"deltas in any order:                 {mixed:.1%}")
 
@@ -837,13 +953,22 @@ right = {
     name: (results[name][1] == labels["test"]).numpy().astype(float)
     for name in ("no NMS", f"score and deltas, N = {N}")
 }
-gain = right["no NMS"] - right[f"score and deltas, N = {N}"]  # -1, 0 or 1 for each slice
-_, owner = np.unique([slices["test"].patients[i] for i in chosen["test"]], return_inverse=True)
-gains, sizes = np.bincount(owner, gain), np.bincount(owner)  # of each patient
-draws = np.random.default_rng(SEED).integers(len(gains), size=(2000, len(gains)))
-low, high = np.quantile(gains[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
-print(f"difference {gain.mean():+.1%}, 95 % interval {low:+.1%} to {high:+.1%}")
-print(f"slices on which the two disagree in being right: {(gain != 0).sum()} of {len(gain)}")
+# -1, 0 or 1 for each slice
+gain = right["no NMS"] - right[f"score and deltas, N = {N}"]
+_, owner = np.unique(
+    [slices["test"].patients[i] for i in chosen["test"]],
+    return_inverse=True,
+)
+gains, sizes = (
+    np.bincount(owner, gain),
+    np.bincount(owner),
+)  # of each patient
+rng, patients = np.random.default_rng(SEED), len(gains)
+draws = rng.integers(patients, size=(2000, patients))
+drawn_gains = gains[draws].sum(1) / sizes[draws].sum(1)
+low, high = np.quantile(drawn_gains, [0.025, 0.975])
+print(f"difference {gain.mean():+.1%}, 95 %: {low:+.1%} to {high:+.1%}")
+print(f"only one of the two is right: {(gain != 0).sum()} of {len(gain)}")
 
 # %% [markdown]
 # Only the slices on which the two disagree count. Many slices are easy for both or hard for both, which
@@ -870,10 +995,14 @@ print(f"slices on which the two disagree in being right: {(gain != 0).sum()} of 
 predicted = results[f"score and deltas, N = {N}"][1].numpy()
 print("called COVID-19 by S (phantoms)")
 for label in (1, 2):
-    for text, group in (("one lesion", true_count == 1), ("two or more", true_count >= 2)):
+    for text, group in (
+        ("one lesion", true_count == 1),
+        ("two or more", true_count >= 2),
+    ):
         here = group & (truth == label)
         called = (predicted[here] == 2).mean()
-        print(f"{IMAGE_CLASSES[label]:16} {text:12} {called:4.0%} of {here.sum()} slices")
+        name = IMAGE_CLASSES[label]
+        print(f"{name:16} {text:12} {called:4.0%} of {here.sum()} slices")
 
 # %% [markdown]
 # If it only counted, the lines with one lesion would be near 0 % and those with two or more near
@@ -899,17 +1028,21 @@ for label in (1, 2):
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 patients = [slices["train"].patients[i] for i in chosen["train"]]
-numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
-quarter = torch.tensor([numbers[patient] % 4 == 0 for patient in patients])
+fourth_patients = set(list(dict.fromkeys(patients))[::4])
+quarter = torch.tensor([one in fourth_patients for one in patients])
 x = vectors(kept[PAPER])
 fewer = {"train": labels["train"][quarter]}
 before = preset.classifier_training
-as_long = replace(before, epochs=round(before.epochs * len(quarter) / int(quarter.sum())))
-small = predict_with_s(x | {"train": x["train"][quarter]}, labels | fewer, training=as_long)
-rule = fit_area_classifier(features["train"][quarter.numpy()], fewer["train"].numpy())
+epochs = round(before.epochs * len(quarter) / int(quarter.sum()))
+as_long = replace(before, epochs=epochs)
+short = x | {"train": x["train"][quarter]}
+small = predict_with_s(short, labels | fewer, training=as_long)
+few_features = features["train"][quarter.numpy()]
+rule = fit_area_classifier(few_features, fewer["train"].numpy())
 print(f"slices: {len(quarter)} and {int(quarter.sum())}   (phantoms)")
 all_s = results[f"score and deltas, N = {N}"][0] / len(truth)
-print(f"S:    {all_s:.1%} and {(small == labels['test']).float().mean():.1%}")
+few_s = (small == labels["test"]).float().mean()
+print(f"S:    {all_s:.1%} and {few_s:.1%}")
 all_rule = results["rule: best score and count"][0] / len(truth)
 print(f"rule: {all_rule:.1%} and {rule.score(features['test'], truth):.1%}")
 
