@@ -162,12 +162,8 @@ with torch.no_grad():
     features, proposals, shapes = propose(detector, [picture])
     logits, deltas = run_box_head(detector, features, proposals, shapes)
 lesion_classes = logits[0].shape[1] - 1
-print(
-    "logits per proposal:",
-    logits[0].shape[1],
-    "  deltas per proposal:",
-    deltas[0].shape[1],
-)
+print("logits per proposal:", logits[0].shape[1])
+print("deltas per proposal:", deltas[0].shape[1])
 
 # %% [markdown]
 # `rank_boxes` chooses and orders, as chapter 4 builds it by hand. It returns the proposal, the
@@ -187,10 +183,8 @@ with torch.no_grad():
     # [K, 5]
     rows = encoded_rows(logits[0][roi], deltas[0][roi], ranking.label)
 kind = F.one_hot(ranking.label - 1, lesion_classes).float()  # [K, 2]
-upper_left, lower_right = (
-    ranking.box[:, :2],
-    ranking.box[:, 2:],
-)  # [K, 2] each, pixels
+# [K, 2] each, pixels
+upper_left, lower_right = ranking.box[:, :2], ranking.box[:, 2:]
 height, width = shapes[0]
 side = torch.tensor([width, height], device=device)
 centre = (upper_left + lower_right) / 2 / side  # [K, 2]
@@ -204,10 +198,8 @@ padded = pad_rows(wide, N)
 with torch.no_grad():
     by_package = ranked_boxes(detector, [picture], config)[0]  # [N, 5]
 assert torch.allclose(padded[:, :5], by_package, atol=1e-5)
-print(
-    tuple(padded.shape),
-    "wide rows; their first 5 columns are the package's ranked boxes",
-)
+print(tuple(padded.shape), "wide rows")
+print("their first 5 columns are the package's ranked boxes")
 
 # %% [markdown]
 # ## Which boxes? A knob first
@@ -372,10 +364,8 @@ kept = all_rows(detector, SETTINGS)
 # %%
 for name, parts in kept.items():
     counts = np.array([len(rows) for rows in parts["test"]])
-    print(
-        f"{name:13} boxes in a slice: {counts.min()} to {counts.max()}, ",
-        end="",
-    )
+    few, many = counts.min(), counts.max()
+    print(f"{name:13} boxes in a slice: {few} to {many}, ", end="")
     print(f"padded slices: {(counts < N).mean():.0%}")
 
 # %% [markdown]
@@ -500,10 +490,8 @@ for n in [n for n in (1, 2, 4, 8, 16) if n < N]:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-drawn = {
-    "train": chosen["train"][::4],
-    "test": chosen["test"],
-}  # drawing takes a moment
+# drawing takes a moment, so a quarter of the training slices is enough
+drawn = {"train": chosen["train"][::4], "test": chosen["test"]}
 size = preset.phantoms.size
 masks = {
     split: [phantom_mask(slices[split].names[i], size) for i in indices]
@@ -568,10 +556,8 @@ plt.show()
 # %%
 record("NMS 0.25", predict_with_s(vectors(kept["NMS 0.25"])))
 record("no NMS", predict_with_s(vectors(kept["no NMS"])))
-record(
-    "score > 0.05, then padded",
-    predict_with_s(vectors(kept["score > 0.05"])),
-)
+predicted = predict_with_s(vectors(kept["score > 0.05"]))
+record("score > 0.05, then padded", predicted)
 
 # %% [markdown]
 # What does the number of high scores count in each ranking? With strict NMS each lesion should have
@@ -608,10 +594,8 @@ record("detector with random weights", predicted, half["test"])
 assert (predicted == half["test"]).float().mean() < 0.6
 
 # %%
-record(
-    "S without hidden layers",
-    predict_with_s(vectors(kept[PAPER]), hidden=False),
-)
+predicted = predict_with_s(vectors(kept[PAPER]), hidden=False)
+record("S without hidden layers", predicted)
 
 # %% [markdown]
 # The nearer a random detector leaves $S$ to chance, one third, the more of the information must come
