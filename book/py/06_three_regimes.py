@@ -399,14 +399,14 @@ for part in PARTS:
 # %% [markdown]
 # Two rows stay at zero in all regimes.
 #
-# **Statistics.** They are no parameters: a forward pass in training mode would update them, and
-# the detector never is in training mode.
+# **Statistics.** They are not parameters. A forward pass in training mode would update them, but the
+# detector is never in training mode.
 #
-# **RPN.** Its weights are on the optimiser's list in "full", yet nothing reaches them. The RPN
+# **RPN.** Its weights are on the optimiser's list in "full", yet no gradient reaches them. The RPN
 # hands over proposals: the coordinates of boxes that were chosen by sorting and by non-maximum
-# suppression. The choice has no derivative. The coordinates would have one, but torchvision
-# detaches them, because Faster R-CNN trains the RPN with losses of its own {cite:p}`Ren2015`. Here
-# these losses are off.
+# suppression. This choice has no derivative. The coordinates would have one, but torchvision
+# detaches them, because Faster R-CNN trains the RPN with losses of its own {cite:p}`Ren2015`, which
+# are switched off here.
 
 # %%
 model, before = stepped["full"]
@@ -824,7 +824,7 @@ for name, detector in detectors.items():
     print(f"{name:30} {box:10.2f} {mask:11.2f}")
 assert abs(found["heads"]["box_ap50"] - found["before"]["box_ap50"]) < 0.01
 
-# %% mystnb={"image": {"alt": "Four panels with the old friend: the true lesions, and the detections with a score above one half before training, after heads plus BN and after full."}, "figure": {"caption": "Our old friend: true lesions, and detections with a score above 0.5 before training and after two regimes. Synthetic."}}
+# %% mystnb={"image": {"alt": "Four panels with the old friend, a drawn chest slice in the lung window: the true lesions, and the detections with a score above one half before training, after heads plus BN and after full."}, "figure": {"caption": "Our old friend: true lesions, and detections with a score above 0.5 before training and after two regimes. Synthetic."}}
 lesion_kinds, picture = preset.detector.lesions, friend.cpu()
 truth = mask_to_targets(friend_mask, lesion_kinds, preset.min_area)
 fig, axes = plt.subplots(2, 2, figsize=(8.4, 8.4), layout="constrained")
@@ -881,8 +881,8 @@ plt.show()
 # Command: `python benchmarks/regimes.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit 2ba6285; all numbers in `results/regimes.json`.
 # <!-- /regimes -->
 #
-# Sensitivity (PPV), accuracy and AP go from 0 to 1. All are means over the seeds, on all test slices
-# of the synthetic preset `quick`. The intervals resample whole patients. A *minus* column is the
+# Sensitivity (PPV), accuracy and AP go from 0 to 1. All are means over the seeds, on all synthetic
+# test slices of the preset `quick`. The intervals resample whole patients. A *minus* column is the
 # difference to a row of heads on the same slices: to the first row, or to the last, which has all
 # epochs. The box AP50 is measured on the lesion test slices with the mask branch put back; in the
 # rows of heads it is the shipped segmenter's, which stays as it is. The settings of the preset were

@@ -844,7 +844,7 @@ plt.show()
 
 # %% [markdown]
 # Now read the table from the top, and look at the intervals of the differences first: one that
-# contains 0 shows no difference. Each group of rows has its own question.
+# contains 0 does not show a difference. Each group of rows has its own question.
 #
 # - **Number of boxes.** From which $N$ on does the accuracy stop growing? The line below the table
 #   compares the usual $N$ with two boxes. Where *training* goes on rising with $N$ and the accuracy
