@@ -270,17 +270,17 @@ assert torch.allclose(loss, classification_loss(logits, labels), rtol=1e-4)
 # %% [markdown]
 # **Backward and Adam.** Adam {cite:p}`Kingma2015` keeps a running mean $u$ of the gradient and a
 # running mean $v$ of its square. Their decay rates, $\rho_1$ and $\rho_2$ here, are usually called
-# $\beta_1$ and $\beta_2$; we keep $\beta$ for batch normalisation. Weight decay $\lambda$ is added to
-# the gradient:
+# $\beta_1$ and $\beta_2$; we keep $\beta$ for batch normalisation. Weight decay $\lambda$ is added
+# to the gradient:
 #
 # $$g_t = \nabla L + \lambda \theta, \quad u_t = \rho_1 u_{t-1} + (1 - \rho_1) g_t, \quad
 # v_t = \rho_2 v_{t-1} + (1 - \rho_2) g_t^2,$$
 # $$\theta_t = \theta_{t-1} - \alpha \,
 # \frac{u_t / (1 - \rho_1^t)}{\sqrt{v_t / (1 - \rho_2^t)} + \epsilon}.$$
 #
-# In the first step these corrections turn the fraction into $g / (|g| + \epsilon)$, which is plus or
-# minus one unless $g$ is tiny. **Every parameter moves by about $\alpha$, however small its gradient
-# is.** We will come back to this.
+# In the first step these corrections turn the fraction into $g / (|g| + \epsilon)$, which is plus
+# or minus one unless $g$ is tiny. **Every parameter moves by about $\alpha$, however small its
+# gradient is.** We will come back to this.
 
 # %%
 loss = classification_loss(logits, labels)
@@ -298,8 +298,8 @@ for theta, gradient in zip(parameters, gradients, strict=True):
 # %% [markdown]
 # Now the package: one epoch on a data set that holds this batch alone is one step. It should move
 # the parameters to where ours are. We ask this of 99 % of them and not of all: where gradient and
-# weight decay nearly cancel, rounding decides the sign of their sum, and Adam turns even that into a
-# step of size $\alpha$.
+# weight decay nearly cancel, rounding decides the sign of their sum, and Adam turns even that into
+# a step of size $\alpha$.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -399,8 +399,8 @@ for part in PARTS:
 # %% [markdown]
 # Two rows stay at zero in all regimes.
 #
-# **Statistics.** They are not parameters. A forward pass in training mode would update them, but the
-# detector is never in training mode.
+# **Statistics.** They are not parameters. A forward pass in training mode would update them, but
+# the detector is never in training mode.
 #
 # **RPN.** Its weights are on the optimiser's list in "full", yet no gradient reaches them. The RPN
 # hands over proposals: the coordinates of boxes that were chosen by sorting and by non-maximum
@@ -434,8 +434,8 @@ for gradient in (None, torch.zeros(1)):
 
 # %% [markdown]
 # The box predictor shows where this leads. It also predicts deltas for the background, which no
-# loss reads, neither here nor in the segmenter's training. Their gradient is zero and not `None`, so
-# in the segmenter's training weight decay alone has moved their weights:
+# loss reads, neither here nor in the segmenter's training. Their gradient is zero and not `None`,
+# so in the segmenter's training weight decay alone has moved their weights:
 
 # %%
 predictor = segmenter.roi_heads.box_predictor
@@ -446,8 +446,8 @@ for label, part in enumerate(weights.split(4)):
 
 # %% [markdown]
 # The same property of Adam limits the learning rate of a regime. A step of size $\alpha$ is small
-# for a $\gamma$ near one and large for a weight near zero. Here is the step of "full" as a percentage
-# of the median size of the parameters in each part.
+# for a $\gamma$ near one and large for a weight near zero. Here is the step of "full" as a
+# percentage of the median size of the parameters in each part.
 
 # %%
 print(f"{'':22} median size   a step of {training.lr:g} is")
@@ -467,10 +467,10 @@ for part, values in sizes.items():
 # $S$ is random at the start, so a large step does it no harm. Convolutions and heads hold what the
 # segmenter has learned, and many such steps can undo it. The paper uses one rate for all regimes,
 # $10^{-5}$, for 50 epochs {cite:p}`TerSarkisov2020`; it names no batch size, and the released code
-# takes 8 slices at a time. These are many small steps. Our preset `quick` has to give results within
-# minutes, so it takes fewer and larger ones, and its rate was chosen for $S$. For "full" we use a
-# smaller rate below. In the benchmark near the end, a pilot chooses the rate of each regime on
-# validation slices.
+# takes 8 slices at a time. These are many small steps. Our preset `quick` has to give results
+# within minutes, so it takes fewer and larger ones, and its rate was chosen for $S$. For "full" we
+# use a smaller rate below. In the benchmark near the end, a pilot chooses the rate of each regime
+# on validation slices.
 
 # %% [markdown]
 # ## How many numbers learn
@@ -493,9 +493,9 @@ for name in ("quick", "paper"):
 assert counts[:2] == [2_364_419, 2_417_539]
 
 # %% [markdown]
-# The released code trains slightly fewer in its version of heads + BN. It looks for `bn` in the name
-# of a parameter, but the batch-norm layers on the shortcuts of ResNet are called `downsample.1`, and
-# so it misses them. Here is what its rule finds in the paper's model:
+# The released code trains slightly fewer in its version of heads + BN. It looks for `bn` in the
+# name of a parameter, but the batch-norm layers on the shortcuts of ResNet are called
+# `downsample.1`, and so it misses them. Here is what its rule finds in the paper's model:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -552,9 +552,9 @@ print("the same as one line for each channel")
 #
 # A straight line for each channel does not seem much. But a ReLU follows, and $\beta$ decides which
 # part of the map lies above its threshold. Shift it, and a channel that marks the edges of lesions
-# may begin to mark vessels too, or mark nothing at all. $\gamma$ decides how much the channel counts
-# for the layers behind it, and zero removes the channel. So heads + BN cannot learn new filters, but
-# in every layer it can choose among those that are there.
+# may begin to mark vessels too, or mark nothing at all. $\gamma$ decides how much the channel
+# counts for the layers behind it, and zero removes the channel. So heads + BN cannot learn new
+# filters, but in every layer it can choose among those that are there.
 
 # %% mystnb={"image": {"alt": "The same feature map of a synthetic slice three times. The higher beta is, the more of the map is above zero and bright."}, "figure": {"caption": "One channel of the first layer after batch normalisation and ReLU, on our old friend, with three values of its beta. The filter is the same; what passes is not. Synthetic."}}
 with torch.no_grad():
@@ -618,9 +618,9 @@ assert change > 1e-3
 
 # %% [markdown]
 # With running statistics, the other slices change nothing beyond rounding. With the statistics of
-# the batch, the same slice gets different scores in each batch. For a diagnosis that would be absurd:
-# a patient's result must not depend on who is examined at the same time. Move the slider to see
-# batches of other sizes.
+# the batch, the same slice gets different scores in each batch. For a diagnosis that would be
+# absurd: a patient's result must not depend on who is examined at the same time. Move the slider to
+# see batches of other sizes.
 
 
 # %%
@@ -794,8 +794,8 @@ plt.show()
 # ## What the detector forgets
 #
 # In heads + BN and full, the detector is trained for the image label and sees no lesion masks any
-# more. Does it still find lesions? A network that is trained on a new task tends to lose the old one,
-# which is called catastrophic forgetting.
+# more. Does it still find lesions? A network that is trained on a new task tends to lose the old
+# one, which is called catastrophic forgetting.
 #
 # To measure it, we put the mask branch of the segmenter back beside the changed box branch and
 # evaluate on lesion slices of patients that no model has trained on.
@@ -841,10 +841,10 @@ for ax, name in zip(axes.flat[1:], shown, strict=True):
 plt.show()
 
 # %% [markdown]
-# These were only the first steps of a training; the last column of the benchmark below shows what is
-# left after more of them. It matters for what you may say about the model. If the boxes still lie on
-# lesions, a classifier can point at what it has used. If they do not, a box is whatever helped the
-# image label, and a picture of it explains less than it seems to.
+# These were only the first steps of a training; the last column of the benchmark below shows what
+# is left after more of them. It matters for what you may say about the model. If the boxes still
+# lie on lesions, a classifier can point at what it has used. If they do not, a box is whatever
+# helped the image label, and a picture of it explains less than it seems to.
 
 # %% [markdown]
 # ## The whole benchmark
@@ -898,12 +898,12 @@ plt.show()
 # - **Start with the differences.** Does an interval contain zero? Then this benchmark does not show
 #   that the regime differs from heads, in either direction.
 # - **Compare each regime with its gentler run.** If they differ by more than two regimes do, the
-#   settings of the optimiser matter more here than the regime. Which of the two settings did it, this
-#   benchmark cannot say.
+#   settings of the optimiser matter more here than the regime. Which of the two settings did it,
+#   this benchmark cannot say.
 # - **Compare heads with itself.** If heads gains much from its longer schedule, then it had not
 #   finished after the common number of epochs, and *minus heads* flatters the others. The column
-#   *minus heads of all epochs* is stricter: these epochs are cheap for heads, and for the others they
-#   are not.
+#   *minus heads of all epochs* is stricter: these epochs are cheap for heads, and for the others
+#   they are not.
 # - **Look at each seed.** The intervals resample patients, but not trainings. Rounding errors and
 #   random starts grow over thousands of steps, and two seeds show only roughly how far apart two
 #   trainings of the same kind can end. A difference between regimes that is no larger than that
@@ -915,11 +915,11 @@ plt.show()
 #
 # The released code does more work than a regime needs: it differentiates all proposals whatever
 # trains, and in "heads" it would run a detector that never changes in every epoch. The table
-# compares a loop that works in this way with ours, on the same machine, weights and slices of
-# 512 x 512 (phantoms). "Heads" gains most, because its detector runs only once, and without a
-# backward pass; its two rows are extrapolated from a few steps. In the other two, the boxes are
-# ranked without a gradient, and only the $N$ that are kept are differentiated: the same gradient for
-# less work. [What makes it fast](fast.md) has the rest, and shows what each of the two savings of
+# compares a loop that works in this way with ours, on the same machine, weights and slices of 512 x
+# 512 (phantoms). "Heads" gains most, because its detector runs only once, and without a backward
+# pass; its two rows are extrapolated from a few steps. In the other two, the boxes are ranked
+# without a gradient, and only the $N$ that are kept are differentiated: the same gradient for less
+# work. [What makes it fast](fast.md) has the rest, and shows what each of the two savings of
 # "heads" is worth alone.
 #
 # <!-- speed -->
@@ -989,14 +989,14 @@ plt.show()
 # The paper prefers heads + BN: full is more accurate over all, but misses more COVID-19. Two notes
 # of caution. The table is not quite consistent: an accuracy of 91.66 needs 92.10 for the controls
 # of heads + BN, as in the abstract, and not 91.10 (see [paper v code](paper_v_code.ipynb)). And the
-# numbers of the two tables cannot be compared: data, scale, learning rates and "full" all differ. What
-# the tables can share is the direction of an effect.
+# numbers of the two tables cannot be compared: data, scale, learning rates and "full" all differ.
+# What the tables can share is the direction of an effect.
 #
 # In the paper heads is far behind, and the other two are close to each other. Is this so in our
 # table, too? Where it is not, there are reasons that we can name, without knowing which of them
-# counts. The preset was tuned in "heads", which favours it. All phantoms come from one program, so a
-# frozen detector is at home on every slice. We take few large steps where the paper takes many small
-# ones. And with few seeds and so few patients there is room for chance.
+# counts. The preset was tuned in "heads", which favours it. All phantoms come from one program, so
+# a frozen detector is at home on every slice. We take few large steps where the paper takes many
+# small ones. And with few seeds and so few patients there is room for chance.
 
 # %% [markdown]
 # ## For the next chapters
@@ -1067,9 +1067,9 @@ print(f"slices with another prediction: {other.float().mean():.1%}")
 
 # %% [markdown]
 # No weight has changed, only means and variances. They came from slices of COVID-19 patients; now
-# they come from slices of all three classes. Each channel is shifted and scaled, so the rows change,
-# and $S$ was trained on the old ones. Look at the predictions and not at the accuracy alone: it can
-# stay the same while many slices get another class.
+# they come from slices of all three classes. Each channel is shifted and scaled, so the rows
+# change, and $S$ was trained on the old ones. Look at the predictions and not at the accuracy
+# alone: it can stay the same while many slices get another class.
 #
 # ````{solution-end}
 # ````
@@ -1113,9 +1113,9 @@ for name, attribute in (("gamma", "weight"), ("beta", "bias")):
 
 # %% [markdown]
 # Adam's first step has the same size for both, but $\gamma$ is near one and $\beta$ near zero, so
-# the step changes $\beta$ more in relation to its size. Where a loss goes up and down even at a tenth
-# of the rate, think of the ranking: boxes that swap ranks make the rows jump, and the gradient knows
-# nothing of that.
+# the step changes $\beta$ more in relation to its size. Where a loss goes up and down even at a
+# tenth of the rate, think of the ranking: boxes that swap ranks make the rows jump, and the
+# gradient knows nothing of that.
 #
 # ````{solution-end}
 # ````
@@ -1160,9 +1160,9 @@ guess = -(third * third.log() + 2 * third * (1 - third).log())
 print(f"loss if every probability is 1/3: {guess:.3f}")
 
 # %% [markdown]
-# If the spread falls, all slices look alike to $S$, and the best that it can do is to give each class
-# its share, one third. In a longer run you would notice it by a loss that stays near that of "always
-# 1/3"; after ten steps the loss of one batch says little.
+# If the spread falls, all slices look alike to $S$, and the best that it can do is to give each
+# class its share, one third. In a longer run you would notice it by a loss that stays near that of
+# "always 1/3"; after ten steps the loss of one batch says little.
 #
 # ````{solution-end}
 # ````
@@ -1171,8 +1171,8 @@ print(f"loss if every probability is 1/3: {guess:.3f}")
 # ```{exercise} The loss as it is printed
 # :label: 06-three-regimes-positive
 # Train two modules $S$ on the cached rows of the live slices: one with binary cross-entropy, one
-# with the positive term alone, $-\sum_k y_k \log \sigma(\hat{y}_k)$, as Algorithm 1 prints it. Compare
-# the probabilities.
+# with the positive term alone, $-\sum_k y_k \log \sigma(\hat{y}_k)$, as Algorithm 1 prints it.
+# Compare the probabilities.
 # ```
 
 # %% [markdown]
@@ -1211,8 +1211,9 @@ for name, function in losses.items():
 
 # %% [markdown]
 # The positive term is lowest when *every* logit is large, because nothing punishes a wrong class. A
-# module that has learned its slices with both terms has about one third of its outputs above one half,
-# since each slice has one class of three. (Both are evaluated on their own training slices here.)
+# module that has learned its slices with both terms has about one third of its outputs above one
+# half, since each slice has one class of three. (Both are evaluated on their own training slices
+# here.)
 #
 # ````{solution-end}
 # ````

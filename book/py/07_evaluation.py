@@ -17,14 +17,14 @@
 #
 # **You need** [chapter 5](05_covid_ct_mask_net.ipynb) for what the model is, or [the whole
 # path](00_whole_path.ipynb). The chapter runs alone, with the weights that come with the package.
-# **Run time:** less than a minute on two CPU cores in the preset `quick`. The first chapter that you
-# run also draws the phantoms, once, which takes a minute or two more.
+# **Run time:** less than a minute on two CPU cores in the preset `quick`. The first chapter that
+# you run also draws the phantoms, once, which takes a minute or two more.
 #
 # ```{admonition} Synthetic data
 # :class: important
 # Every slice in this chapter is a *phantom*: a chest drawn by formulas and random numbers
-# ([how](phantoms_made.ipynb)). Columns of our own numbers are headed "phantoms". Numbers of the paper
-# and of the released code are quoted with their source. Nothing here is for diagnosis.
+# ([how](phantoms_made.ipynb)). Columns of our own numbers are headed "phantoms". Numbers of the
+# paper and of the released code are quoted with their source. Nothing here is for diagnosis.
 # ```
 
 # %% tags=["hide-input"]
@@ -123,8 +123,8 @@ for i in (0, len(test) // 2, len(test) - 1):
 # ## The confusion matrix
 #
 # We count the slices by true class $i$ and predicted class $j$. With three classes there are nine
-# cases, so we number them $3i + j$ and count each number. The matrix $n_{ij}$ has the true classes in
-# its rows. (Some books put them in the columns, so always say which you use.)
+# cases, so we number them $3i + j$ and count each number. The matrix $n_{ij}$ has the true classes
+# in its rows. (Some books put them in the columns, so always say which you use.)
 
 # %%
 case = 3 * labels + predictions  # [M], 0..8
@@ -140,8 +140,8 @@ plt.show()
 # %% [markdown]
 # ## Five ratios
 #
-# Take one class $c$ and call the rest "other". We need four sums: true positives $TP = n_{cc}$, false
-# negatives $FN$ (the rest of row $c$), false positives $FP$ (the rest of column $c$) and true
+# Take one class $c$ and call the rest "other". We need four sums: true positives $TP = n_{cc}$,
+# false negatives $FN$ (the rest of row $c$), false positives $FP$ (the rest of column $c$) and true
 # negatives $TN$ (everything else).
 #
 # | name | formula | question that it answers |
@@ -189,8 +189,8 @@ print(f"accuracy {accuracy:.1%} on {len(test)} slices")
 # %% [markdown]
 # ## How sure? Wilson's interval
 #
-# A sensitivity of 80 % on 5 slices tells us less than one on 5,000. Suppose that each slice is found
-# with the same unknown probability $p$, independently. Of $n$ slices we have found the share
+# A sensitivity of 80 % on 5 slices tells us less than one on 5,000. Suppose that each slice is
+# found with the same unknown probability $p$, independently. Of $n$ slices we have found the share
 # $\hat p$. Which values of $p$ are compatible with that? Those that are not too far from $\hat p$:
 #
 # $$|\hat p - p| \le z \sqrt{\frac{p\,(1-p)}{n}}, \qquad z = 1.96 \text{ for } 95\,\%.$$
@@ -224,8 +224,8 @@ for successes, total in ((4, 5), (4000, 5000), (5, 5)):
 # ## Patients, not slices
 #
 # Wilson's interval treats the slices as independent, but they are not. The slices of one patient
-# share the lungs, the disease and the scanner, so a patient who is misread once is more likely to be
-# misread again. A second slice of the same patient tells us less than a slice of a new one.
+# share the lungs, the disease and the scanner, so a patient who is misread once is more likely to
+# be misread again. A second slice of the same patient tells us less than a slice of a new one.
 #
 # The *bootstrap* {cite:p}`Efron1979` asks how much a number would vary if we collected the data
 # again. As we cannot do that, it draws from the data that we have, with replacement. What it draws
@@ -324,8 +324,8 @@ plt.show()
 
 # %% [markdown]
 # The *design effect* is the ratio of the two variances. It says how many of our slices are worth as
-# much as one independent slice. With $k$ slices for each patient, whose outcomes have the correlation
-# $\rho$, it is about
+# much as one independent slice. With $k$ slices for each patient, whose outcomes have the
+# correlation $\rho$, it is about
 #
 # $$\text{design effect} \approx 1 + (k - 1)\,\rho.$$
 
@@ -339,10 +339,10 @@ print(f"{len(test)} slices are worth {independent:.0f} independent ones")
 assert 0.7 < effect < k + 1
 
 # %% [markdown]
-# Even if all slices of a patient were the same, $\rho = 1$, the design effect would only be $k$, which
-# is small here. COVIDx-CT has 21,191 test slices of 293 patients {cite:p}`Gunraj2020`, about 72 each.
-# We know of no published correlation there, so let us try some values, for the accuracy of 95.64 %
-# that the released code reports.
+# Even if all slices of a patient were the same, $\rho = 1$, the design effect would only be $k$,
+# which is small here. COVIDx-CT has 21,191 test slices of 293 patients {cite:p}`Gunraj2020`, about
+# 72 each. We know of no published correlation there, so let us try some values, for the accuracy of
+# 95.64 % that the released code reports.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -581,9 +581,9 @@ for name, values in printed.items():
 # with equal classes, "heads + BN" is. Neither statement is wrong. Accuracy alone does not rank
 # models, so report the sensitivities too.
 #
-# PPV depends on the mix even more. Let $\pi$, without an index, be the share of COVID-19 slices (the
-# prevalence), and let the false positive rate (FPR) be the share of the other slices that is called
-# COVID-19. Then
+# PPV depends on the mix even more. Let $\pi$, without an index, be the share of COVID-19 slices
+# (the prevalence), and let the false positive rate (FPR) be the share of the other slices that is
+# called COVID-19. Then
 #
 # $$\text{PPV} = \frac{\pi \cdot \text{sensitivity}}{\pi \cdot \text{sensitivity} + (1 - \pi) \cdot \text{FPR}}.$$
 #
@@ -688,8 +688,8 @@ _ = ipywidgets.interact(
 # ## The threshold
 #
 # "The largest of three" is one way to decide. Another is to call a slice COVID-19 when its COVID-19
-# sigmoid exceeds a threshold. A low threshold finds more cases and raises more false alarms. The *ROC
-# curve* shows all the choices that a threshold offers.
+# sigmoid exceeds a threshold. A low threshold finds more cases and raises more false alarms. The
+# *ROC curve* shows all the choices that a threshold offers.
 #
 # To draw it by hand, sort the slices by the COVID-19 probability, highest first, and walk down the
 # list. Each COVID-19 slice is a step up, each other slice a step to the right. Slices of equal
@@ -812,8 +812,8 @@ _ = ipywidgets.interact(
 )
 
 # %% [markdown]
-# A threshold is a setting like a learning rate. If you choose it on the test slices, you have tuned on
-# them. In the last exercise you choose it on the validation slices.
+# A threshold is a setting like a learning rate. If you choose it on the test slices, you have tuned
+# on them. In the last exercise you choose it on the validation slices.
 #
 # ## Can the probabilities be believed?
 #
@@ -869,13 +869,13 @@ plt.show()
 
 # %% [markdown]
 # Calibration depends on the mix of classes, as PPV does. Where COVID-19 is rarer than in training,
-# probabilities that were right become too high. (Here training and test set have the same mix. In the
-# paper they do not: 1,000 slices of each class in training, and 45, 35 and 20 % in testing.)
+# probabilities that were right become too high. (Here training and test set have the same mix. In
+# the paper they do not: 1,000 slices of each class in training, and 45, 35 and 20 % in testing.)
 #
 # ## From slices to patients
 #
-# Doctors treat patients and not slices, and a scan has tens to hundreds of slices. The simplest rule
-# for a patient takes the mean of the slices' probabilities.
+# Doctors treat patients and not slices, and a scan has tens to hundreds of slices. The simplest
+# rule for a patient takes the mean of the slices' probabilities.
 
 # %%
 sums = torch.zeros(len(names), 3).index_add_(0, owner, probabilities)
@@ -895,13 +895,14 @@ _ = plotting.confusion_matrix(patient_counts)
 plt.show()
 
 # %% [markdown]
-# Averaging helps where the errors of a patient's slices differ, because then they partly cancel. The
-# correlation above says how far they do. But do not read more into these numbers:
+# Averaging helps where the errors of a patient's slices differ, because then they partly cancel.
+# The correlation above says how far they do. But do not read more into these numbers:
 #
 # - Every phantom patient has the same small number of slices, all drawn by one program. Real scans
 #   differ in length, and many slices of a sick patient may show nothing.
-# - For common pneumonia and COVID-19, COVIDx-CT keeps only slices with visible lesions, and so do our
-#   phantoms. A real scan comes with all its slices, and nobody has picked those that show something.
+# - For common pneumonia and COVID-19, COVIDx-CT keeps only slices with visible lesions, and so do
+#   our phantoms. A real scan comes with all its slices, and nobody has picked those that show
+#   something.
 # - The paper and the released code report results for slices only, so there is no number for
 #   patients to compare with.
 #
@@ -929,8 +930,8 @@ plt.show()
 # %% [markdown]
 # Which errors are most frequent? Common pneumonia and COVID-19 overlap by design, because the
 # diseases do: both show ground glass and consolidation, and they differ in the number of foci, in
-# their place, and in how often both lungs are affected. Controls have no lesions, but they have what
-# looks like them: vessels, scars, nodules, and denser lung at the back.
+# their place, and in how often both lungs are affected. Controls have no lesions, but they have
+# what looks like them: vessels, scars, nodules, and denser lung at the back.
 
 # %%
 pair_errors = counts.clone()
@@ -985,18 +986,18 @@ plt.show()
 # ## What a good number here does not show
 #
 # The settings of this preset were chosen while looking at results on phantoms. No model was trained
-# on the test patients, but a choice that did well on some patients may do less well on others. So the
-# shipped weights were also evaluated on phantoms of another seed, on which nothing was tuned
+# on the test patients, but a choice that did well on some patients may do less well on others. So
+# the shipped weights were also evaluated on phantoms of another seed, on which nothing was tuned
 # ([weights](weights.md)).
 
 # %%
 if PRESET == "quick":
     judged = ShippedWeights.CLASSIFIER_QUICK.card()["metrics"]
     fresh = judged["accuracy"]
-    print("accuracy on phantoms")
-    print(f"these patients:  {accuracy:.1%} ", end="")
+    print("accuracy on phantoms, patients drawn")
+    print(f"these {len(names)} patients: {accuracy:.1%} ", end="")
     print(f"({by_package[0]:.1%} to {by_package[1]:.1%})")
-    print(f"{judged['patients']} fresh ones: {fresh['value']:.1%} ", end="")
+    print(f"{judged['patients']} others: {fresh['value']:.1%} ", end="")
     print(f"({fresh['low']:.1%} to {fresh['high']:.1%})")
 else:
     print("The card belongs to the weights of the preset quick.")
@@ -1087,8 +1088,8 @@ for used in range(1, preset.phantoms.slices_per_patient + 1):
     print(f"{used} slices a patient: {mean:.1%} of patients (phantoms)")
 
 # %% [markdown]
-# If all slices of a patient were the same, the accuracy would not grow at all, and the design effect
-# would be the number of slices.
+# If all slices of a patient were the same, the accuracy would not grow at all, and the design
+# effect would be the number of slices.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1130,10 +1131,10 @@ for name, scores, true in (
     )
 
 # %% [markdown]
-# The 90 % hold on the slices on which the threshold was chosen. On new patients they may hold or not.
-# The threshold rests on the COVID-19 slices of a few validation patients, and the test patients are
-# another sample, so the sensitivity there can be further from 90 % than either interval suggests. Both
-# intervals treat slices as independent, too.
+# The 90 % hold on the slices on which the threshold was chosen. On new patients they may hold or
+# not. The threshold rests on the COVID-19 slices of a few validation patients, and the test
+# patients are another sample, so the sensitivity there can be further from 90 % than either
+# interval suggests. Both intervals treat slices as independent, too.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1145,8 +1146,8 @@ for name, scores, true in (
 # 1. Nine counts give every number: sensitivity reads along rows, PPV along columns.
 # 2. Each number needs an interval, and it is patients, not slices, that are independent.
 # 3. Printed percentages can be checked if the confusion matrix is printed, so publish the matrix.
-# 4. Accuracy and PPV depend on the mix of classes; which threshold is best depends on what each kind
-#    of error costs.
+# 4. Accuracy and PPV depend on the mix of classes; which threshold is best depends on what each
+#    kind of error costs.
 # 5. Good numbers on phantoms show that the method runs, and nothing about patients.
 #
 # ## Further reading

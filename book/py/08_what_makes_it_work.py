@@ -11,15 +11,16 @@
 #
 # - run an ablation: change one thing, keep the rest, and know how large a difference must be to
 #   count;
-# - say what scores, deltas, order, the number of boxes and non-maximum suppression (NMS) contribute;
+# - say what scores, deltas, order, the number of boxes and non-maximum suppression (NMS)
+#   contribute;
 # - widen a row by the class and the place of its box, and judge whether that helps;
 # - compare a network with rules of one or two numbers;
 # - say why a finding on phantoms may fail on patients.
 #
 # **You need** [chapter 4](04_ranked_boxes.ipynb) (ranked boxes) and [chapter
 # 5](05_covid_ct_mask_net.ipynb) (the module $S$). **Run time:** a minute or two on two CPU cores in
-# the preset `quick`. The first chapter that you run also draws the phantoms, once, which takes about
-# as long again.
+# the preset `quick`. The first chapter that you run also draws the phantoms, once, which takes
+# about as long again.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -99,8 +100,8 @@ print(f"torchvision {torchvision.__version__}, {device}")
 print(f"Python {platform.python_version()}")
 
 # %% [markdown]
-# The live run uses some of the patients and one seed of $S$. The table near the end has all patients
-# and several seeds.
+# The live run uses some of the patients and one seed of $S$. The table near the end has all
+# patients and several seeds.
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -304,8 +305,8 @@ _ = ipywidgets.interact(look, nms=ipywidgets.FloatSlider(0.75, min=0.05, max=1, 
 # ## The same for every slice
 #
 # One pass of the detector is enough for several settings, because NMS and the score threshold come
-# after it. The released code's score threshold lies below 0 and removes nothing; 0.05 is a usual value
-# for a detector.
+# after it. The released code's score threshold lies below 0 and removes nothing; 0.05 is a usual
+# value for a detector.
 
 
 # %%
@@ -369,9 +370,10 @@ for name, parts in kept.items():
     print(f"padded slices: {(counts < N).mean():.0%}")
 
 # %% [markdown]
-# The list is cut at $N$, so "to $N$" means "at least $N$". Where a slice has fewer boxes, its vector is
-# padded. Compare the first line with the last: the score threshold takes away all low scores, which
-# can be most of the vector. The paper has a reason to keep them: a healthy slice has nothing else.
+# The list is cut at $N$, so "to $N$" means "at least $N$". Where a slice has fewer boxes, its
+# vector is padded. Compare the first line with the last: the score threshold takes away all low
+# scores, which can be most of the vector. The paper has a reason to keep them: a healthy slice has
+# nothing else.
 #
 # ## How we compare
 #
@@ -380,9 +382,9 @@ for name, parts in kept.items():
 # test slices are used once for each variant.
 #
 # How large must a difference be? Wilson's interval {cite:p}`Wilson1927` says what chance alone does
-# to an accuracy on that many slices, if they are independent. Ours are not, because each patient has
-# several. And if you compare twenty variants, one of them will look better by luck. So in this live
-# run we only trust large differences and leave small ones to the table of the full run.
+# to an accuracy on that many slices, if they are independent. Ours are not, because each patient
+# has several. And if you compare twenty variants, one of them will look better by luck. So in this
+# live run we only trust large differences and leave small ones to the table of the full run.
 
 # %%
 COLUMNS = {
@@ -469,11 +471,11 @@ record("deltas alone", predict_with_s(vectors(kept[PAPER], ("deltas",))))
 record("ranks shuffled", predict_with_s(shuffled(vectors(kept[PAPER]))))
 
 # %% [markdown]
-# Deltas alone may tell $S$ more than you would expect, because they come in the order of the scores.
-# If deltas of boxes on lesions differ from deltas of boxes on nothing, then the rank at which the one
-# kind gives way to the other can be read from the deltas, too. Shuffling takes that away. It also
-# takes away the alignment that a linear layer needs: input $5k$ is no longer always the score of rank
-# $k$, counted from 0.
+# Deltas alone may tell $S$ more than you would expect, because they come in the order of the
+# scores. If deltas of boxes on lesions differ from deltas of boxes on nothing, then the rank at
+# which the one kind gives way to the other can be read from the deltas, too. Shuffling takes that
+# away. It also takes away the alignment that a linear layer needs: input $5k$ is no longer always
+# the score of rank $k$, counted from 0.
 #
 # ## How many boxes?
 #
@@ -484,9 +486,9 @@ for n in [n for n in (1, 2, 4, 8, 16) if n < N]:
     record(f"N = {n}", predict_with_s(vectors(kept[PAPER], n=n)))
 
 # %% [markdown]
-# From which $N$ on is there no clear gain any more? What you may expect depends on how many lesions a
-# slice has, so let us count them. Phantoms have masks even where none is in the files: `phantom_mask`
-# draws the mask of a slice again from its name.
+# From which $N$ on is there no clear gain any more? What you may expect depends on how many lesions
+# a slice has, so let us count them. Phantoms have masks even where none is in the files:
+# `phantom_mask` draws the mask of a slice again from its name.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -539,14 +541,14 @@ _ = plotting.score_by_rank(vectors(kept[PAPER])["test"], truth, axes[1])
 plt.show()
 
 # %% [markdown]
-# A control has no lesion, a slice of common pneumonia mostly one, and one of COVID-19 often several.
-# So the first ranks answer the most useful question: is there another lesion? Where the curves on the
-# right have come together near 0, $S$ gets inputs that vary and mean little. They may even cost
-# accuracy, because a network with few examples fits them as well.
+# A control has no lesion, a slice of common pneumonia mostly one, and one of COVID-19 often
+# several. So the first ranks answer the most useful question: is there another lesion? Where the
+# curves on the right have come together near 0, $S$ gets inputs that vary and mean little. They may
+# even cost accuracy, because a network with few examples fits them as well.
 #
-# The paper's slices are different. They have 512 x 512 pixels, lesions of many more sizes and shapes,
-# and a background that no formula has drawn. Its experiments do not tell whether 256 boxes help
-# there, because they report no other $N$ for the same model.
+# The paper's slices are different. They have 512 x 512 pixels, lesions of many more sizes and
+# shapes, and a background that no formula has drawn. Its experiments do not tell whether 256 boxes
+# help there, because they report no other $N$ for the same model.
 #
 # ## Which boxes fill the ranks?
 #
@@ -580,9 +582,9 @@ for name, counts in found.items():
 # %% [markdown]
 # ## The other parts: detector and hidden layers
 #
-# Does the detector have to know lesions? We rank the boxes of a detector with random weights, to check
-# that nothing else leaks into the vector, such as the brightness of a slice. And does $S$ need its
-# hidden layers?
+# Does the detector have to know lesions? We rank the boxes of a detector with random weights, to
+# check that nothing else leaks into the vector, such as the brightness of a slice. And does $S$
+# need its hidden layers?
 
 # %%
 torch.manual_seed(SEED)
@@ -598,9 +600,9 @@ predicted = predict_with_s(vectors(kept[PAPER]), hidden=False)
 record("S without hidden layers", predicted)
 
 # %% [markdown]
-# The nearer a random detector leaves $S$ to chance, one third, the more of the information must come
-# from what the trained one learned on lesion masks. This does not prove that it learned lesions
-# alone: a trained detector could still use a shortcut that a random one does not see.
+# The nearer a random detector leaves $S$ to chance, one third, the more of the information must
+# come from what the trained one learned on lesion masks. This does not prove that it learned
+# lesions alone: a trained detector could still use a shortcut that a random one does not see.
 #
 # ## Beyond the paper: class and place
 #
@@ -639,8 +641,8 @@ for (name, target), answer in zip(targets.items(), answers, strict=True):
     print(f"{name}: {probe.score(judge[:, :5], answer):.2f}")
 
 # %% [markdown]
-# An R2 near 0, or a share of right boxes near that of the commoner class, means that the row does not
-# contain the quantity. For the place, the encoding is meant to work in this way: deltas are
+# An R2 near 0, or a share of right boxes near that of the commoner class, means that the row does
+# not contain the quantity. For the place, the encoding is meant to work in this way: deltas are
 # corrections, the same wherever the proposal lies. Where the probe fails, a wider row gives $S$
 # something new. Does $S$ use it?
 
@@ -656,9 +658,9 @@ for name in ("NMS 0.75", "NMS 0.25"):
         record(f"{what}, {name}", predicted)
 
 # %% [markdown]
-# Be careful if place seems to help: it *replaces* the deltas, so the gain may come from leaving these
-# out. With few slices $S$ can overfit them. Compare with "scores alone" above; the full run at the
-# end has to decide.
+# Be careful if place seems to help: it *replaces* the deltas, so the gain may come from leaving
+# these out. With few slices $S$ can overfit them. Compare with "scores alone" above; the full run
+# at the end has to decide.
 #
 # ## Simple rules
 #
@@ -768,8 +770,8 @@ plt.show()
 # `benchmarks/ablations.py` repeats all of this with every training slice of the preset `quick` and
 # several seeds of $S$, and evaluates on patients of another data seed, on whom nothing in this book
 # was tuned. The interval of a difference comes from resampling patients, with the *same* slices for
-# both variants {cite:p}`Efron1979`. It is narrower than a comparison of two intervals would suggest,
-# because a slice that is hard for one variant is often hard for the other.
+# both variants {cite:p}`Efron1979`. It is narrower than a comparison of two intervals would
+# suggest, because a slice that is hard for one variant is often hard for the other.
 #
 # <!-- ablations -->
 # | what S reads (phantoms) | accuracy: mean (range) | difference (95 %) | training | control | pneumonia | COVID-19 |
@@ -837,10 +839,10 @@ plt.show()
 # Command: `python benchmarks/ablations.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit fe45820; all numbers in `results/ablations.json`.
 # <!-- /ablations -->
 #
-# Synthetic phantoms: all training slices of the preset, whose validation slices choose the epoch, and
-# test slices of other patients; one detector, several seeds of S. The difference is to the first line.
-# *Training* is the accuracy on the training slices; the last three columns are sensitivities on the
-# test slices. Logistic regression has no seed and reads the numbers named.
+# Synthetic phantoms: all training slices of the preset, whose validation slices choose the epoch,
+# and test slices of other patients; one detector, several seeds of S. The difference is to the
+# first line. *Training* is the accuracy on the training slices; the last three columns are
+# sensitivities on the test slices. Logistic regression has no seed and reads the numbers named.
 
 # %% [markdown]
 # Now read the table from the top, and look at the intervals of the differences first: one that
@@ -851,23 +853,24 @@ plt.show()
 #   does not, further boxes only help $S$ to learn its training slices by heart.
 # - **Columns and order.** Which costs more, to leave out the scores, the deltas, or the order?
 # - **Low scores.** The paper keeps them because a healthy slice has nothing else. Does it cost
-#   anything to drop them and to repeat what is left? If not, the paper's argument is still right, but
-#   padding gives a healthy slice a vector as well.
-# - **Overlap.** Compare the three settings of NMS at each $N$. Strict NMS makes about one rank of one
-#   lesion, so few ranks may do. Without NMS each lesion brings its copies, and $N$ must be large
-#   enough to hold them. *This is a possible reason for a large $N$:* overlapping boxes need room. The
-#   paper keeps most of the overlap, so it may well need its 256.
+#   anything to drop them and to repeat what is left? If not, the paper's argument is still right,
+#   but padding gives a healthy slice a vector as well.
+# - **Overlap.** Compare the three settings of NMS at each $N$. Strict NMS makes about one rank of
+#   one lesion, so few ranks may do. Without NMS each lesion brings its copies, and $N$ must be
+#   large enough to hold them. *This is a possible reason for a large $N$:* overlapping boxes need
+#   room. The paper keeps most of the overlap, so it may well need its 256.
 # - **Class and place.** Compare each wider row with the row without it at the same NMS.
 # - **Hidden layers.** They should matter most where the rows are hard to read, and least where the
 #   scores can simply be added up.
 # - **Rules.** Is the best $S$ better than a logistic regression on four numbers, the best score and
-#   the count of each lesion class? And how far are both from the last line, which has the true areas
-#   and counts?
+#   the count of each lesion class? And how far are both from the last line, which has the true
+#   areas and counts?
 #
 # Does the lesion class help the rule but not $S$? (No rule here reads the place.) There would be a
 # reason. To count GGO and C separately, a network must multiply a score by a class code at every
-# rank, and learn this from few slices. The rule gets the counts ready made. In that case the class of
-# a box is worth having, and the way to use it may be a sum over boxes rather than one more column.
+# rank, and learn this from few slices. The rule gets the counts ready made. In that case the class
+# of a box is worth having, and the way to use it may be a sum over boxes rather than one more
+# column.
 #
 # ## Why phantoms mislead
 #
@@ -877,9 +880,9 @@ plt.show()
 # - In the phantoms, lesion class and place overlap between the two diseases on purpose, so that the
 #   task is not trivial. How much they overlap in patients is another matter, and class and place
 #   could be worth much more there, or less.
-# - There is only one detector, and the same program drew its training slices and the test slices. As
-#   in the paper, its masks show COVID-19 patients only, so it meets common pneumonia for the first
-#   time when it ranks. But phantom pneumonia consists of the same two kinds of lesion, and a
+# - There is only one detector, and the same program drew its training slices and the test slices.
+#   As in the paper, its masks show COVID-19 patients only, so it meets common pneumonia for the
+#   first time when it ranks. But phantom pneumonia consists of the same two kinds of lesion, and a
 #   patient's need not.
 # - The training settings of $S$ were chosen with the paper's vector at NMS 0.75, which may be a
 #   disadvantage for the other variants.
@@ -912,8 +915,8 @@ print(f"deltas in the order of their scores: {ordered:.1%}")
 print(f"deltas in any order:                 {mixed:.1%}")
 
 # %% [markdown]
-# The difference is what the order adds. If the second line is still well above one third, then deltas
-# of boxes on lesions differ from deltas of boxes on nothing.
+# The difference is what the order adds. If the second line is still well above one third, then
+# deltas of boxes on lesions differ from deltas of boxes on nothing.
 
 # %% [markdown]
 # ````{solution-end}
@@ -955,8 +958,8 @@ print(f"difference {gain.mean():+.1%}, 95 %: {low:+.1%} to {high:+.1%}")
 print(f"only one of the two is right: {(gain != 0).sum()} of {len(gain)}")
 
 # %% [markdown]
-# Only the slices on which the two disagree count. Many slices are easy for both or hard for both, which
-# is why the paired interval is usually narrower than two Wilson intervals suggest.
+# Only the slices on which the two disagree count. Many slices are easy for both or hard for both,
+# which is why the paired interval is usually narrower than two Wilson intervals suggest.
 
 # %% [markdown]
 # ````{solution-end}
@@ -990,8 +993,8 @@ for label in (1, 2):
 
 # %% [markdown]
 # If it only counted, the lines with one lesion would be near 0 % and those with two or more near
-# 100 %. As far as they are not, the count in its scores is noisy, or $S$ does more than count. Where a
-# line rests on few slices, more cannot be said.
+# 100 %. As far as they are not, the count in its scores is noisy, or $S$ does more than count.
+# Where a line rests on few slices, more cannot be said.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1052,5 +1055,5 @@ print(f"rule: {all_rule:.1%} and {rule.score(features['test'], truth):.1%}")
 # ## Further reading
 #
 # The vector and the reason for NMS at 0.75 are in section 3.2 of {cite:t}`TerSarkisov2020`.
-# {cite:t}`DeGrave2021` and {cite:t}`Roberts2021` show how models of COVID-19 learn something else than
-# the disease. The bootstrap is due to {cite:t}`Efron1979`.
+# {cite:t}`DeGrave2021` and {cite:t}`Roberts2021` show how models of COVID-19 learn something else
+# than the disease. The bootstrap is due to {cite:t}`Efron1979`.
