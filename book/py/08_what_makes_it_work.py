@@ -375,7 +375,7 @@ for name, parts in kept.items():
 # scores, which can be most of the vector. The paper has a reason to keep them: a healthy slice has
 # nothing else.
 #
-# ## How we compare
+# ## Rules of the game
 #
 # Every variant gets an $S$ with the same two hidden layers, the same training slices in the same
 # order, the same number of steps and the same seed. The validation slices choose the epoch; the
