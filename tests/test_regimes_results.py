@@ -72,6 +72,11 @@ def test_runs_agree_with_themselves(benchmark):
             assert row["sensitivity"][k] == pytest.approx(counts[k][k] / sum(counts[k]))
         low, high = row["accuracy_by_patient"]
         assert low <= row["accuracy"] <= high
+        set_regime(model, row["regime"])
+        assert row["parameters"] == count_trainable(model)
+        accuracies = row["validation_accuracy_of_epoch"]
+        assert len(accuracies) == row["epochs"]
+        assert accuracies[row["best_epoch"] - 1] == max(accuracies)
         of_rate = "heads" if row["detector_lr"] else row["regime"]
         assert row["lr"] == benchmark.best_rate(pilots, of_rate)
         if row["regime"] == "heads":  # the detector is untouched
