@@ -3,8 +3,8 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/01_data.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/01_data.ipynb)
 #
-# Two data sets teach the two stages of COVID-CT-Mask-Net: lesion masks teach the detector, slice
-# labels teach the classifier. What do they hold, and what do their labels hide? Most of what can go
+# Two data sets teach the two stages of COVID-CT-Mask-Net: lesion masks teach the detector, and slice
+# labels teach the classifier. What do they hold, and what do their labels hide? Much of what goes
 # wrong later starts here.
 #
 # **After it you can**
@@ -133,17 +133,18 @@ print(lesions["test"].names[0], "|", slices["test"].names[-1])
 # ## What a mask file holds
 #
 # A mask is a picture of the same size as its slice. Each pixel holds a code: 0 background, 1 lung,
-# 2 ground-glass opacity (GGO), 3 consolidation (C). Our old friend is one COVID-19 phantom that no
-# model of this book has seen. It has such a mask.
+# 2 ground-glass opacity (GGO), 3 consolidation (C). Here is the mask of our old friend, a COVID-19
+# phantom on which no model of this book was trained.
 
 # %%
-image, mask = old_friend(preset.phantoms.size)  # float32 [S, S] in 0..1, uint8 [S, S]
+# float32 [H, W] in 0..1, uint8 [H, W]
+image, mask = old_friend(preset.phantoms.size)
 target = mask_to_targets(mask, min_area=preset.min_area)
 names = ("background", "lung", "GGO", "C")
 for code, count in enumerate(np.bincount(mask.ravel(), minlength=4)):
     print(f"code {code}  {names[code]:10} {count / mask.size:6.1%} of the pixels")
 
-# %% mystnb={"image": {"alt": "Our old friend three times: the grey slice, its mask with lung, GGO and consolidation in different colours, and the slice with a box and an outline around each lesion."}, "figure": {"caption": "Our old friend: slice, mask, and the instances made from the mask. GGO is drawn solid, consolidation (C) dashed or hatched. Synthetic."}}
+# %% mystnb={"image": {"alt": "Our old friend three times: the slice in the lung window, with fat, muscle, ribs, spine and heart around the lungs; its mask with lung, GGO and consolidation in different colours; and the slice with a box and an outline around each lesion."}, "figure": {"caption": "Our old friend: slice, mask, and the instances made from the mask. GGO is drawn solid, consolidation (C) dashed or hatched. Synthetic."}}
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
 _ = plotting.show_slice(image, axes[0])
 _ = plotting.show_mask(mask, axes[1])
@@ -153,29 +154,32 @@ for ax, title in zip(axes, ("slice", "mask: a code per pixel", "instances"), str
 plt.show()
 
 # %% [markdown]
-# Look at the two bright discs in the left half of the slice. The lower one is a consolidation. The
-# upper one is the top of the diaphragm: not lung, and no lesion. Grey values alone cannot tell.
+# Look for what is as bright as the consolidations in the slice. The heart is, and so are the large
+# vessels and the muscles of the chest wall, but none of them is a lesion. The grey value of a pixel
+# alone does not tell what it is.
 #
-# Some radiology helps to read the mask.
+# A little radiology helps to read the mask.
 #
 # - **GGO** is a hazy rise in density. Part of the air is still there, so the lung looks grey rather
 #   than white, and vessels stay visible through it.
-# - **Consolidation** is denser: fluid or cells have replaced the air. It is as bright as soft tissue
-#   and hides the vessels inside it.
+# - **Consolidation** is denser: fluid or cells have replaced the air. It is nearly as bright as soft
+#   tissue and hides the vessels inside it.
 # - **COVID-19** tends to show several lesions, in both lungs, near the pleura (the outer border),
 #   often low and at the back, and often as GGO, some of it with consolidation.
 # - **Common pneumonia**, where bacteria cause it, tends to fill one connected region such as a lobe,
 #   often in one lung.
 #
-# In outline, the reason lies in the way in which the disease spreads. Fluid that fills neighbouring air
-# spaces makes one solid region. A virus that harms the tissue at many places at once makes many hazy
-# ones. So number, place and size of the lesions carry information about the disease. These are tendencies:
-# single patients break them, and the paper calls the differences subtle; it points to
-# {cite:t}`Zhao2020scans`, {cite:t}`Zhao2020relation` and {cite:t}`Yan2020`. Neither GGO nor C belongs
-# to one disease.
+# In outline, this comes from the way the diseases spread. Fluid that fills neighbouring air spaces
+# makes one solid region; a virus that harms the tissue in many places at once makes many hazy ones.
+# So the number, place and size of the lesions carry information about the disease. But these are
+# only tendencies, and single patients break them. The paper calls the differences subtle, and points
+# to {cite:t}`Zhao2020scans`, {cite:t}`Zhao2020relation` and {cite:t}`Yan2020`. Both GGO and C occur
+# in either disease.
 #
-# The phantoms follow this outline because we drew them so, and their common pneumonia is of the kind
-# described here only. What they show about the diseases is therefore no evidence about patients.
+# The phantoms follow this outline because we drew them so ([how the phantoms are
+# made](phantoms_made.ipynb) has the rules). Their classes overlap, too: some common pneumonias are of
+# the patchy kind that viruses cause, on both sides. What the phantoms show about the diseases is
+# therefore no evidence about patients.
 #
 # ## From a CT value to a grey value
 #
@@ -185,7 +189,7 @@ plt.show()
 #
 # $$ v = \mathrm{clip}\left(\frac{h - (\ell - w/2)}{w},\ 0,\ 1\right). $$
 #
-# By hand, for the lung window of the phantoms:
+# By hand, for the usual lung window (that of each phantom patient differs a little from it):
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -200,12 +204,12 @@ print(f"one of 255 grey steps is {width / 255:.1f} HU")
 
 # %% [markdown]
 # Everything above the window becomes 1 and everything below becomes 0, and an 8-bit file keeps 256
-# steps. This cannot be undone. Both public sets come as PNG or JPEG pictures, so somebody has chosen
-# the window already; a model that meets another one meets other grey values
+# steps. This cannot be undone. Both public sets come as PNG or JPEG pictures, so somebody has already
+# chosen the window; with another window, a model meets other grey values
 # ([chapter 9](09_real_ct.ipynb)).
 #
-# Are grey values enough to find lesions? Here they are by tissue, over the test slices of the lesion
-# set.
+# Are grey values enough to find lesions? Here they are for each mask code, over the test slices of
+# the lesion set.
 
 # %%
 greys = {code: [] for code in range(4)}
@@ -263,7 +267,7 @@ for i in (pneumonia, covid):
     share = area[i] / preset.phantoms.size**2
     print(f"{IMAGE_CLASSES[test.labels[i]]:16}  lesions: {number[i]}, on {share:.1%} of the image")
 
-# %% mystnb={"image": {"alt": "Two synthetic slices: a common pneumonia with few large lesions and a COVID-19 slice with several small ones in both lungs."}, "figure": {"caption": "Almost the same number of lesion pixels, but not the same lesions. A sum over pixels cannot tell the two apart; boxes can. Phantoms, a pair chosen for its contrast."}}
+# %% mystnb={"image": {"alt": "Two synthetic chest slices with boxes around the lesions: a common pneumonia with few, and a COVID-19 slice with more and smaller ones."}, "figure": {"caption": "Almost the same number of lesion pixels, but not the same lesions. A sum over pixels cannot tell the two apart; a count of boxes can. Phantoms, a pair chosen for its contrast."}}
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
 for ax, i in zip(axes, (pneumonia, covid), strict=True):
     _ = plotting.show_lesions(test[i][0], found[i], ax)
@@ -273,19 +277,19 @@ plt.show()
 # %% [markdown]
 # ## From pixels to instances
 #
-# The mask says what each pixel is. It does not say which pixels belong together. We define: one
-# instance is one *connected component* of one class. Two pixels belong to one component when a path
-# of neighbouring pixels of that class leads from one to the other.
+# The mask says what each pixel is, but not which pixels belong together. We define: one instance is
+# one *connected component* of one class. Two pixels belong to the same component when a path of
+# neighbouring pixels of that class leads from one to the other.
 #
-# Here is a way to find components with what a network has anyway: max-pooling. Give each lesion pixel
-# a number of its own, the largest to the first in reading order. Then let each pixel take the largest
-# number among its neighbours and itself, again and again, and keep the background at 0. Numbers cannot
-# leave their component, so in the end each component carries one number: that of its first pixel.
+# Max-pooling, which networks use anyway, finds the components. Give each lesion pixel a number of its
+# own, the largest to the first in reading order. Then let each pixel take the largest number among
+# its neighbours and itself, again and again, and keep the background at 0. Numbers cannot leave their
+# component, so in the end each component carries one number: that of its first pixel.
 #
 # $$ n_{t+1}(p) = m(p) \cdot \max_{q \in N(p)} n_t(q), \qquad m(p) \in \{0, 1\}. $$
 
 # %%
-ggo = torch.from_numpy(mask == 2)  # bool [S, S]
+ggo = torch.from_numpy(mask == 2)  # bool [H, W]
 
 
 def start_numbers(inside):
@@ -328,7 +332,7 @@ plt.show()
 
 # %% [markdown]
 # Now the tensors that Mask R-CNN asks for. For $K$ instances: `boxes` [K, 4], `labels` [K] (1 GGO,
-# 2 C; 0 is the background), `masks` [K, S, S]. A box runs from the first pixel to the edge *behind*
+# 2 C; 0 is the background), `masks` [K, H, W]. A box runs from the first pixel to the edge *behind*
 # the last, so that $x_2 - x_1$ is the width. Instances of fewer than `min_area` pixels are dropped.
 
 
@@ -357,8 +361,8 @@ for key, value in mine.items():
     print(f"{key:6} {str(value.dtype):14} {tuple(value.shape)}")
 
 # %% [markdown]
-# The package's function gives the same tensors, for our old friend and for every test slice of the
-# lesion set.
+# The package has a function for this. It gives the same tensors, for our old friend and for every
+# test slice of the lesion set.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -374,9 +378,9 @@ print(
 )
 
 # %% [markdown]
-# One detail matters. `torchvision.ops.masks_to_boxes` ends a box *at* the last pixel. A lesion that is
-# one pixel wide would then have a box of width 0, which torchvision's detectors refuse. So the package
-# adds 1.
+# One detail matters. `torchvision.ops.masks_to_boxes` ends a box *at* the last pixel. A lesion that
+# is one pixel wide would then have a box of width 0, which torchvision's detectors refuse, so the
+# package adds 1.
 
 # %%
 loose = torchvision.ops.masks_to_boxes(target["masks"])  # [K, 4]
@@ -387,8 +391,8 @@ assert torch.equal(loose[:, 2:] + 1, target["boxes"][:, 2:])
 # ## Corners: 4 or 8 neighbours
 #
 # The pooling window of 3 x 3 pixels has 8 neighbours, so pixels that touch at a corner belong
-# together. With 4 neighbours (left, right, above, below) they do not. The released code uses 8, and so
-# do we. A diagonal line shows the difference:
+# together. With 4 neighbours (left, right, above, below) they do not. The released code uses 8, and
+# so do we. A diagonal line shows the difference:
 
 
 # %%
@@ -418,15 +422,15 @@ print("regions in the test phantoms: 8 neighbours {}, 4 neighbours {}".format(*c
 print("slices and classes in which they differ:", int((counts[:, 0] != counts[:, 1]).sum()))
 
 # %% [markdown]
-# The phantoms have smooth outlines, so little changes. Outlines drawn by hand, or masks that were
-# resized, can have more loose corners. Each loose corner would add a tiny "lesion" under 4-connectivity,
-# and the detector would be asked to find it.
+# Wherever two counts differ, an outline has a loose corner: with 4 neighbours, it becomes a tiny
+# "lesion" of its own that the detector is asked to find. Outlines drawn by hand, and masks that were
+# resized, can have many of these.
 #
 # ## How small is a lesion?
 #
-# The released code drops objects of at most 100 pixels of a slice of 512 x 512, that is 0.04 % of the
-# image. A preset with smaller slices needs a smaller number. Of an object with $a$ pixels at side $S$
-# we ask $a > 100\,(S/512)^2$:
+# The released code drops objects of at most 100 pixels from a slice of 512 x 512, that is 0.04 % of
+# the image. A preset with smaller slices needs a smaller number. At height $H$, we keep an object with
+# more than $100\,(H/512)^2$ pixels:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -450,18 +454,19 @@ def draw_kept(min_area):
     return fig
 
 
-smallest_areas = [round(k * preset.min_area) for k in (1, 4, 7.5, 10, 26, 50)]
+smallest_areas = [k * preset.min_area for k in (1, 2, 5, 10, 22, 50)]
 frame_slider(
     [draw_kept(a) for a in smallest_areas],
     [f"{a} pixels" for a in smallest_areas],
     "Smallest area of an instance",
     "Our old friend with the boxes of the lesions that are large enough",
-    caption="The larger the smallest area, the fewer lesions of our old friend are left. Synthetic.",
+    caption="The larger the smallest area, the fewer lesions of our old friend "
+    "are left. Synthetic.",
     dpi=70,
 )
 
 # %% [markdown]
-# The next cell does the same live. It needs a running notebook.
+# The next cell does the same live, in a running notebook.
 
 
 # %% tags=["remove-output"]
@@ -486,7 +491,7 @@ for split in SPLITS:
         every = mask_to_targets(lesions[split].read(i)[1], min_area=1)
         areas.append(every["area"])
         kinds.append(every["labels"])
-areas, kinds = torch.cat(areas), torch.cat(kinds)  # [R], [R]
+areas, kinds = torch.cat(areas), torch.cat(kinds)  # one entry a region
 print("phantoms: regions dropped")
 for factor in (1, 2, 4, 8, 16):
     dropped = [(areas[kinds == k] < factor * preset.min_area).float().mean() for k in (1, 2)]
@@ -500,14 +505,14 @@ for factor in (1, 2, 4, 8, 16):
 #
 # The released code also drops small objects from the *ground truth* on which it computes its average
 # precision (AP). This changes what the number means: a small lesion that the detector misses costs
-# nothing, and one that it finds has nothing to match. When you compare two APs, ask for the
-# smallest area of both.
+# nothing, and one that it finds has nothing to match. When you compare two APs, ask which smallest
+# area each of them used.
 #
 # ## A trap: classes named by position
 #
 # The released reader does not look the codes up. It lists the values that occur in a mask, in
 # ascending order, and names them by their place: the first is background, the second lung, the third
-# label 1, the fourth label 2. That works as long as every class occurs. Let us write this rule down
+# label 1, the fourth label 2. That works as long as every class occurs. Let us write the rule down
 # and see when it fails.
 
 
@@ -527,8 +532,8 @@ for codes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (0, 2, 3), (0, 2)):
 
 # %% [markdown]
 # Two cases go wrong. Without GGO, consolidation moves up by one place and is called GGO. Without lung
-# pixels, the first lesion class takes the place of the lung and is lost. How many phantom slices does
-# it concern?
+# pixels, the first lesion class takes the place of the lung and is lost. How many phantom slices are
+# affected?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -550,8 +555,8 @@ print(f"slices in which a class would be lost: {lost}")
 # %% [markdown]
 # Every phantom slice shows lung, so nothing is lost here. In a set whose masks mark no lung, such as
 # COVID-SemiSeg in [chapter 9](09_real_ct.ipynb), the rule would fail for each lesion slice (see the
-# exercises). We do not know how many slices of the real CNCB set are concerned. It takes one line to
-# find out: count the masks that hold code 3 and not code 2.
+# exercises). We do not know how many slices of the real CNCB set are affected. One line would tell:
+# count the masks that hold code 3 and not code 2.
 #
 # The lesson is general. Look a code up; never infer it from what happens to be present. The package
 # reads codes, and refuses a mask with other values.
@@ -612,7 +617,7 @@ assert min(*few, *small) > 0.8
 #
 # Slices of one patient are alike. If some are in training and others in the test, a model can score
 # by recognising the patient. So a split goes by patient: all slices of a patient land on one side.
-# The check is short, and belongs into every project.
+# The check is short, and every project should have one.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -624,8 +629,8 @@ for a in groups:
 print("patients in two of", len(groups), "phantom groups: 0")
 
 # %% [markdown]
-# The lesion set and the class set must not share patients either. Otherwise the detector has learned
-# from a patient on whom the classifier is tested.
+# The lesion set and the class set must not share patients either. Otherwise the detector may have
+# learned from a patient on whom the classifier is tested.
 #
 # Now the public lists. The split of COVIDx-CT (version 1) that the paper uses is published as three
 # text files with one slice a line {cite:p}`Gunraj2020`. The name of a slice gives its class, patient
@@ -706,10 +711,10 @@ print(f"test / training in slices:   {sum(n) / 3000:.2f}")
 print(f"test / training in patients: {sum(patients) / 608:.2f}")
 
 # %% [markdown]
-# Which one is right depends on the question. The slices of a scan are far from independent, so the
+# Which ratio you want depends on the question. The slices of a scan are far from independent, so the
 # number of patients says more about how sure a result is ([chapter 7](07_evaluation.ipynb)).
 #
-# The paper and the public lists do not agree in every number. We give both, and use the lists.
+# The paper and the public lists differ in some numbers. We give both, and use the lists.
 #
 # | | paper | lists |
 # |---|---|---|
@@ -721,15 +726,15 @@ print(f"test / training in patients: {sum(patients) / 608:.2f}")
 # | lesion slices: training / held out | 500 / 150 in the text, 600 / 150 in Table 1 | 650 of 130 patients / 100 of 20 patients |
 # | training slices of S | 3,000 | 3,000 of 608 patients |
 #
-# None of these changes a conclusion of the paper. They show why a split should be published as a file:
-# the file is what can be checked. More of them stand in [paper v code](paper_v_code.ipynb).
+# None of these changes a conclusion of the paper. They show why a split should be published as a
+# file, which anyone can check. You will find more of them in [paper v code](paper_v_code.ipynb).
 #
 # ## What a slice label hides (1): where the slice was taken
 #
-# A scan runs from above the lungs to below them. For common pneumonia and COVID-19, COVIDx-CT kept the
-# slices that show an infection. For Normal it kept the whole scan: there is no infection to select by.
-# The lists show it. Slices are numbered within a scan; how many scans begin at number 0, and how many
-# of those have no gap?
+# A scan runs from above the lungs to below them. For common pneumonia and COVID-19, COVIDx-CT kept
+# the slices that show an infection. For Normal it kept the whole scan, since there is no infection to
+# select by. You can see it in the lists. Slices are numbered within a scan: how many scans begin at
+# number 0, and how many of those have no gap?
 
 
 # %%
@@ -796,15 +801,16 @@ if folder:
 print(f"COVIDx-CT-1 test list, no pixel seen: balanced accuracy {PUBLIC_WITHOUT_PIXELS:.0%}")
 
 # %% [markdown]
-# That is more than guessing, on real patients, from a file of text. Part of it may be the body box and
-# not the position, for example if scanners or tables differ between classes: also no disease.
+# That is better than guessing, on real patients, from a text file alone. Part of it may come from the
+# body box and not from the position, for example if scanners or tables differ between classes. That
+# would have nothing to do with a disease either.
 #
-# How much does position alone give? We take phantoms, because there we can choose the position. Position 0 is the
-# apex of the lungs, 1 the base. Two designs differ in the controls alone:
+# How much does position alone give? We ask phantoms, because there we can choose the position: 0 is
+# the apex of the lungs, 1 the base. We compare two designs that differ in their controls only:
 #
 # - **selected**, as in COVIDx-CT: controls from anywhere, the others where a lesion shows;
-# - **matched**: the positions of controls are drawn as if they had one of the diseases. The phantoms on
-#   disk are made so.
+# - **matched**: the positions of controls are drawn as if they had one of the diseases, as in the
+#   phantoms on disk.
 #
 # The disease slices of both designs, and all slices of the matched one, are on disk; the name of a
 # phantom holds 1000 times its position. For the selected design we draw new controls. All splits are
@@ -815,7 +821,10 @@ THUMBNAIL = 8  # pixels per side, at every preset
 
 
 def thumbnail(picture):
-    """A slice, [3, S, S], as 8 x 8 mean grey values, [64]: too coarse to show a small lesion."""
+    """A slice, [3, H, W], as 8 x 8 mean grey values, [64].
+
+    Too coarse to show a small lesion.
+    """
     return adaptive_avg_pool2d(picture[:1], THUMBNAIL).flatten()
 
 
@@ -871,8 +880,8 @@ _ = axes[0].legend(loc="lower center")
 plt.show()
 
 # %% [markdown]
-# Can a model see the position? A linear regression on the 64 grey values of a thumbnail answers. It is
-# trained on training patients and judged on test patients.
+# Can a model see the position? We fit a linear regression to the 64 grey values of a thumbnail, on
+# training patients, and judge it on test patients.
 
 # %%
 seer = {}
@@ -989,8 +998,8 @@ print(f"expected by the formula:                  {everyone * (1 - 0.8**k - 0.2*
 # With 37 slices, the average of a COVID-19 patient in the public test list, practically every patient
 # would be on both sides.
 #
-# What does it do to a result? Take the simplest model: look for the training slice whose thumbnail is
-# nearest, and copy its class.
+# What does that do to a result? Take the simplest model: find the training slice with the nearest
+# thumbnail, and copy its class.
 
 
 # %%
@@ -1031,20 +1040,20 @@ for ax, i, what in zip(axes, trio, ("query", "split by slice", "split by patient
 plt.show()
 
 # %% [markdown]
-# The model has learned nothing about lesions that it did not know in the other split. It recognises
-# patients. Only the split by patient says what it would do on a new one.
+# The model does not know more about lesions in one split than in the other: it recognises patients.
+# Only the split by patient says how it would do on a new one.
 #
 # ## What neither label says
 #
-# - The lesion set holds COVID-19 patients alone. The detector never sees the consolidation of a
-#   bacterial pneumonia with a mask. It must find there what it learned elsewhere.
+# - The lesion set holds COVID-19 patients only. The detector never sees the consolidation of a
+#   bacterial pneumonia with a mask; it must find there what it learned elsewhere.
 # - A slice label says what the patient has *and* that this slice shows it. Slices of patients without
 #   visible lesions are not in the classes of the diseases. A model trained on these classes has not
 #   been asked what to say about a whole scan, or about a patient.
-# - Both sets come from one collection. Scanner, hospital and window may differ between classes in ways
-#   that nobody recorded, and a test split of the same collection cannot show it.
-# - The prevalence is that of the lists. In a clinic it is another, and predictive values change with
-#   it ([chapter 7](07_evaluation.ipynb)).
+# - Both sets come from one collection. Scanner, hospital and window may differ between classes in
+#   ways that nobody recorded, and a test split of the same collection cannot show it.
+# - The prevalence is that of the lists. In a clinic it is different, and predictive values change
+#   with it ([chapter 7](07_evaluation.ipynb)).
 #
 # ## Exercises
 #
@@ -1072,8 +1081,8 @@ print("slices with fewer instances:", int((both_modes[:, 1] < both_modes[:, 0]).
 assert (both_modes[:, 1] <= both_modes[:, 0]).all()
 
 # %% [markdown]
-# A consolidation that touches GGO becomes one lesion with it. The numbers of instances of the two modes
-# are therefore not comparable, and neither are their APs.
+# A consolidation that touches GGO becomes one lesion with it. So you cannot compare the numbers of
+# instances of the two modes, nor their APs.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1103,8 +1112,8 @@ print(f"no lesion left: {all_lost}; GGO lost and consolidation called GGO: {misn
 assert all_lost + misnamed == len(outcomes)
 
 # %% [markdown]
-# All of them. A slice with one class of lesion looks healthy, and in one with both the consolidation
-# takes the name of the lost GGO.
+# In all of them. A slice with one class of lesion looks healthy, and in a slice with both, the
+# consolidation takes the name of the lost GGO.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1146,9 +1155,9 @@ for p in (0.5, 0.8, 0.95):
 # %% [markdown]
 # ```{exercise} Left and right
 # :label: 01_data-sides
-# For the phantoms of common pneumonia and COVID-19 whose masks we have in `found`, count the lesions in
-# each half of the image. In which share of slices are both halves concerned? Is the side visible to a
-# classifier that gets the number of lesions alone?
+# For the phantoms of common pneumonia and COVID-19 whose masks we have in `found`, count the lesions
+# in each half of the image. What share of the slices has lesions in both halves? Can a classifier
+# that is given only the number of lesions know the side?
 # ```
 
 # %% [markdown]
@@ -1170,9 +1179,9 @@ for label in (1, 2):
     print(f"both lungs in {(sides.min(axis=1) > 0).mean():.0%} of {len(sides)} slices")
 
 # %% [markdown]
-# The diseases differ in number and in side, by construction of the phantoms. The side is not in the
-# number of lesions. Is it in the vector that S reads? [Chapter 4](04_ranked_boxes.ipynb) builds that
-# vector; look there for the position of a box.
+# We drew the diseases so that they differ in number and in side. The number of lesions does not say
+# on which side they are. Does the vector that $S$ reads? [Chapter 4](04_ranked_boxes.ipynb) builds
+# that vector; look there for the position of a box.
 
 # %% [markdown]
 # ````{solution-end}
