@@ -247,7 +247,7 @@ print(f"pixels with the grey of the middle half of GGO: {share:.0%} of them are 
 # {cite:p}`Long2015,Ronneberger2015`). The paper takes *instances*: each lesion is an object of its
 # own {cite:p}`He2017`. The next cell looks for two slices with the same number of lesion pixels, one
 # of common pneumonia and one of COVID-19, whose numbers of lesions differ most. (Slices of the class
-# set have no mask on disk; for phantoms the generator can draw it again.)
+# set have no mask on disk, but the generator can draw it again.)
 
 # %%
 test = slices["test"]
