@@ -14,8 +14,8 @@
 # - train the classifier in seconds, and say why it takes no longer;
 # - say what a good result on synthetic slices does not show.
 #
-# **You need** Python and some PyTorch. **Run time:** about half a minute on two CPU cores in the
-# preset `quick`; 104 seconds on a GPU (H200) that other chapters used, too.
+# **You need** Python and some PyTorch. **Run time:** about a minute on two CPU cores in the preset
+# `quick`.
 #
 # ```{admonition} Synthetic data
 # :class: important

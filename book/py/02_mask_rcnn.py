@@ -3,9 +3,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/02_mask_rcnn.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/02_mask_rcnn.ipynb)
 #
-# How does a network turn a slice into boxes and masks, and what exactly is it trained on? This
-# chapter takes a trained detector apart. Each part is built again from plain tensors, and each
-# time an `assert` shows that the copy gives the same numbers as the original.
+# How does a network turn a slice into boxes and masks, and what exactly is it trained on? In this
+# chapter we take a trained detector apart. We build each part again from plain tensors, and each
+# time an `assert` checks that the copy gives the same numbers as the original.
 #
 # **After it you can**
 #
@@ -16,8 +16,8 @@
 # - compute the five losses of Mask R-CNN, and say which part of the network each one teaches.
 #
 # **You need** basic PyTorch (convolutions, gradients) and, for the data, [chapter
-# 1](01_data.ipynb). The chapter runs alone. **Run time:** about 15 seconds on two CPU cores in the
-# preset `quick`; 43 seconds on a GPU (H200) that other chapters used, too.
+# 1](01_data.ipynb). The chapter runs alone. **Run time:** about half a minute on two CPU cores in the
+# preset `quick`.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -76,7 +76,8 @@ print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
 # %% [markdown]
-# The preset sets the scale, and nothing else: image size, backbone, number of proposals.
+# The preset chooses the scale: image size, backbone and number of proposals, and the thresholds and
+# training settings that suit them.
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -90,8 +91,8 @@ SEED = 0
 # another one for each *instance*, that is each separate lesion: where is its box, what is its
 # class, how sure is the network, and which pixels inside the box belong to it?
 #
-# Here is our old friend, a COVID-19 phantom that no model has seen, with the truth that the
-# detector is to find.
+# Here is our old friend, a COVID-19 phantom on which no model was trained, with the truth that the
+# detector should find.
 
 # %%
 preset = PRESETS[PRESET]
@@ -100,7 +101,7 @@ image, mask = old_friend(preset.phantoms.size)
 target = mask_to_targets(mask, config.lesions, preset.min_area)
 names = ("background", *LESION_CLASSES[config.lesions])  # class 0, 1, 2
 
-# %% mystnb={"image": {"alt": "A synthetic slice twice: the codes of each pixel on the left, boxes and outlines around single lesions on the right."}, "figure": {"caption": "Our old friend. Left: one code for each pixel, as a semantic network would predict it. Right: one box, one class and one mask for each lesion, as Mask R-CNN predicts them. Synthetic."}}
+# %% mystnb={"image": {"alt": "A synthetic chest slice twice. Left: areas of lung, GGO and consolidation in different colours. Right: the grey slice in the lung window with boxes and outlines around single lesions."}, "figure": {"caption": "Our old friend. Left: one code for each pixel, as a semantic network would predict it. Right: one box, one class and one mask for each lesion, as Mask R-CNN predicts them. Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
 _ = plotting.show_mask(mask, axes[0])
 _ = axes[0].set_title("semantic mask")
@@ -114,24 +115,24 @@ for label, box, area in zip(target["labels"], target["boxes"], target["area"], s
     print(f"{names[label]:4} box ({corners}), {area:.0f} pixels")
 
 # %% [markdown]
-# Do not make the difference larger than it is. The connected regions of a semantic mask are
-# instances too, and that is how `mask_to_targets` made the boxes above: both kinds of network can
-# learn from the same drawing. What Mask R-CNN adds is this:
+# The difference is smaller than it looks. The connected regions of a semantic mask are instances
+# too, and that is how `mask_to_targets` made the boxes above: both kinds of network can learn from
+# the same drawing. What Mask R-CNN adds is this:
 #
 # - **A score for each candidate.** A semantic network has a number for each pixel. A radiologist's
 #   question is about a lesion.
 # - **Candidates that are not lesions.** On a healthy slice a good semantic map is empty. Mask R-CNN
-#   still proposes boxes there, and says of each how little it looks like a lesion. The classifier
-#   of this book lives on these ([chapter 4](04_ranked_boxes.ipynb)).
+#   still proposes boxes there, and says how much each looks like a lesion. The classifier of this
+#   book reads them ([chapter 4](04_ranked_boxes.ipynb)).
 # - **Overlap.** A consolidation inside a GGO is a second box within the first.
-# - **Many training examples in one slice.** The network is not trained on slices. It is trained on
-#   small regions of them, and a slice holds hundreds. The paper counts on this to train with few
-#   slices {cite:p}`TerSarkisov2020`. The regions of one slice are not independent, so they do not
-#   replace patients.
+# - **Many training examples in one slice.** The network is trained on small regions of slices, and
+#   each slice holds hundreds of them. The paper counts on this to train with few slices
+#   {cite:p}`TerSarkisov2020`. The regions of one slice are not independent, so they do not replace
+#   patients.
 #
 # ## The parts
 #
-# The network works in two stages. The first looks everywhere and proposes. The second looks
+# The network works in two stages. The first looks everywhere and proposes boxes; the second looks
 # closely at each proposal and decides.
 
 # %% mystnb={"image": {"alt": "Flow chart: slice, backbone with feature pyramid, region proposal network, proposals, RoIAlign, box head and mask head, with the five losses in dashed frames below."}, "figure": {"caption": "Mask R-CNN. Solid frames are parts of the network, dashed frames its five losses. The proposals are passed on as plain numbers (dashed arrow): no gradient flows back through them."}} tags=["hide-input"]
@@ -155,9 +156,9 @@ part(0.9, 3, "slice\n[3, H, W]", BLACK)
 part(3.0, 3, "backbone\nand FPN")
 part(5.1, 4.4, "region proposal\nnetwork (RPN)")
 part(7.3, 4.4, "proposals\nboxes [P, 4]", BLACK)
-part(7.3, 3, "RoIAlign\n[P, C, 7, 7]\n[R, C, 14, 14]")
+part(7.3, 3, "RoIAlign\n[P, c, 7, 7]\n[D, c, 14, 14]")
 part(9.6, 3.55, "box head\nclass, 4 deltas")
-part(9.6, 2.1, "mask head\n[R, classes, 28, 28]", width=1.8)
+part(9.6, 2.1, "mask head\n[D, L, 28, 28]", width=1.8)
 part(5.1, 2.9, "loss_objectness\nloss_rpn_box_reg", VERMILLION, "--", 1.75)
 part(9.6, 4.85, "loss_classifier\nloss_box_reg", VERMILLION, "--", 1.75)
 part(9.6, 0.8, "loss_mask", VERMILLION, "--", 1.75, 0.6)
@@ -178,9 +179,9 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# The detector comes with weights that were trained on other phantoms. In `eval` mode batch
-# normalisation uses the statistics that it stored while training, so the output for a slice depends
-# on nothing but that slice.
+# The detector comes with weights that were trained on other phantoms. In `eval` mode, batch
+# normalisation uses the statistics that it stored during training, so the output for a slice depends
+# on that slice alone.
 
 # %%
 detector = trained_segmenter(PRESET, device, shipped=True)
@@ -196,14 +197,14 @@ for name, module in detector.named_children():
 # ## The slice as the network sees it
 #
 # `detector.transform` has three jobs: standardise each channel, resize, and fill up a batch with
-# zeros so that both sides are multiples of 32. The mean $\mu$ and the standard deviation $\sigma$
-# are those of ImageNet, a set of coloured photographs:
+# zeros so that both sides are multiples of 32. The mean and the standard deviation of each channel
+# are those of ImageNet, a set of colour photographs:
 #
-# $$x' = \frac{x - \mu}{\sigma}$$
+# $$x' = \frac{x - \text{mean}}{\text{std}}$$
 #
 # A CT slice has one grey value, copied into three channels, so the three channels leave this step
-# with different offsets. That is harmless: the first convolution learns to live with them. Those
-# who start from ImageNet weights need exactly these numbers.
+# with different offsets. That is harmless, because the first convolution can learn to undo them. If
+# you start from ImageNet weights, you need exactly these numbers.
 
 # %%
 with torch.no_grad():
@@ -227,17 +228,17 @@ print(f"slice {tuple(friend.shape)} -> batch {tuple(batch.tensors.shape)}")
 # %% [markdown]
 # ## Backbone and feature pyramid
 #
-# The backbone is a ResNet {cite:p}`He2016` without its last, classifying layers. It trades place
-# for meaning: each stage halves the resolution and describes larger surroundings of each point.
-# The *stride* of a map is the distance, in pixels of the slice, between two neighbouring cells.
+# The backbone is a ResNet {cite:p}`He2016` without its last, classifying layers. From stage to stage
+# the resolution halves, and each point describes larger surroundings. The *stride* of a map is the
+# distance, in pixels of the slice, between two neighbouring cells.
 #
-# A feature pyramid network (FPN) {cite:p}`Lin2017` brings every map to one number of channels. A
-# 1x1 convolution does that; then each map receives the next coarser one, enlarged and added, so
-# that fine maps know what coarse maps have understood; a 3x3 convolution smooths the sum.
+# A feature pyramid network (FPN) {cite:p}`Lin2017` gives all maps the same number of channels, by a
+# 1x1 convolution. Then the next coarser map is enlarged and added to each, so that fine maps also
+# know about larger surroundings, and a 3x3 convolution smooths the sum.
 #
 # The paper's ResNet-50 gives four maps, of strides 4, 8, 16 and 32. The light models, of which the
-# preset `quick` is one, use a single map, and then the FPN is two convolutions. The code below does
-# both.
+# preset `quick` is one, use a single map, and then the FPN is just two convolutions. The code below
+# handles both.
 
 
 # %%
@@ -246,7 +247,7 @@ def feature_pyramid(maps, fpn):
     results, coarser = [], None
     for level in reversed(range(len(maps))):
         lateral, smooth = fpn.inner_blocks[level][0], fpn.layer_blocks[level][0]
-        x = F.conv2d(maps[level], lateral.weight, lateral.bias)  # 1x1: [1, C, h, w]
+        x = F.conv2d(maps[level], lateral.weight, lateral.bias)  # 1x1: [1, c, h, w]
         if coarser is not None:
             x = x + F.interpolate(coarser, size=x.shape[-2:], mode="nearest")
         coarser = x
@@ -269,12 +270,12 @@ for stage, level, stride in zip(stages, maps, strides, strict=True):
     print(f"ResNet {tuple(stage.shape)} -> FPN {tuple(level.shape)}, stride {stride} pixels")
 
 # %% [markdown]
-# What is in such a map? No channel has a name. Training shaped them all at once, and what they have in
-# common is that the heads below found them useful. We look at those that vary most inside the lungs.
+# What is in such a map? The channels have no names. Training shaped them all together, into whatever
+# helps the heads below. We look at those that vary most inside the lungs.
 
 
-# %% mystnb={"image": {"alt": "The synthetic slice and seven coarse maps of the same chest; different maps light up at different places, some of them at the lesions."}, "figure": {"caption": "Our old friend and the seven channels of its finest feature map that vary most inside the lungs. One cell is one stride wide. Each channel has its own scale of colours, from its least to its largest value in the lungs. Synthetic."}}
-finest, stride = maps[0][0].cpu(), strides[0]  # [C, h, w]
+# %% mystnb={"image": {"alt": "The synthetic chest slice and seven coarse maps of it; different maps are bright at different places."}, "figure": {"caption": "Our old friend and the seven channels of its finest feature map that vary most inside the lungs. One cell is one stride wide. Each channel has its own scale of colours, from its least to its largest value in the lungs. Synthetic."}}
+finest, stride = maps[0][0].cpu(), strides[0]  # [c, h, w]
 lungs = torch.from_numpy(mask[::stride, ::stride] > 0)  # [h, w]
 liveliest = finest[:, lungs].std(dim=1).argsort(descending=True)[:7]
 edges = (-stride / 2 - 0.5, width - stride / 2 - 0.5, height - stride / 2 - 0.5, -stride / 2 - 0.5)
@@ -296,14 +297,14 @@ plt.show()
 #
 # A convolution gives the same number of outputs at every cell, but a slice holds any number of
 # lesions of any size. *Anchors* bridge the two: a fixed set of boxes, repeated at every cell. The
-# network never predicts a box from nothing. It says of each anchor whether a lesion is there, and
-# how to correct it.
+# network need not predict a box from scratch. For each anchor, it says whether a lesion is there,
+# and how to correct the box.
 #
-# An anchor has a size $s$ (the square root of its area) and a ratio $r$ of height to width:
+# An anchor has a size $q$ (the square root of its area) and a ratio $\rho$ of height $h$ to width $w$:
 #
-# $$w = \frac{s}{\sqrt r}, \qquad h = s\,\sqrt r, \qquad \text{so that}\quad w\,h = s^2,\quad h / w = r .$$
+# $$w = \frac{q}{\sqrt\rho}, \qquad h = q\,\sqrt\rho, \qquad \text{so that}\quad w\,h = q^2,\quad h / w = \rho .$$
 #
-# The paper takes five small sizes and six ratios, because lesions are small and of many shapes.
+# The paper takes five small sizes and six ratios, because lesions are small and have many shapes.
 # torchvision centres the box on 0 and rounds each half side to a whole pixel. `round` here means
 # "half to even", as in PyTorch: 0.5 becomes 0, and 1.5 becomes 2.
 
@@ -341,13 +342,13 @@ print(f"{int((cell[:, 3] == cell[:, 1]).sum())} have no height")
 # them again below.
 #
 # Now repeat the thirty boxes at every cell. The cell in row $i$ and column $j$ sits at the pixel
-# $(j \cdot \text{stride}, i \cdot \text{stride})$, its corner and not its middle. Cells come row
-# by row, and the anchors of one cell stay together. The maps follow one another, finest first.
+# $(j \cdot \text{stride}, i \cdot \text{stride})$, which is its corner and not its middle. Cells
+# come row by row, with the anchors of one cell together. The maps follow one another, finest first.
 
 
 # %%
 def grid_anchors(cell, rows, columns, stride):
-    """[A, 4] at one cell -> [rows * columns * A, 4] over the slice."""
+    """[a, 4] at one cell -> [rows * columns * a, 4] over the slice."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     corner = stride * torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4).to(cell)  # [cells, 1, 4]
     return (corner + cell).reshape(-1, 4)
@@ -367,8 +368,9 @@ for level, own, stride in zip(maps, anchors_of, strides, strict=True):
     print(f"stride {stride}: {rows} x {columns} cells x {len(cell)} = {len(own):,} anchors")
 
 # %% [markdown]
-# Here are the anchors of one cell, the one nearest to the largest lesion. Move the slider from one
-# size to the next. Anchors may reach over the border of the slice; nothing is cut yet.
+# Here are the anchors of one cell, the one nearest to the middle of the largest lesion. Move the
+# slider from one size to the next. Anchors may reach over the border of the slice; nothing is cut
+# yet.
 
 
 # %%
@@ -439,21 +441,21 @@ _ = ipywidgets.interact(
 # gives four numbers for each anchor, the *deltas*, which correct its place and size.
 #
 # The outputs come as maps, [anchors, rows, columns]. The anchors above run the other way round:
-# cells first, then the anchors of a cell. So the maps are turned before they are flattened. Who
-# forgets this gets boxes that look almost right, which is the worst kind of wrong.
+# cells first, then the anchors of a cell. So the axes are swapped before the maps are flattened. If
+# you forget this, the boxes still look plausible, and the mistake is hard to notice.
 
 
 # %%
 def rpn_outputs(maps, head):
-    """For each map: logits [h * w * A] and deltas [h * w * A, 4], in the order of the anchors."""
+    """For each map: logits [h * w * a] and deltas [h * w * a, 4], in the order of the anchors."""
     conv, cls, reg = head.conv[0][0], head.cls_logits, head.bbox_pred
     logits_of, deltas_of = [], []
     for level in maps:
-        x = F.relu(F.conv2d(level, conv.weight, conv.bias, padding=1))  # [1, C, h, w]
-        logits = F.conv2d(x, cls.weight, cls.bias)[0]  # [A, h, w]
-        deltas = F.conv2d(x, reg.weight, reg.bias)[0]  # [4 * A, h, w]
+        x = F.relu(F.conv2d(level, conv.weight, conv.bias, padding=1))  # [1, c, h, w]
+        logits = F.conv2d(x, cls.weight, cls.bias)[0]  # [a, h, w]
+        deltas = F.conv2d(x, reg.weight, reg.bias)[0]  # [4 * a, h, w]
         a, h, w = logits.shape
-        logits_of.append(logits.permute(1, 2, 0).reshape(-1))  # [h * w * A]
+        logits_of.append(logits.permute(1, 2, 0).reshape(-1))  # [h * w * a]
         deltas_of.append(deltas.reshape(a, 4, h, w).permute(2, 3, 0, 1).reshape(-1, 4))
     return logits_of, deltas_of
 
@@ -474,15 +476,15 @@ for theirs, logits, deltas in zip(their_logits, logits_of, deltas_of, strict=Tru
 # %% [markdown]
 # ### Decoding
 #
-# The four deltas do not count pixels. They count anchor sizes: with the anchor's centre
-# $(x_a, y_a)$ and sides $w_a, h_a$, the box is
+# The four deltas are not in pixels. They are relative to the anchor: with its centre $(x_a, y_a)$
+# and its sides $w_a, h_a$, the box is
 #
 # $$x = x_a + \delta_x w_a, \quad y = y_a + \delta_y h_a, \quad w = w_a e^{\delta_w}, \quad h = h_a e^{\delta_h}.$$
 #
 # So "a tenth to the right" means the same for a small lesion as for a large one, and the
-# exponential keeps sides positive. In the RPN the deltas are used as they are. The box head
-# later divides its own by weights $(10, 10, 5, 5)$, and so the function takes weights. Large
-# $\delta_w$ are cut at $\ln(1000/16)$, since an exponential can overflow.
+# exponential keeps the sides positive. The RPN uses its deltas as they are; the box head will divide
+# its own by weights $(10, 10, 5, 5)$, so the function takes weights. Large $\delta_w$ and $\delta_h$
+# are cut at $\ln(1000/16)$, since an exponential can overflow.
 
 
 # %%
@@ -503,9 +505,9 @@ assert torch.allclose(torch.cat(boxes_of), theirs, atol=1e-3)
 # %% [markdown]
 # ### Overlap
 #
-# Two boxes that say the same thing overlap. *Intersection over union* (IoU) measures it: the area
-# that both cover, divided by the area that at least one covers. It is 0 for boxes apart and 1 for
-# equal boxes, and it does not depend on the scale.
+# Two boxes around the same lesion overlap. *Intersection over union* (IoU) measures how much: the
+# area that both cover, divided by the area that at least one covers. It is 0 for boxes that are
+# apart and 1 for equal boxes, and it does not depend on the scale.
 #
 # $$\operatorname{IoU}(a, b) = \frac{|a \cap b|}{|a| + |b| - |a \cap b|}$$
 
@@ -526,9 +528,9 @@ assert torch.allclose(overlap, torchvision.ops.box_iou(truth["boxes"], anchors),
 # %% [markdown]
 # ### Non-maximum suppression
 #
-# Neighbouring anchors find the same lesion, so the decoded boxes come in heaps. *Non-maximum
-# suppression* (NMS) thins them: take the best box, drop every box that overlaps it by more than a
-# threshold, take the next best that is left, and so on.
+# Neighbouring anchors find the same lesion, so many decoded boxes lie on top of each other.
+# *Non-maximum suppression* (NMS) thins them out: take the best box, drop every box that overlaps it
+# by more than a threshold, take the best of those that are left, and so on.
 
 
 # %%
@@ -580,10 +582,10 @@ print(
 )
 
 # %% [markdown]
-# No score threshold anywhere: the RPN always proposes, on a healthy slice too. And proposals have
-# no class yet.
+# There is no score threshold anywhere: the RPN always proposes boxes, on a healthy slice, too. And
+# proposals have no class yet.
 
-# %% mystnb={"image": {"alt": "Left: coarse heat map of objectness on the synthetic slice, bright at the lesions and at a few other places. Right: many boxes, gathered around the same places."}, "figure": {"caption": "Left: objectness, the best of the anchors at each cell of the finest map. Right: the 40 proposals with the best logits (fewer if there are fewer). The RPN is generous: a proposal costs little, a lesion without one is lost. Synthetic."}}
+# %% mystnb={"image": {"alt": "Left: coarse heat map of objectness over the synthetic slice. Right: the slice with its true lesions and many dotted boxes, most of them close to others."}, "figure": {"caption": "Left: objectness, the best of the anchors at each cell of the finest map. Right: the 40 proposals with the best logits (fewer if there are fewer). The RPN proposes far more boxes than there are lesions, because a lesion without a proposal is lost. Synthetic."}}
 rows, columns = maps[0].shape[-2:]
 best = logits_of[0].reshape(rows, columns, -1).amax(dim=2).sigmoid().cpu()  # [h, w]
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
@@ -677,19 +679,20 @@ with torch.no_grad():
 assert lines == 0
 
 # %% [markdown]
-# A small matter, but one that decides whether two implementations return the same boxes.
+# It is a small matter, but it decides whether two implementations return the same boxes.
 #
 # ## What the RPN is trained on
 #
-# The truth is a handful of lesions, the output thousands of anchors. Each anchor needs a label:
+# The truth is a handful of lesions, but the output is about thousands of anchors. Each anchor needs a
+# label:
 #
 # - **1, lesion:** its IoU with some lesion reaches the upper threshold;
 # - **0, background:** its best IoU stays below the lower threshold;
-# - **-1, left out:** in between. Such an anchor is too good to be called background and too poor to
-#   be called a lesion, so it teaches nothing.
+# - **-1, left out:** in between. Such an anchor fits too well to be called background and too poorly
+#   to be called a lesion, so it takes no part in the training.
 #
-# One more rule: for each lesion, the anchor that fits best gets the label 1 as well, however poor
-# the fit. Otherwise a lesion that no anchor fits would never be learned.
+# There is an extra rule: for each lesion, the anchor that fits best gets the label 1 as well, however
+# poor the fit. Otherwise the network would never learn a lesion that no anchor fits.
 
 
 # %%
@@ -722,7 +725,7 @@ for k, label in enumerate(truth["labels"].tolist()):
         f"{names[label]:4} best IoU {overlap[k].max():.2f}, {int(own.sum()):2} anchors, by the {rule}"
     )
 
-# %% mystnb={"image": {"alt": "The synthetic slice with the true lesion boxes in white and the anchors labelled lesion around them: solid green above the threshold, dashed orange-red by the extra rule."}, "figure": {"caption": "The anchors of our old friend that count as lesion: above the threshold (solid) or best of their lesion although below it (dashed). White: the truth. All other anchors are background or left out. Synthetic."}}
+# %% mystnb={"image": {"alt": "The synthetic slice with the true lesion boxes in white and the anchors labelled lesion on them: solid green above the threshold, dashed orange-red by the extra rule."}, "figure": {"caption": "The anchors of our old friend that count as lesion: above the threshold (solid) or best of their lesion although below it (dashed). White: the truth. All other anchors are background or left out. Synthetic."}}
 above = (labels == 1) & (overlap.amax(dim=0) >= high)
 rescued = (labels == 1) & ~above
 ax = plotting.show_slice(image, plotting.get_ax(6.5, 5.4))
@@ -759,27 +762,30 @@ for k, label in enumerate(truth_512["labels"].tolist()):
     print(
         f"{name:4}{x2 - x1:3} x {y2 - y1:2} pixels, {share}: IoU {best_512[k]:.2f}, {own:3} anchors"
     )
-total = int((labels_512 == 1).sum())
+chosen = labels_512 == 1
+best_of_anchor = iou(truth_512["boxes"], anchors_512[chosen]).amax(dim=0)
+extra = (best_of_anchor < paper.detector.rpn_iou[0]).float().mean()
+print(f"{int(chosen.sum())} anchors count as lesion,", end=" ")
+print(f"{extra:.0%} of them by the extra rule")
 room = int(paper.detector.rpn_batch * paper.detector.rpn_positive)
-print(f"{total} anchors count as lesion; a training step has room for {room}")
+print(f"a training step has room for {room}")
 assert best_512.min() < paper.detector.rpn_iou[0]
 
 # %% [markdown]
-# The larger lesions have outgrown the anchors. No anchor comes near the threshold, and the extra rule
-# steps in. It then does more than it should: *every* anchor of the largest area that lies wholly
-# inside the lesion has the same IoU, all of them are "the best", and all count as lesion. Most of what
-# a training step draws as "lesion" then comes from one or two large lesions. The deltas of these anchors
-# must stretch a box of 32 pixels to more than twice its side. Training can learn large deltas, but
-# this is not what anchors are for. It is a finding on a phantom, but on one whose lesions have sizes
-# that are common in the paper's Figure 1. With real masks in hand, check this first.
+# The larger lesions have outgrown the anchors. Where no anchor comes near the threshold, the extra
+# rule steps in, and then it does more than it should: *every* anchor of the largest area that lies
+# wholly inside the lesion has the same IoU, so all of them are "the best", and all count as lesion.
+# The last lines tell what share of the sample that is. The deltas of these anchors must stretch a
+# small box to the whole lesion. Training can learn large deltas, but anchors are there to make that
+# unnecessary. This is a finding on one phantom. But a GGO of 2 % of the slice, the range of the paper's
+# Figure 1, has a box at least 72 pixels wide or high at this size, so it is worth a check on real masks.
 #
 # ### A sample for the loss
 #
-# Back to our own anchors. A few say "lesion", thousands say "background". If all counted, a network
-# that always says "background" would have almost no loss. So only a sample counts: a fixed number of
-# anchors in each slice, lesions first, but at most a share of them (`rpn_positive`), the rest
-# background. A slice with small lesions cannot fill that share. It is an upper bound and not a
-# balance.
+# Back to our own anchors. A few say "lesion", thousands say "background". If all of them counted, a
+# network that always says "background" would have almost no loss. So only a sample counts: a fixed
+# number of anchors in each slice, of which at most a share (`rpn_positive`) are lesion and the rest
+# background. A slice with small lesions may have too few lesion anchors to reach that share.
 
 
 # %%
@@ -809,8 +815,8 @@ print(f"our old friend: {len(positive)} lesion, {len(negative)} background")
 #
 # $$\delta_x = \frac{x - x_a}{w_a}, \quad \delta_y = \frac{y - y_a}{h_a}, \quad \delta_w = \ln\frac{w}{w_a}, \quad \delta_h = \ln\frac{h}{h_a}$$
 #
-# Here the anchors without height would divide by zero. They never count as lesion, because some other
-# anchor always overlaps the lesion more, so nobody asks.
+# The anchors without height would divide by zero here. But they never count as lesion, because some
+# other anchor always overlaps the lesion more.
 
 
 # %%
@@ -829,9 +835,9 @@ assert (anchors[positive, 3] > anchors[positive, 1]).all()
 # %% [markdown]
 # ## RoIAlign
 #
-# The second stage looks at each proposal, a *region of interest* (RoI). Its layers want inputs of
-# one size, and proposals come in all sizes, at fractions of a pixel. RoIAlign {cite:p}`He2017` cuts
-# a grid of $7 \times 7$ numbers per channel out of the feature map:
+# The second stage looks at each proposal, a *region of interest* (RoI). Its layers need inputs of one
+# size, but proposals come in all sizes, at fractions of a pixel. RoIAlign {cite:p}`He2017` cuts a grid
+# of $7 \times 7$ numbers per channel out of the feature map:
 #
 # 1. divide the box by the stride: it now lies on the map, at fractions of a cell;
 # 2. divide it into $7 \times 7$ bins;
@@ -844,7 +850,7 @@ assert (anchors[positive, 3] > anchors[positive, 1]).all()
 #
 # ### One point
 #
-# Bilinear interpolation weighs the four cells around a point by how near they are. With the
+# Bilinear interpolation weights the four cells around a point by how near they are. With the
 # fractions $f_x, f_y$ of the way from the left to the right cell and from the top to the bottom one:
 #
 # $$v = (1-f_y)(1-f_x)\,v_{00} + (1-f_y)f_x\,v_{01} + f_y(1-f_x)\,v_{10} + f_y f_x\,v_{11}$$
@@ -865,14 +871,14 @@ print(f"around ({x}, {y}): {v00} {v01} / {v10} {v11}, value {value}")
 # %% [markdown]
 # ### All points
 #
-# Two details of torchvision stand in this code. A RoI is at least one cell wide and high. And the
-# value of cell $j$ sits at $j$, not in the cell's middle at $j + \tfrac12$; the anchors above follow
-# the same rule, so the two agree (`aligned=False`).
+# This code follows two details of torchvision. A RoI is at least one cell wide and high. And the
+# value of cell $j$ sits at $j$, not in the cell's middle at $j + \tfrac12$ (`aligned=False`); the
+# anchors above follow the same rule.
 
 
 # %%
 def bilinear(feature, y, x):
-    """Read a map [C, h, w] at the rows y [m] and the columns x [n]: [C, m, n]."""
+    """Read a map [c, h, w] at the rows y [m] and the columns x [n]: [c, m, n]."""
     h, w = feature.shape[-2:]
     inside = ((y >= -1) & (y <= h))[:, None] & ((x >= -1) & (x <= w))  # else the value is 0
     y, x = y.clamp(0, h - 1), x.clamp(0, w - 1)
@@ -881,16 +887,16 @@ def bilinear(feature, y, x):
     fy, fx = (y - top)[:, None], x - left  # [m, 1], [n]
     upper = (1 - fx) * feature[:, top][:, :, left] + fx * feature[:, top][:, :, right]
     lower = (1 - fx) * feature[:, bottom][:, :, left] + fx * feature[:, bottom][:, :, right]
-    return ((1 - fy) * upper + fy * lower) * inside  # [C, m, n]
+    return ((1 - fy) * upper + fy * lower) * inside  # [c, m, n]
 
 
 def roi_align(feature, box, bins, stride=1, ratio=2):
-    """Cut one box [4] (pixels) out of a map [C, h, w]: [C, bins, bins]."""
+    """Cut one box [4] (pixels) out of a map [c, h, w]: [c, bins, bins]."""
     x1, y1, x2, y2 = box / stride  # cells
     w, h = (x2 - x1).clamp(min=1), (y2 - y1).clamp(min=1)
     steps = (torch.arange(bins * ratio, device=box.device) + 0.5) / (bins * ratio)  # 0 .. 1
-    points = bilinear(feature, y1 + steps * h, x1 + steps * w)  # [C, bins * ratio, bins * ratio]
-    return F.avg_pool2d(points, ratio)  # [C, bins, bins]
+    points = bilinear(feature, y1 + steps * h, x1 + steps * w)  # [c, bins * ratio, bins * ratio]
+    return F.avg_pool2d(points, ratio)  # [c, bins, bins]
 
 
 roi = torch.tensor([1.2, 0.9, 6.4, 5.5])
@@ -936,9 +942,9 @@ def level_of(box):
 
 heads = detector.roi_heads
 with torch.no_grad():
-    pooled = heads.box_roi_pool(features, [proposals], batch.image_sizes)  # [P, C, 7, 7]
+    pooled = heads.box_roi_pool(features, [proposals], batch.image_sizes)  # [P, c, 7, 7]
 first = level_of(proposals[0])
-ours = roi_align(maps[first][0], proposals[0], bins=7, stride=strides[first])  # [C, 7, 7]
+ours = roi_align(maps[first][0], proposals[0], bins=7, stride=strides[first])  # [c, 7, 7]
 assert torch.allclose(ours, pooled[0], atol=1e-4)
 for index in range(len(proposals)):
     level = level_of(proposals[index])
@@ -950,7 +956,7 @@ for index in range(len(proposals)):
 #
 # An older operation, RoIPool, rounds box and bins to whole cells and takes the maximum in each bin.
 # A cell is several pixels wide, and a lesion may be as small as a single cell. We move the best
-# proposal to the right, a quarter of a pixel at a time, and watch how much the cut-out changes.
+# proposal to the right, a quarter of a pixel at a time, and watch how much its features change.
 # RoIAlign follows every step. RoIPool does nothing for a while, then jumps.
 
 # %% mystnb={"image": {"alt": "Relative change of the pooled features against the shift of the box: a continuous curve for RoIAlign, a staircase for RoIPool."}, "figure": {"caption": "How the features of one RoI change as its box moves by up to two cells, relative to where it began. Rounding hides a small shift or turns it into a jump; box corrections and masks need the shift itself. Synthetic."}}
@@ -977,19 +983,19 @@ plt.show()
 # %% [markdown]
 # ## The box head
 #
-# Two hidden layers read the $C \times 7 \times 7$ numbers of a RoI as one vector. Then two linear
+# Two hidden layers read the $c \times 7 \times 7$ numbers of a RoI as one vector. Then two linear
 # layers run side by side: one logit for each class, background included, and four deltas *for each
-# class*. A GGO and a consolidation at the same place are of different size, so each class may
-# correct the box in its own way.
+# class*. A GGO and a consolidation in the same place need not have the same size, so each class
+# corrects the box in its own way.
 
 # %%
 with torch.no_grad():
-    x = pooled.flatten(1)  # [P, C * 7 * 7]
+    x = pooled.flatten(1)  # [P, c * 7 * 7]
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
         x = F.relu(F.linear(x, layer.weight, layer.bias))  # [P, box_features]
     cls, reg = heads.box_predictor.cls_score, heads.box_predictor.bbox_pred
-    class_logits = F.linear(x, cls.weight, cls.bias)  # [P, classes]
-    box_deltas = F.linear(x, reg.weight, reg.bias)  # [P, 4 * classes]
+    class_logits = F.linear(x, cls.weight, cls.bias)  # [P, L]
+    box_deltas = F.linear(x, reg.weight, reg.bias)  # [P, 4 * L]
     theirs = heads.box_predictor(heads.box_head(pooled))
 assert torch.allclose(class_logits, theirs[0], atol=1e-4)
 assert torch.allclose(box_deltas, theirs[1], atol=1e-4)
@@ -1000,17 +1006,17 @@ print(f"one RoI: {tuple(pooled.shape[1:])} -> {pooled[0].numel():,} -> {x.shape[
 print(f"-> {class_logits.shape[1]} class logits and {box_deltas.shape[1]} deltas")
 
 # %% [markdown]
-# Decoding is the one of the RPN, with the proposal in the anchor's place, and with weights
-# $(10, 10, 5, 5)$: the network's deltas are ten (five) times the relative shifts. After the RPN's
-# correction the rest is a small part of the box. The factor makes the targets larger, so that this
-# loss weighs as much as the others.
+# Decoding works as in the RPN, with the proposal in place of the anchor, and with weights
+# $(10, 10, 5, 5)$: the network's deltas are ten times the relative shifts, and five times the logs of
+# the relative sizes. After the RPN's correction only a small part of the box is left to correct. The
+# weights make the targets larger, so that this loss is not drowned by the others.
 #
 # To get detections, a softmax over the classes turns logits into scores, background is dropped,
-# scores must exceed a threshold, and NMS runs in each class on its own. The objectness plays no part
-# any more: it chose the proposals, and that was its job.
+# scores must exceed a threshold, and NMS runs within each class. The objectness plays no part any
+# more: its job was to choose the proposals.
 
 # %%
-scores = class_logits.softmax(dim=1)  # [P, classes]
+scores = class_logits.softmax(dim=1)  # [P, L]
 found = []
 for label in range(1, scores.shape[1]):
     deltas = box_deltas[:, 4 * label : 4 * label + 4]  # [P, 4]
@@ -1035,7 +1041,7 @@ print(
     f"{len(proposals)} proposals -> {len(found)} detections with a score above {config.box_score}"
 )
 
-# %% mystnb={"image": {"alt": "The synthetic slice twice: on the left the proposals of the best detections, dotted, and the boxes they became; on the right the final detections with their scores beside the lesions."}, "figure": {"caption": "Left: proposals (dotted) and the boxes that the box head made of them (solid GGO, dashed C), for detections with a score above 0.5. Right: the same with scores and masks, thinned by NMS at 0.25 to make them readable. Compare with the truth at the top of the chapter: is every detection a lesion? Synthetic."}}
+# %% mystnb={"image": {"alt": "The synthetic slice twice: on the left the proposals of the best detections, dotted, and the boxes they became; on the right the final detections with their scores and masks."}, "figure": {"caption": "Left: proposals (dotted) and the boxes that the box head made of them (solid GGO, dashed C), for detections with a score above 0.5. Right: the same with scores and masks, thinned by NMS at 0.25 to make them readable. Compare with the truth at the top of the chapter: is every detection a lesion? Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
 _ = plotting.show_slice(image, axes[0])
 for score, label, box, i in found:
@@ -1069,27 +1075,26 @@ for label, area, *values in zip(target["labels"], target["area"], *best_of, stri
 
 # %% [markdown]
 # Where a number falls from one stage to the next, the fitting box was there and went again: a
-# neighbour with a better score suppressed it, or a correction overshot. And "best" is a kind measure,
-# since nobody tells the network which box to look at. Whether the *scores* pick the right boxes is
-# what average precision measures, in [chapter 3](03_segmenter.ipynb).
+# neighbour with a better score suppressed it, or a correction overshot. And "best" is a generous
+# measure, since it takes the truth to pick the box. Whether the *scores* pick the right boxes is what
+# average precision measures, in [chapter 3](03_segmenter.ipynb).
 #
 # ## The mask head
 #
 # A second RoIAlign cuts $14 \times 14$ numbers out of the map, now for the *detected* boxes. One
 # convolution (in the light models; four in the paper's) and a transposed convolution, which doubles
-# the resolution, lead to $28 \times 28$ logits for each class. The mask of the detected class is
-# used, and the others are ignored. So the mask head need not know what it draws: class and shape are
-# decided apart.
+# the resolution, lead to $28 \times 28$ logits for each class. We use the mask of the detected class
+# and ignore the others. So the mask head does not decide the class; it only draws the shape.
 
 # %%
 with torch.no_grad():
-    cut = heads.mask_roi_pool(features, [detections["boxes"]], batch.image_sizes)  # [R, C, 14, 14]
+    cut = heads.mask_roi_pool(features, [detections["boxes"]], batch.image_sizes)  # [D, c, 14, 14]
     x = cut
     for block in heads.mask_head:
-        x = F.relu(F.conv2d(x, block[0].weight, block[0].bias, padding=1))  # [R, ..., 14, 14]
+        x = F.relu(F.conv2d(x, block[0].weight, block[0].bias, padding=1))  # [D, ..., 14, 14]
     up, last = heads.mask_predictor.conv5_mask, heads.mask_predictor.mask_fcn_logits
-    x = F.relu(F.conv_transpose2d(x, up.weight, up.bias, stride=2))  # [R, ..., 28, 28]
-    mask_logits = F.conv2d(x, last.weight, last.bias)  # [R, classes, 28, 28]
+    x = F.relu(F.conv_transpose2d(x, up.weight, up.bias, stride=2))  # [D, ..., 28, 28]
+    mask_logits = F.conv2d(x, last.weight, last.bias)  # [D, L, 28, 28]
     theirs = heads.mask_predictor(heads.mask_head(cut))
 assert torch.allclose(mask_logits, theirs, atol=1e-4)
 
@@ -1129,9 +1134,9 @@ for probability, box, theirs in zip(
 # %% [markdown]
 # Where is the edge? We cut at a probability of 0.5, that is a logit of 0, as the paper says. The
 # released code skips the sigmoid and cuts the *logit* at 0.5, a probability of
-# $1/(1 + e^{-0.5}) = 0.622$. Its masks are a little smaller.
+# $1/(1 + e^{-0.5}) = 0.622$, which makes its masks smaller.
 
-# %% mystnb={"image": {"alt": "Left: 28 by 28 map of mask probabilities of one RoI. Right: the part of the synthetic slice around it with the true outline and the outlines of the mask at two thresholds, which lie close together."}, "figure": {"caption": "The mask of the best detection of our old friend: as the network gives it (left), and pasted into the slice (right) at the two thresholds. Synthetic."}}
+# %% mystnb={"image": {"alt": "Left: 28 by 28 map of mask probabilities of one RoI. Right: the part of the synthetic slice around it with the true outline and the outlines of the mask at two thresholds."}, "figure": {"caption": "The mask of the best detection of our old friend: as the network gives it (left), and pasted into the slice (right) at the two thresholds. Synthetic."}}
 best_box = detections["boxes"][0].cpu()
 pasted = detections["masks"][0, 0].cpu()  # [H, W]
 match = int(iou(best_box[None], target["boxes"])[0].argmax())
@@ -1187,8 +1192,9 @@ for name, value in losses.items():
 #
 # $$\ell_\beta(e) = \begin{cases} e^2 / (2\beta) & |e| < \beta \\ |e| - \beta/2 & \text{else} \end{cases}$$
 #
-# For $\beta = 0$ it is the plain L1 loss. Far off, its gradient is 1 and does not grow, so one
-# wild box cannot dominate. Near 0 the gradient fades out, so that good boxes come to rest.
+# For $\beta = 0$ it is the plain L1 loss. ($\beta$ is torchvision's name, and has nothing to do with
+# batch normalisation.) Far from 0 the size of the gradient is 1 and does not grow, so a single wild
+# box cannot dominate. Near 0 the gradient fades out, so that good boxes settle.
 
 
 # %%
@@ -1228,7 +1234,7 @@ plt.show()
 # Anchors do not depend on the weights, so labels and deltas to learn are those from above. The
 # objectness loss is the mean over all sampled anchors, lesion and background. The box loss is the
 # *sum* over the lesion anchors (a background anchor has no box to learn), divided by the number of
-# *all* sampled anchors. So a slice with one small lesion weighs less in it than one with ten.
+# *all* sampled anchors. So the more lesion anchors a slice has, the more it weighs in this loss.
 
 # %%
 torch.manual_seed(SEED)  # the same draws as in the model
@@ -1252,15 +1258,15 @@ print(f"{len(sampled)} anchors, {len(positive)} of them lesion")
 # %% [markdown]
 # ### Two losses of the box head
 #
-# The examples of the second stage are proposals, so they change while the RPN learns. Three points
-# deserve attention:
+# The examples of the second stage are proposals, so they change while the RPN learns. Note three
+# points:
 #
 # - The proposals are *detached*: the box head learns from them, and its losses do not reach the RPN
 #   through them.
 # - The true boxes join the proposals. Early in training hardly any proposal overlaps a lesion, and
 #   the box and mask heads would have nothing to learn from.
 # - A proposal takes the class of the lesion that it overlaps most, if the IoU reaches the threshold.
-#   Here the extra rule for the best match does not apply.
+#   The extra rule for the best match does not apply here.
 
 # %%
 with torch.no_grad():
@@ -1275,7 +1281,7 @@ roi_labels = torch.where(best < high, -1, roi_labels)  # left out
 roi_labels = torch.where(best < low, 0, roi_labels)  # background
 
 roi_positive, roi_negative = sample(roi_labels, config.box_batch, config.box_positive)
-chosen = torch.cat([roi_positive, roi_negative]).sort().values  # [R]
+chosen = torch.cat([roi_positive, roi_negative]).sort().values  # [RoIs]
 rois, roi_labels, match = candidates[chosen], roi_labels[chosen], match[chosen]
 print(f"{len(candidates)} candidates; {len(rois)} drawn, of these", end=" ")
 print(", ".join(f"{int((roi_labels == k).sum())} {name}" for k, name in enumerate(names)))
@@ -1287,11 +1293,11 @@ print(", ".join(f"{int((roi_labels == k).sum())} {name}" for k, name in enumerat
 
 # %%
 heads_t = student.roi_heads
-pooled = heads_t.box_roi_pool(features_t, [rois], batch_t.image_sizes)  # [R, C, 7, 7]
-class_logits, box_deltas = heads_t.box_predictor(heads_t.box_head(pooled))  # [R, 3], [R, 12]
+pooled = heads_t.box_roi_pool(features_t, [rois], batch_t.image_sizes)  # [RoIs, c, 7, 7]
+class_logits, box_deltas = heads_t.box_predictor(heads_t.box_head(pooled))  # [RoIs, 3], [RoIs, 12]
 
 rows = torch.arange(len(rois), device=device)
-cross_entropy = class_logits.logsumexp(dim=1) - class_logits[rows, roi_labels]  # [R]
+cross_entropy = class_logits.logsumexp(dim=1) - class_logits[rows, roi_labels]  # [RoIs]
 ours["loss_classifier"] = cross_entropy.mean()
 
 is_lesion = roi_labels > 0
@@ -1310,18 +1316,18 @@ for name in ("loss_classifier", "loss_box_reg"):
 # Binary cross-entropy compares them with the logits of the true class.
 
 # %%
-lesion_rois, lesion_match = rois[is_lesion], match[is_lesion]  # [M, 4], [M]
-cut = heads_t.mask_roi_pool(features_t, [lesion_rois], batch_t.image_sizes)  # [M, C, 14, 14]
-mask_logits = heads_t.mask_predictor(heads_t.mask_head(cut))  # [M, classes, 28, 28]
-mask_logits = mask_logits[torch.arange(len(cut)), roi_labels[is_lesion]]  # [M, 28, 28]
+lesion_rois, lesion_match = rois[is_lesion], match[is_lesion]  # [lesions, 4], [lesions]
+cut = heads_t.mask_roi_pool(features_t, [lesion_rois], batch_t.image_sizes)  # [lesions, c, 14, 14]
+mask_logits = heads_t.mask_predictor(heads_t.mask_head(cut))  # [lesions, L, 28, 28]
+mask_logits = mask_logits[torch.arange(len(cut)), roi_labels[is_lesion]]  # [lesions, 28, 28]
 
-true_masks = truth_t["masks"][lesion_match, None].float()  # [M, 1, H, W]
-one_each = list(lesion_rois[:, None])  # M tensors [1, 4]: one box for each mask
-mask_goal = torchvision.ops.roi_align(true_masks, one_each, output_size=28)[:, 0]  # [M, 28, 28]
+true_masks = truth_t["masks"][lesion_match, None].float()  # [lesions, 1, H, W]
+one_each = list(lesion_rois[:, None])  # tensors [1, 4]: one box for each mask
+mask_goal = torchvision.ops.roi_align(true_masks, one_each, output_size=28)[:, 0]  # [lesions, 28, 28]
 ours["loss_mask"] = binary_cross_entropy(mask_logits, mask_goal).mean()
 assert torch.allclose(ours["loss_mask"], losses["loss_mask"], rtol=1e-3, atol=1e-6)
 
-# %% mystnb={"image": {"alt": "Two rows of small square maps: on top the target masks of one RoI for each lesion, below the probabilities that the network gives for the same RoIs; they resemble each other."}, "figure": {"caption": "What the mask head is trained on: for one drawn RoI of each lesion, the target (top) and the network's probability (bottom) on the grid of 28 x 28. Small lesions fill the grid as large ones do. Synthetic."}}
+# %% mystnb={"image": {"alt": "Two rows of small square maps: on top the target masks of one RoI for each lesion, below the probabilities that the network gives for the same RoIs."}, "figure": {"caption": "What the mask head is trained on: for one drawn RoI of each lesion, the target (top) and the network's probability (bottom) on the grid of 28 x 28. Small lesions fill the grid as large ones do. Synthetic."}}
 examples = [torch.where(lesion_match == k)[0][0] for k in lesion_match.unique()][:5]
 fig, axes = plt.subplots(
     2, len(examples), figsize=(1.9 * len(examples) + 0.6, 4.2), layout="constrained", squeeze=False
@@ -1349,11 +1355,11 @@ assert torch.allclose(sum(ours.values()), sum(losses.values()), rtol=1e-3)
 # %% [markdown]
 # | loss | examples | formula | teaches |
 # |---|---|---|---|
-# | `loss_objectness` | sampled anchors $S$ | $\frac{1}{\lvert S\rvert} \sum_{i \in S} \operatorname{BCE}(o_i, t_i)$ | where to look |
-# | `loss_rpn_box_reg` | lesion anchors $S^+ \subset S$ | $\frac{1}{\lvert S\rvert} \sum_{i \in S^+} \sum_{4} \ell_\beta(\delta_i - \delta_i^*)$ | a first correction of place and size |
-# | `loss_classifier` | sampled RoIs $R$ | $-\frac{1}{\lvert R\rvert} \sum_{j \in R} \ln p_{j, y_j}$ | background, GGO or C |
-# | `loss_box_reg` | lesion RoIs $R^+ \subset R$ | $\frac{1}{\lvert R\rvert} \sum_{j \in R^+} \sum_{4} \ell_\beta(\delta_{j, y_j} - \delta_j^*)$ | a second correction, for each class its own |
-# | `loss_mask` | lesion RoIs $R^+$ | mean of $\operatorname{BCE}(m_{j, y_j}, m_j^*)$ over $R^+$ and $28 \times 28$ | which pixels of the box |
+# | `loss_objectness` | sampled anchors $I$ | $\frac{1}{\lvert I\rvert} \sum_{i \in I} \operatorname{BCE}(o_i, t_i)$ | where to look |
+# | `loss_rpn_box_reg` | lesion anchors $I^+ \subset I$ | $\frac{1}{\lvert I\rvert} \sum_{i \in I^+} \sum_{4} \ell_\beta(\delta_i - \delta_i^*)$ | a first correction of place and size |
+# | `loss_classifier` | sampled RoIs $J$ | $-\frac{1}{\lvert J\rvert} \sum_{j \in J} \ln p_{j, y_j}$ | background, GGO or C |
+# | `loss_box_reg` | lesion RoIs $J^+ \subset J$ | $\frac{1}{\lvert J\rvert} \sum_{j \in J^+} \sum_{4} \ell_\beta(\delta_{j, y_j} - \delta_j^*)$ | a second correction, for each class its own |
+# | `loss_mask` | lesion RoIs $J^+$ | mean of $\operatorname{BCE}(m_{j, y_j}, m_j^*)$ over $J^+$ and $28 \times 28$ | which pixels of the box |
 #
 # How many examples is that, from one slice?
 
@@ -1364,14 +1370,15 @@ print(
 )
 
 # %% [markdown]
-# In the table, a star marks the truth, $y_j$ the true class of RoI $j$. The paper names smooth L1 for
-# both box losses {cite:p}`TerSarkisov2020`; in the released code the RPN's is plain L1 ($\beta = 0$)
-# and the box head's has $\beta = 1$. `config.rpn_box_beta` and `config.box_beta` choose.
+# In the table, a star marks the truth, and $y_j$ is the true class of RoI $j$. The paper names smooth
+# L1 for both box losses {cite:p}`TerSarkisov2020`; in the released code the RPN's is plain L1
+# ($\beta = 0$) and the box head's has $\beta = 1$. Here, `config.rpn_box_beta` and `config.box_beta`
+# set it.
 #
 # ### Who learns from which loss?
 #
-# The chart at the top claims that no gradient flows through the proposals. Ask the model's own five
-# losses: a parameter that a loss does not depend on gets `None` for a gradient.
+# The chart at the top says that no gradient flows through the proposals. We can check it with the
+# model's own five losses: a parameter on which a loss does not depend gets `None` for a gradient.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -1396,9 +1403,10 @@ for name in ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box
 #
 # ### What the batch statistics do
 #
-# The released code trains the segmenter on one slice at a time. Then "the batch" is one slice, and
-# its mean and variance are rough guesses. How much does that matter for our old friend? The same
-# losses, the same seed, once with the statistics of this slice and once with the stored ones:
+# The released code trains the segmenter on one slice at a time. Then the batch is a single slice, and
+# its mean and variance are only rough estimates. How much does that matter for our old friend? Here
+# are the same losses from the same seed, once with the statistics of this slice and once with the
+# stored ones:
 
 # %%
 stored = copy.deepcopy(detector).train()
@@ -1412,12 +1420,12 @@ for name in losses:
     print(f"{name:17} {losses[name].item():10.4f} {steady[name].item():9.4f}")
 
 # %% [markdown]
-# The samples of RoIs differ as well, because other features give other proposals. So read this as
-# "not the same", not as better or worse. It is one reason why a trained detector is run in `eval`
-# mode, and why [chapter 5](05_covid_ct_mask_net.ipynb) is careful about what batch normalisation
-# does while the classifier trains.
+# The samples of RoIs differ as well, because other features give other proposals. So the table says
+# that the two differ, not that one is better. It is one reason why a trained detector is run in
+# `eval` mode, and why [chapter 5](05_covid_ct_mask_net.ipynb) is careful about what batch
+# normalisation does while the classifier trains.
 #
-# Our detector itself has not changed: only the copy saw the slice in `train` mode.
+# Our detector itself has not changed, because only the copy saw the slice in `train` mode.
 
 # %%
 fresh = trained_segmenter(PRESET, device, shipped=True).state_dict()
@@ -1431,8 +1439,9 @@ print(f"{len(changed)} entries of the copy have changed, all of batch normalisat
 # %% [markdown]
 # ## A slice without a lesion
 #
-# What can a healthy slice teach, and what does it return? Three of the five losses are 0: without a
-# lesion there is no box and no mask to learn. The other two say "background" everywhere.
+# What can a healthy slice teach, and what does the detector return for it? Three of the five losses
+# are 0: without a lesion there is no box and no mask to learn. In the other two, every target is
+# "background".
 
 # %%
 healthy, healthy_mask = make_slice(3, 0, size=preset.phantoms.size, position=0.5)  # a control
@@ -1463,9 +1472,9 @@ for name, values in (("old friend", scores), ("control", logits_h.softmax(dim=1)
 # %% [markdown]
 # The segmentation set of the paper holds COVID-19 patients only {cite:p}`Zhang2020`, as ours does. A
 # few of their slices show no lesion (the released code skips those in training, ours does not), but
-# no healthy patient taught the detector. Still, it proposes on the control as it does everywhere.
-# A list of boxes with scores exists for every slice, and [chapter 4](04_ranked_boxes.ipynb) turns
-# it into a vector.
+# the detector has never been trained on a healthy patient. Still, it proposes boxes on the control as
+# it does everywhere. So every slice has a list of boxes with scores, and
+# [chapter 4](04_ranked_boxes.ipynb) turns it into a vector.
 
 # %% [markdown]
 # ## Exercises
@@ -1499,9 +1508,9 @@ for sizes in (config.anchor_sizes, (2, 4), (8, 16, 32), (32, 64, 128), (6, 8, 11
 assert shares[config.anchor_sizes] >= max(shares[(2, 4)], shares[(8, 16, 32)])
 
 # %% [markdown]
-# Compare the first row with the third for what sizes 2 and 4 add, and with the last for what finer
-# steps would bring. Lesions below the threshold are not lost, because the extra rule gives each at
-# least one anchor. But one poor anchor has much to correct, and it is one example among hundreds.
+# Compare the first row with the third to see what sizes 2 and 4 add, and with the last to see what
+# finer steps would bring. Lesions below the threshold are not lost, because the extra rule gives each
+# at least one anchor. But a poor anchor has much to correct, and it is one example among hundreds.
 #
 # ````{solution-end}
 # ````
@@ -1536,8 +1545,8 @@ for threshold in (0.1, 0.25, 0.5, 0.75, 0.95):
 assert left[0] < left[-1]
 
 # %% [markdown]
-# A low threshold gives few boxes. It may also lose a lesion: a consolidation inside a GGO, or the
-# better fitting of two boxes when the worse has the better logit.
+# A low threshold leaves few boxes. It may also lose a lesion, for example a consolidation inside a
+# GGO, or the better fitting of two boxes when the other has the better logit.
 #
 # ````{solution-end}
 # ````
@@ -1555,7 +1564,7 @@ assert left[0] < left[-1]
 # :class: dropdown
 # ````
 
-# %% mystnb={"image": {"alt": "The synthetic slice with a heat map of gradient magnitudes, concentrated around one anchor and fading with distance."}, "figure": {"caption": "Which pixels the best anchor (frame) listens to: size of the gradient of its logit, relative to the largest. Synthetic."}} cellView="form" jupyter={"source_hidden": true}
+# %% mystnb={"image": {"alt": "The synthetic slice with a heat map of the size of the gradient, and a frame around one anchor."}, "figure": {"caption": "Which pixels the best anchor (frame) listens to: size of the gradient of its logit, relative to the largest. Synthetic."}} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 pixels = friend.clone().requires_grad_(True)
 batch_g, _ = detector.transform([pixels])
@@ -1577,8 +1586,8 @@ _ = ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 plt.show()
 
 # %% [markdown]
-# The 3x3 convolution of the RPN reads at most nine cells. Those nine see much more of the slice than
-# the anchor covers: the network needs the surroundings to tell a lesion from a vessel.
+# The 3x3 convolution of the RPN reads at most nine cells. But those nine see much more of the slice
+# than the anchor covers, and the surroundings can help to tell a lesion from a vessel.
 #
 # ````{solution-end}
 # ````
@@ -1587,7 +1596,8 @@ plt.show()
 # ```{exercise} The sampling ratio
 # :label: 02-mask-rcnn-ratio
 # Cut the best proposal out of the finest feature map with sampling ratios of 1, 2, 4 and 16. Take 16
-# as the truth. How much do you gain from one ratio to the next, and when does it stop to matter?
+# as the truth. How much do you gain from one ratio to the next, and from which ratio on does it hardly
+# matter?
 # ```
 
 # %% [markdown]
@@ -1607,7 +1617,7 @@ assert errors[0] > errors[2]
 
 # %% [markdown]
 # The bins of a small RoI are narrower than a cell, and between two cells the interpolated map is
-# nearly a straight line. Few points are then almost as good as many. More points pay off for large
+# nearly a straight line, so a few points do almost as well as many. More points pay off for large
 # boxes on fine maps, whose bins are several cells wide.
 #
 # ````{solution-end}
@@ -1617,8 +1627,8 @@ assert errors[0] > errors[2]
 # ```{exercise} Beta
 # :label: 02-mask-rcnn-beta
 # Compute the box loss of the box head on the drawn RoIs above, with $\beta$ set to 0, 1/9 and 1 in
-# turn. Which share of the deltas lies in the parabola? What does a large $\beta$ do to the gradients
-# of boxes that are nearly right?
+# turn. What share of the deltas lies in the parabola? What does a large $\beta$ do to the gradients of
+# boxes that are nearly right?
 # ```
 
 # %% [markdown]
@@ -1639,8 +1649,8 @@ for beta in (0, 1 / 9, 1):
 
 # %% [markdown]
 # In the parabola the gradient is $e / \beta$ instead of 1. With $\beta = 1$, the released code's
-# choice for the box head, a delta that is off by 0.1 pulls ten times less than under L1. Mind the
-# coder's weights: 0.1 there is a hundredth of the proposal's width.
+# choice for the box head, a delta that is off by 0.1 pulls ten times less than under L1. Remember the
+# weights of the coder: for a shift, 0.1 is a hundredth of the proposal's width.
 #
 # ````{solution-end}
 # ````
