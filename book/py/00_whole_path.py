@@ -61,7 +61,11 @@ from covidmask.config import IMAGE_CLASSES, PRESETS
 from covidmask.datasets import make_slice, mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
 from covidmask.metrics import confusion, report, wilson
-from covidmask.models import ClassificationModule, covid_ct_mask_net, trained_segmenter
+from covidmask.models import (
+    ClassificationModule,
+    covid_ct_mask_net,
+    trained_segmenter,
+)
 from covidmask.training import train_s
 
 torch.manual_seed(0)

@@ -197,7 +197,12 @@ hu = np.array([-1000, -850, -600, 0, 40, 450], dtype=np.float32)
 by_hand = np.clip((hu - (level - width / 2)) / width, 0, 1)
 np.testing.assert_allclose(by_hand, hounsfield_to_unit(hu, LUNG_WINDOW), atol=1e-6)
 print(f"window: level {level:g} HU, width {width:g} HU")
-for what, h, v in zip(("air", "lung", "haze", "water", "muscle", "bone"), hu, by_hand, strict=True):
+for what, h, v in zip(
+    ("air", "lung", "haze", "water", "muscle", "bone"),
+    hu,
+    by_hand,
+    strict=True,
+):
     print(f"{what:7} {h:6.0f} HU -> {v:.3f}")
 print(f"one of 255 grey steps is {width / 255:.1f} HU")
 
@@ -220,12 +225,29 @@ greys = {code: np.concatenate(parts) for code, parts in greys.items()}
 
 # %% mystnb={"image": {"alt": "Four overlapping histograms of grey values: lung lies low, GGO in the middle, consolidation high, and the background has a peak of air on the left and soft tissue on the right."}, "figure": {"caption": "Grey values of each mask code. Lung (vessels, dependent density) overlaps GGO, and the chest wall overlaps consolidation, so no threshold separates them. Phantoms."}}
 ax = plotting.get_ax(8, 4)
-styles = ((plotting.BLACK, ":"), (plotting.GREEN, "-."), (plotting.SKY_BLUE, "-"))
+styles = (
+    (plotting.BLACK, ":"),
+    (plotting.GREEN, "-."),
+    (plotting.SKY_BLUE, "-"),
+)
 for code, (colour, line) in enumerate((*styles, (plotting.ORANGE, "--"))):
     height, edges = np.histogram(greys[code], bins=60, range=(0, 1), density=True)
-    _ = ax.plot((edges[1:] + edges[:-1]) / 2, height, color=colour, ls=line, label=names[code])
-_ = ax.set(xlabel="Grey value (no unit)", ylabel="Density (share per unit of grey)", xlim=(0, 1))
-to_hu = (lambda v: v * width + level - width / 2, lambda h: (h - level + width / 2) / width)
+    _ = ax.plot(
+        (edges[1:] + edges[:-1]) / 2,
+        height,
+        color=colour,
+        ls=line,
+        label=names[code],
+    )
+_ = ax.set(
+    xlabel="Grey value (no unit)",
+    ylabel="Density (share per unit of grey)",
+    xlim=(0, 1),
+)
+to_hu = (
+    lambda v: v * width + level - width / 2,
+    lambda h: (h - level + width / 2) / width,
+)
 top = ax.secondary_xaxis("top", functions=to_hu)
 _ = top.set_xlabel("Hounsfield units in the usual window (HU)")
 _ = ax.legend()
@@ -313,11 +335,20 @@ def spread(inside, step=one_step):
 
 
 components = spread(ggo)
-print("numbers that are left:", len(components[ggo].unique()), "GGO regions of our old friend")
+print(
+    "numbers that are left:",
+    len(components[ggo].unique()),
+    "GGO regions of our old friend",
+)
 
 # %% mystnb={"image": {"alt": "The GGO pixels of our old friend in four stages. At first each pixel has its own shade; after some steps the shade of the first pixel has spread; at the end each region has one shade."}, "figure": {"caption": "Numbers spread through the GGO of our old friend, cut out of the slice. When nothing changes any more, each region has one number. Synthetic."}}
 rows, columns = (np.flatnonzero((mask == 2).any(axis=k)) for k in (1, 0))
-frame = (columns[0] - 3, columns[-1] + 3, rows[-1] + 3, rows[0] - 3)  # left, right, bottom, top
+frame = (
+    columns[0] - 3,
+    columns[-1] + 3,
+    rows[-1] + 3,
+    rows[0] - 3,
+)  # left, right, bottom, top
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
 first = numbers = start_numbers(ggo)
 done = 0
@@ -327,7 +358,12 @@ for ax, steps in zip(axes.flat, (0, 3, 8, None), strict=True):
     shown = components if steps is None else numbers
     hidden = np.ma.masked_equal(shown.numpy(), 0)
     _ = ax.imshow(hidden, cmap="viridis", vmin=first[ggo].min(), vmax=first.max())
-    _ = ax.set(xlim=frame[:2], ylim=frame[2:], xlabel="x (pixels)", ylabel="y (pixels)")
+    _ = ax.set(
+        xlim=frame[:2],
+        ylim=frame[2:],
+        xlabel="x (pixels)",
+        ylabel="y (pixels)",
+    )
     _ = ax.set_title("at the end" if steps is None else f"after {steps} steps")
 plt.show()
 
@@ -340,14 +376,24 @@ plt.show()
 # %%
 def targets_by_hand(mask, min_area):
     boxes, labels, masks = [], [], []
-    for label, code in ((1, 2), (2, 3)):  # GGO has code 2, consolidation has code 3
+    for label, code in (
+        (1, 2),
+        (2, 3),
+    ):  # GGO has code 2, consolidation has code 3
         numbers = spread(torch.from_numpy(mask == code))
         for number in numbers[numbers > 0].unique().flip(0):  # largest first: reading order
             instance = numbers == number  # [H, W]
             if instance.sum() < min_area:
                 continue
             rows, columns = torch.nonzero(instance, as_tuple=True)
-            boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            boxes.append(
+                [
+                    columns.min(),
+                    rows.min(),
+                    columns.max() + 1,
+                    rows.max() + 1,
+                ]
+            )
             labels.append(label)
             masks.append(instance)
     return {
@@ -410,7 +456,10 @@ def count_components(inside, step):
 
 
 line = torch.eye(4, dtype=torch.bool)
-of_line = count_components(line, one_step), count_components(line, cross_step)
+of_line = (
+    count_components(line, one_step),
+    count_components(line, cross_step),
+)
 counts = np.array(
     [
         [count_components(torch.from_numpy(m == code), step) for step in (one_step, cross_step)]
@@ -420,7 +469,10 @@ counts = np.array(
 )  # [2 * slices, 2]
 print("diagonal line of 4 pixels:    8 neighbours {}, 4 neighbours {}".format(*of_line))
 print("regions in the test phantoms: 8 neighbours {}, 4 neighbours {}".format(*counts.sum(0)))
-print("slices and classes in which they differ:", int((counts[:, 0] != counts[:, 1]).sum()))
+print(
+    "slices and classes in which they differ:",
+    int((counts[:, 0] != counts[:, 1]).sum()),
+)
 
 # %% [markdown]
 # Wherever two counts differ, an outline has a loose corner: with 4 neighbours, it becomes a tiny
@@ -583,19 +635,31 @@ for i, name in enumerate(("GGO", "C")):
     slices_with = np.bincount(statistics.counts[:, i], minlength=len(counts))
     regions = areas[statistics.region_labels == i + 1]
     of_area = np.histogram(regions, edges)[0]
-    look = {"color": plotting.LESION_COLOURS[i], "hatch": plotting.LESION_HATCHES[i]}
+    look = {
+        "color": plotting.LESION_COLOURS[i],
+        "hatch": plotting.LESION_HATCHES[i],
+    }
     for ax, left, heights in (
         (axes[0], counts, slices_with / len(statistics.counts)),
         (axes[1], (edges[:-1] + edges[1:]) / 2, of_area / len(regions)),
     ):
         width = 0.4 * (left[1] - left[0])  # the two classes stand side by side
         _ = ax.bar(
-            left + (i - 0.5) * width, 100 * heights, width, label=name, **look, ec="k", lw=0.5
+            left + (i - 0.5) * width,
+            100 * heights,
+            width,
+            label=name,
+            **look,
+            ec="k",
+            lw=0.5,
         )
         _ = ax.legend()
 axes[0].xaxis.get_major_locator().set_params(integer=True)
 _ = axes[0].set(xlabel="Regions in a slice (count)", ylabel="Slices (%)")
-_ = axes[1].set(xlabel="Area of a region (% of the image)", ylabel="Regions of the class (%)")
+_ = axes[1].set(
+    xlabel="Area of a region (% of the image)",
+    ylabel="Regions of the class (%)",
+)
 plt.show()
 
 # %%
@@ -696,7 +760,11 @@ for c, hatch in enumerate(("", "///", "...")):
     )
     _ = ax.bar_label(bars, [f"{n[c]:,}", f"{patients[c]}"], fontsize="small")
 _ = ax.set_xticks(range(2), [f"{sum(n):,} slices", f"{sum(patients)} patients"])
-_ = ax.set(xlabel="Unit that is counted", ylabel="Share of the test split (%)", ylim=(0, 52))
+_ = ax.set(
+    xlabel="Unit that is counted",
+    ylabel="Share of the test split (%)",
+    ylim=(0, 52),
+)
 _ = ax.legend()
 plt.show()
 
@@ -746,7 +814,11 @@ def whole_scans(entries):
     table = np.zeros((3, 3), dtype=int)
     for (label, _, _), numbers in scans.items():
         starts = min(numbers) == 0
-        table[label] += (1, starts, starts and max(numbers) + 1 == len(numbers))
+        table[label] += (
+            1,
+            starts,
+            starts and max(numbers) + 1 == len(numbers),
+        )
     return table
 
 
@@ -788,7 +860,10 @@ def parabola():
 
 def lines_without_pixels(entries):
     """Slice number and body box, [M, 5], and whether each slice is no control, [M]."""
-    x = np.array([(int(parse_name(e.name).slice), *e.box) for e in entries], dtype=float)
+    x = np.array(
+        [(int(parse_name(e.name).slice), *e.box) for e in entries],
+        dtype=float,
+    )
     return x, np.array([e.label > 0 for e in entries])
 
 
@@ -841,7 +916,10 @@ for split in ("train", "test"):
 
 # %%
 rng = np.random.default_rng(SEED)
-drawn = {"train": [], "test": []}  # (position, thumbnail) of the new controls
+drawn = {
+    "train": [],
+    "test": [],
+}  # (position, thumbnail) of the new controls
 for split, first_seed in (("train", 10_000), ("test", 20_000)):
     for seed in range(first_seed, first_seed + class_statistics(slices[split]).patients[0]):
         control = make_patient(seed, 0)
@@ -874,7 +952,10 @@ for ax, (design, split) in zip(axes, designs.items(), strict=True):
         share, edges = np.histogram(position[which], bins=20, range=(0, 1))
         share = 100 * share / which.sum()
         _ = ax.stairs(share, edges, color=colour, ls=line, lw=2, label=label)
-    _ = ax.set(xlabel="Position (0 apex, 1 base; no unit)", ylabel="Slices of the group (%)")
+    _ = ax.set(
+        xlabel="Position (0 apex, 1 base; no unit)",
+        ylabel="Slices of the group (%)",
+    )
     _ = ax.set_title(design)
 _ = axes[0].legend(loc="lower center")
 plt.show()
@@ -945,7 +1026,8 @@ def all_greys(design, split, trained_on):
 
 def linear():
     return make_pipeline(
-        StandardScaler(), LogisticRegression(C=0.003, class_weight="balanced", max_iter=2000)
+        StandardScaler(),
+        LogisticRegression(C=0.003, class_weight="balanced", max_iter=2000),
     )
 
 
@@ -1035,7 +1117,10 @@ trio = (query, lookup["by slice"][query], lookup["by patient"][query])
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
 for ax, i, what in zip(axes, trio, ("query", "split by slice", "split by patient"), strict=True):
     _ = plotting.show_slice(slices["train"][i][0], ax)
-    _ = ax.set_title(f"{what}\npatient {patients_of[i]}: {IMAGE_CLASSES[classes[i]]}", fontsize=10)
+    _ = ax.set_title(
+        f"{what}\npatient {patients_of[i]}: {IMAGE_CLASSES[classes[i]]}",
+        fontsize=10,
+    )
 plt.show()
 
 # %% [markdown]
@@ -1076,7 +1161,10 @@ both_modes = np.array(
     ]
 )  # [slices, 2]
 print("training phantoms: instances as two classes {}, merged {}".format(*both_modes.sum(0)))
-print("slices with fewer instances:", int((both_modes[:, 1] < both_modes[:, 0]).sum()))
+print(
+    "slices with fewer instances:",
+    int((both_modes[:, 1] < both_modes[:, 0]).sum()),
+)
 assert (both_modes[:, 1] <= both_modes[:, 0]).all()
 
 # %% [markdown]

@@ -66,8 +66,21 @@ from covidmask import plotting
 from covidmask.config import LESION_CLASSES, PRESETS
 from covidmask.datasets import make_slice, mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
-from covidmask.models import IMAGENET_MEAN, IMAGENET_STD, lesion_mask_rcnn, trained_segmenter
-from covidmask.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILLION
+from covidmask.models import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    lesion_mask_rcnn,
+    trained_segmenter,
+)
+from covidmask.plotting import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILLION,
+)
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,7 +259,10 @@ def feature_pyramid(maps, fpn):
     """Maps of the backbone, finest first -> maps with the same number of channels."""
     results, coarser = [], None
     for level in reversed(range(len(maps))):
-        lateral, smooth = fpn.inner_blocks[level][0], fpn.layer_blocks[level][0]
+        lateral, smooth = (
+            fpn.inner_blocks[level][0],
+            fpn.layer_blocks[level][0],
+        )
         x = F.conv2d(maps[level], lateral.weight, lateral.bias)  # 1x1: [1, c, h, w]
         if coarser is not None:
             x = x + F.interpolate(coarser, size=x.shape[-2:], mode="nearest")
@@ -278,7 +294,12 @@ for stage, level, stride in zip(stages, maps, strides, strict=True):
 finest, stride = maps[0][0].cpu(), strides[0]  # [c, h, w]
 lungs = torch.from_numpy(mask[::stride, ::stride] > 0)  # [h, w]
 liveliest = finest[:, lungs].std(dim=1).argsort(descending=True)[:7]
-edges = (-stride / 2 - 0.5, width - stride / 2 - 0.5, height - stride / 2 - 0.5, -stride / 2 - 0.5)
+edges = (
+    -stride / 2 - 0.5,
+    width - stride / 2 - 0.5,
+    height - stride / 2 - 0.5,
+    -stride / 2 - 0.5,
+)
 fig, axes = plt.subplots(2, 4, figsize=(10, 5.2), layout="constrained", sharex=True, sharey=True)
 _ = plotting.show_slice(image, axes[0, 0])
 _ = axes[0, 0].set_title("slice", fontsize=10)
@@ -385,7 +406,11 @@ largest = int(target["area"].argmax())
 box = target["boxes"][largest]
 middle = ((box[:2] + box[2:]) / 2 / strides[0]).round() * strides[0]  # x, y of a cell
 RATIO_STYLES = list(
-    zip((BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY_BLUE), ["-", "--", ":"] * 2, strict=True)
+    zip(
+        (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY_BLUE),
+        ["-", "--", ":"] * 2,
+        strict=True,
+    )
 )
 
 
@@ -397,11 +422,20 @@ def draw_anchors(size):
     ax.text(*(box[:2] - 1), "lesion", color="white", fontsize=9, va="bottom")
     own = cell.cpu()[list(config.anchor_sizes).index(size) :: len(config.anchor_sizes)]
     for anchor, ratio, (colour, line) in zip(own, config.anchor_ratios, RATIO_STYLES, strict=True):
-        draw_boxes(anchor[None] + middle.repeat(2), ax, edgecolor=colour, ls=line, lw=1.6)
+        draw_boxes(
+            anchor[None] + middle.repeat(2),
+            ax,
+            edgecolor=colour,
+            ls=line,
+            lw=1.6,
+        )
         ax.plot([], [], color=colour, ls=line, label=f"{ratio}")
     ax.legend(title="h / w", fontsize="small", loc="lower right", ncols=2)
     reach = 60  # pixels
-    ax.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] + reach, middle[1] - reach))
+    ax.set(
+        xlim=(middle[0] - reach, middle[0] + reach),
+        ylim=(middle[1] + reach, middle[1] - reach),
+    )
     ax.set_title(f"size {size} pixels", fontsize=10)
     return fig
 
@@ -563,7 +597,10 @@ def filter_proposals(boxes_of, logits_of, most):
     for own, score in zip(boxes_of, logits_of, strict=True):
         best = score.topk(min(most, len(score))).indices
         own, score = own[best], score[best]
-        own = torch.stack([own[:, 0::2].clamp(0, width), own[:, 1::2].clamp(0, height)], dim=2)
+        own = torch.stack(
+            [own[:, 0::2].clamp(0, width), own[:, 1::2].clamp(0, height)],
+            dim=2,
+        )
         own = own.flatten(1)  # [T, 4] again: x1, y1, x2, y2
         kept = nms(own, score, config.rpn_nms)
         boxes.append(own[kept])
@@ -637,7 +674,8 @@ def show_proposals(count):
 
 
 _ = ipywidgets.interact(
-    show_proposals, count=ipywidgets.IntSlider(value=10, min=1, max=len(proposals))
+    show_proposals,
+    count=ipywidgets.IntSlider(value=10, min=1, max=len(proposals)),
 )
 
 # %% [markdown]
@@ -791,7 +829,10 @@ assert best_512.min() < paper.detector.rpn_iou[0]
 # %%
 def sample(labels, count, share):
     """Draw at random: indices of positive (label >= 1) and of negative (label 0) entries."""
-    positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+    positive, negative = (
+        torch.where(labels >= 1)[0],
+        torch.where(labels == 0)[0],
+    )
     most = min(int(count * share), len(positive))
     order = torch.randperm(len(positive), device=labels.device)
     positive = positive[order[:most]]
@@ -822,7 +863,10 @@ print(f"our old friend: {len(positive)} lesion, {len(negative)} background")
 # %%
 def encode(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
     """The deltas [N, 4] that turn anchors [N, 4] into boxes [N, 4]."""
-    sides, wanted = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    sides, wanted = (
+        anchors[:, 2:] - anchors[:, :2],
+        boxes[:, 2:] - boxes[:, :2],
+    )
     shift = (boxes[:, :2] + 0.5 * wanted - anchors[:, :2] - 0.5 * sides) / sides
     return torch.cat([shift, (wanted / sides).log()], dim=1) * anchors.new_tensor(weights)
 
@@ -864,7 +908,10 @@ x, y = 2.25, 3.5
 left, top = math.floor(x), math.floor(y)
 fx, fy = x - left, y - top
 v00, v01 = small[0, top, left].item(), small[0, top, left + 1].item()
-v10, v11 = small[0, top + 1, left].item(), small[0, top + 1, left + 1].item()
+v10, v11 = (
+    small[0, top + 1, left].item(),
+    small[0, top + 1, left + 1].item(),
+)
 value = (1 - fy) * (1 - fx) * v00 + (1 - fy) * fx * v01 + fy * (1 - fx) * v10 + fy * fx * v11
 print(f"around ({x}, {y}): {v00} {v01} / {v10} {v11}, value {value}")
 
@@ -909,7 +956,15 @@ fig, axes = plt.subplots(1, 2, figsize=(8.5, 4.6), layout="constrained", width_r
 for ax, values in zip(axes, (small[0], ours[0]), strict=True):
     _ = ax.imshow(values, cmap="Blues", vmin=0, vmax=14)
     for (i, j), v in np.ndenumerate(values.numpy()):
-        _ = ax.text(j, i, f"{v:.3g}", ha="center", va="center", fontsize=9, color="0.35")
+        _ = ax.text(
+            j,
+            i,
+            f"{v:.3g}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="0.35",
+        )
 x1, y1, x2, y2 = roi.tolist()
 _ = axes[0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=BLACK, lw=2))
 _ = axes[0].hlines((y1 + y2) / 2, x1, x2, color=BLACK, ls="--")
@@ -917,7 +972,11 @@ _ = axes[0].vlines((x1 + x2) / 2, y1, y2, color=BLACK, ls="--")
 steps = (np.arange(4) + 0.5) / 4
 grid = np.meshgrid(x1 + steps * (x2 - x1), y1 + steps * (y2 - y1))
 _ = axes[0].plot(*map(np.ravel, grid), "o", color=VERMILLION, ms=5)
-_ = axes[0].set(xlabel="Column (cells)", ylabel="Row (cells)", title="map, box and points")
+_ = axes[0].set(
+    xlabel="Column (cells)",
+    ylabel="Row (cells)",
+    title="map, box and points",
+)
 _ = axes[1].set(xlabel="Bin (count)", ylabel="Bin (count)", title="output")
 _ = axes[1].set(xticks=[0, 1], yticks=[0, 1])
 plt.show()
@@ -971,11 +1030,22 @@ curves = {
 }
 ax = plotting.get_ax(7, 3.8)
 for (name, values), colour, line, style in zip(
-    curves.items(), (BLUE, VERMILLION), ("-", "--"), ("default", "steps-mid"), strict=True
+    curves.items(),
+    (BLUE, VERMILLION),
+    ("-", "--"),
+    ("default", "steps-mid"),
+    strict=True,
 ):
     values = values.flatten(1)
     change = 100 * (values - values[0]).norm(dim=1) / values[0].norm()
-    _ = ax.plot(shifts, change.cpu(), color=colour, ls=line, drawstyle=style, label=name)
+    _ = ax.plot(
+        shifts,
+        change.cpu(),
+        color=colour,
+        ls=line,
+        drawstyle=style,
+        label=name,
+    )
 _ = ax.set(xlabel="Shift of the box (pixels)", ylabel="Change of its features (%)")
 _ = ax.legend()
 plt.show()
@@ -1021,7 +1091,10 @@ found = []
 for label in range(1, scores.shape[1]):
     deltas = box_deltas[:, 4 * label : 4 * label + 4]  # [P, 4]
     boxes = decode(proposals, deltas, heads.box_coder.weights)
-    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2)
+    boxes = torch.stack(
+        [boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)],
+        dim=2,
+    )
     boxes = boxes.flatten(1)  # [P, 4]
     wide = ((boxes[:, 2:] - boxes[:, :2]) >= 0.01).all(dim=1)  # torchvision's smallest side
     index = torch.where((scores[:, label] > config.box_score) & wide)[0]
@@ -1033,7 +1106,11 @@ with torch.no_grad():
     detections = detector([friend])[0]
 assert len(found) == len(detections["scores"])
 for (score, label, box, _), theirs, their_label, their_box in zip(
-    found, detections["scores"], detections["labels"], detections["boxes"], strict=True
+    found,
+    detections["scores"],
+    detections["labels"],
+    detections["boxes"],
+    strict=True,
 ):
     assert label == their_label and torch.allclose(score, theirs, atol=1e-4)
     assert torch.allclose(box, their_box, atol=1e-2)
@@ -1092,7 +1169,10 @@ with torch.no_grad():
     x = cut
     for block in heads.mask_head:
         x = F.relu(F.conv2d(x, block[0].weight, block[0].bias, padding=1))  # [D, ..., 14, 14]
-    up, last = heads.mask_predictor.conv5_mask, heads.mask_predictor.mask_fcn_logits
+    up, last = (
+        heads.mask_predictor.conv5_mask,
+        heads.mask_predictor.mask_fcn_logits,
+    )
     x = F.relu(F.conv_transpose2d(x, up.weight, up.bias, stride=2))  # [D, ..., 28, 28]
     mask_logits = F.conv2d(x, last.weight, last.bias)  # [D, L, 28, 28]
     theirs = heads.mask_predictor(heads.mask_head(cut))
@@ -1115,12 +1195,20 @@ def paste(probability, box):
     """A mask [28, 28] and its box [4] -> [H, W] with zeros outside the box."""
     size = len(probability)
     padded = F.pad(probability, (1, 1, 1, 1))  # [30, 30]
-    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * (size + 2) / size
+    centre, half = (
+        (box[:2] + box[2:]) / 2,
+        (box[2:] - box[:2]) / 2 * (size + 2) / size,
+    )
     x1, y1, x2, y2 = torch.cat([centre - half, centre + half]).long().tolist()  # towards 0
     w, h = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
     resized = F.interpolate(padded[None, None], size=(h, w), mode="bilinear")[0, 0]
     canvas = probability.new_zeros(height, width)
-    left, top, right, bottom = max(x1, 0), max(y1, 0), min(x2 + 1, width), min(y2 + 1, height)
+    left, top, right, bottom = (
+        max(x1, 0),
+        max(y1, 0),
+        min(x2 + 1, width),
+        min(y2 + 1, height),
+    )
     canvas[top:bottom, left:right] = resized[top - y1 : bottom - y1, left - x1 : right - x1]
     return canvas
 
@@ -1149,10 +1237,21 @@ _ = plotting.show_slice(image, axes[1])
 outlines = {
     "truth": (target["masks"][match], 0.5, "white", "-"),
     "probability 0.5": (pasted, 0.5, SKY_BLUE, "--"),
-    "logit 0.5": (pasted, torch.tensor(0.5).sigmoid().item(), VERMILLION, ":"),
+    "logit 0.5": (
+        pasted,
+        torch.tensor(0.5).sigmoid().item(),
+        VERMILLION,
+        ":",
+    ),
 }
 for name, (values, cut_at, colour, line) in outlines.items():
-    _ = axes[1].contour(values, levels=[cut_at], colors=[colour], linestyles=[line], linewidths=2)
+    _ = axes[1].contour(
+        values,
+        levels=[cut_at],
+        colors=[colour],
+        linestyles=[line],
+        linewidths=2,
+    )
     _ = axes[1].plot([], [], color=colour, ls=line, lw=2, label=name)
 _ = axes[1].legend(fontsize="small", facecolor="0.4", labelcolor="white")
 (x1, y1), (x2, y2) = best_box[:2].tolist(), best_box[2:].tolist()
@@ -1161,7 +1260,10 @@ plt.show()
 
 # %%
 real = target["masks"][match].bool()
-for name, cut_at in (("probability 0.5", 0.5), ("logit 0.5", torch.tensor(0.5).sigmoid().item())):
+for name, cut_at in (
+    ("probability 0.5", 0.5),
+    ("logit 0.5", torch.tensor(0.5).sigmoid().item()),
+):
     drawn = pasted > cut_at
     quality = (drawn & real).sum() / (drawn | real).sum()
     print(f"{name:15}: {int(drawn.sum()):6,} pixels, IoU with the true mask {quality:.2f}")
@@ -1221,7 +1323,13 @@ for beta, text, colour, line in (
 ):
     value = smooth_l1(errors, beta)
     (slope,) = torch.autograd.grad(value.sum(), errors)
-    _ = axes[0].plot(errors.detach(), value.detach(), color=colour, ls=line, label=f"beta {text}")
+    _ = axes[0].plot(
+        errors.detach(),
+        value.detach(),
+        color=colour,
+        ls=line,
+        label=f"beta {text}",
+    )
     _ = axes[1].plot(errors.detach(), slope, color=colour, ls=line, label=f"beta {text}")
 _ = axes[0].set(xlabel="Error of a delta (no unit)", ylabel="Loss (no unit)")
 _ = axes[1].set(xlabel="Error of a delta (no unit)", ylabel="Gradient (no unit)")
@@ -1282,7 +1390,11 @@ roi_labels = torch.where(best < low, 0, roi_labels)  # background
 
 roi_positive, roi_negative = sample(roi_labels, config.box_batch, config.box_positive)
 chosen = torch.cat([roi_positive, roi_negative]).sort().values  # [RoIs]
-rois, roi_labels, match = candidates[chosen], roi_labels[chosen], match[chosen]
+rois, roi_labels, match = (
+    candidates[chosen],
+    roi_labels[chosen],
+    match[chosen],
+)
 print(f"{len(candidates)} candidates; {len(rois)} drawn, of these", end=" ")
 print(", ".join(f"{int((roi_labels == k).sum())} {name}" for k, name in enumerate(names)))
 
@@ -1316,24 +1428,36 @@ for name in ("loss_classifier", "loss_box_reg"):
 # Binary cross-entropy compares them with the logits of the true class.
 
 # %%
-lesion_rois, lesion_match = rois[is_lesion], match[is_lesion]  # [lesions, 4], [lesions]
+lesion_rois, lesion_match = (
+    rois[is_lesion],
+    match[is_lesion],
+)  # [lesions, 4], [lesions]
 cut = heads_t.mask_roi_pool(features_t, [lesion_rois], batch_t.image_sizes)  # [lesions, c, 14, 14]
 mask_logits = heads_t.mask_predictor(heads_t.mask_head(cut))  # [lesions, L, 28, 28]
 mask_logits = mask_logits[torch.arange(len(cut)), roi_labels[is_lesion]]  # [lesions, 28, 28]
 
 true_masks = truth_t["masks"][lesion_match, None].float()  # [lesions, 1, H, W]
 one_each = list(lesion_rois[:, None])  # tensors [1, 4]: one box for each mask
-mask_goal = torchvision.ops.roi_align(true_masks, one_each, output_size=28)[:, 0]  # [lesions, 28, 28]
+mask_goal = torchvision.ops.roi_align(true_masks, one_each, output_size=28)
+mask_goal = mask_goal[:, 0]  # [lesions, 28, 28]
 ours["loss_mask"] = binary_cross_entropy(mask_logits, mask_goal).mean()
 assert torch.allclose(ours["loss_mask"], losses["loss_mask"], rtol=1e-3, atol=1e-6)
 
 # %% mystnb={"image": {"alt": "Two rows of small square maps: on top the target masks of one RoI for each lesion, below the probabilities that the network gives for the same RoIs."}, "figure": {"caption": "What the mask head is trained on: for one drawn RoI of each lesion, the target (top) and the network's probability (bottom) on the grid of 28 x 28. Small lesions fill the grid as large ones do. Synthetic."}}
 examples = [torch.where(lesion_match == k)[0][0] for k in lesion_match.unique()][:5]
 fig, axes = plt.subplots(
-    2, len(examples), figsize=(1.9 * len(examples) + 0.6, 4.2), layout="constrained", squeeze=False
+    2,
+    len(examples),
+    figsize=(1.9 * len(examples) + 0.6, 4.2),
+    layout="constrained",
+    squeeze=False,
 )
 for column, i in enumerate(examples):
-    for ax, values in zip(axes[:, column], (mask_goal[i], mask_logits[i].sigmoid()), strict=True):
+    for ax, values in zip(
+        axes[:, column],
+        (mask_goal[i], mask_logits[i].sigmoid()),
+        strict=True,
+    ):
         drawn = ax.imshow(values.detach().cpu(), cmap="viridis", vmin=0, vmax=1)
         _ = ax.set(xticks=[0, 14, 27], yticks=[0, 14, 27], xlabel="Column (count)")
     _ = axes[0, column].set_title(names[roi_labels[is_lesion][i]], fontsize=10)
@@ -1389,7 +1513,13 @@ parts = {
     "mask head": [heads_t.mask_head, heads_t.mask_predictor],
 }
 print(f"{'':17}" + "".join(f"{name:>10}" for name in parts))
-for name in ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"):
+for name in (
+    "loss_objectness",
+    "loss_rpn_box_reg",
+    "loss_classifier",
+    "loss_box_reg",
+    "loss_mask",
+):
     row = ""
     for modules in parts.values():
         weights = [p for module in modules for p in module.parameters()]
@@ -1464,7 +1594,10 @@ with torch.no_grad():
     pooled = heads.box_roi_pool(features_h, proposals_h, batch_h.image_sizes)
     logits_h, _ = heads.box_predictor(heads.box_head(pooled))
 print("best lesion score of a proposal, at rank 1, 11, 21, ...   (two phantoms)")
-for name, values in (("old friend", scores), ("control", logits_h.softmax(dim=1))):
+for name, values in (
+    ("old friend", scores),
+    ("control", logits_h.softmax(dim=1)),
+):
     best = values[:, 1:].amax(dim=1).sort(descending=True).values
     shown = " ".join(f"{value:.2f}" for value in best[:60:10])
     print(f"{name:10} {len(best):4} proposals: {shown}")
@@ -1497,7 +1630,13 @@ drawn = [make_slice(5000 + seed, 2, size=preset.phantoms.size)[1] for seed in ra
 true_boxes = [mask_to_targets(m, config.lesions, preset.min_area)["boxes"] for m in drawn]
 true_boxes = torch.cat(true_boxes).to(device)  # [K, 4]
 shares = {}
-for sizes in (config.anchor_sizes, (2, 4), (8, 16, 32), (32, 64, 128), (6, 8, 11, 16, 22, 32)):
+for sizes in (
+    config.anchor_sizes,
+    (2, 4),
+    (8, 16, 32),
+    (32, 64, 128),
+    (6, 8, 11, 16, 22, 32),
+):
     own = cell_anchors(sizes, config.anchor_ratios).to(device)
     grid = torch.cat(
         [grid_anchors(own, *level.shape[-2:], s) for level, s in zip(maps, strides, strict=True)]
