@@ -14,8 +14,8 @@
 # - train the classifier in seconds, and say why it takes no longer;
 # - say what a good result on synthetic slices does not show.
 #
-# **You need** Python and some PyTorch. **Run time:** about a minute on two CPU cores in the preset
-# `quick`.
+# **You need** Python and some PyTorch. **Run time:** about a minute and a half on two CPU cores in
+# the preset `quick`.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -150,8 +150,8 @@ frame_slider(
     [f"{t:.2f}" for t in thresholds],
     "Score threshold",
     "The synthetic slice with the boxes that score above the threshold",
-    caption="Detections of our old friend. A lower threshold shows more boxes, "
-    "right and wrong ones.",
+    caption="Detections of our old friend. A lower threshold shows more "
+    "boxes, right and wrong ones.",
     start=3,
     dpi=70,
 )
@@ -197,10 +197,12 @@ plt.show()
 
 
 # %%
+images = [[make_slice(seed, label, size)[0] for seed in range(SLICES)] for label in range(3)]
+
+
 def rank_class(label):
-    """Ranked boxes [SLICES, N, 5] of fresh phantoms of one class."""
-    images = [make_slice(seed, label, size)[0] for seed in range(SLICES)]
-    tensors = [torch.from_numpy(one).expand(3, -1, -1) for one in images]
+    """Ranked boxes [SLICES, N, 5] of the phantoms of one class."""
+    tensors = [torch.from_numpy(one).expand(3, -1, -1) for one in images[label]]
     parts = []
     with torch.no_grad():
         for i in range(0, SLICES, 8):
@@ -299,7 +301,8 @@ for name, probability, mean in zip(*columns, strict=True):
 def accuracy_of_s(train, test):
     """Train a fresh S on these rows; return its accuracy on the others."""
     torch.manual_seed(SEED)
-    s = ClassificationModule(train.shape[1], preset.classifier.hidden, train.shape[2])
+    boxes, columns = train.shape[1:]
+    s = ClassificationModule(boxes, preset.classifier.hidden, columns)
     train_s(s, train, train_labels, settings, seed=SEED, progress=False)
     with torch.no_grad():
         guess = s(test.to(next(s.parameters()).device)).argmax(1).cpu()
@@ -313,8 +316,9 @@ print(f" 4 boxes: {accuracy_of_s(train_rows[:, :4], test_rows[:, :4]):.1%}")
 # %% [markdown]
 # Before you trust the difference, compare the first number with the accuracy in the report. The boxes
 # are the same, and only the random weights from which $S$ starts are not. If four boxes change the
-# accuracy no more than that, you have seen chance at work. [Chapter
-# 8](08_what_makes_it_work.ipynb) asks the question with more slices.
+# accuracy no more than that, you have seen chance at work. If they gain clearly more, there were too
+# many inputs for so few slices. [Chapter 8](08_what_makes_it_work.ipynb) asks the question with more
+# slices.
 
 # %% [markdown]
 # ````{solution-end}
@@ -346,7 +350,8 @@ print(f"accuracy {of_one['accuracy']:.1%}, of S {result['accuracy']:.1%}")
 # %% [markdown]
 # The best score says how sure the detector is that there is a lesion at all. Does it also tell the
 # two diseases apart? Look at their rows: if one is found and the other hardly at all, it does not.
-# The last line says how much the other numbers add for $S$.
+# The last line says whether $S$ could make use of the other numbers, too, with so few slices to learn
+# from.
 
 # %% [markdown]
 # ````{solution-end}

@@ -87,7 +87,8 @@ from covidmask.datasets import (
 from covidmask.interactive import frame_slider
 
 torch.manual_seed(0)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # this chapter needs no GPU
+# this chapter needs no GPU
+device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
@@ -114,18 +115,22 @@ DATA = os.environ.get("COVIDMASK_DATA", "data")
 preset = PRESETS[PRESET]
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
 SPLITS = ("train", "val", "test")
-lesions = {s: LesionSlices(root / "lesions", s, min_area=preset.min_area) for s in SPLITS}
+least, folder = preset.min_area, root / "lesions"
+lesions = {s: LesionSlices(folder, s, min_area=least) for s in SPLITS}
 slices = {s: SliceImages(root / "slices", s) for s in SPLITS}
 
 # %%
 # NBVAL_CHECK_OUTPUT
 print("phantoms          slices  patients")
 for split, dataset in lesions.items():
-    print(f"lesion set {split:6} {len(dataset):6} {len(set(dataset.patients)):9}")
+    people = len(set(dataset.patients))
+    print(f"lesion set {split:6} {len(dataset):6} {people:9}")
 for split, dataset in slices.items():
     found = class_statistics(dataset)
-    print(f"class set  {split:6} {found.slices.sum():6} {found.patients.sum():9}", end="   ")
-    print(", ".join(f"{n} {c}" for n, c in zip(found.slices, IMAGE_CLASSES, strict=True)))
+    total, people = found.slices.sum(), found.patients.sum()
+    print(f"class set  {split:6} {total:6} {people:9}", end="   ")
+    each = zip(found.slices, IMAGE_CLASSES, strict=True)
+    print(", ".join(f"{n} {name}" for n, name in each))
 print(lesions["test"].names[0], "|", slices["test"].names[-1])
 
 # %% [markdown]
@@ -141,14 +146,16 @@ image, mask = old_friend(preset.phantoms.size)
 target = mask_to_targets(mask, min_area=preset.min_area)
 names = ("background", "lung", "GGO", "C")
 for code, count in enumerate(np.bincount(mask.ravel(), minlength=4)):
-    print(f"code {code}  {names[code]:10} {count / mask.size:6.1%} of the pixels")
+    share = count / mask.size
+    print(f"code {code}  {names[code]:10} {share:6.1%} of the pixels")
 
 # %% mystnb={"image": {"alt": "Our old friend three times: the slice in the lung window, with fat, muscle, ribs, spine and heart around the lungs; its mask with lung, GGO and consolidation in different colours; and the slice with a box and an outline around each lesion."}, "figure": {"caption": "Our old friend: slice, mask, and the instances made from the mask. GGO is drawn solid, consolidation (C) dashed or hatched. Synthetic."}}
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
 _ = plotting.show_slice(image, axes[0])
 _ = plotting.show_mask(mask, axes[1])
 _ = plotting.show_lesions(image, target, axes[2])
-for ax, title in zip(axes, ("slice", "mask: a code per pixel", "instances"), strict=True):
+titles = "slice", "mask: a code per pixel", "instances"
+for ax, title in zip(axes, titles, strict=True):
     _ = ax.set_title(title)
 plt.show()
 
@@ -195,14 +202,11 @@ plt.show()
 level, width = LUNG_WINDOW
 hu = np.array([-1000, -850, -600, 0, 40, 450], dtype=np.float32)
 by_hand = np.clip((hu - (level - width / 2)) / width, 0, 1)
-np.testing.assert_allclose(by_hand, hounsfield_to_unit(hu, LUNG_WINDOW), atol=1e-6)
+packaged = hounsfield_to_unit(hu, LUNG_WINDOW)
+np.testing.assert_allclose(by_hand, packaged, atol=1e-6)
 print(f"window: level {level:g} HU, width {width:g} HU")
-for what, h, v in zip(
-    ("air", "lung", "haze", "water", "muscle", "bone"),
-    hu,
-    by_hand,
-    strict=True,
-):
+tissues = "air", "lung", "haze", "water", "muscle", "bone"
+for what, h, v in zip(tissues, hu, by_hand, strict=True):
     print(f"{what:7} {h:6.0f} HU -> {v:.3f}")
 print(f"one of 255 grey steps is {width / 255:.1f} HU")
 
@@ -231,14 +235,9 @@ styles = (
     (plotting.SKY_BLUE, "-"),
 )
 for code, (colour, line) in enumerate((*styles, (plotting.ORANGE, "--"))):
-    height, edges = np.histogram(greys[code], bins=60, range=(0, 1), density=True)
-    _ = ax.plot(
-        (edges[1:] + edges[:-1]) / 2,
-        height,
-        color=colour,
-        ls=line,
-        label=names[code],
-    )
+    height, edges = np.histogram(greys[code], 60, (0, 1), density=True)
+    middle = (edges[1:] + edges[:-1]) / 2
+    _ = ax.plot(middle, height, color=colour, ls=line, label=names[code])
 _ = ax.set(
     xlabel="Grey value (no unit)",
     ylabel="Density (share per unit of grey)",
@@ -255,9 +254,10 @@ plt.show()
 
 # %%
 low, high = np.quantile(greys[2], [0.25, 0.75])
-hits = {code: int(((greys[code] > low) & (greys[code] < high)).sum()) for code in greys}
-share = hits[2] / sum(hits.values())
-print(f"pixels with the grey of the middle half of GGO: {share:.0%} of them are GGO (phantoms)")
+hits = [((v > low) & (v < high)).sum() for v in greys.values()]
+share = hits[2] / sum(hits)
+print("pixels with the grey of the middle half of GGO:", end=" ")
+print(f"{share:.0%} of them are GGO (phantoms)")
 
 # %% [markdown]
 # The rest is something else of the same grey, such as vessels, denser lung, or the edges of organs. So
@@ -274,27 +274,31 @@ print(f"pixels with the grey of the middle half of GGO: {share:.0%} of them are 
 
 # %%
 test = slices["test"]
-chosen = [i for i in range(0, len(test), 2) if test.labels[i] > 0]  # every second slice will do
-true_masks = {i: phantom_mask(test.names[i], preset.phantoms.size) for i in chosen}
-found = {i: mask_to_targets(m, min_area=preset.min_area) for i, m in true_masks.items()}
+size = preset.phantoms.size
+# every second slice will do
+chosen = [i for i in range(0, len(test), 2) if test.labels[i] > 0]
+true_masks = {i: phantom_mask(test.names[i], size) for i in chosen}
+found = {i: mask_to_targets(true_masks[i], min_area=least) for i in chosen}
 area = {i: float(t["area"].sum()) for i, t in found.items()}
 number = {i: len(t["labels"]) for i, t in found.items()}
 pairs = [
     (number[b] - number[a], area[a], a, b)
     for a in chosen
+    if test.labels[a] == 1
     for b in chosen
-    if (test.labels[a], test.labels[b]) == (1, 2) and abs(area[a] - area[b]) < 0.02 * area[a]
+    if test.labels[b] == 2 and abs(area[a] - area[b]) < 0.02 * area[a]
 ]
 _, _, pneumonia, covid = max(pairs)
 for i in (pneumonia, covid):
-    share = area[i] / preset.phantoms.size**2
-    print(f"{IMAGE_CLASSES[test.labels[i]]:16}  lesions: {number[i]}, on {share:.1%} of the image")
+    name, share = IMAGE_CLASSES[test.labels[i]], area[i] / size**2
+    print(f"{name:16}  lesions: {number[i]}, on {share:.1%} of the image")
 
 # %% mystnb={"image": {"alt": "Two synthetic chest slices with boxes around the lesions: a common pneumonia with few, and a COVID-19 slice with more and smaller ones."}, "figure": {"caption": "Almost the same number of lesion pixels, but not the same lesions. A sum over pixels cannot tell the two apart; a count of boxes can. Phantoms, a pair chosen for its contrast."}}
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
 for ax, i in zip(axes, (pneumonia, covid), strict=True):
     _ = plotting.show_lesions(test[i][0], found[i], ax)
-    _ = ax.set_title(f"{IMAGE_CLASSES[test.labels[i]]}, number of lesions: {number[i]}")
+    name = IMAGE_CLASSES[test.labels[i]]
+    _ = ax.set_title(f"{name}, number of lesions: {number[i]}")
 plt.show()
 
 # %% [markdown]
@@ -316,14 +320,18 @@ ggo = torch.from_numpy(mask == 2)  # bool [H, W]
 
 
 def start_numbers(inside):
-    """Number lesion pixels in falling reading order; 0 elsewhere. float32 is exact up to 4096²."""
-    height, width = inside.shape
-    return torch.arange(height * width, 0, -1.0).reshape(height, width) * inside  # [H, W]
+    """Number lesion pixels in falling reading order; 0 elsewhere.
+
+    float32 is exact up to 4096 x 4096 pixels.
+    """
+    numbers = torch.arange(inside.numel(), 0, -1.0)
+    return numbers.reshape(inside.shape) * inside  # [H, W]
 
 
 def one_step(numbers, inside):
-    """Each lesion pixel takes the largest number of its 3 x 3 surroundings."""
-    return max_pool2d(numbers[None], 3, stride=1, padding=1)[0] * inside  # [H, W]
+    """Each lesion pixel takes the largest number of its 3 x 3 pixels."""
+    largest = max_pool2d(numbers[None], 3, stride=1, padding=1)[0]
+    return largest * inside  # [H, W]
 
 
 def spread(inside, step=one_step):
@@ -335,20 +343,12 @@ def spread(inside, step=one_step):
 
 
 components = spread(ggo)
-print(
-    "numbers that are left:",
-    len(components[ggo].unique()),
-    "GGO regions of our old friend",
-)
+print("GGO regions of our old friend:", len(components[ggo].unique()))
 
 # %% mystnb={"image": {"alt": "The GGO pixels of our old friend in four stages. At first each pixel has its own shade; after some steps the shade of the first pixel has spread; at the end each region has one shade."}, "figure": {"caption": "Numbers spread through the GGO of our old friend, cut out of the slice. When nothing changes any more, each region has one number. Synthetic."}}
 rows, columns = (np.flatnonzero((mask == 2).any(axis=k)) for k in (1, 0))
-frame = (
-    columns[0] - 3,
-    columns[-1] + 3,
-    rows[-1] + 3,
-    rows[0] - 3,
-)  # left, right, bottom, top
+x_range = columns[0] - 3, columns[-1] + 3
+y_range = rows[-1] + 3, rows[0] - 3  # y points down
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
 first = numbers = start_numbers(ggo)
 done = 0
@@ -357,14 +357,12 @@ for ax, steps in zip(axes.flat, (0, 3, 8, None), strict=True):
         numbers, done = one_step(numbers, ggo), done + 1
     shown = components if steps is None else numbers
     hidden = np.ma.masked_equal(shown.numpy(), 0)
-    _ = ax.imshow(hidden, cmap="viridis", vmin=first[ggo].min(), vmax=first.max())
-    _ = ax.set(
-        xlim=frame[:2],
-        ylim=frame[2:],
-        xlabel="x (pixels)",
-        ylabel="y (pixels)",
-    )
-    _ = ax.set_title("at the end" if steps is None else f"after {steps} steps")
+    limits = {"vmin": first[ggo].min(), "vmax": first.max()}
+    _ = ax.imshow(hidden, cmap="viridis", **limits)
+    _ = ax.set(xlim=x_range, xlabel="x (pixels)")
+    _ = ax.set(ylim=y_range, ylabel="y (pixels)")
+    title = "at the end" if steps is None else f"after {steps} steps"
+    _ = ax.set_title(title)
 plt.show()
 
 # %% [markdown]
@@ -375,31 +373,25 @@ plt.show()
 
 # %%
 def targets_by_hand(mask, min_area):
-    boxes, labels, masks = [], [], []
-    for label, code in (
-        (1, 2),
-        (2, 3),
-    ):  # GGO has code 2, consolidation has code 3
+    boxes, labels, masks = [], [], [torch.zeros(0, *mask.shape)]
+    for label, code in ((1, 2), (2, 3)):  # GGO, consolidation
         numbers = spread(torch.from_numpy(mask == code))
-        for number in numbers[numbers > 0].unique().flip(0):  # largest first: reading order
+        # largest first: reading order
+        for number in numbers[numbers > 0].unique().flip(0):
             instance = numbers == number  # [H, W]
             if instance.sum() < min_area:
                 continue
             rows, columns = torch.nonzero(instance, as_tuple=True)
-            boxes.append(
-                [
-                    columns.min(),
-                    rows.min(),
-                    columns.max() + 1,
-                    rows.max() + 1,
-                ]
-            )
+            low = columns.min(), rows.min()
+            high = columns.max() + 1, rows.max() + 1
+            boxes.append([*low, *high])
             labels.append(label)
-            masks.append(instance)
+            masks.append(instance[None])
     return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),  # [K, 4]
+        # [K, 4]
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),  # [K]
-        "masks": torch.stack(masks).byte() if masks else torch.zeros(0, *mask.shape).byte(),
+        "masks": torch.cat(masks).byte(),  # [K, H, W]
     }
 
 
@@ -413,16 +405,14 @@ for key, value in mine.items():
 
 # %%
 # NBVAL_CHECK_OUTPUT
-test_masks = [lesions["test"].read(i)[1] for i in range(len(lesions["test"]))]
+indices = range(len(lesions["test"]))
+test_masks = [lesions["test"].read(i)[1] for i in indices]
 for one in (mask, *test_masks):
-    mine, packaged = (
-        targets_by_hand(one, preset.min_area),
-        mask_to_targets(one, "both", preset.min_area),
-    )
+    mine = targets_by_hand(one, least)
+    packaged = mask_to_targets(one, "both", least)
     assert all(torch.equal(mine[key], packaged[key]) for key in mine)
-print(
-    len(test_masks), "test slices and our old friend: the same targets by hand and by the package"
-)
+print(f"{len(test_masks)} test slices and our old friend:", end=" ")
+print("the same targets by hand and by the package")
 
 # %% [markdown]
 # One detail matters. `torchvision.ops.masks_to_boxes` ends a box *at* the last pixel. A lesion that
@@ -445,34 +435,31 @@ assert torch.equal(loose[:, 2:] + 1, target["boxes"][:, 2:])
 # %%
 # NBVAL_CHECK_OUTPUT
 def cross_step(numbers, inside):
-    """As `one_step`, with 4 neighbours: a row of three and a column of three."""
+    """As `one_step`, with 4 neighbours: a row and a column of three."""
     across = max_pool2d(numbers[None], (1, 3), stride=1, padding=(0, 1))[0]
     along = max_pool2d(numbers[None], (3, 1), stride=1, padding=(1, 0))[0]
     return torch.maximum(across, along) * inside
 
 
 def count_components(inside, step):
-    return len(spread(inside, step).unique()) - (not bool(inside.all()))  # without the 0
+    numbers = spread(inside, step)
+    return len(numbers[numbers > 0].unique())
 
 
 line = torch.eye(4, dtype=torch.bool)
-of_line = (
-    count_components(line, one_step),
-    count_components(line, cross_step),
-)
+of_line = [count_components(line, step) for step in (one_step, cross_step)]
 counts = np.array(
     [
-        [count_components(torch.from_numpy(m == code), step) for step in (one_step, cross_step)]
+        [count_components(inside, step) for step in (one_step, cross_step)]
         for m in test_masks
-        for code in (2, 3)
+        for inside in (torch.from_numpy(m == 2), torch.from_numpy(m == 3))
     ]
 )  # [2 * slices, 2]
-print("diagonal line of 4 pixels:    8 neighbours {}, 4 neighbours {}".format(*of_line))
-print("regions in the test phantoms: 8 neighbours {}, 4 neighbours {}".format(*counts.sum(0)))
-print(
-    "slices and classes in which they differ:",
-    int((counts[:, 0] != counts[:, 1]).sum()),
-)
+differ = int((counts[:, 0] != counts[:, 1]).sum())
+print("                              8 neighbours   4 neighbours")
+print("diagonal line of 4 pixels:    {:12}   {:12}".format(*of_line))
+print("regions in the test phantoms: {:12}   {:12}".format(*counts.sum(0)))
+print("slices and classes in which they differ:", differ)
 
 # %% [markdown]
 # Wherever two counts differ, an outline has a loose corner: with 4 neighbours, it becomes a tiny
@@ -491,7 +478,8 @@ for name in ("quick", "colab", "paper"):
     p = PRESETS[name]
     smallest = int(100 * (p.phantoms.size / 512) ** 2) + 1
     assert smallest == p.min_area
-    print(f"{name:6} side {p.phantoms.size}: an instance has at least {smallest} pixels")
+    print(f"{name:6} side {p.phantoms.size}:", end=" ")
+    print(f"an instance has at least {smallest} pixels")
 
 # %% [markdown]
 # What does the number do to our old friend? The slider shows which instances stay.
@@ -499,11 +487,12 @@ for name in ("quick", "colab", "paper"):
 
 # %%
 def draw_kept(min_area):
-    """Our old friend with the instances that have at least `min_area` pixels."""
+    """Our old friend with the instances of at least `min_area` pixels."""
     kept = mask_to_targets(mask, min_area=min_area)
     fig, ax = plt.subplots(figsize=(4.4, 4), layout="constrained")
     plotting.show_lesions(image, kept, ax)
-    ax.set_title(f"{len(kept['labels'])} instances of {min_area} pixels or more")
+    count = len(kept["labels"])
+    ax.set_title(f"{count} instances of {min_area} pixels or more")
     return fig
 
 
@@ -513,8 +502,8 @@ frame_slider(
     [f"{a} pixels" for a in smallest_areas],
     "Smallest area of an instance",
     "Our old friend with the boxes of the lesions that are large enough",
-    caption="The larger the smallest area, the fewer lesions of our old friend "
-    "are left. Synthetic.",
+    caption="The larger the smallest area, the fewer lesions of our old "
+    "friend are left. Synthetic.",
     dpi=70,
 )
 
@@ -528,10 +517,8 @@ def live(min_area):
     plt.show()
 
 
-largest = 50 * preset.min_area
-_ = ipywidgets.interact(
-    live, min_area=ipywidgets.IntSlider(preset.min_area, 1, largest, continuous_update=False)
-)
+slider = ipywidgets.IntSlider(least, 1, 50 * least, continuous_update=False)
+_ = ipywidgets.interact(live, min_area=slider)
 
 # %% [markdown]
 # And on the data set? Here is the share of regions that each value drops.
@@ -547,8 +534,10 @@ for split in SPLITS:
 areas, kinds = torch.cat(areas), torch.cat(kinds)  # one entry a region
 print("phantoms: regions dropped")
 for factor in (1, 2, 4, 8, 16):
-    dropped = [(areas[kinds == k] < factor * preset.min_area).float().mean() for k in (1, 2)]
-    print(f"below {factor * preset.min_area:4} pixels: GGO {dropped[0]:6.1%}, C {dropped[1]:6.1%}")
+    below = areas < factor * least
+    ggo_share, c_share = (below[kinds == k].float().mean() for k in (1, 2))
+    print(f"below {factor * least:4} pixels:", end=" ")
+    print(f"GGO {ggo_share:6.1%}, C {c_share:6.1%}")
 
 # %% [markdown]
 # The preset's own value, in the first row, drops only slivers, which a rough outline, the pleura or
@@ -571,16 +560,17 @@ for factor in (1, 2, 4, 8, 16):
 # %%
 # NBVAL_CHECK_OUTPUT
 def labels_by_position(mask):
-    """Which label the rule gives to code 2 (GGO) and code 3 (C) where they occur; None: lost."""
+    """The label that the rule gives to codes 2 (GGO), 3 (C); None: lost."""
     present = np.unique(mask).tolist()
-    place = {code: present.index(code) for code in (2, 3) if code in present}
+    place = {code: at for at, code in enumerate(present) if code in (2, 3)}
     return {code: at - 1 if at >= 2 else None for code, at in place.items()}
 
 
 called = {1: "GGO", 2: "C", None: "lost"}
 for codes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (0, 2, 3), (0, 2)):
     result = labels_by_position(np.array(codes))
-    print(codes, ", ".join(f"{called[c - 1]} -> {called[label]}" for c, label in result.items()))
+    renamed = [f"{called[c - 1]} -> {called[k]}" for c, k in result.items()]
+    print(codes, ", ".join(renamed))
 
 # %% [markdown]
 # Two cases go wrong. Without GGO, consolidation moves up by one place and is called GGO. Without lung
@@ -597,11 +587,12 @@ for split in SPLITS:
         total += 1
         with_lesion += len(result) > 0
         lost += None in result.values()
-        if any(label not in (code - 1, None) for code, label in result.items()):
+        if any(k not in (code - 1, None) for code, k in result.items()):
             wrong += 1
             regions += int((mask_to_targets(codes)["labels"] == 2).sum())
 print(f"phantoms: {total} slices, {with_lesion} with a lesion")
-print(f"slices in which consolidation would be called GGO: {wrong} ({regions} regions)")
+print("slices in which consolidation would be called GGO:", wrong, end=" ")
+print(f"({regions} regions)")
 print(f"slices in which a class would be lost: {lost}")
 
 # %% [markdown]
@@ -632,27 +623,23 @@ counts = np.arange(statistics.counts.max() + 1)  # 0, 1, 2, ... regions
 areas = 100 * statistics.region_fractions  # % of the image
 edges = np.linspace(0, areas.max(), 21)
 for i, name in enumerate(("GGO", "C")):
-    slices_with = np.bincount(statistics.counts[:, i], minlength=len(counts))
+    slices_with = np.bincount(statistics.counts[:, i], None, len(counts))
     regions = areas[statistics.region_labels == i + 1]
     of_area = np.histogram(regions, edges)[0]
     look = {
         "color": plotting.LESION_COLOURS[i],
         "hatch": plotting.LESION_HATCHES[i],
+        "edgecolor": "k",
+        "linewidth": 0.5,
     }
     for ax, left, heights in (
         (axes[0], counts, slices_with / len(statistics.counts)),
         (axes[1], (edges[:-1] + edges[1:]) / 2, of_area / len(regions)),
     ):
-        width = 0.4 * (left[1] - left[0])  # the two classes stand side by side
-        _ = ax.bar(
-            left + (i - 0.5) * width,
-            100 * heights,
-            width,
-            label=name,
-            **look,
-            ec="k",
-            lw=0.5,
-        )
+        # the two classes stand side by side
+        width = 0.4 * (left[1] - left[0])
+        left = left + (i - 0.5) * width
+        _ = ax.bar(left, 100 * heights, width, label=name, **look)
         _ = ax.legend()
 axes[0].xaxis.get_major_locator().set_params(integer=True)
 _ = axes[0].set(xlabel="Regions in a slice (count)", ylabel="Slices (%)")
@@ -666,9 +653,10 @@ plt.show()
 few = statistics.share_of_slices_below(5)
 small = statistics.share_of_regions_below(0.02, 0.01)
 none = (statistics.counts.sum(axis=1) == 0).mean()
-print(f"phantoms: slices with fewer than 5 regions: GGO {few[0]:.0%}, C {few[1]:.0%}")
-print(f"phantoms: GGO regions below 2 %: {small[0]:.0%}; C regions below 1 %: {small[1]:.0%}")
-print(f"phantoms: slices without any lesion: {none:.0%}")
+print("phantoms")
+print(f"slices with fewer than 5 regions: GGO {few[0]:.0%}, C {few[1]:.0%}")
+print(f"regions that small: GGO {small[0]:.0%}, C {small[1]:.0%}")
+print(f"slices without any lesion: {none:.0%}")
 assert min(*few, *small) > 0.7
 
 # %% [markdown]
@@ -689,7 +677,7 @@ groups = {f"lesion {s}": set(lesions[s].patients) for s in SPLITS}
 groups |= {f"class {s}": set(slices[s].patients) for s in SPLITS}
 for a in groups:
     for b in groups:
-        assert a == b or not groups[a] & groups[b], f"{a} and {b} share patients"
+        assert a == b or not groups[a] & groups[b], f"{a} and {b} overlap"
 print("patients in two of", len(groups), "phantom groups: 0")
 
 # %% [markdown]
@@ -706,9 +694,10 @@ print("patients in two of", len(groups), "phantom groups: 0")
 def counts_of(entries):
     """Slices and patients of each class in a list."""
     parts = [parse_name(entry.name) for entry in entries]
+    people = {(p.label, p.patient) for p in parts}
     return (
         tuple(sum(p.label == c for p in parts) for c in range(3)),
-        tuple(len({p.patient for p in parts if p.label == c}) for c in range(3)),
+        tuple(sum(label == c for label, _ in people) for c in range(3)),
     )
 
 
@@ -716,28 +705,36 @@ assert counts_of(read_split(root / "slices" / "test.txt"))[0] == tuple(
     class_statistics(slices["test"]).slices
 )
 
-PUBLIC = {  # split: slices and patients of (Normal, common pneumonia, COVID-19)
+# split: slices and patients of (Normal, common pneumonia, COVID-19)
+PUBLIC = {
     "train": ((27201, 22061, 12520), (144, 420, 300)),
     "val": ((9107, 7400, 4529), (47, 190, 95)),
     "test": ((9450, 7395, 4346), (52, 125, 116)),
 }
 folder = os.environ.get("COVIDMASK_SPLITS")
 if folder:
-    public_lists = {s: read_split(Path(folder) / f"{s}_COVIDx_CT-1.txt") for s in SPLITS}
-    assert {s: counts_of(entries) for s, entries in public_lists.items()} == PUBLIC
-    people = [{parse_name(e.name).patient for e in public_lists[s]} for s in SPLITS]
-    assert len(set.union(*people)) == sum(map(len, people))  # nobody is in two splits
+    files = {s: Path(folder) / f"{s}_COVIDx_CT-1.txt" for s in SPLITS}
+    public_lists = {s: read_split(file) for s, file in files.items()}
+    assert {s: counts_of(public_lists[s]) for s in SPLITS} == PUBLIC
+    names = [[entry.name for entry in public_lists[s]] for s in SPLITS]
+    people = [{parse_name(name).patient for name in part} for part in names]
+    # nobody is in two splits
+    assert len(set.union(*people)) == sum(map(len, people))
+
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("COVIDx-CT-1 lists      Control   pneumonia    COVID-19        all")
-for split, (n, patients) in PUBLIC.items():
-    each = [a / b for a, b in zip((*n, sum(n)), (*patients, sum(patients)), strict=True)]
-    print(f"{split:5} slices        " + "".join(f"{v:10,}  " for v in (*n, sum(n))).rstrip())
-    print(
-        "      patients      " + "".join(f"{v:10,}  " for v in (*patients, sum(patients))).rstrip()
-    )
-    print("      slices each   " + "".join(f"{v:10.0f}  " for v in each).rstrip())
+def row(values):
+    return "".join(f"{value:12,.0f}" for value in values)
+
+
+print("COVIDx-CT-1 lists      Control   pneumonia    COVID-19         all")
+for split, counted in PUBLIC.items():
+    n, people = ((*v, sum(v)) for v in counted)
+    each = [a / b for a, b in zip(n, people, strict=True)]
+    print(f"{split:5} slices      " + row(n))
+    print("      patients    " + row(people))
+    print("      slices each " + row(each))
 print("all slices:", f"{sum(sum(n) for n, _ in PUBLIC.values()):,}")
 
 # %% [markdown]
@@ -758,8 +755,10 @@ for c, hatch in enumerate(("", "///", "...")):
         hatch=hatch,
         edgecolor="white",
     )
-    _ = ax.bar_label(bars, [f"{n[c]:,}", f"{patients[c]}"], fontsize="small")
-_ = ax.set_xticks(range(2), [f"{sum(n):,} slices", f"{sum(patients)} patients"])
+    counted = [f"{n[c]:,}", f"{patients[c]}"]
+    _ = ax.bar_label(bars, counted, fontsize="small")
+units = [f"{sum(n):,} slices", f"{sum(patients)} patients"]
+_ = ax.set_xticks(range(2), units)
 _ = ax.set(
     xlabel="Unit that is counted",
     ylabel="Share of the test split (%)",
@@ -807,18 +806,16 @@ print(f"test / training in patients: {sum(patients) / 608:.2f}")
 
 # %%
 def whole_scans(entries):
-    """For each class: scans, scans that start at slice 0, and those of them without a gap."""
+    """For each class: scans, those from slice 0 on, those without a gap."""
     scans = {}
     for part in (parse_name(entry.name) for entry in entries):
-        scans.setdefault((part.label, part.patient, part.scan), []).append(int(part.slice))
+        scan = part.label, part.patient, part.scan
+        scans.setdefault(scan, []).append(int(part.slice))
     table = np.zeros((3, 3), dtype=int)
     for (label, _, _), numbers in scans.items():
         starts = min(numbers) == 0
-        table[label] += (
-            1,
-            starts,
-            starts and max(numbers) + 1 == len(numbers),
-        )
+        no_gap = max(numbers) + 1 == len(numbers)
+        table[label] += (1, starts, starts and no_gap)
     return table
 
 
@@ -826,7 +823,7 @@ PUBLIC_SCANS = np.array(
     [[472, 472, 472], [1052, 23, 4], [833, 8, 2]]
 )  # of the three lists together
 if folder:
-    every_entry = [entry for split in SPLITS for entry in public_lists[split]]
+    every_entry = sum(public_lists.values(), [])
     np.testing.assert_array_equal(whole_scans(every_entry), PUBLIC_SCANS)
 
 # %%
@@ -849,7 +846,7 @@ for name, row in zip(IMAGE_CLASSES, PUBLIC_SCANS, strict=True):
 
 # %%
 def parabola():
-    """Logistic regression on the features, their squares and their products."""
+    """Logistic regression on features, their squares and products."""
     return make_pipeline(
         StandardScaler(),
         PolynomialFeatures(2, include_bias=False),
@@ -859,7 +856,7 @@ def parabola():
 
 
 def lines_without_pixels(entries):
-    """Slice number and body box, [M, 5], and whether each slice is no control, [M]."""
+    """Slice number and body box, [M, 5]; is it no control, [M]?"""
     x = np.array(
         [(int(parse_name(e.name).slice), *e.box) for e in entries],
         dtype=float,
@@ -873,7 +870,8 @@ if folder:
     x, other = lines_without_pixels(public_lists["test"])
     reached = balanced_accuracy_score(other, blind.predict(x))
     assert abs(reached - PUBLIC_WITHOUT_PIXELS) < 0.02, reached
-print(f"COVIDx-CT-1 test list, no pixel seen: balanced accuracy {PUBLIC_WITHOUT_PIXELS:.0%}")
+print("COVIDx-CT-1 test list, no pixel seen:", end=" ")
+print(f"balanced accuracy {PUBLIC_WITHOUT_PIXELS:.0%}")
 
 # %% [markdown]
 # That is better than guessing, on real patients, from a text file alone. Part of it may come from the
@@ -916,16 +914,17 @@ for split in ("train", "test"):
 
 # %%
 rng = np.random.default_rng(SEED)
-drawn = {
-    "train": [],
-    "test": [],
-}  # (position, thumbnail) of the new controls
+# (position, thumbnail) of the new controls
+drawn = {"train": [], "test": []}
 for split, first_seed in (("train", 10_000), ("test", 20_000)):
-    for seed in range(first_seed, first_seed + class_statistics(slices[split]).patients[0]):
+    controls = class_statistics(slices[split]).patients[0]
+    slices_each = preset.phantoms.slices_per_patient
+    for seed in range(first_seed, first_seed + controls):
         control = make_patient(seed, 0)
-        for position in rng.uniform(0, 1, preset.phantoms.slices_per_patient):
-            picture, _ = render(control, float(position), preset.phantoms.size)
-            drawn[split].append((position, thumbnail(torch.from_numpy(picture)[None])))
+        for position in rng.uniform(0, 1, slices_each):
+            picture, _ = render(control, float(position), size)
+            small = thumbnail(torch.from_numpy(picture)[None])
+            drawn[split].append((position, small))
 
 designs = {
     "selected": {},
@@ -934,7 +933,7 @@ designs = {
 for split in drawn:
     x, other = thumbnails[split].numpy(), labels[split] > 0
     designs["matched"][split] = positions[split], x, other
-    new_positions, new_x = (np.stack(column) for column in zip(*drawn[split], strict=True))
+    new_positions, new_x = map(np.stack, zip(*drawn[split], strict=True))
     designs["selected"][split] = (
         np.concatenate([new_positions, positions[split][other]]),
         np.concatenate([new_x, x[other]]),
@@ -942,7 +941,8 @@ for split in drawn:
     )
 
 # %% mystnb={"image": {"alt": "Two histograms of slice positions from apex to base. Left, selected: controls are spread over the whole lung, the others leave out both ends. Right, matched: both have about the same shape."}, "figure": {"caption": "Positions of the training slices. When controls come from whole scans (left) the ends belong to them; matched positions (right) say nothing. Phantoms."}}
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+options = {"layout": "constrained", "sharey": True}
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), **options)
 for ax, (design, split) in zip(axes, designs.items(), strict=True):
     position, _, other = split["train"]
     for which, label, colour, line in (
@@ -951,7 +951,7 @@ for ax, (design, split) in zip(axes, designs.items(), strict=True):
     ):
         share, edges = np.histogram(position[which], bins=20, range=(0, 1))
         share = 100 * share / which.sum()
-        _ = ax.stairs(share, edges, color=colour, ls=line, lw=2, label=label)
+        _ = ax.stairs(share, edges, color=colour, ls=line, label=label)
     _ = ax.set(
         xlabel="Position (0 apex, 1 base; no unit)",
         ylabel="Slices of the group (%)",
@@ -968,11 +968,13 @@ plt.show()
 seer = {}
 for design, split in designs.items():
     position, x, _ = split["train"]
-    seer[design] = make_pipeline(StandardScaler(), Ridge(30.0)).fit(x, position)
+    seer[design] = make_pipeline(StandardScaler(), Ridge(30.0))
+    _ = seer[design].fit(x, position)
     position, x, _ = split["test"]
     error = np.abs(seer[design].predict(x) - position).mean()
     guess = np.abs(position - np.median(position)).mean()
-    print(f"{design:8}: the position is off by {error:.3f}; without the picture by {guess:.3f}")
+    print(f"{design:8}: the position is off by {error:.3f};", end=" ")
+    print(f"without the picture by {guess:.3f}")
     assert error < 0.5 * guess
 
 # %% [markdown]
@@ -987,26 +989,31 @@ def balanced_accuracies(features, make_model):
     """Train on each design, test on both: [trained on, tested on]."""
     table = np.zeros((2, 2))
     for i, design in enumerate(designs):
-        model = make_model().fit(features(design, "train", design), designs[design]["train"][2])
+        truth = designs[design]["train"][2]
+        model = make_model().fit(features(design, "train", design), truth)
         for j, other in enumerate(designs):
+            truth = designs[other]["test"][2]
             guess = model.predict(features(other, "test", design))
-            table[i, j] = balanced_accuracy_score(designs[other]["test"][2], guess)
+            table[i, j] = balanced_accuracy_score(truth, guess)
     return table
 
 
 def seen_position(design, split, trained_on):
-    return seer[trained_on].predict(designs[design][split][1])[:, None]  # [M, 1]
+    # [M, 1]
+    return seer[trained_on].predict(designs[design][split][1])[:, None]
 
 
 def print_table(table, what):
-    print(f"{what} (phantoms)\n                     tested on selected    on matched")
+    print(f"{what} (phantoms)")
+    print("                     tested on selected    on matched")
     for design, row in zip(designs, table, strict=True):
         print(f"trained on {design:8} {row[0]:19.1%} {row[1]:13.1%}")
 
 
 by_position = balanced_accuracies(seen_position, parabola)
 print_table(by_position, "position alone: balanced accuracy")
-assert by_position[0, 0] > max(0.5, by_position[0, 1])  # the gain goes when positions are matched
+# the gain goes when positions are matched
+assert by_position[0, 0] > max(0.5, by_position[0, 1])
 assert abs(by_position[1, 1] - 0.5) < 0.12
 
 # %% [markdown]
@@ -1057,7 +1064,7 @@ assert by_thumbnail[1, 1] > by_thumbnail[0, 1]
 # %%
 # NBVAL_CHECK_OUTPUT
 patients_of = np.array(slices["train"].patients)
-by_patient = split_by_patient(slices["train"].patients, (0.8, 0.2), seed=SEED)
+by_patient = split_by_patient(patients_of.tolist(), (0.8, 0.2), seed=SEED)
 order = np.random.default_rng(SEED).permutation(len(patients_of))
 cut = int(0.8 * len(order))
 by_slice = order[:cut], order[cut:]
@@ -1071,9 +1078,11 @@ def shared_patients(parts):
 k = preset.phantoms.slices_per_patient
 everyone = len(set(patients_of))
 print(f"{everyone} phantom patients with {k} slices each")
-print("split by patient, patients on both sides:", shared_patients(by_patient))
-print("split by slice, patients on both sides:  ", shared_patients(by_slice))
-print(f"expected by the formula:                  {everyone * (1 - 0.8**k - 0.2**k):.0f}")
+expected = everyone * (1 - 0.8**k - 0.2**k)
+print("patients on both sides")
+print("split by patient:       ", shared_patients(by_patient))
+print("split by slice:         ", shared_patients(by_slice))
+print(f"expected by the formula: {expected:.0f}")
 
 # %% [markdown]
 # With 37 slices, the average of a COVID-19 patient in the public test list, practically every patient
@@ -1085,7 +1094,7 @@ print(f"expected by the formula:                  {everyone * (1 - 0.8**k - 0.2*
 
 # %%
 def nearest(parts):
-    """For each slice of the second part the index of the nearest one in the first."""
+    """For each slice of the second part, the nearest one in the first."""
     train, held_out = (torch.as_tensor(np.asarray(part)) for part in parts)
     x = thumbnails["train"]
     return held_out, train[torch.cdist(x[held_out], x[train]).argmin(dim=1)]
@@ -1097,14 +1106,14 @@ accuracy = {}
 for split, (query, match) in copied.items():
     accuracy[split] = float((classes[query] == classes[match]).mean())
     same = float((patients_of[query] == patients_of[match]).mean())
-    print(
-        f"split {split:10}: accuracy {accuracy[split]:.0%}; nearest is the same patient: {same:.0%}"
-    )
+    print(f"split {split:10}: accuracy {accuracy[split]:.0%};", end=" ")
+    print(f"nearest is the same patient: {same:.0%}")
 assert accuracy["by slice"] > accuracy["by patient"] + 0.1
 
 # %% mystnb={"image": {"alt": "Three synthetic slices: a query, its nearest neighbour in a split by slice, which is the same patient, and its nearest neighbour in a split by patient, which is another patient."}, "figure": {"caption": "A slice (left) and the training slice that the model copies. In the split by slice it is a slice of the same patient. An example in which the other split copies a wrong class. Phantoms."}}
 lookup = {
-    split: dict(zip(*map(torch.Tensor.tolist, pair), strict=True)) for split, pair in copied.items()
+    split: dict(zip(query.tolist(), match.tolist(), strict=True))
+    for split, (query, match) in copied.items()
 }
 query = next(
     i
@@ -1115,7 +1124,8 @@ query = next(
 )
 trio = (query, lookup["by slice"][query], lookup["by patient"][query])
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
-for ax, i, what in zip(axes, trio, ("query", "split by slice", "split by patient"), strict=True):
+titles = "query", "split by slice", "split by patient"
+for ax, i, what in zip(axes, trio, titles, strict=True):
     _ = plotting.show_slice(slices["train"][i][0], ax)
     _ = ax.set_title(
         f"{what}\npatient {patients_of[i]}: {IMAGE_CLASSES[classes[i]]}",
@@ -1154,18 +1164,15 @@ plt.show()
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-both_modes = np.array(
-    [
-        [len(mask_to_targets(m, mode, preset.min_area)["labels"]) for mode in ("both", "merged")]
-        for m in (lesions["train"].read(i)[1] for i in range(len(lesions["train"])))
-    ]
-)  # [slices, 2]
-print("training phantoms: instances as two classes {}, merged {}".format(*both_modes.sum(0)))
-print(
-    "slices with fewer instances:",
-    int((both_modes[:, 1] < both_modes[:, 0]).sum()),
-)
-assert (both_modes[:, 1] <= both_modes[:, 0]).all()
+masks = [lesions["train"].read(i)[1] for i in range(len(lesions["train"]))]
+as_two, merged = (
+    np.array([len(mask_to_targets(m, mode, least)["boxes"]) for m in masks])
+    for mode in ("both", "merged")
+)  # [slices] each
+print(f"training phantoms: instances as two classes {as_two.sum()}", end="")
+print(f", merged {merged.sum()}")
+print("slices with fewer instances:", int((merged < as_two).sum()))
+assert (merged <= as_two).all()
 
 # %% [markdown]
 # A consolidation that touches GGO becomes one lesion with it. So you cannot compare the numbers of
@@ -1195,7 +1202,8 @@ outcomes = [o for o in outcomes if o]  # slices with a lesion
 all_lost = sum(set(o.values()) == {None} for o in outcomes)
 misnamed = sum(1 in o.values() and o.get(3) == 1 for o in outcomes)
 print(f"test phantoms with a lesion: {len(outcomes)}")
-print(f"no lesion left: {all_lost}; GGO lost and consolidation called GGO: {misnamed}")
+print(f"no lesion left: {all_lost}", end="; ")
+print(f"GGO lost and consolidation called GGO: {misnamed}")
 assert all_lost + misnamed == len(outcomes)
 
 # %% [markdown]
@@ -1227,8 +1235,10 @@ for p in (0.5, 0.8, 0.95):
     share = shared_patients(parts) / everyone
     query, match = nearest(parts)
     right = (classes[query] == classes[match]).mean()
-    print(f"{p:.0%} in training: patients on both sides {share:.0%}, ", end="")
-    print(f"held-out slices of known patients {known:.0%}, accuracy {right:.0%}")
+    print(f"{p:.0%} in training:", end=" ")
+    print(f"patients on both sides {share:.0%}", end=", ")
+    print(f"held-out slices of known patients {known:.0%}", end=", ")
+    print(f"accuracy {right:.0%}")
 
 # %% [markdown]
 # With 95 % in training, fewer patients have slices on both sides, because few have any held-out slice
@@ -1256,13 +1266,17 @@ for p in (0.5, 0.8, 0.95):
 for label in (1, 2):
     sides = []
     for i in (i for i in chosen if test.labels[i] == label):
-        middle = found[i]["boxes"][:, [0, 2]].mean(dim=1)  # [K], x of the box centres
-        right_lung = int((middle < preset.phantoms.size / 2).sum())  # on the left of the picture
+        # [K], x of the box centres
+        middle = found[i]["boxes"][:, [0, 2]].mean(dim=1)
+        # the right lung is on the left of the picture
+        right_lung = int((middle < size / 2).sum())
         sides.append((right_lung, len(middle) - right_lung))
     sides = np.array(sides)  # [slices, 2]
-    print(f"{IMAGE_CLASSES[label]:16} (phantoms): lesions per slice, right and left lung ", end="")
-    print(f"{sides[:, 0].mean():.1f} and {sides[:, 1].mean():.1f}; ", end="")
-    print(f"both lungs in {(sides.min(axis=1) > 0).mean():.0%} of {len(sides)} slices")
+    right, left = sides.mean(axis=0)
+    both = (sides.min(axis=1) > 0).mean()
+    print(f"{IMAGE_CLASSES[label]} (phantoms): lesions per slice,", end=" ")
+    print(f"right and left lung {right:.1f} and {left:.1f};", end=" ")
+    print(f"both lungs in {both:.0%} of {len(sides)} slices")
 
 # %% [markdown]
 # We drew the diseases so that they differ in number and in side. The number of lesions does not say
