@@ -197,16 +197,21 @@ plt.show()
 
 
 # %%
-images = [[make_slice(seed, label, size)[0] for seed in range(SLICES)] for label in range(3)]
+def draw_class(label):
+    """Phantoms of one class, each of another patient."""
+    return [make_slice(seed, label, size)[0] for seed in range(SLICES)]
+
+
+images = [draw_class(label) for label in range(3)]
 
 
 def rank_class(label):
     """Ranked boxes [SLICES, N, 5] of the phantoms of one class."""
-    tensors = [torch.from_numpy(one).expand(3, -1, -1) for one in images[label]]
     parts = []
     with torch.no_grad():
         for i in range(0, SLICES, 8):
-            batch = [tensor.to(device) for tensor in tensors[i : i + 8]]
+            batch = map(torch.from_numpy, images[label][i : i + 8])
+            batch = [one.expand(3, -1, -1).to(device) for one in batch]
             parts.append(model.ranked_boxes(batch).cpu())
     return torch.cat(parts)
 

@@ -700,7 +700,7 @@ frame_slider(
     [f"the best {count}" for count in counts],
     "Proposals",
     "Dotted proposal boxes over the true lesions of a synthetic slice",
-    caption="The best proposals (dotted) of our old friend, by objectness. Synthetic.",
+    caption="The best proposals (dotted) of our old friend. Synthetic.",
     start=min(2, len(counts) - 1),
     dpi=70,
 )
@@ -840,7 +840,8 @@ settings = paper.detector
 truth_512 = mask_to_targets(mask_512, settings.lesions, paper.min_area)
 boxes_512 = truth_512["boxes"]
 cell_512 = cell_anchors(settings.anchor_sizes, settings.anchor_ratios)
-grids = [grid_anchors(cell_512, 512 // s, 512 // s, s) for s in (4, 8, 16, 32)]
+cells = {stride: 512 // stride for stride in (4, 8, 16, 32)}
+grids = [grid_anchors(cell_512, n, n, stride) for stride, n in cells.items()]
 anchors_512 = torch.cat(grids)
 assigned = label_anchors(anchors_512, boxes_512, *settings.rpn_iou)
 labels_512, lesion_512 = assigned  # [A], [A]
