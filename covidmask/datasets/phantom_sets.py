@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count, islice, product
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -60,8 +60,11 @@ def phantom_mask(name: str, size: int, seed: int = 0, severe: bool = False) -> n
     from covidmask.datasets.classes import parse_name
 
     label, number, _, thousandths = parse_name(name)
-    patient = make_patient(_patient_seed(seed, int(number)), label, severe)
+    patient = _last_patient(_patient_seed(seed, int(number)), label, severe)
     return draw(patient, int(thousandths) / 1000, size)[1]
+
+
+_last_patient = lru_cache(maxsize=1)(make_patient)  # lists name the slices of a patient in a row
 
 
 def _write_patient(
@@ -74,10 +77,10 @@ def _write_patient(
     if kind == "lesions":  # one slice in ten is swapped for one without a lesion
         rng = np.random.default_rng((seed, label, 5))
         anywhere = rng.permutation(POSITIONS).tolist()
-        clear = [p for p in anywhere if not visible_lesions(patient, p)]
+        clear = (p for p in anywhere if not visible_lesions(patient, p))
         swap = rng.random(len(positions)) < 0.1
         pairs = zip(positions, swap, strict=True)
-        positions = sorted(clear.pop() if clear and swapped else p for p, swapped in pairs)
+        positions = sorted(next(clear, p) if swapped else p for p, swapped in pairs)
     lines = []
     for position in positions:
         image, mask = render(patient, position, size, hospital=config.hospital)
