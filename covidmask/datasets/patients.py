@@ -164,7 +164,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
     if covid:
-        wanted = rng.choice([12, 25, 40, 60], p=[0.1, 0.2, 0.3, 0.4])  # lesions
+        wanted = rng.choice([20, 30, 45, 60], p=[0.1, 0.2, 0.3, 0.4])  # lesions
     else:
         wanted = rng.choice([1, 2, 3, 6], p=[0.5, 0.3, 0.1, 0.1])  # foci; 6: viral, patchy
         first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7 and wanted < 6
@@ -174,7 +174,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
         t = float(np.clip(rng.normal(0.64 if covid else 0.5, 0.22), 0.12, 0.88))
         if covid:
             side = 1 if (number + rng.integers(2)) % 2 else -1
-            centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.55, 0.92), t)
+            centre = _place(patient, side, rng.normal(0.5, 1.0), rng.uniform(0.55, 0.92), t)
             if rng.random() < 0.55:
                 new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.72, 0.28), 0.036, 0.12))]
                 if rng.random() < 0.17:  # a core leaves a ring of GGO: halo
@@ -191,7 +191,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
             turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
             depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
             centre = _place(patient, side, turn, depth, t)
-            radius = np.clip(rng.lognormal(-2.75, 0.35), 0.036, 0.16)
+            radius = np.clip(rng.lognormal(-2.62, 0.35), 0.036, 0.16)
             code = GGO if rng.random() < (0.35 if wanted < 6 else 0.5) else CONSOLIDATION
             behind = chest.fissure_level(patient, t, *centre[:2]) > 0
             lobe = int(behind or -1) * (radius > 0.09 and rng.random() < 0.6)  # lobar pneumonia
@@ -277,7 +277,7 @@ def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) ->
     ggo, radius = code == GGO, float(radius)
     shape = rng.uniform(0.65, 1.5)
     drawn = dict(
-        radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
+        radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(1.1, 1.7)),
         angle=rng.uniform(0, np.pi),
         hu=rng.uniform(120, 380) if ggo else rng.uniform(-120, 50),
         edge=rng.uniform(0.01, 0.026) if ggo else rng.uniform(0.007, 0.014),
