@@ -164,11 +164,11 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
     if covid:
-        wanted = rng.choice([20, 30, 45, 60], p=[0.1, 0.2, 0.3, 0.4])  # lesions
+        wanted = rng.choice([20, 30, 40], p=[0.1, 0.3, 0.6])  # lesions
     else:
         wanted = rng.choice([1, 2, 3, 6], p=[0.5, 0.3, 0.1, 0.1])  # foci; 6: viral, patchy
         first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7 and wanted < 6
-    for number in range(5 * wanted):
+    for number in range(4 * wanted):
         if (len(lesions) if covid else foci) >= wanted:
             break
         t = float(np.clip(rng.normal(0.64 if covid else 0.5, 0.22), 0.12, 0.88))
@@ -292,7 +292,7 @@ def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) ->
 
 def _meet(one: Lesion, other: Lesion) -> bool:
     """Whether two lesions may touch in a slice, or nearly so."""
-    reach = max(one.radii[:2]) + max(other.radii[:2]) + 0.012
+    reach = sum(one.radii[:2] + other.radii[:2]) / 2 + 0.015
     apart = np.hypot(*np.subtract(one.centre[:2], other.centre[:2]))
     return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
 
