@@ -12,8 +12,8 @@ export OMP_WAIT_POLICY ?= passive
 # matplotlib keeps its fonts' index here: a home folder may be read-only
 export MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/matplotlib
 
-.PHONY: help book test lint unit chapters pages lab notebooks weights bench lowest repository \
-  clean
+.PHONY: help book test lint unit chapters pages lab notebooks weights bench results lowest \
+  repository clean
 .NOTPARALLEL:
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo "make weights     train the weights that the package ships, and write their cards"
 	@echo "make bench       measure what the quick preset reaches; fills results/ and README.md"
 	@echo "                 (times are another matter: python benchmarks/speed.py, when idle)"
+	@echo "make results     all that depends on the phantoms and is not there yet: weights, benchmarks,"
+	@echo "                 chapters; with REAL=DIR on the slices of COVID-SemiSeg in DIR, too"
 	@echo "make lowest      unit tests with the oldest versions that pyproject.toml allows"
 	@echo "make repository URL=https://github.com/OWNER/NAME   write the address everywhere"
 	@echo "make clean       remove _build (the environment .venv and the data stay)"
@@ -87,6 +89,18 @@ weights: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/quick_preset.py
+
+# In this order: the later ones begin from the shipped weights. What is there, of these phantoms and
+# settings, is not made again; what was begun goes on.
+results: $(INSTALLED)
+	$(BIN)/covidmask phantoms --preset quick
+	$(BIN)/python tools/shipped_weights.py --missing
+	$(BIN)/python benchmarks/quick_preset.py
+	$(BIN)/python benchmarks/regimes.py
+	$(BIN)/python benchmarks/ablations.py
+	$(if $(REAL),$(BIN)/python benchmarks/covid_semiseg.py --precision bf16-mixed --data "$(REAL)",\
+	  @echo "covid_semiseg.py: left out, as no real slices are named: make results REAL=DIR")
+	$(BIN)/python tools/book.py notebooks --changed
 
 # The bounds of pyproject.toml are true only if somebody installs them: with the oldest Python, too.
 OLDEST = $(or $(shell python3.10 -c '' 2>/dev/null && command -v python3.10),$(PYTHON))

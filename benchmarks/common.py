@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -20,17 +23,20 @@ import tyro
 
 from covidmask import datasets, metrics, training
 from covidmask.config import PRESETS, PhantomConfig
-from covidmask.files import SPLITS, atomic_path
+from covidmask.datasets.phantom_sets import GENERATOR
+from covidmask.files import SPLITS, atomic_path, phantoms_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TWINS = ROOT / "results", ROOT / "book" / "py"
-QUICK, QUICK_DATA = PRESETS["quick"], Path("data/phantoms-quick")
+QUICK, QUICK_DATA = PRESETS["quick"], phantoms_folder("quick")
+SOURCE = "command", "commit", "date", "torch"  # of each run that a file of results comes from
 
 
 def environment() -> dict:
     """Where and from what the figures came; it stops where the code that runs is in no commit.
 
-    Results, chapters and README may differ from it: an earlier benchmark fills them.
+    Results, chapters and README may differ from it, and so may the shipped weights with the sums
+    that stand in the package: `make results` fills them before, and results name the sums.
     """
 
     def git(*words: str) -> str:
@@ -38,7 +44,10 @@ def environment() -> dict:
         return run.stdout.strip()
 
     commit = git("describe", "--always", "--exclude", "*")
-    if git("status", "--porcelain", "--", "benchmarks", "covidmask"):
+    sums = "covidmask/models/weights.py"
+    others = "benchmarks", "covidmask", ":!covidmask/models/shipped", f":!{sums}"
+    line = r'^ *"[0-9a-f]{64}",$'
+    if git("status", "--porcelain", "--", *others) or git("diff", "HEAD", f"-I{line}", "--", sums):
         if not os.environ.get("ALLOW_DIRTY"):
             sys.exit(
                 "benchmarks/ or covidmask/ holds changes that are in no commit: commit them, so "
@@ -60,20 +69,87 @@ def environment() -> dict:
 def command(measure: Callable, own: Path, *pages, indent: int | None = 1) -> None:
     """Run a benchmark with its options from the command line; with --page only fill the pages.
 
-    `measure` yields a path and what there is so far, more each time. Results in the benchmark's
-    `own` file fill pages: a path, the name of its marks, and what makes text of the results.
+    `measure` yields a path and what there is so far; see `save`. Results in the benchmark's `own`
+    file fill pages: a path, the name of its marks, and what makes text of the results.
     """
     out = own
     if "--page" not in sys.argv:
         about = f"{sys.modules['__main__'].__doc__}\n--page only fills the pages."
         work = tyro.cli(measure, description=about)
+        torch.set_num_threads(1)  # the rounding of a result must not depend on the machine's cores
         source = environment()  # first, so that the commit is that of the code which runs
         for out, result in work:
-            write_text(out, json.dumps(source | result, indent=indent) + "\n")
+            save(out, source | result, indent)
     for page, name, text in pages:
-        print(text(read(out)))
+        result = read(out)
+        if result.get("generator", GENERATOR) != GENERATOR:
+            made = f"{out}: of phantoms of generator {result['generator']}, now {GENERATOR}"
+            sys.exit(f"{made}; run the benchmark again before it fills {page.name}")
+        print(text(result))
         if out == own:
-            fill(page, name, text(read(out)))
+            fill(page, name, text(result))
+
+
+def save(out: Path, result: dict, indent: int | None = 1) -> None:
+    """Write a file of results; `parts` come beside those that it has of the same settings.
+
+    Several processes may do so at a time.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        old = read(out)
+        if "parts" in result and "parts" in old and same(old, result):
+            both = {key: dict.fromkeys((*old[key].split(" and "), result[key])) for key in SOURCE}
+            result |= {key: " and ".join(values) for key, values in both.items()}
+            result |= {"parts": old["parts"] | result["parts"]}
+        write_text(out, json.dumps(result, indent=indent) + "\n")
+    finally:
+        os.close(folder)  # and it is free for others
+
+
+def same(old: dict, result: dict) -> bool:
+    """Whether a file has results of the same settings; where and when they ran is none."""
+    where = {*SOURCE, "hardware", "torchvision", "threads", "parts"}
+    now = json.loads(json.dumps(result)).items()
+    return all(old.get(k) == value for k, value in now if k not in where)
+
+
+def complete(out: Path, settings: dict) -> bool:
+    """Whether `out` has results of these settings, the phantoms' generator among them; says so."""
+    if found := same(read(out), settings):
+        print(f"{out.name}: is there, of these phantoms and settings")
+    return found
+
+
+def lacking(
+    out: Path, settings: dict, parts: dict[str, tuple], jobs: int = 1
+) -> Iterator[tuple[Path, dict]]:
+    """Do the parts, function and arguments, that `out` lacks; yield for `save` after each.
+
+    `settings` decide the results, the phantoms' generator among them: in a file with others all
+    parts lack.
+    `jobs`: processes of one thread each; 1 is this one.
+    """
+    old = read(out)
+    done = old.get("parts", {}) if same(old, settings) else {}
+    todo = {name: case for name, case in parts.items() if name not in done}
+    print(f"{out.name}: {len(parts) - len(todo)} of {len(parts)} parts are there", flush=True)
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    )
+    try:
+        if jobs == 1:
+            found = ((name, work(*case)) for name, (work, *case) in todo.items())
+        else:
+            begun = {pool.submit(*case): name for name, case in todo.items()}
+            found = ((begun[each], each.result()) for each in as_completed(begun))
+        for count, (name, value) in enumerate(found, 1):
+            yield out, settings | {"parts": {name: value}}
+            print(f"{out.name}: {name} is done, {count} of {len(todo)}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # one part failed: leave the others
 
 
 def read(path: Path) -> dict:
@@ -165,9 +241,16 @@ def gain(right: np.ndarray, base: np.ndarray, patients: Sequence[str], **options
 
 
 def judge(model, test: datasets.SliceImages, **options) -> dict:
-    """Accuracy, sensitivities and PPV of a classifier, with intervals by patients and by slices."""
-    result = training.evaluate_classifier(model, test, progress=False)
-    counts, right = result["confusion"], (result["labels"] == result["predictions"]).numpy()
+    """`judged` of a classifier."""
+    predicted = training.evaluate_classifier(model, test, progress=False)["predictions"]
+    return judged(predicted, test, **options)
+
+
+def judged(predicted: torch.Tensor, test: datasets.SliceImages, **options) -> dict:
+    """Accuracy, sensitivities and PPV, with intervals by patients and by slices; int64 [M]."""
+    labels = torch.tensor(test.labels)
+    counts, right = metrics.confusion(labels, predicted), (labels == predicted).numpy()
+    result = metrics.report(counts)
     by_patient = interval(lambda drawn: right[drawn].mean(), test.patients, **options)
     return {
         "accuracy": result["accuracy"],
@@ -179,5 +262,5 @@ def judge(model, test: datasets.SliceImages, **options) -> dict:
         ],
         "ppv": result["ppv"],
         "confusion": counts.tolist(),
-        "predictions": "".join(map(str, result["predictions"].tolist())),  # one digit a slice
+        "predictions": "".join(map(str, predicted.tolist())),  # one digit a slice
     }

@@ -1,7 +1,8 @@
 """What the preset semiseg reaches on real CT: 5-fold cross-validation on COVID-SemiSeg's 50 slices.
 
 Three models for each fold (see ARMS); the phantoms serve every fold. A model that is trained is
-found again in --runs. Fills chapter 9 and README.md, which show no slice and hold no weight.
+found again in --runs, by the generator of the phantoms that it saw. Nothing is done where the file
+of results is there. Fills chapter 9 and README.md, which show no slice and hold no weight.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from covidmask.config import PRESETS, TrainingConfig
 from covidmask.datasets import LesionDataset, SemiSeg, mask_to_targets, write_phantoms
 from covidmask.datasets.augmentation import Augmented
+from covidmask.datasets.phantom_sets import GENERATOR
 from covidmask.files import data_root, phantoms_folder
 from covidmask.metrics import CocoAP, bootstrap, dice
 from covidmask.metrics.detection import overlap, overlap_means
@@ -46,6 +48,7 @@ NAMED = {  # four ways to name lesion pixels
     "outlines": "of the true outlines, names from grey by the same limit",
     "outlines_own": "of the true outlines, names from grey by the best limit of each slice",
 }
+PHANTOMS = f"phantoms-{GENERATOR}.safetensors"  # weights that saw phantoms alone
 OUT = common.RESULTS / "covid_semiseg.json"
 TWIN = common.TWINS / "09_real_ct.py"
 
@@ -80,7 +83,11 @@ def phantoms_first(folder: Path, precision: str) -> dict:
     torch.manual_seed(0)
     root = write_phantoms(phantoms_folder("semiseg"), PRESET.phantoms, progress=False)
     case = segmentation.pretrain_segmenter, lesion_mask_rcnn(PRESET.detector), PRESET, root
-    return trained(folder / "phantoms.safetensors", precision, *case)
+    return trained(folder / PHANTOMS, precision, *case)
+
+
+def file_of(arm: str, fold: int) -> str:
+    return f"{arm}-{fold}{f'-{GENERATOR}' * (arm != 'random')}.safetensors"
 
 
 def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> dict:
@@ -91,9 +98,9 @@ def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> d
     if arm == "random":
         model, training = lesion_mask_rcnn(PRESET.detector), longer(SHORT, len(train))
     else:
-        model = load_segmenter(folder / "phantoms.safetensors")
+        model = load_segmenter(folder / PHANTOMS)
         training = PRESET.segmenter if arm == "whole" else SHORT
-    weights = folder / f"{arm}-{fold}.safetensors"
+    weights = folder / file_of(arm, fold)
     case = segmentation.train_segmenter, model, Augmented(train, PRESET.augment), training
     cost = trained(weights, precision, *case)
     print(f"{arm}, fold {fold + 1}: trained", flush=True)
@@ -143,7 +150,7 @@ def averaged(fold: int, data: Path, folder: Path) -> list:
     """Counts of `Overlap` for the mean of the maps of all three models of a fold."""
     torch.set_num_threads(1)
     test = parts(data, fold)[2]
-    models = [load_segmenter(folder / f"{arm}-{fold}.safetensors") for arm in ARMS]
+    models = [load_segmenter(folder / file_of(arm, fold)) for arm in ARMS]
     return [
         overlap(sum(maps / len(ARMS) for maps, *_ in same), same[0][2][1])
         for same in zip(*(fused(model, test) for model in models), strict=True)
@@ -308,6 +315,10 @@ def measure(
         jobs: trainings at a time.
         note: a sentence on how the run went.
     """
+    settings = {"generator": GENERATOR, "preset": asdict(PRESET), "fold_seed": FOLD_SEED}
+    settings["precision"] = precision
+    if common.complete(out, settings):
+        return
     each, shared = range(FOLDS), {"data": data, "folder": runs}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         first = pool.submit(phantoms_first, runs, precision).result()
@@ -319,8 +330,7 @@ def measure(
         "about": "cross-validation on the 50 training slices of COVID-SemiSeg, real CT of "
         "COVID-19 patients; no patient ids, so folds may share patients",
         "command": f"python benchmarks/covid_semiseg.py --data DIR --precision {precision}",
-        "preset": asdict(PRESET),
-        "fold_seed": FOLD_SEED,
+        **settings,
         "note": note,
         "pretraining": first,
         "averaged": together,

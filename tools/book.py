@@ -157,49 +157,62 @@ def keep(twin: Path, stored: Path, renamed: bool = False) -> bool:
 
 
 def run_chapters(
-    target: Path, only: Sequence[str] = (), *, cache: bool = False, run: Callable = run_chapter
+    target: Path,
+    only: Sequence[str] = (),
+    *,
+    cache: Path | None = None,
+    run: Callable = run_chapter,
 ) -> None:
     """Make every chapter, or those named in `only`, in the folder `target`, by `run(twin, file)`.
 
-    With `cache`, only where its twin or anything in the package has changed since the last good
-    run. A chapter that fails keeps no other from running.
+    With `cache`, a folder, only where a chapter, its twin or anything in the package has changed
+    since the last good run. A chapter that fails keeps no other from running.
     """
     chapters, failed = {twin.stem: twin for twin in twins()}, []
     if unknown := set(only) - chapters.keys():
         sys.exit(f"No such chapter: {', '.join(sorted(unknown))}.")
     for name in sorted(only) or chapters:
         print(name, flush=True)
-        stamp, key = target / f"{name}.key", digest([chapters[name]]) if cache else ""
-        if cache and (target / f"{name}.ipynb").exists() and holds(stamp, key):
+        files, stamp = (chapters[name], target / f"{name}.ipynb"), (cache or target) / f"{name}.key"
+        if cache and holds(stamp, digest(filter(Path.is_file, files))):
             print("  unchanged, not run again", flush=True)
-        elif not run(chapters[name], target / f"{name}.ipynb"):
+        elif not run(*files):
             failed.append(name)
         elif cache:
-            write_text(stamp, key)
+            write_text(stamp, digest(files))
     if failed:
-        again = "execute" if cache else f"notebooks --only {' '.join(failed)}"
+        again = "execute" if cache == target else f"notebooks --only {' '.join(failed)}"
         sys.exit(
             f"Chapters that failed: {', '.join(failed)}. Their errors stand above. To go on (no "
             f"other chapter runs again):\n\n    {sys.executable} tools/book.py {again}\n"
         )
 
 
-def notebooks(only: tuple[str, ...] = (), stored: bool = False, keep_outputs: bool = False) -> None:
+def notebooks(
+    only: tuple[str, ...] = (),
+    stored: bool = False,
+    keep_outputs: bool = False,
+    changed: bool = False,
+) -> None:
     """Twins -> book/*.ipynb, executed in place.
 
     Args:
         only: these chapters alone, such as 04_ranked_boxes.
         stored: run nothing, since only text has changed: the stored outputs stay.
         keep_outputs: with --stored: also where code was only renamed.
+        changed: only where something has changed since such a run.
     """
     os.environ["COVIDMASK_SEMISEG"] = ""  # what is committed shows phantoms, never a patient
     run = partial(keep, renamed=keep_outputs) if stored else run_chapter
-    run_chapters(ROOT / "book", only, run=run)
+    run_chapters(
+        ROOT / "book", only, cache=ROOT / "_build" / "notebooks" if changed else None, run=run
+    )
 
 
 def execute_all() -> None:
     """Twins -> _build/executed, only what has changed."""
-    run_chapters(ROOT / "_build" / "executed", cache=True)
+    folder = ROOT / "_build" / "executed"
+    run_chapters(folder, cache=folder)
 
 
 def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = False) -> None:

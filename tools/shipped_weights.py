@@ -1,11 +1,13 @@
 """Train the weights that the package ships, judge them, and write their model cards.
 
     python tools/shipped_weights.py [--data data/phantoms-quick] [--out covidmask/models/shipped]
+                                    [--missing]
 
 Trains the segmenter and then S ("heads") of the preset `quick` from random weights, seed 0, on
 phantoms of data seed 0. Judges both, as stored, on phantoms of data seed 1: no model was trained
 on them and nothing was tuned on them. Writes the files, their SHA-256 into
-covidmask/models/weights.py, and book/weights.md.
+covidmask/models/weights.py, and book/weights.md. With --missing it does nothing where the files are
+there, of these phantoms and this preset.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import tyro
 from covidmask.config import IMAGE_CLASSES, PRESETS
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionSlices
-from covidmask.datasets.phantom_sets import write_phantoms
+from covidmask.datasets.phantom_sets import GENERATOR, write_phantoms
 from covidmask.metrics.detection import CocoAP
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import SHIPPED, load_classifier, load_segmenter, read_card, save_model
@@ -32,7 +34,7 @@ from covidmask.training.segmentation import predict_lesions, train_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import environment, formatted, interval, judge, unseen, write_text  # noqa: E402
+from common import QUICK_DATA, environment, formatted, interval, judge, unseen, write_text  # noqa: E402
 from quick_preset import train_heads  # noqa: E402
 
 PAGE = ROOT / "book" / "weights.md"
@@ -126,15 +128,19 @@ def card_page(folder: Path) -> str:
     return head + tail
 
 
-def main(data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED) -> None:
+def main(data: Path = QUICK_DATA, out: Path = SHIPPED, missing: bool = False) -> None:
     """Train, judge, write."""
-    origin = {
-        **environment(),  # first, so that the commit is that of the code which runs
+    facts = {
         "seed": 0,
+        "generator": GENERATOR,
         "data": "phantoms of the preset quick, data seed 0 (synthetic)",
         "test_data": "phantoms of the preset quick, data seed 1, other patients",
         "preset": json.loads(json.dumps(asdict(PRESET))),
     }
+    if missing and all(is_made(out / name, facts) for name in (SEGMENTER, CLASSIFIER)):
+        print(f"{out}: the weights of generator {GENERATOR}, preset quick, seed 0 are there")
+        return
+    origin = {**environment(), **facts}  # first, so that the commit is that of the code which runs
     limits = (
         "Synthetic data only: on real CT these weights are wrong. For teaching; not a medical "
         "device, not for diagnosis."
@@ -149,6 +155,12 @@ def main(data: Path = Path("data/phantoms-quick"), out: Path = SHIPPED) -> None:
         save_model(load(out / name), out / name, half=True, **origin, metrics=found, limits=limits)
         print(name, json.dumps(found, indent=1))
     name_bytes(out)
+
+
+def is_made(path: Path, facts: dict) -> bool:
+    """Whether a file is there, judged, and made of these."""
+    card = read_card(path) if path.is_file() else {}
+    return "metrics" in card and all(card.get(key) == value for key, value in facts.items())
 
 
 def name_bytes(out: Path) -> None:

@@ -736,6 +736,8 @@ plt.show()
 # | true areas | 0.747 (0.747 to 0.747) | -0.065 (-0.125 to -0.009) | 0.76 | 1.00 | 0.61 | 0.63 |
 # | true areas and counts | 0.937 (0.937 to 0.937) | +0.125 (+0.096 to +0.156) | 0.92 | 1.00 | 0.94 | 0.86 |
 #
+# N = 32 minus N = 2: -0.010 (-0.039 to +0.019).
+#
 # Command: `python benchmarks/ablations.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit fe45820; all numbers in `results/ablations.json`.
 # <!-- /ablations -->
 #

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter1d, shift, uniform_filter1d
 class Scanner:
     """One patient's examination. Frequencies are in cycles per image side."""
 
-    cutoff: float  # where a kernel without `edge` has fallen to half: soft 60, sharp 130
+    cutoff: float  # where a kernel without `edge` has fallen to half: soft 100, sharp 200
     edge: float  # gain at half the cutoff: a sharp kernel overshoots
     noise: float  # standard deviation, HU, in rows that absorb as -300 HU do; more in others
     streak: float  # strength of the streaks between the shoulders
@@ -36,7 +36,7 @@ def draw_scanner(rng: Generator, hospital: int = 0, published: bool = False) -> 
     """
     sharp = rng.random() < (0.85 if hospital else 0.35)
     scanner = dict(
-        cutoff=rng.uniform(95, 150) if sharp else rng.uniform(55, 95),
+        cutoff=rng.uniform(140, 240) if sharp else rng.uniform(80, 140),
         edge=rng.uniform(0.15, 0.6) if sharp else rng.uniform(0, 0.1),
         noise=rng.uniform(18, 42) * (1.6 if hospital else 1),
         streak=rng.uniform(0, 1) ** 2,
@@ -50,7 +50,7 @@ def draw_scanner(rng: Generator, hospital: int = 0, published: bool = False) -> 
         white, black = rng.uniform(0.72, 1.08), rng.uniform(0.03, 0.28)  # of tissue and of lung
         width = 900 / (white - black)
         scanner |= dict(
-            noise=np.exp(rng.uniform(np.log(6), np.log(60))),
+            noise=np.exp(rng.uniform(np.log(24), np.log(75))),
             level=40 + (0.5 - white) * width,
             width=width,
             gamma=np.exp(rng.normal(0, 0.15)),

@@ -99,6 +99,7 @@ def fit(
     memory: float = 0,
     progress: bool = True,
     title: str = "training",
+    groups: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, float]]:
     """Train what requires a gradient in `model`, in place, with Adam; it ends in eval mode.
 
@@ -113,6 +114,8 @@ def fit(
         singly: add up gradients of one item at a time, where no item depends on another.
         workers: processes that read slices; 0 reads in this one.
         memory: MiB for slices that are decoded once, before the first step; see `InMemory`.
+        groups: what Adam trains, where not all of it alike: `params`, and as they may differ,
+            `weight_decay` and `share`, the part of the rate that they get.
 
     Returns:
         One dict a step: step, epoch, lr, loss and each named loss, averaged over processes; at
@@ -138,8 +141,9 @@ def fit(
         dataset = InMemory(dataset, memory, progress=not hidden)
 
     model.train().to(memory_format=torch.channels_last)  # same numbers but for rounding; faster
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    alike = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    rates = {"lr": training.lr, "weight_decay": training.weight_decay}
+    optimizer = torch.optim.Adam(groups or alike, **rates)
     wrapped, optimizer = fabric.setup(model, optimizer)
     run = {
         "training": asdict(training),
@@ -147,6 +151,7 @@ def fit(
         "slices": len(dataset),
         "data": hashlib.sha256("\n".join(names).encode()).hexdigest()[:12],
         "processes": world,
+        "groups": groups and [{k: v for k, v in g.items() if k != "params"} for g in groups],
         **(run or {}),
         "weights at the start": digest(model.state_dict().values()),  # now the same in all
     }
@@ -184,7 +189,7 @@ def fit(
             torch.manual_seed(step_seed(seed, step, rank))
             lr = learning_rate(training, step, total)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("share", 1)
             optimizer.zero_grad(set_to_none=True)
             batch = [names[i % len(names)] for i in order[step - start]]
             if images:

@@ -36,7 +36,8 @@ def chapters(tmp_path, monkeypatch):
 
 def again(chapters, tmp_path):
     chapters.clear()
-    book.run_chapters(tmp_path / "executed", cache=True, run=chapters.run)
+    folder = tmp_path / "executed"
+    book.run_chapters(folder, cache=folder, run=chapters.run)
     return chapters
 
 
