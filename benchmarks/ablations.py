@@ -214,8 +214,14 @@ def markdown(result: dict) -> str:
         lines += [f"| **{group}** |" + " |" * (len(COLUMNS) - 1), *formatted(COLUMNS, rows)[2:]]
     few = next(row for row in result["variants"] if row["name"] == f"N = {FEW}")
     low, high = few["difference_interval"]
-    more = f"N = {N} minus N = {FEW}: {-few['difference']:+.3f} ({-high:+.3f} to {-low:+.3f})."
-    return "\n".join([*lines, "", more, "", origin(result, "`results/ablations.json`")])
+    more = f"{-few['difference']:+.3f} ({-high:+.3f} to {-low:+.3f})"
+    counts = (
+        "{train_slices:,} slices train, {val_slices} choose the epoch, {test_slices} slices of "
+    )
+    counts += "{test_patients} other patients judge"
+    text = [f"Accuracy with N = {N} minus that with N = {FEW}, NMS 0.75: {more}.", ""]
+    text += [f"{counts.format(**result)}; one detector, {len(result['seeds'])} seeds of S.", ""]
+    return "\n".join([*lines, "", *text, origin(result, "`results/ablations.json`")])
 
 
 def measure(

@@ -76,7 +76,9 @@ def command(measure: Callable, own: Path, *pages, indent: int | None = 1) -> Non
     if "--page" not in sys.argv:
         about = f"{sys.modules['__main__'].__doc__}\n--page only fills the pages."
         work = tyro.cli(measure, description=about)
-        torch.set_num_threads(1)  # the rounding of a result must not depend on the machine's cores
+        # rounding must depend neither on the machine's cores nor on a GPU
+        torch.set_num_threads(1)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the processes that this one starts, too
         source = environment()  # first, so that the commit is that of the code which runs
         for out, result in work:
             save(out, source | result, indent)
@@ -126,11 +128,10 @@ def complete(out: Path, settings: dict) -> bool:
 def lacking(
     out: Path, settings: dict, parts: dict[str, tuple], jobs: int = 1
 ) -> Iterator[tuple[Path, dict]]:
-    """Do the parts, function and arguments, that `out` lacks; yield for `save` after each.
+    """Do what `out` lacks of the parts, each a function and its arguments; yield for `save`.
 
-    `settings` decide the results, the phantoms' generator among them: in a file with others all
-    parts lack.
-    `jobs`: processes of one thread each; 1 is this one.
+    `settings` decide the results, the phantoms' generator among them: a file with others is begun
+    anew. `jobs`: processes of one thread each; 1 is this one.
     """
     old = read(out)
     done = old.get("parts", {}) if same(old, settings) else {}

@@ -51,11 +51,12 @@ def train_heads(detector, slices: dict, seed: int, n_boxes: int = QUICK.classifi
     return model
 
 
-def ordinary_classifier(slices: dict, seed: int) -> Tensor:
-    """A ResNet-18 from random weights on whole slices; the classes of the test slices, int64 [M].
+def ordinary_classifier(seed: int, data: Path, data_seed: int) -> dict:
+    """Train and judge a ResNet-18 from random weights on whole slices, without lesion masks.
 
     As in `train_heads` the epoch of the best validation accuracy stays.
     """
+    slices = quick_data(data, data_seed)[0]
     torch.manual_seed(seed)
     model = torchvision.models.resnet18(num_classes=len(slices["test"].classes))
 
@@ -74,8 +75,10 @@ def ordinary_classifier(slices: dict, seed: int) -> Tensor:
         return right.float().mean().item()
 
     options = {"seed": seed, "accuracy": accuracy, "title": "ordinary classifier"}
+    start = time.process_time()
     fit(model, slices["train"], losses, ORDINARY, **options)
-    return predict(slices["test"])
+    cost = {"seed": seed, "core_seconds": time.process_time() - start}
+    return cost | common.judged(predict(slices["test"]), slices["test"])
 
 
 def one_seed(seed: int, data: Path, data_seed: int) -> dict:
@@ -93,9 +96,6 @@ def one_seed(seed: int, data: Path, data_seed: int) -> dict:
     by_chance = training.evaluate_classifier(untrained, slices["test"])
     torch.manual_seed(seed)
     few = train_heads(segmenter, slices, seed, FEW)
-    start = time.process_time()
-    ordinary = ordinary_classifier(slices, seed)
-    core_seconds = time.process_time() - start
     return {
         "seed": seed,
         "core_seconds_total": seconds,
@@ -105,7 +105,6 @@ def one_seed(seed: int, data: Path, data_seed: int) -> dict:
         **judge(model, slices["test"]),
         "accuracy_random_detector": by_chance["accuracy"],
         "few_boxes": judge(few, slices["test"]),
-        "ordinary": {"core_seconds": core_seconds, **common.judged(ordinary, slices["test"])},
     }
 
 
@@ -135,16 +134,18 @@ def area_classifier(data: Path, seed: int) -> float:
 def markdown(result: dict) -> str:
     """The table of README.md."""
     parts = dict(sorted(result["parts"].items()))
-    rows = [row for name, row in parts.items() if name.startswith("seed")]
+    rows, ordinary = (
+        [row for name, row in parts.items() if name.startswith(kind)]
+        for kind in ("seed", "ordinary")
+    )
     rows = [row | {"core_minutes": row["core_seconds_total"] / 60} for row in rows]
     lines = formatted(COLUMNS, rows)
-    names = f"S on {FEW} boxes", "ordinary classifier"
-    for name, key in zip(names, ("few_boxes", "ordinary"), strict=True):
-        own = [row[key] for row in rows if key in row]
+    few = [row["few_boxes"] for row in rows if "few_boxes" in row]
+    for name, own in ((f"S on {FEW} boxes", few), ("ordinary classifier", ordinary)):
         minutes = [row["core_seconds"] / 60 for row in own if "core_seconds" in row]
-        cost = f"{np.mean(minutes):.1f}" if minutes else ""
-        accuracies = " / ".join(f"{row['accuracy']:.2f}" for row in own)
-        lines += [f"| {name}, each seed | {cost} | | | {accuracies} | |"] if own else []
+        cost = f"{np.mean(minutes):.1f} " if minutes else ""
+        accuracies = " / ".join(f"{row['accuracy']:.2f}" for row in own) or "not measured yet"
+        lines += [f"| {name} | {cost}| | | {accuracies} | |"]
     lines += [f"| intensity threshold | | {parts['threshold detector']['mask_ap50']:.2f} | | | |"]
     lines += [f"| true lesion areas | | | | {parts['area classifier']:.2f} | |", ""]
     return "\n".join(
@@ -169,6 +170,7 @@ def measure(
         "data_seed": data_seed,
     }
     parts = {f"seed {seed}": (one_seed, seed, data, data_seed) for seed in seeds}
+    parts |= {f"ordinary {seed}": (ordinary_classifier, seed, data, data_seed) for seed in seeds}
     parts["threshold detector"] = threshold_detector, data
     parts["area classifier"] = area_classifier, data, data_seed
     yield from common.lacking(out, settings, parts, jobs)

@@ -57,6 +57,17 @@ class Run(NamedTuple):
     share: int = 1  # every such training slice
 
 
+def rank(data: Path, data_seed: int) -> int:
+    """Rank boxes once for all runs of heads, before several processes ask for them."""
+    slices, count = common.quick_data(data, data_seed)[0], 0
+    segmenter = models.ShippedWeights.SEGMENTER_QUICK.load()
+    model = models.covid_ct_mask_net(segmenter, QUICK.classifier)
+    for share, split in ((1, "val"), (1, "train"), (PILOT_SHARE, "train")):
+        part = common.part_of(slices[split], range(0, len(slices[split]), share))
+        count += len(training.cache_ranked_boxes(model, part, folder=data.parent / "ranked"))
+    return count
+
+
 def train(run: Run, seed: int, data: Path, data_seed: int):
     """Train one regime; the epoch with the best validation accuracy stays. Model and its row."""
     slices = common.quick_data(data, data_seed)[0]
@@ -134,10 +145,11 @@ def summary(result: dict) -> list[dict]:
     rows = [part for name, part in result["parts"].items() if name.startswith("run")]
     rows = sorted(rows, key=lambda row: (run_of(row), row["seed"]))
     runs = [list(same) for _, same in groupby(rows, run_of)]
+    heads = [run for run in runs if run[0]["regime"] == "heads"]
+    base = {"minus_heads": heads[0], "minus_longer": heads[-1]}
     table = []
     for run in runs:
         one, keys = right(run), ("accuracy", "sensitivity", "ppv")
-        base = {"minus_heads": runs[0], "minus_longer": runs[-1]}
         table.append(
             {key: run[0][key] for key in ("regime", "epochs", "lr", "detector_lr")}
             | {key: np.mean([row[key] for row in run], axis=0).tolist() for key in keys}
@@ -164,8 +176,16 @@ def markdown(result: dict) -> str:
         ["pilot: validation accuracy", *(f"at {rate:g}" for rate in RATES)],
         [[name, *(f"{tried[key, rate]:.3f}" for rate in RATES)] for key, name in NAMES.items()],
     )
+    patients, seeds = set(result["test_patients"].split()), rows[0]["seeds"]
+    share, tries, *_ = result["pilot"]
+    text = (
+        f"Means of {len(seeds)} seed(s): {result['training_slices']:,} training, "
+        f"{result['validation_slices']} validation and {len(result['test_labels'])} test slices, "
+        f"these of {len(patients)} patients, {result['lesion_test_slices']} lesion slices for the "
+        f"box AP50. The pilot: one seed, every {share}th training slice, {tries} epochs at most."
+    )
     made = common.origin(result, "`results/regimes.json`")
-    return "\n".join([*common.formatted(COLUMNS, rows), "", *pilot_rows, "", made])
+    return "\n".join([*common.formatted(COLUMNS, rows), "", *pilot_rows, "", text, "", made])
 
 
 def measure(
@@ -177,14 +197,14 @@ def measure(
     out: Path = OUT,
 ) -> Iterator[tuple[Path, dict]]:
     """Do what an earlier call with the same settings has not done, in `jobs` processes."""
-    segmenter = models.ShippedWeights.SEGMENTER_QUICK.load()
     slices, lesions = common.quick_data(data, data_seed)
     settings = {
         "about": "three regimes, quick preset on synthetic phantoms; no figure of real CT",
         "generator": common.GENERATOR,
         "preset": asdict(QUICK),
         "epochs": epochs,
-        "pilot": [PILOT_SHARE, PILOT_EPOCHS],
+        "pilot": [PILOT_SHARE, PILOT_EPOCHS, *RATES],
+        "two_rates": [DETECTOR_SHARE, DETECTOR_DECAY],
         "data_seed": data_seed,
         "segmenter": models.ShippedWeights.SEGMENTER_QUICK.value,
         "training_slices": len(slices["train"]),
@@ -193,12 +213,8 @@ def measure(
         "test_patients": " ".join(slices["test"].patients),
         "lesion_test_slices": len(lesions["test"]),
     }
-    model = models.covid_ct_mask_net(segmenter, QUICK.classifier)
-    for share, split in ((1, "val"), (1, "train"), (PILOT_SHARE, "train")):
-        # once for all runs of heads, before several processes ask for them
-        part = common.part_of(slices[split], range(0, len(slices[split]), share))
-        training.cache_ranked_boxes(model, part, folder=data.parent / "ranked")
     where = data, data_seed
+    yield from common.lacking(out, settings, {"ranked slices": (rank, *where)})
     tried = [Run(*case, share=PILOT_SHARE) for case in product(REGIMES, (PILOT_EPOCHS,), RATES)]
     parts = {f"pilot {run.regime} {run.lr:g}": (pilot, run, 0, *where) for run in tried}
     yield from common.lacking(out, settings, parts, jobs)

@@ -26,7 +26,7 @@ def test_chapter_shows_the_results_file(benchmark, tmp_path):
 
 
 def test_results_name_their_origin_and_all_parts_are_there(benchmark):
-    for key in ("command", "commit", "hardware", "date", "torch", "torchvision"):
+    for key in ("command", "commit", "hardware", "date", "torch", "torchvision", "generator"):
         assert RESULT[key], key
     assert "ablations.py" in RESULT["command"]
     used = ("phantoms", "detector", "classifier", "classifier_training", "min_area")

@@ -2,6 +2,7 @@
 
 import importlib
 import multiprocessing
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
 from covidmask.config import PRESETS, PhantomConfig
+from covidmask.datasets.phantom_sets import write_semiseg_phantoms
+from covidmask.models.weights import read_card
+from tools import shipped_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = replace(
@@ -30,7 +34,7 @@ def benchmark(monkeypatch):
     def load(name):
         module = importlib.import_module(name)
         for each in (module, importlib.import_module("common")):
-            monkeypatch.setattr(each, "QUICK", TINY)
+            monkeypatch.setattr(each, "QUICK", TINY, raising=False)
         return module
 
     return load
@@ -50,31 +54,36 @@ def run(benchmark, out, commit="a1", **options):
     return parts
 
 
+@pytest.mark.slow
 def test_quick_preset_seed_by_seed(benchmark, tmp_path, monkeypatch):
     quick, out = benchmark("quick_preset"), tmp_path / "out.json"
     monkeypatch.setattr(quick, "ORDINARY", tiny_training())
     options = {"data": tmp_path / "phantoms", "jobs": 1}
-    both = ["threshold detector", "area classifier"]
-    assert run(quick, out, seeds=(0,), **options) == ["seed 0", *both]
+    names = ["seed 0", "ordinary 0", "threshold detector", "area classifier"]
+    assert run(quick, out, seeds=(0,), **options) == names
     assert run(quick, out, seeds=(0,), **options) == []
     result = quick.common.read(out)
-    row = result["parts"]["seed 0"]
-    assert len(row["ordinary"]["predictions"]) == len(row["few_boxes"]["predictions"]) == 6
+    for row in (result["parts"]["ordinary 0"], result["parts"]["seed 0"]["few_boxes"]):
+        assert len(row["predictions"]) == 6
     lines = quick.markdown(result).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:7]] == [
         "0",
-        *("S on 2 boxes, each seed", "ordinary classifier, each seed"),
+        *("S on 2 boxes", "ordinary classifier"),
         *("intensity threshold", "true lesion areas"),
     ]
 
 
+@pytest.mark.slow
 def test_regimes_of_two_seeds(benchmark, tmp_path, monkeypatch):
     regimes, out = benchmark("regimes"), tmp_path / "out.json"
     for name, value in {"RATES": (1e-3,), "PILOT_SHARE": 2, "PILOT_EPOCHS": 1}.items():
         monkeypatch.setattr(regimes, name, value)
     options = {"data": tmp_path / "phantoms", "jobs": 1, "epochs": 1}
     done = run(regimes, out, seeds=(0, 1), **options)
-    assert [name.split()[0] for name in done] == 3 * ["pilot"] + ["before"] + 12 * ["run"]
+    assert [name.split()[0] for name in done] == [
+        *("ranked", "pilot", "pilot", "pilot", "before"),
+        *12 * ["run"],
+    ]
     assert run(regimes, out, seeds=(0, 1), **options) == []
     result = regimes.common.read(out)
     rows = regimes.summary(result)
@@ -94,7 +103,9 @@ def test_ablations(benchmark, tmp_path, monkeypatch):
     options = {"data": tmp_path / "phantoms", "test_data": tmp_path / "others", "seeds": (0,)}
     assert run(ablations, out, **options) == ["all"]
     assert run(ablations, out, **options) == []
-    assert "\nN = 32 minus N = 2: " in ablations.markdown(ablations.common.read(out))
+    assert "\nAccuracy with N = 32 minus that with N = 2, NMS 0.75: " in ablations.markdown(
+        ablations.common.read(out)
+    )
     monkeypatch.setattr(ablations, "predictions", lambda *_: iter(()))
     monkeypatch.setattr(ablations.common, "GENERATOR", 99)  # other phantoms: all of it again
     assert run(ablations, out, **options) == ["all"]
@@ -160,3 +171,61 @@ def test_pages_are_not_filled_from_other_phantoms(benchmark, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["x.py", "--page"])
     with pytest.raises(SystemExit, match=r"out.json: of phantoms of generator -1, now \d.*page.md"):
         common.command(None, out, (tmp_path / "page.md", "x", str))
+
+
+@pytest.mark.slow
+def test_a_fold_of_real_slices(benchmark, tmp_path, monkeypatch):
+    """On phantoms in their layout. A model is found again by the generator of its phantoms."""
+    semiseg, preset = benchmark("covid_semiseg"), PRESETS["semiseg"]
+    training = tiny_training(epochs=1, average=0.9)
+    tiny = replace(
+        preset,
+        phantoms=TINY.phantoms,
+        detector=replace(TINY_DETECTOR, semantic=True),
+        segmenter=training,
+        augment=replace(preset.augment, size=64, copies=1, min_area=4),
+        pretraining=training,
+    )
+    monkeypatch.setattr(semiseg, "PRESET", tiny)
+    monkeypatch.setattr(semiseg, "SHORT", training)
+    monkeypatch.setenv("COVIDMASK_DATA", str(tmp_path))
+    data, folder = write_semiseg_phantoms(tmp_path / "real", 64, (5, 1)), tmp_path / "runs"
+    assert semiseg.phantoms_first(folder, "32-true")["steps"] == 1
+    for arm in semiseg.ARMS:
+        row = semiseg.one_fold(arm, 0, data, folder, "32-true")
+        assert row["training_slices"] == 4 and len(row["overlap_mirrored"]) == 1
+    names = {path.name for path in folder.glob("*.safetensors")}
+    g = semiseg.GENERATOR
+    arms = {f"whole-0-{g}.safetensors", f"short-0-{g}.safetensors", "random-0.safetensors"}
+    assert names == {semiseg.PHANTOMS, *arms}
+    assert len(semiseg.averaged(0, data, folder)) == 1
+
+
+@pytest.mark.slow
+def test_shipped_weights_are_made_once_for_these_phantoms(benchmark, tmp_path, monkeypatch, capsys):
+    benchmark("quick_preset")  # trains S
+    out, package = tmp_path / "shipped", tmp_path / "covidmask" / "models"
+    for file, folder in (
+        (shipped_weights.SHIPPED / shipped_weights.CT, out),
+        (ROOT / "covidmask" / "models" / "weights.py", package),
+        (shipped_weights.PAGE, tmp_path),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
+    monkeypatch.setattr(shipped_weights, "PRESET", TINY)
+    monkeypatch.setattr(shipped_weights, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped_weights, "PAGE", tmp_path / "weights.md")
+    monkeypatch.setenv("ALLOW_DIRTY", "1")
+    shipped_weights.main(tmp_path / "phantoms", out, missing=True)
+    made = shipped_weights.sha256(out / shipped_weights.CLASSIFIER)
+    for file in (package / "weights.py", tmp_path / "weights.md"):
+        assert made in file.read_text(encoding="utf-8")
+    assert read_card(out / shipped_weights.CLASSIFIER)["generator"] == shipped_weights.GENERATOR
+    capsys.readouterr()
+    shipped_weights.main(tmp_path / "phantoms", out, missing=True)
+    assert "are there" in capsys.readouterr().out
+    monkeypatch.setattr(shipped_weights, "GENERATOR", 99)
+    monkeypatch.setattr(shipped_weights, "environment", dict)
+    monkeypatch.setattr(shipped_weights, "write_phantoms", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it begins
+        shipped_weights.main(tmp_path / "phantoms", out, missing=True)

@@ -125,7 +125,16 @@ def test_mean_of_the_models_is_on_the_same_slices(benchmark):
 
 
 def test_results_name_their_origin():
-    for key in ("command", "commit", "hardware", "date", "torch", "torchvision", "note"):
+    for key in (
+        "command",
+        "commit",
+        "hardware",
+        "date",
+        "torch",
+        "torchvision",
+        "note",
+        "generator",
+    ):
         assert RESULT[key], key
     used = ("phantoms", "detector", "segmenter", "min_area", "augment", "pretraining")
     warn_if_stale(RESULT, used, "python benchmarks/covid_semiseg.py --data DIR")

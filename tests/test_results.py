@@ -26,6 +26,9 @@ def test_readme_shows_the_results_file(benchmark):
 def test_no_results_of_code_that_is_in_no_commit(benchmark, monkeypatch, tmp_path):
     (tmp_path / "covidmask").mkdir()
     code, page = tmp_path / "covidmask" / "code.py", tmp_path / "README.md"
+    sums = tmp_path / "covidmask" / "models" / "weights.py"
+    sums.parent.mkdir()
+    sums.write_text(f'x = 1\n    "{"a" * 64}",\n', encoding="utf-8")
     who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
     for file in (code, page):
         file.write_text("1\n", encoding="utf-8")
@@ -36,6 +39,12 @@ def test_no_results_of_code_that_is_in_no_commit(benchmark, monkeypatch, tmp_pat
     monkeypatch.delenv("ALLOW_DIRTY", raising=False)
     page.write_text("2\n", encoding="utf-8")  # filled by another benchmark
     assert "dirty" not in common.environment()["commit"]
+    sums.write_text(f'x = 1\n    "{"b" * 64}",\n', encoding="utf-8")  # by `make results`
+    assert "dirty" not in common.environment()["commit"]
+    sums.write_text(f'x = 2\n    "{"b" * 64}",\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="in no commit: commit them"):
+        common.environment()
+    sums.write_text(f'x = 1\n    "{"a" * 64}",\n', encoding="utf-8")
     code.write_text("2\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="in no commit: commit them"):
         common.environment()
@@ -44,7 +53,7 @@ def test_no_results_of_code_that_is_in_no_commit(benchmark, monkeypatch, tmp_pat
 
 
 def test_results_name_their_origin():
-    for key in ("command", "commit", "hardware", "date", "torch", "torchvision"):
+    for key in ("command", "commit", "hardware", "date", "torch", "torchvision", "generator"):
         assert RESULT[key], key
     used = ("phantoms", "detector", "segmenter", "classifier", "classifier_training", "min_area")
     warn_if_stale(RESULT, used, "make bench")
@@ -62,11 +71,14 @@ def test_an_edit_of_a_preset_asks_for_no_rerun():
 
 
 def test_quick_preset_reached_its_targets():
-    assert len(RESULT["seeds"]) >= 3
-    for row in RESULT["seeds"]:
+    seeds = [part for name, part in RESULT["parts"].items() if name.startswith("seed")]
+    assert len(seeds) >= 3
+    for row in seeds:
         assert row["lesion_test_slices"] >= 300 and row["class_test_slices"] >= 300
         assert row["mask_ap50"] >= 0.75 and row["mask_ap"] >= 0.38
         assert 0.75 <= row["accuracy"] <= 0.95
         assert row["accuracy_random_detector"] <= 0.45
         assert row["core_seconds_total"] <= 720
-    assert RESULT["threshold_detector"]["mask_ap50"] < 0.5
+        if ordinary := RESULT["parts"].get(f"ordinary {row['seed']}"):
+            assert 0.5 < ordinary["core_seconds"] / row["core_seconds_total"] < 2  # about the same
+    assert RESULT["parts"]["threshold detector"]["mask_ap50"] < 0.5

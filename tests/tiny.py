@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from covidmask.config import PRESETS, ClassifierConfig, DetectorConfig, TrainingConfig
 from covidmask.datasets.lesions import mask_to_targets
 from covidmask.datasets.patients import make_slice
+from covidmask.datasets.phantom_sets import GENERATOR
 
 TINY_DETECTOR = DetectorConfig(
     backbone="resnet18",
@@ -75,7 +76,8 @@ def warn_if_stale(result, used, command):
     do not count.
     """
     now = json.loads(json.dumps(asdict(PRESETS[result["preset"]["name"]])))
-    changed = sorted(
+    generator = result.get("generator", GENERATOR)
+    changed = ["the phantoms' generator"] * (generator != GENERATOR) + sorted(
         name
         for part in used
         for name in _differences({part: result["preset"][part]}, {part: now.get(part)})

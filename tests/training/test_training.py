@@ -103,6 +103,27 @@ def test_heads_cached_equals_heads_computed_each_step(tiny_slices):
         optimizer.step()
 
 
+def test_groups_get_their_share_of_the_rate(tmp_path):
+    torch.manual_seed(0)
+    rows, labels = torch.randn(8, 3, 5), torch.arange(8) % 3
+    training, checkpoint = tiny_training(warmup=0, weight_decay=0.0), tmp_path / "s.ckpt"
+
+    def moved(share):
+        torch.manual_seed(1)
+        s = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(15, 3))
+        before = [parameter.clone() for parameter in s.parameters()]
+        groups = [{"params": [s[1].weight]}, {"params": [s[1].bias], "share": share}]
+        options = {"groups": groups, "progress": False, "checkpoint": checkpoint}
+        train_s(s, rows, labels, replace(training, epochs=1, batch_size=8), **options)
+        return [(a - b).abs().mean().item() for a, b in zip(s.parameters(), before, strict=True)]
+
+    weight, bias = moved(0.1)  # Adam's first step has the size of the rate
+    assert weight == pytest.approx(training.lr, rel=0.01)
+    assert bias == pytest.approx(0.1 * training.lr, rel=0.01)
+    with pytest.raises(CheckpointError, match="groups was"):
+        moved(0.5)
+
+
 def test_validation_keeps_the_best_epoch(tiny_slices):
     model = classifier()
     history = train_classifier(
