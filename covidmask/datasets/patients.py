@@ -171,12 +171,12 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     for number in range(4 * wanted):
         if (len(lesions) if covid else foci) >= wanted:
             break
-        t = float(np.clip(rng.normal(0.62 if covid else 0.56, 0.16), 0.15, 0.88))
+        t = float(np.clip(rng.normal(0.66 if covid else 0.52, 0.17), 0.15, 0.88))
         if covid:
             side = 1 if (number + rng.integers(2)) % 2 else -1
-            centre = _place(patient, side, rng.normal(0.5, 1.2), rng.uniform(0.5, 0.92), t)
+            centre = _place(patient, side, rng.normal(0.5, 1.2), rng.uniform(0.5, 0.85), t)
             if rng.random() < 0.55:
-                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.8, 0.25), 0.038, 0.11))]
+                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.75, 0.25), 0.038, 0.11))]
                 if rng.random() < 0.1:  # a core leaves a ring of GGO: halo
                     radius = 0.55 * min(new[0].radii[:2])
                     new.append(_lesion(rng, CONSOLIDATION, centre, radius, bronchogram=0.0))
@@ -187,7 +187,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
                 new = [_lesion(rng, CONSOLIDATION, centre, radius)]
         else:
             side = int(first_side if one_sided else rng.choice([-1, 1]))
-            central = rng.random() < 0.5
+            central = rng.random() < 0.65
             turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
             depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
             centre = _place(patient, side, turn, depth, t)
