@@ -3,9 +3,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/00_whole_path.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/00_whole_path.ipynb)
 #
-# A slice of a chest CT goes in; three numbers come out, one for each kind of patient. This chapter
-# walks that path once, from data to report, with a detector that is trained already. Each step gets
-# a chapter of its own later.
+# A slice of a chest CT goes in, and three numbers come out, one for each kind of patient. In this
+# chapter we walk that path once, from data to report, with a detector that is already trained. Each
+# step gets a chapter of its own later.
 #
 # **After it you can**
 #
@@ -14,8 +14,8 @@
 # - train the classifier in seconds, and say why it takes no longer;
 # - say what a good result on synthetic slices does not show.
 #
-# **You need** Python and some PyTorch. **Run time:** about half a minute on two CPU cores in the
-# preset `quick`; 104 seconds on a GPU (H200) that other chapters used, too.
+# **You need** Python and some PyTorch. **Run time:** about a minute and a half on two CPU cores in
+# the preset `quick`.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -61,7 +61,11 @@ from covidmask.config import IMAGE_CLASSES, PRESETS
 from covidmask.datasets import make_slice, mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
 from covidmask.metrics import confusion, report, wilson
-from covidmask.models import ClassificationModule, covid_ct_mask_net, trained_segmenter
+from covidmask.models import (
+    ClassificationModule,
+    covid_ct_mask_net,
+    trained_segmenter,
+)
 from covidmask.training import train_s
 
 torch.manual_seed(0)
@@ -70,7 +74,8 @@ print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
 # %% [markdown]
-# The preset sets the scale, and nothing else: image size, backbone, number of boxes, epochs.
+# The preset chooses the scale: image size, backbone and number of boxes, and the training settings
+# that suit them.
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -80,7 +85,8 @@ SLICES = 240  # of each class, two thirds of them to learn from
 # %%
 preset = PRESETS[PRESET]
 size, n = preset.phantoms.size, preset.classifier.n_boxes
-print(f"slices of {size} x {size} pixels, backbone {preset.detector.backbone}, N = {n} boxes")
+backbone = preset.detector.backbone
+print(f"{size} x {size} pixels, backbone {backbone}, N = {n} boxes")
 
 # %% [markdown]
 # ## Two kinds of label
@@ -88,15 +94,16 @@ print(f"slices of {size} x {size} pixels, backbone {preset.detector.backbone}, N
 # The method learns from two sets of patients.
 #
 # - **Lesion masks** teach a detector where ground-glass opacity (GGO) and consolidation (C) are.
-#   A mask takes far longer to draw than a label to give, so this set is small. In the paper it holds COVID-19
-#   patients only {cite:p}`Zhang2020`.
-# - **Slice labels** teach a classifier: control, common pneumonia or COVID-19. One word for each
-#   slice {cite:p}`Gunraj2020`.
+#   A mask takes far longer to draw than a label to give, so this set is small. In the paper it holds
+#   COVID-19 patients only {cite:p}`Zhang2020`.
+# - **Slice labels** teach a classifier: one word for each slice, control, common pneumonia or
+#   COVID-19 {cite:p}`Gunraj2020`.
 #
 # Here is a slice with its mask, cut into *instances*: each connected region of one kind is one
-# lesion. This slice comes back in every chapter. It is our old friend.
+# lesion. You will meet this slice again in every chapter, so we call it our old friend. ([How the
+# phantoms are made](phantoms_made.ipynb) draws such a chest step by step.)
 
-# %% mystnb={"image": {"alt": "A synthetic axial chest slice twice: alone, and with boxes and outlines around three ground-glass opacities and two consolidations."}, "figure": {"caption": "Our old friend, without and with its five lesions. GGO is drawn solid, consolidation (C) dashed. A synthetic slice of a COVID-19 phantom."}}
+# %% mystnb={"image": {"alt": "A synthetic axial chest slice in the lung window, twice: alone, with fat, muscle, ribs, spine and heart around two dark lungs with bright vessels; and with boxes and outlines around ground-glass opacities and consolidations."}, "figure": {"caption": "Our old friend, without and with its lesions. GGO is drawn solid, consolidation (C) dashed. A synthetic slice of a COVID-19 phantom."}}
 image, mask = old_friend(size)
 truth = mask_to_targets(mask, min_area=preset.min_area)
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
@@ -106,31 +113,34 @@ plt.show()
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("lesions:", ["GGO" if label == 1 else "C" for label in truth["labels"].tolist()])
+labels = truth["labels"].tolist()
+print("lesions:", ["GGO" if label == 1 else "C" for label in labels])
 
 # %% [markdown]
 # ## A detector looks at the slice
 #
 # Mask R-CNN {cite:p}`He2017` proposes boxes, calls each one background, GGO or C, corrects its
-# place, and draws a mask inside. [Chapter 2](02_mask_rcnn.ipynb) takes it apart and
+# place, and draws a mask inside it. [Chapter 2](02_mask_rcnn.ipynb) takes it apart and
 # [chapter 3](03_segmenter.ipynb) trains it. Here we load a small one that was trained on other
 # phantoms ([its card](weights.md)).
 #
-# A detector gives a score to each of its boxes. Usually the boxes with low scores are thrown away.
-# Move the slider and see what that hides.
+# A detector gives each of its boxes a score, and boxes with low scores are usually thrown away.
+# Move the slider to see what that hides.
 
 # %%
 segmenter = trained_segmenter(PRESET, device, shipped=True)
 picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, H, W]
 with torch.no_grad():
-    found = {key: value.cpu() for key, value in segmenter([picture])[0].items()}
+    found = segmenter([picture])[0]
+found = {key: value.cpu() for key, value in found.items()}
 
 
 def draw(threshold=0.5):
     """The old friend with the detections that score above a threshold."""
     fig, ax = plt.subplots(figsize=(5, 4.4), layout="constrained")
     _ = plotting.show_lesions(image, found, ax, score_threshold=threshold)
-    _ = ax.set_title(f"{int((found['scores'] > threshold).sum())} boxes above {threshold:.2f}")
+    count = int((found["scores"] > threshold).sum())
+    _ = ax.set_title(f"{count} boxes above {threshold:.2f}")
     return fig
 
 
@@ -140,29 +150,34 @@ frame_slider(
     [f"{t:.2f}" for t in thresholds],
     "Score threshold",
     "The synthetic slice with the boxes that score above the threshold",
-    caption="Detections of our old friend. A lower threshold shows more boxes, right and wrong ones.",
+    caption="Detections of our old friend. A lower threshold shows more "
+    "boxes, right and wrong ones.",
     start=3,
     dpi=70,
 )
 
 # %% [markdown]
-# In a running notebook, turn the same knob yourself:
+# In a running notebook, you can turn the same knob yourself:
 
 # %% tags=["remove-output"]
 slider = ipywidgets.FloatSlider(0.5, min=0.05, max=0.95, step=0.05)
-_ = ipywidgets.interact(lambda threshold: (draw(threshold), plt.show())[1], threshold=slider)
+_ = ipywidgets.interact(
+    lambda threshold: (draw(threshold), plt.show())[1],
+    threshold=slider,
+)
 
 # %% [markdown]
 # ## From detections to a vector
 #
-# A classifier needs the same number of inputs for every slice, also for a healthy one. So the
-# method keeps the $N$ best boxes, however low they score. Each is one row of five numbers,
+# A classifier needs the same number of inputs for every slice, even for a healthy one. So the
+# method keeps the $N$ best boxes, however low they score. Each becomes a row of five numbers,
 # $r = (s, \delta_x, \delta_y, \delta_w, \delta_h)$: its score, and how the network moved and
-# resized the proposal. The rows stand in the order of their scores. These are the **ranked boxes**.
-# [Chapter 4](04_ranked_boxes.ipynb) builds them by hand.
+# resized the proposal. The rows are sorted by score. These are the **ranked boxes**, and
+# [chapter 4](04_ranked_boxes.ipynb) builds them by hand.
 
 # %%
-model = covid_ct_mask_net(segmenter, preset.classifier)  # the detector and a fresh module S
+# the detector and a fresh module S
+model = covid_ct_mask_net(segmenter, preset.classifier)
 with torch.no_grad():
     rows = model.ranked_boxes([picture])  # [1, N, 5]
 assert rows.shape == (1, n, 5)
@@ -176,45 +191,58 @@ plt.show()
 # %% [markdown]
 # ## Many slices
 #
-# To learn and to judge, we draw phantoms of the three classes. Each slice is of another patient.
-# The detector runs once on each. As long as it does not change, the ranked boxes of a slice do not
-# change either, so once is enough.
+# To train and to judge, we draw phantoms of the three classes, each slice from another patient. The
+# detector needs to look at each of them only once: as long as its weights stay the same, so do the
+# ranked boxes of a slice.
 
 
 # %%
+def draw_class(label):
+    """Phantoms of one class, each of another patient."""
+    return [make_slice(seed, label, size)[0] for seed in range(SLICES)]
+
+
+images = [draw_class(label) for label in range(3)]
+
+
 def rank_class(label):
-    """Ranked boxes [SLICES, N, 5] of fresh phantoms of one class."""
-    images = [make_slice(seed, label, size)[0] for seed in range(SLICES)]
-    tensors = [torch.from_numpy(picture).expand(3, -1, -1).to(device) for picture in images]
+    """Ranked boxes [SLICES, N, 5] of the phantoms of one class."""
+    parts = []
     with torch.no_grad():
-        parts = [model.ranked_boxes(tensors[i : i + 8]).cpu() for i in range(0, SLICES, 8)]
+        for i in range(0, SLICES, 8):
+            batch = map(torch.from_numpy, images[label][i : i + 8])
+            batch = [one.expand(3, -1, -1).to(device) for one in batch]
+            parts.append(model.ranked_boxes(batch).cpu())
     return torch.cat(parts)
 
 
-ranked = torch.stack([rank_class(label) for label in range(3)])  # [3, SLICES, N, 5]
+ranked = [rank_class(label) for label in range(3)]
+ranked = torch.stack(ranked)  # [3, SLICES, N, 5]
 split = 2 * SLICES // 3
-train_rows, test_rows = ranked[:, :split].flatten(0, 1), ranked[:, split:].flatten(0, 1)
+train_rows = ranked[:, :split].flatten(0, 1)
+test_rows = ranked[:, split:].flatten(0, 1)
 train_labels = torch.arange(3).repeat_interleave(split)
 test_labels = torch.arange(3).repeat_interleave(SLICES - split)
 
 # %% [markdown]
-# Why keep boxes with low scores? Look at the scores by rank. The classes differ not only at rank 1
-# but in how fast the scores fall. A healthy slice has no lesion, yet it has a ranking.
+# Why keep boxes with low scores? Look at the scores by rank, and compare the three curves: where do
+# they start, and how fast do they fall? A healthy slice has no lesion, but it does have a ranking.
 
-# %% mystnb={"image": {"alt": "Mean score against rank for control, common pneumonia and COVID-19; the curve of the controls starts lower and the three fall at different speeds."}, "figure": {"caption": "Scores by rank in the three classes, with the band from the 25 to the 75 percent quantile. Synthetic slices."}}
+# %% mystnb={"image": {"alt": "Mean score against rank for control, common pneumonia and COVID-19: three falling curves, each with a band."}, "figure": {"caption": "Scores by rank in the three classes, with the band from the 25 to the 75 percent quantile. Synthetic slices."}}
 _ = plotting.score_by_rank(train_rows, train_labels)
 plt.show()
 
 # %% [markdown]
 # ## The classifier
 #
-# The module $S$ reads the $N \times 5$ numbers as one vector, through two hidden layers, and gives
-# three logits. It is small: [chapter 5](05_covid_ct_mask_net.ipynb) builds it from three matrices.
-# To train $S$ alone is the regime that the paper calls "heads";
+# The module $S$ reads the $N \times 5$ numbers as one vector, passes them through two hidden layers,
+# and gives three logits. It is small: [chapter 5](05_covid_ct_mask_net.ipynb) builds it from three
+# matrices. Here we train $S$ alone, the regime that the paper calls "heads";
 # [chapter 6](06_three_regimes.ipynb) compares it with two others.
 
 # %%
-history = train_s(model.s, train_rows, train_labels, preset.classifier_training, seed=SEED)
+settings = preset.classifier_training
+history = train_s(model.s, train_rows, train_labels, settings, seed=SEED)
 with torch.no_grad():
     predicted = model.s(test_rows.to(device)).argmax(1).cpu()
 result = report(confusion(test_labels, predicted))
@@ -225,7 +253,7 @@ assert result["accuracy"] > 0.45, "chance is one third"
 #
 # *Sensitivity* of a class is the share of its slices that are found. *Positive predictive value*
 # (PPV) is the share of its predictions that are right. Wilson's interval says how far chance alone
-# could move the accuracy of so few slices {cite:p}`Wilson1927`.
+# can move the accuracy when there are so few slices {cite:p}`Wilson1927`.
 
 # %% mystnb={"image": {"alt": "Confusion matrix of three classes with counts and percentages."}, "figure": {"caption": "Confusion matrix of a small S on unseen phantom patients. Synthetic."}}
 _ = plotting.confusion_matrix(confusion(test_labels, predicted))
@@ -233,36 +261,38 @@ plt.show()
 
 # %%
 print(f"{'':18} sensitivity      PPV   (phantoms)")
-for name, sensitivity, ppv in zip(IMAGE_CLASSES, result["sensitivity"], result["ppv"], strict=True):
+columns = IMAGE_CLASSES, result["sensitivity"], result["ppv"]
+for name, sensitivity, ppv in zip(*columns, strict=True):
     print(f"{name:18} {sensitivity:11.1%} {ppv:8.1%}")
-right = int((predicted == test_labels).sum())
-low, high = wilson(right, len(test_labels))
-print(
-    f"accuracy {result['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%}), {len(test_labels)} slices"
-)
+right, total = int((predicted == test_labels).sum()), len(test_labels)
+low, high = wilson(right, total)
+print(f"accuracy {right / total:.1%} of {total} slices", end=" ")
+print(f"(95 %: {low:.1%} to {high:.1%})")
 
 # %% [markdown]
-# With more slices to learn from, $S$ does better: [chapter 7](07_evaluation.ipynb) judges one that
-# has seen all training phantoms. And what does it say of our old friend?
+# This $S$ has learned from few slices; [chapter 7](07_evaluation.ipynb) judges one that has seen all
+# training phantoms. And what does it say of our old friend? Beside the answer stands the mean of the
+# answers to all COVID-19 slices of the test.
 
 # %%
 with torch.no_grad():
-    probabilities = model([picture])[0].sigmoid().tolist()
-for name, probability in zip(IMAGE_CLASSES, probabilities, strict=True):
-    print(f"{name:18} {probability:.2f}")
-guess = max(range(3), key=probabilities.__getitem__)
-print(f"prediction: {IMAGE_CLASSES[guess]}, truth: {IMAGE_CLASSES[2]}")
+    friend = model([picture])[0].sigmoid().tolist()
+    others = model.s(test_rows[test_labels == 2].to(device)).sigmoid()
+print(f"{'':18} old friend   mean of COVID-19 slices")
+columns = IMAGE_CLASSES, friend, others.mean(dim=0).tolist()
+for name, probability, mean in zip(*columns, strict=True):
+    print(f"{name:18} {probability:10.2f} {mean:25.2f}")
 
 # %% [markdown]
-# The three numbers need not sum to 1: each answers a yes-or-no question of its own. If the prediction
-# is not the truth, $S$ is wrong here. With the sensitivities above, that is no surprise for a single
-# slice.
+# The three numbers need not sum to 1: each answers a yes-or-no question of its own. The prediction is
+# the largest of them. A single slice may lie far from the mean, and $S$ may be right or wrong about
+# it by luck. That is why the report counts many slices, and gives an interval.
 #
 # ## Exercises
 #
 # ```{exercise} Fewer boxes
 # :label: whole-path-fewer
-# Train $S$ on the first 4 ranked boxes only. What does the accuracy lose?
+# Train $S$ on the first 4 ranked boxes only. Does the accuracy suffer?
 # ```
 
 # %% [markdown]
@@ -276,8 +306,9 @@ print(f"prediction: {IMAGE_CLASSES[guess]}, truth: {IMAGE_CLASSES[2]}")
 def accuracy_of_s(train, test):
     """Train a fresh S on these rows; return its accuracy on the others."""
     torch.manual_seed(SEED)
-    s = ClassificationModule(train.shape[1], preset.classifier.hidden, train.shape[2])
-    train_s(s, train, train_labels, preset.classifier_training, seed=SEED, progress=False)
+    boxes, columns = train.shape[1:]
+    s = ClassificationModule(boxes, preset.classifier.hidden, columns)
+    train_s(s, train, train_labels, settings, seed=SEED, progress=False)
     with torch.no_grad():
         guess = s(test.to(next(s.parameters()).device)).argmax(1).cpu()
     return (guess == test_labels).float().mean().item()
@@ -288,10 +319,11 @@ print(f"{n} boxes: {every_box:.1%}")
 print(f" 4 boxes: {accuracy_of_s(train_rows[:, :4], test_rows[:, :4]):.1%}")
 
 # %% [markdown]
-# Probably nothing, and it may even gain: with a few hundred slices to learn from, fewer inputs are
-# easier. But look at the first number, too. The same boxes gave another one above, because a fresh $S$
-# starts from other random weights. A difference of a few points between two single runs means
-# little. [Chapter 8](08_what_makes_it_work.ipynb) asks the question with more slices.
+# Before you trust the difference, compare the first number with the accuracy in the report. The boxes
+# are the same, and only the random weights from which $S$ starts are not. If four boxes change the
+# accuracy no more than that, you have seen chance at work. If they gain clearly more, there were too
+# many inputs for so few slices. [Chapter 8](08_what_makes_it_work.ipynb) asks the question with more
+# slices.
 
 # %% [markdown]
 # ````{solution-end}
@@ -311,16 +343,20 @@ print(f" 4 boxes: {accuracy_of_s(train_rows[:, :4], test_rows[:, :4]):.1%}")
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-best_train, best_test = train_rows[:, 0, :1].numpy(), test_rows[:, 0, :1].numpy()
+best_train = train_rows[:, 0, :1].numpy()
+best_test = test_rows[:, 0, :1].numpy()
 simple = LogisticRegression().fit(best_train, train_labels.numpy())
 guess = torch.from_numpy(simple.predict(best_test))
-for name, value in zip(
-    IMAGE_CLASSES, report(confusion(test_labels, guess))["sensitivity"], strict=True
-):
+of_one = report(confusion(test_labels, guess))
+for name, value in zip(IMAGE_CLASSES, of_one["sensitivity"], strict=True):
     print(f"{name:18} found {value:.0%}")
+print(f"accuracy {of_one['accuracy']:.1%}, of S {result['accuracy']:.1%}")
 
 # %% [markdown]
-# The best score says whether there is a lesion. It cannot say which disease it belongs to.
+# The best score says how sure the detector is that there is a lesion at all. Does it also tell the
+# two diseases apart? Look at their rows: if one is found and the other hardly at all, it does not.
+# The last line says whether $S$ could make use of the other numbers, too, with so few slices to learn
+# from.
 
 # %% [markdown]
 # ````{solution-end}
@@ -343,9 +379,12 @@ for name, value in zip(
 from covidmask.models import lesion_mask_rcnn
 
 torch.manual_seed(SEED)
-model = covid_ct_mask_net(lesion_mask_rcnn(preset.detector).to(device), preset.classifier)
+random_detector = lesion_mask_rcnn(preset.detector).to(device)
+model = covid_ct_mask_net(random_detector, preset.classifier)
 untrained = torch.stack([rank_class(label) for label in range(3)])
-accuracy = accuracy_of_s(untrained[:, :split].flatten(0, 1), untrained[:, split:].flatten(0, 1))
+train = untrained[:, :split].flatten(0, 1)
+test = untrained[:, split:].flatten(0, 1)
+accuracy = accuracy_of_s(train, test)
 print(f"trained detector: {every_box:.1%}, random weights: {accuracy:.1%}")
 
 # %% [markdown]
@@ -359,7 +398,7 @@ print(f"trained detector: {every_box:.1%}, random weights: {accuracy:.1%}")
 # 2. A slice becomes $N$ rows of score and encoded deltas, ranked by score.
 # 3. Low scores stay in, so that healthy slices have a vector too.
 # 4. With the detector frozen, its boxes are computed once and $S$ trains in seconds.
-# 5. Phantoms are not patients: a good number here says that the code works, and no more.
+# 5. Phantoms are not patients: a good number here shows that the code works, nothing more.
 #
 # ## Further reading
 #

@@ -3,8 +3,8 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/01_data.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/01_data.ipynb)
 #
-# Two data sets teach the two stages of COVID-CT-Mask-Net: lesion masks teach the detector, slice
-# labels teach the classifier. What do they hold, and what do their labels hide? Most of what can go
+# Two data sets teach the two stages of COVID-CT-Mask-Net: lesion masks teach the detector, and slice
+# labels teach the classifier. What do they hold, and what do their labels hide? Much of what goes
 # wrong later starts here.
 #
 # **After it you can**
@@ -15,10 +15,9 @@
 # - check that no patient crosses from training to test, and show what happens when one does;
 # - say what a model can read off a slice label that has nothing to do with a disease.
 #
-# **You need** Python and some PyTorch. [Chapter 0](00_whole_path.ipynb) shows where the data go,
-# but this chapter runs alone. **Run time:** about 40 seconds on two CPU cores in the preset `quick`
-# (the first chapter that you run draws the phantoms once, which takes about a minute more); 76
-# seconds on a GPU (H200) that other chapters used, too.
+# **You need** Python and some PyTorch. [Chapter 0](00_whole_path.ipynb) shows what the data are for,
+# but this chapter runs alone. **Run time:** about a minute on two CPU cores in the preset `quick`
+# (the first chapter that you run draws the phantoms once, which takes a few minutes more).
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -88,7 +87,8 @@ from covidmask.datasets import (
 from covidmask.interactive import frame_slider
 
 torch.manual_seed(0)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # this chapter needs no GPU
+# this chapter needs no GPU
+device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
@@ -115,67 +115,77 @@ DATA = os.environ.get("COVIDMASK_DATA", "data")
 preset = PRESETS[PRESET]
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
 SPLITS = ("train", "val", "test")
-lesions = {s: LesionSlices(root / "lesions", s, min_area=preset.min_area) for s in SPLITS}
+least, folder = preset.min_area, root / "lesions"
+lesions = {s: LesionSlices(folder, s, min_area=least) for s in SPLITS}
 slices = {s: SliceImages(root / "slices", s) for s in SPLITS}
 
 # %%
 # NBVAL_CHECK_OUTPUT
 print("phantoms          slices  patients")
 for split, dataset in lesions.items():
-    print(f"lesion set {split:6} {len(dataset):6} {len(set(dataset.patients)):9}")
+    people = len(set(dataset.patients))
+    print(f"lesion set {split:6} {len(dataset):6} {people:9}")
 for split, dataset in slices.items():
     found = class_statistics(dataset)
-    print(f"class set  {split:6} {found.slices.sum():6} {found.patients.sum():9}", end="   ")
-    print(", ".join(f"{n} {c}" for n, c in zip(found.slices, IMAGE_CLASSES, strict=True)))
+    total, people = found.slices.sum(), found.patients.sum()
+    print(f"class set  {split:6} {total:6} {people:9}", end="   ")
+    each = zip(found.slices, IMAGE_CLASSES, strict=True)
+    print(", ".join(f"{n} {name}" for n, name in each))
 print(lesions["test"].names[0], "|", slices["test"].names[-1])
 
 # %% [markdown]
 # ## What a mask file holds
 #
 # A mask is a picture of the same size as its slice. Each pixel holds a code: 0 background, 1 lung,
-# 2 ground-glass opacity (GGO), 3 consolidation (C). Our old friend is one COVID-19 phantom that no
-# model of this book has seen. It has such a mask.
+# 2 ground-glass opacity (GGO), 3 consolidation (C). Here is the mask of our old friend, a COVID-19
+# phantom on which no model of this book was trained.
 
 # %%
-image, mask = old_friend(preset.phantoms.size)  # float32 [S, S] in 0..1, uint8 [S, S]
+# float32 [H, W] in 0..1, uint8 [H, W]
+image, mask = old_friend(preset.phantoms.size)
 target = mask_to_targets(mask, min_area=preset.min_area)
 names = ("background", "lung", "GGO", "C")
 for code, count in enumerate(np.bincount(mask.ravel(), minlength=4)):
-    print(f"code {code}  {names[code]:10} {count / mask.size:6.1%} of the pixels")
+    share = count / mask.size
+    print(f"code {code}  {names[code]:10} {share:6.1%} of the pixels")
 
-# %% mystnb={"image": {"alt": "Our old friend three times: the grey slice, its mask with lung, GGO and consolidation in different colours, and the slice with a box and an outline around each lesion."}, "figure": {"caption": "Our old friend: slice, mask, and the instances made from the mask. GGO is drawn solid, consolidation (C) dashed or hatched. Synthetic."}}
+# %% mystnb={"image": {"alt": "Our old friend three times: the slice in the lung window, with fat, muscle, ribs, spine and heart around the lungs; its mask with lung, GGO and consolidation in different colours; and the slice with a box and an outline around each lesion."}, "figure": {"caption": "Our old friend: slice, mask, and the instances made from the mask. GGO is drawn solid, consolidation (C) dashed or hatched. Synthetic."}}
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
 _ = plotting.show_slice(image, axes[0])
 _ = plotting.show_mask(mask, axes[1])
 _ = plotting.show_lesions(image, target, axes[2])
-for ax, title in zip(axes, ("slice", "mask: a code per pixel", "instances"), strict=True):
+titles = "slice", "mask: a code per pixel", "instances"
+for ax, title in zip(axes, titles, strict=True):
     _ = ax.set_title(title)
 plt.show()
 
 # %% [markdown]
-# Look at the two bright discs in the left half of the slice. The lower one is a consolidation. The
-# upper one is the top of the diaphragm: not lung, and no lesion. Grey values alone cannot tell.
+# Look for what is as bright as the consolidations in the slice. The heart is, and so are the large
+# vessels and the muscles of the chest wall, but none of them is a lesion. The grey value of a pixel
+# alone does not tell what it is.
 #
-# Some radiology helps to read the mask.
+# A little radiology helps to read the mask.
 #
 # - **GGO** is a hazy rise in density. Part of the air is still there, so the lung looks grey rather
 #   than white, and vessels stay visible through it.
-# - **Consolidation** is denser: fluid or cells have replaced the air. It is as bright as soft tissue
-#   and hides the vessels inside it.
+# - **Consolidation** is denser: fluid or cells have replaced the air. It is nearly as bright as soft
+#   tissue and hides the vessels inside it.
 # - **COVID-19** tends to show several lesions, in both lungs, near the pleura (the outer border),
 #   often low and at the back, and often as GGO, some of it with consolidation.
 # - **Common pneumonia**, where bacteria cause it, tends to fill one connected region such as a lobe,
 #   often in one lung.
 #
-# In outline, the reason lies in the way in which the disease spreads. Fluid that fills neighbouring air
-# spaces makes one solid region. A virus that harms the tissue at many places at once makes many hazy
-# ones. So number, place and size of the lesions carry information about the disease. These are tendencies:
-# single patients break them, and the paper calls the differences subtle; it points to
-# {cite:t}`Zhao2020scans`, {cite:t}`Zhao2020relation` and {cite:t}`Yan2020`. Neither GGO nor C belongs
-# to one disease.
+# In outline, this comes from the way the diseases spread. Fluid that fills neighbouring air spaces
+# makes one solid region; a virus that harms the tissue in many places at once makes many hazy ones.
+# So the number, place and size of the lesions carry information about the disease. But these are
+# only tendencies, and single patients break them. The paper calls the differences subtle, and points
+# to {cite:t}`Zhao2020scans`, {cite:t}`Zhao2020relation` and {cite:t}`Yan2020`. Both GGO and C occur
+# in either disease.
 #
-# The phantoms follow this outline because we drew them so, and their common pneumonia is of the kind
-# described here only. What they show about the diseases is therefore no evidence about patients.
+# The phantoms follow this outline because we drew them so ([how the phantoms are
+# made](phantoms_made.ipynb) has the rules). Their classes overlap, too: some common pneumonias are of
+# the patchy kind that viruses cause, on both sides. What the phantoms show about the diseases is
+# therefore no evidence about patients.
 #
 # ## From a CT value to a grey value
 #
@@ -185,27 +195,29 @@ plt.show()
 #
 # $$ v = \mathrm{clip}\left(\frac{h - (\ell - w/2)}{w},\ 0,\ 1\right). $$
 #
-# By hand, for the lung window of the phantoms:
+# By hand, for the usual lung window (that of each phantom patient differs a little from it):
 
 # %%
 # NBVAL_CHECK_OUTPUT
 level, width = LUNG_WINDOW
 hu = np.array([-1000, -850, -600, 0, 40, 450], dtype=np.float32)
 by_hand = np.clip((hu - (level - width / 2)) / width, 0, 1)
-np.testing.assert_allclose(by_hand, hounsfield_to_unit(hu, LUNG_WINDOW), atol=1e-6)
+packaged = hounsfield_to_unit(hu, LUNG_WINDOW)
+np.testing.assert_allclose(by_hand, packaged, atol=1e-6)
 print(f"window: level {level:g} HU, width {width:g} HU")
-for what, h, v in zip(("air", "lung", "haze", "water", "muscle", "bone"), hu, by_hand, strict=True):
+tissues = "air", "lung", "haze", "water", "muscle", "bone"
+for what, h, v in zip(tissues, hu, by_hand, strict=True):
     print(f"{what:7} {h:6.0f} HU -> {v:.3f}")
 print(f"one of 255 grey steps is {width / 255:.1f} HU")
 
 # %% [markdown]
 # Everything above the window becomes 1 and everything below becomes 0, and an 8-bit file keeps 256
-# steps. This cannot be undone. Both public sets come as PNG or JPEG pictures, so somebody has chosen
-# the window already; a model that meets another one meets other grey values
+# steps. This cannot be undone. Both public sets come as PNG or JPEG pictures, so somebody has already
+# chosen the window; with another window, a model meets other grey values
 # ([chapter 9](09_real_ct.ipynb)).
 #
-# Are grey values enough to find lesions? Here they are by tissue, over the test slices of the lesion
-# set.
+# Are grey values enough to find lesions? Here they are for each mask code, over the test slices of
+# the lesion set.
 
 # %%
 greys = {code: [] for code in range(4)}
@@ -215,27 +227,42 @@ for i in range(len(lesions["test"])):
         greys[code].append(picture[codes == code])
 greys = {code: np.concatenate(parts) for code, parts in greys.items()}
 
-# %% mystnb={"image": {"alt": "Four overlapping histograms of grey values: lung peaks low, GGO in the middle, consolidation high, and the background has peaks at both ends."}, "figure": {"caption": "Grey values of each mask code. Lung (vessels, dependent density) overlaps GGO, and the chest wall overlaps consolidation, so no threshold separates them. Phantoms."}}
+# %% mystnb={"image": {"alt": "Four overlapping histograms of grey values: lung lies low, GGO in the middle, consolidation high, and the background has a peak of air on the left and soft tissue on the right."}, "figure": {"caption": "Grey values of each mask code. Lung (vessels, dependent density) overlaps GGO, and the chest wall overlaps consolidation, so no threshold separates them. Phantoms."}}
 ax = plotting.get_ax(8, 4)
-styles = ((plotting.BLACK, ":"), (plotting.GREEN, "-."), (plotting.SKY_BLUE, "-"))
+styles = (
+    (plotting.BLACK, ":"),
+    (plotting.GREEN, "-."),
+    (plotting.SKY_BLUE, "-"),
+)
 for code, (colour, line) in enumerate((*styles, (plotting.ORANGE, "--"))):
-    height, edges = np.histogram(greys[code], bins=60, range=(0, 1), density=True)
-    _ = ax.plot((edges[1:] + edges[:-1]) / 2, height, color=colour, ls=line, label=names[code])
-_ = ax.set(xlabel="Grey value (no unit)", ylabel="Density (share per unit of grey)", xlim=(0, 1))
-to_hu = (lambda v: v * width + level - width / 2, lambda h: (h - level + width / 2) / width)
-_ = ax.secondary_xaxis("top", functions=to_hu).set_xlabel("Hounsfield units before the window (HU)")
+    height, edges = np.histogram(greys[code], 60, (0, 1), density=True)
+    middle = (edges[1:] + edges[:-1]) / 2
+    _ = ax.plot(middle, height, color=colour, ls=line, label=names[code])
+_ = ax.set(
+    xlabel="Grey value (no unit)",
+    ylabel="Density (share per unit of grey)",
+    xlim=(0, 1),
+)
+to_hu = (
+    lambda v: v * width + level - width / 2,
+    lambda h: (h - level + width / 2) / width,
+)
+top = ax.secondary_xaxis("top", functions=to_hu)
+_ = top.set_xlabel("Hounsfield units in the usual window (HU)")
 _ = ax.legend()
 plt.show()
 
 # %%
 low, high = np.quantile(greys[2], [0.25, 0.75])
-hits = {code: int(((greys[code] > low) & (greys[code] < high)).sum()) for code in greys}
-share = hits[2] / sum(hits.values())
-print(f"pixels with the grey of the middle half of GGO: {share:.0%} of them are GGO (phantoms)")
+hits = [((v > low) & (v < high)).sum() for v in greys.values()]
+share = hits[2] / sum(hits)
+print("pixels with the grey of the middle half of GGO:", end=" ")
+print(f"{share:.0%} of them are GGO (phantoms)")
 
 # %% [markdown]
-# A threshold finds mostly other things: vessels, edges, the chest wall. Shape and surroundings must
-# help. That is why the detector is a convolutional network with a field of view.
+# The rest is something else of the same grey, such as vessels, denser lung, or the edges of organs. So
+# shape and surroundings must help, and that is why the detector is a convolutional network with a
+# field of view.
 #
 # ## Why instances and not pixels
 #
@@ -243,60 +270,68 @@ print(f"pixels with the grey of the middle half of GGO: {share:.0%} of them are 
 # {cite:p}`Long2015,Ronneberger2015`). The paper takes *instances*: each lesion is an object of its
 # own {cite:p}`He2017`. The next cell looks for two slices with the same number of lesion pixels, one
 # of common pneumonia and one of COVID-19, whose numbers of lesions differ most. (Slices of the class
-# set have no mask on disk; for phantoms the generator can draw it again.)
+# set have no mask on disk, but the generator can draw it again.)
 
 # %%
 test = slices["test"]
-chosen = [i for i in range(0, len(test), 2) if test.labels[i] > 0]  # every second slice will do
-true_masks = {i: phantom_mask(test.names[i], preset.phantoms.size) for i in chosen}
-found = {i: mask_to_targets(m, min_area=preset.min_area) for i, m in true_masks.items()}
+size = preset.phantoms.size
+# every second slice will do
+chosen = [i for i in range(0, len(test), 2) if test.labels[i] > 0]
+true_masks = {i: phantom_mask(test.names[i], size) for i in chosen}
+found = {i: mask_to_targets(true_masks[i], min_area=least) for i in chosen}
 area = {i: float(t["area"].sum()) for i, t in found.items()}
 number = {i: len(t["labels"]) for i, t in found.items()}
 pairs = [
     (number[b] - number[a], area[a], a, b)
     for a in chosen
+    if test.labels[a] == 1
     for b in chosen
-    if (test.labels[a], test.labels[b]) == (1, 2) and abs(area[a] - area[b]) < 0.02 * area[a]
+    if test.labels[b] == 2 and abs(area[a] - area[b]) < 0.02 * area[a]
 ]
 _, _, pneumonia, covid = max(pairs)
 for i in (pneumonia, covid):
-    share = area[i] / preset.phantoms.size**2
-    print(f"{IMAGE_CLASSES[test.labels[i]]:16}  lesions: {number[i]}, on {share:.1%} of the image")
+    name, share = IMAGE_CLASSES[test.labels[i]], area[i] / size**2
+    print(f"{name:16}  lesions: {number[i]}, on {share:.1%} of the image")
 
-# %% mystnb={"image": {"alt": "Two synthetic slices: a common pneumonia with few large lesions and a COVID-19 slice with several small ones in both lungs."}, "figure": {"caption": "Almost the same number of lesion pixels, but not the same lesions. A sum over pixels cannot tell the two apart; boxes can. Phantoms, a pair chosen for its contrast."}}
+# %% mystnb={"image": {"alt": "Two synthetic chest slices with boxes around the lesions: a common pneumonia with few, and a COVID-19 slice with more and smaller ones."}, "figure": {"caption": "Almost the same number of lesion pixels, but not the same lesions. A sum over pixels cannot tell the two apart; a count of boxes can. Phantoms, a pair chosen for its contrast."}}
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
 for ax, i in zip(axes, (pneumonia, covid), strict=True):
     _ = plotting.show_lesions(test[i][0], found[i], ax)
-    _ = ax.set_title(f"{IMAGE_CLASSES[test.labels[i]]}, number of lesions: {number[i]}")
+    name = IMAGE_CLASSES[test.labels[i]]
+    _ = ax.set_title(f"{name}, number of lesions: {number[i]}")
 plt.show()
 
 # %% [markdown]
 # ## From pixels to instances
 #
-# The mask says what each pixel is. It does not say which pixels belong together. We define: one
-# instance is one *connected component* of one class. Two pixels belong to one component when a path
-# of neighbouring pixels of that class leads from one to the other.
+# The mask says what each pixel is, but not which pixels belong together. We define: one instance is
+# one *connected component* of one class. Two pixels belong to the same component when a path of
+# neighbouring pixels of that class leads from one to the other.
 #
-# Here is a way to find components with what a network has anyway: max-pooling. Give each lesion pixel
-# a number of its own, the largest to the first in reading order. Then let each pixel take the largest
-# number among its neighbours and itself, again and again, and keep the background at 0. Numbers cannot
-# leave their component, so in the end each component carries one number: that of its first pixel.
+# Max-pooling, which networks use anyway, finds the components. Give each lesion pixel a number of its
+# own, the largest to the first in reading order. Then let each pixel take the largest number among
+# its neighbours and itself, again and again, and keep the background at 0. Numbers cannot leave their
+# component, so in the end each component carries one number: that of its first pixel.
 #
 # $$ n_{t+1}(p) = m(p) \cdot \max_{q \in N(p)} n_t(q), \qquad m(p) \in \{0, 1\}. $$
 
 # %%
-ggo = torch.from_numpy(mask == 2)  # bool [S, S]
+ggo = torch.from_numpy(mask == 2)  # bool [H, W]
 
 
 def start_numbers(inside):
-    """Number lesion pixels in falling reading order; 0 elsewhere. float32 is exact up to 4096²."""
-    height, width = inside.shape
-    return torch.arange(height * width, 0, -1.0).reshape(height, width) * inside  # [H, W]
+    """Number lesion pixels in falling reading order; 0 elsewhere.
+
+    float32 is exact up to 4096 x 4096 pixels.
+    """
+    numbers = torch.arange(inside.numel(), 0, -1.0)
+    return numbers.reshape(inside.shape) * inside  # [H, W]
 
 
 def one_step(numbers, inside):
-    """Each lesion pixel takes the largest number of its 3 x 3 surroundings."""
-    return max_pool2d(numbers[None], 3, stride=1, padding=1)[0] * inside  # [H, W]
+    """Each lesion pixel takes the largest number of its 3 x 3 pixels."""
+    largest = max_pool2d(numbers[None], 3, stride=1, padding=1)[0]
+    return largest * inside  # [H, W]
 
 
 def spread(inside, step=one_step):
@@ -308,12 +343,13 @@ def spread(inside, step=one_step):
 
 
 components = spread(ggo)
-print("numbers that are left:", len(components[ggo].unique()), "GGO regions of our old friend")
+print("GGO regions of our old friend:", len(components[ggo].unique()))
 
 # %% mystnb={"image": {"alt": "The GGO pixels of our old friend in four stages. At first each pixel has its own shade; after some steps the shade of the first pixel has spread; at the end each region has one shade."}, "figure": {"caption": "Numbers spread through the GGO of our old friend, cut out of the slice. When nothing changes any more, each region has one number. Synthetic."}}
 rows, columns = (np.flatnonzero((mask == 2).any(axis=k)) for k in (1, 0))
-frame = (columns[0] - 3, columns[-1] + 3, rows[-1] + 3, rows[0] - 3)  # left, right, bottom, top
-fig, axes = plt.subplots(2, 2, figsize=(9, 4), layout="constrained")
+x_range = columns[0] - 3, columns[-1] + 3
+y_range = rows[-1] + 3, rows[0] - 3  # y points down
+fig, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
 first = numbers = start_numbers(ggo)
 done = 0
 for ax, steps in zip(axes.flat, (0, 3, 8, None), strict=True):
@@ -321,34 +357,41 @@ for ax, steps in zip(axes.flat, (0, 3, 8, None), strict=True):
         numbers, done = one_step(numbers, ggo), done + 1
     shown = components if steps is None else numbers
     hidden = np.ma.masked_equal(shown.numpy(), 0)
-    _ = ax.imshow(hidden, cmap="viridis", vmin=first[ggo].min(), vmax=first.max())
-    _ = ax.set(xlim=frame[:2], ylim=frame[2:], xlabel="x (pixels)", ylabel="y (pixels)")
-    _ = ax.set_title("at the end" if steps is None else f"after {steps} steps")
+    limits = {"vmin": first[ggo].min(), "vmax": first.max()}
+    _ = ax.imshow(hidden, cmap="viridis", **limits)
+    _ = ax.set(xlim=x_range, xlabel="x (pixels)")
+    _ = ax.set(ylim=y_range, ylabel="y (pixels)")
+    title = "at the end" if steps is None else f"after {steps} steps"
+    _ = ax.set_title(title)
 plt.show()
 
 # %% [markdown]
 # Now the tensors that Mask R-CNN asks for. For $K$ instances: `boxes` [K, 4], `labels` [K] (1 GGO,
-# 2 C; 0 is the background), `masks` [K, S, S]. A box runs from the first pixel to the edge *behind*
+# 2 C; 0 is the background), `masks` [K, H, W]. A box runs from the first pixel to the edge *behind*
 # the last, so that $x_2 - x_1$ is the width. Instances of fewer than `min_area` pixels are dropped.
 
 
 # %%
 def targets_by_hand(mask, min_area):
-    boxes, labels, masks = [], [], []
-    for label, code in ((1, 2), (2, 3)):  # GGO has code 2, consolidation has code 3
+    boxes, labels, masks = [], [], [torch.zeros(0, *mask.shape)]
+    for label, code in ((1, 2), (2, 3)):  # GGO, consolidation
         numbers = spread(torch.from_numpy(mask == code))
-        for number in numbers[numbers > 0].unique().flip(0):  # largest first: reading order
+        # largest first: reading order
+        for number in numbers[numbers > 0].unique().flip(0):
             instance = numbers == number  # [H, W]
             if instance.sum() < min_area:
                 continue
             rows, columns = torch.nonzero(instance, as_tuple=True)
-            boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            low = columns.min(), rows.min()
+            high = columns.max() + 1, rows.max() + 1
+            boxes.append([*low, *high])
             labels.append(label)
-            masks.append(instance)
+            masks.append(instance[None])
     return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),  # [K, 4]
+        # [K, 4]
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),  # [K]
-        "masks": torch.stack(masks).byte() if masks else torch.zeros(0, *mask.shape).byte(),
+        "masks": torch.cat(masks).byte(),  # [K, H, W]
     }
 
 
@@ -357,26 +400,24 @@ for key, value in mine.items():
     print(f"{key:6} {str(value.dtype):14} {tuple(value.shape)}")
 
 # %% [markdown]
-# The package's function gives the same tensors, for our old friend and for every test slice of the
-# lesion set.
+# The package has a function for this. It gives the same tensors, for our old friend and for every
+# test slice of the lesion set.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-test_masks = [lesions["test"].read(i)[1] for i in range(len(lesions["test"]))]
+indices = range(len(lesions["test"]))
+test_masks = [lesions["test"].read(i)[1] for i in indices]
 for one in (mask, *test_masks):
-    mine, packaged = (
-        targets_by_hand(one, preset.min_area),
-        mask_to_targets(one, "both", preset.min_area),
-    )
+    mine = targets_by_hand(one, least)
+    packaged = mask_to_targets(one, "both", least)
     assert all(torch.equal(mine[key], packaged[key]) for key in mine)
-print(
-    len(test_masks), "test slices and our old friend: the same targets by hand and by the package"
-)
+print(f"{len(test_masks)} test slices and our old friend:", end=" ")
+print("the same targets by hand and by the package")
 
 # %% [markdown]
-# One detail matters. `torchvision.ops.masks_to_boxes` ends a box *at* the last pixel. A lesion that is
-# one pixel wide would then have a box of width 0, which torchvision's detectors refuse. So the package
-# adds 1.
+# One detail matters. `torchvision.ops.masks_to_boxes` ends a box *at* the last pixel. A lesion that
+# is one pixel wide would then have a box of width 0, which torchvision's detectors refuse, so the
+# package adds 1.
 
 # %%
 loose = torchvision.ops.masks_to_boxes(target["masks"])  # [K, 4]
@@ -387,46 +428,49 @@ assert torch.equal(loose[:, 2:] + 1, target["boxes"][:, 2:])
 # ## Corners: 4 or 8 neighbours
 #
 # The pooling window of 3 x 3 pixels has 8 neighbours, so pixels that touch at a corner belong
-# together. With 4 neighbours (left, right, above, below) they do not. The released code uses 8, and so
-# do we. A diagonal line shows the difference:
+# together. With 4 neighbours (left, right, above, below) they do not. The released code uses 8, and
+# so do we. A diagonal line shows the difference:
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
 def cross_step(numbers, inside):
-    """As `one_step`, with 4 neighbours: a row of three and a column of three."""
+    """As `one_step`, with 4 neighbours: a row and a column of three."""
     across = max_pool2d(numbers[None], (1, 3), stride=1, padding=(0, 1))[0]
     along = max_pool2d(numbers[None], (3, 1), stride=1, padding=(1, 0))[0]
     return torch.maximum(across, along) * inside
 
 
 def count_components(inside, step):
-    return len(spread(inside, step).unique()) - (not bool(inside.all()))  # without the 0
+    numbers = spread(inside, step)
+    return len(numbers[numbers > 0].unique())
 
 
 line = torch.eye(4, dtype=torch.bool)
-of_line = count_components(line, one_step), count_components(line, cross_step)
+of_line = [count_components(line, step) for step in (one_step, cross_step)]
 counts = np.array(
     [
-        [count_components(torch.from_numpy(m == code), step) for step in (one_step, cross_step)]
+        [count_components(inside, step) for step in (one_step, cross_step)]
         for m in test_masks
-        for code in (2, 3)
+        for inside in (torch.from_numpy(m == 2), torch.from_numpy(m == 3))
     ]
 )  # [2 * slices, 2]
-print("diagonal line of 4 pixels:    8 neighbours {}, 4 neighbours {}".format(*of_line))
-print("regions in the test phantoms: 8 neighbours {}, 4 neighbours {}".format(*counts.sum(0)))
-print("slices and classes in which they differ:", int((counts[:, 0] != counts[:, 1]).sum()))
+differ = int((counts[:, 0] != counts[:, 1]).sum())
+print("                              8 neighbours   4 neighbours")
+print("diagonal line of 4 pixels:    {:12}   {:12}".format(*of_line))
+print("regions in the test phantoms: {:12}   {:12}".format(*counts.sum(0)))
+print("slices and classes in which they differ:", differ)
 
 # %% [markdown]
-# The phantoms have smooth outlines, so little changes. Outlines drawn by hand, or masks that were
-# resized, can have more loose corners. Each loose corner would add a tiny "lesion" under 4-connectivity,
-# and the detector would be asked to find it.
+# Wherever two counts differ, an outline has a loose corner: with 4 neighbours, it becomes a tiny
+# "lesion" of its own that the detector is asked to find. Outlines drawn by hand, and masks that were
+# resized, can have many of these.
 #
 # ## How small is a lesion?
 #
-# The released code drops objects of at most 100 pixels of a slice of 512 x 512, that is 0.04 % of the
-# image. A preset with smaller slices needs a smaller number. Of an object with $a$ pixels at side $S$
-# we ask $a > 100\,(S/512)^2$:
+# The released code drops objects of at most 100 pixels from a slice of 512 x 512, that is 0.04 % of
+# the image. A preset with smaller slices needs a smaller number. At height $H$, we keep an object with
+# more than $100\,(H/512)^2$ pixels:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -434,7 +478,8 @@ for name in ("quick", "colab", "paper"):
     p = PRESETS[name]
     smallest = int(100 * (p.phantoms.size / 512) ** 2) + 1
     assert smallest == p.min_area
-    print(f"{name:6} side {p.phantoms.size}: an instance has at least {smallest} pixels")
+    print(f"{name:6} side {p.phantoms.size}:", end=" ")
+    print(f"an instance has at least {smallest} pixels")
 
 # %% [markdown]
 # What does the number do to our old friend? The slider shows which instances stay.
@@ -442,26 +487,28 @@ for name in ("quick", "colab", "paper"):
 
 # %%
 def draw_kept(min_area):
-    """Our old friend with the instances that have at least `min_area` pixels."""
+    """Our old friend with the instances of at least `min_area` pixels."""
     kept = mask_to_targets(mask, min_area=min_area)
     fig, ax = plt.subplots(figsize=(4.4, 4), layout="constrained")
     plotting.show_lesions(image, kept, ax)
-    ax.set_title(f"{len(kept['labels'])} instances of {min_area} pixels or more")
+    count = len(kept["labels"])
+    ax.set_title(f"{count} instances of {min_area} pixels or more")
     return fig
 
 
-smallest_areas = [round(k * preset.min_area) for k in (1, 4, 7.5, 10, 26, 50)]
+smallest_areas = [k * preset.min_area for k in (1, 2, 5, 10, 22, 50)]
 frame_slider(
     [draw_kept(a) for a in smallest_areas],
     [f"{a} pixels" for a in smallest_areas],
     "Smallest area of an instance",
     "Our old friend with the boxes of the lesions that are large enough",
-    caption="The larger the smallest area, the fewer lesions of our old friend are left. Synthetic.",
+    caption="The larger the smallest area, the fewer lesions of our old "
+    "friend are left. Synthetic.",
     dpi=70,
 )
 
 # %% [markdown]
-# The next cell does the same live. It needs a running notebook.
+# The next cell does the same live, in a running notebook.
 
 
 # %% tags=["remove-output"]
@@ -470,10 +517,8 @@ def live(min_area):
     plt.show()
 
 
-largest = 50 * preset.min_area
-_ = ipywidgets.interact(
-    live, min_area=ipywidgets.IntSlider(preset.min_area, 1, largest, continuous_update=False)
-)
+slider = ipywidgets.IntSlider(least, 1, 50 * least, continuous_update=False)
+_ = ipywidgets.interact(live, min_area=slider)
 
 # %% [markdown]
 # And on the data set? Here is the share of regions that each value drops.
@@ -486,49 +531,51 @@ for split in SPLITS:
         every = mask_to_targets(lesions[split].read(i)[1], min_area=1)
         areas.append(every["area"])
         kinds.append(every["labels"])
-areas, kinds = torch.cat(areas), torch.cat(kinds)  # [R], [R]
+areas, kinds = torch.cat(areas), torch.cat(kinds)  # one entry a region
 print("phantoms: regions dropped")
 for factor in (1, 2, 4, 8, 16):
-    dropped = [(areas[kinds == k] < factor * preset.min_area).float().mean() for k in (1, 2)]
-    print(f"below {factor * preset.min_area:4} pixels: GGO {dropped[0]:6.1%}, C {dropped[1]:6.1%}")
+    below = areas < factor * least
+    ggo_share, c_share = (below[kinds == k].float().mean() for k in (1, 2))
+    print(f"below {factor * least:4} pixels:", end=" ")
+    print(f"GGO {ggo_share:6.1%}, C {c_share:6.1%}")
 
 # %% [markdown]
-# The preset's own value, in the first row, drops next to nothing: the generator draws no
-# cross-section below 0.1 % of the image, so only slivers beside another lesion or the pleura are that
-# small. Masks drawn by hand can contain specks, and there the choice matters more. How much, these phantoms
-# cannot say.
+# The preset's own value, in the first row, drops only slivers, which a rough outline, the pleura or
+# another lesion has cut off: the generator draws no lesion whose cross-section is below 0.1 % of the
+# image. Masks drawn by hand can contain specks, too. How many, the phantoms cannot say.
 #
 # The released code also drops small objects from the *ground truth* on which it computes its average
 # precision (AP). This changes what the number means: a small lesion that the detector misses costs
-# nothing, and one that it finds has nothing to match. When you compare two APs, ask for the
-# smallest area of both.
+# nothing, and one that it finds has nothing to match. When you compare two APs, ask which smallest
+# area each of them used.
 #
 # ## A trap: classes named by position
 #
 # The released reader does not look the codes up. It lists the values that occur in a mask, in
 # ascending order, and names them by their place: the first is background, the second lung, the third
-# label 1, the fourth label 2. That works as long as every class occurs. Let us write this rule down
+# label 1, the fourth label 2. That works as long as every class occurs. Let us write the rule down
 # and see when it fails.
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
 def labels_by_position(mask):
-    """Which label the rule gives to code 2 (GGO) and code 3 (C) where they occur; None: lost."""
+    """The label that the rule gives to codes 2 (GGO), 3 (C); None: lost."""
     present = np.unique(mask).tolist()
-    place = {code: present.index(code) for code in (2, 3) if code in present}
+    place = {code: at for at, code in enumerate(present) if code in (2, 3)}
     return {code: at - 1 if at >= 2 else None for code, at in place.items()}
 
 
 called = {1: "GGO", 2: "C", None: "lost"}
 for codes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (0, 2, 3), (0, 2)):
     result = labels_by_position(np.array(codes))
-    print(codes, ", ".join(f"{called[c - 1]} -> {called[label]}" for c, label in result.items()))
+    renamed = [f"{called[c - 1]} -> {called[k]}" for c, k in result.items()]
+    print(codes, ", ".join(renamed))
 
 # %% [markdown]
 # Two cases go wrong. Without GGO, consolidation moves up by one place and is called GGO. Without lung
-# pixels, the first lesion class takes the place of the lung and is lost. How many phantom slices does
-# it concern?
+# pixels, the first lesion class takes the place of the lung and is lost. How many phantom slices are
+# affected?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -540,18 +587,19 @@ for split in SPLITS:
         total += 1
         with_lesion += len(result) > 0
         lost += None in result.values()
-        if any(label not in (code - 1, None) for code, label in result.items()):
+        if any(k not in (code - 1, None) for code, k in result.items()):
             wrong += 1
             regions += int((mask_to_targets(codes)["labels"] == 2).sum())
 print(f"phantoms: {total} slices, {with_lesion} with a lesion")
-print(f"slices in which consolidation would be called GGO: {wrong} ({regions} regions)")
+print("slices in which consolidation would be called GGO:", wrong, end=" ")
+print(f"({regions} regions)")
 print(f"slices in which a class would be lost: {lost}")
 
 # %% [markdown]
 # Every phantom slice shows lung, so nothing is lost here. In a set whose masks mark no lung, such as
 # COVID-SemiSeg in [chapter 9](09_real_ct.ipynb), the rule would fail for each lesion slice (see the
-# exercises). We do not know how many slices of the real CNCB set are concerned. It takes one line to
-# find out: count the masks that hold code 3 and not code 2.
+# exercises). We do not know how many slices of the real CNCB set are affected. One line would tell:
+# count the masks that hold code 3 and not code 2.
 #
 # The lesson is general. Look a code up; never infer it from what happens to be present. The package
 # reads codes, and refuses a mask with other values.
@@ -564,7 +612,7 @@ print(f"slices in which a class would be lost: {lost}")
 # - the great majority of images have fewer than 5 regions of each class;
 # - the great majority of regions are small: GGO below 2 % of the image, C below 1 %.
 #
-# Here are the same histograms for the training phantoms, which were made to agree.
+# Here are the same histograms for the training phantoms, which were drawn to be similar.
 
 # %%
 statistics = lesion_statistics(lesions["train"])
@@ -575,44 +623,53 @@ counts = np.arange(statistics.counts.max() + 1)  # 0, 1, 2, ... regions
 areas = 100 * statistics.region_fractions  # % of the image
 edges = np.linspace(0, areas.max(), 21)
 for i, name in enumerate(("GGO", "C")):
-    slices_with = np.bincount(statistics.counts[:, i], minlength=len(counts))
+    slices_with = np.bincount(statistics.counts[:, i], None, len(counts))
     regions = areas[statistics.region_labels == i + 1]
     of_area = np.histogram(regions, edges)[0]
-    look = {"color": plotting.LESION_COLOURS[i], "hatch": plotting.LESION_HATCHES[i]}
+    look = {
+        "color": plotting.LESION_COLOURS[i],
+        "hatch": plotting.LESION_HATCHES[i],
+        "edgecolor": "k",
+        "linewidth": 0.5,
+    }
     for ax, left, heights in (
         (axes[0], counts, slices_with / len(statistics.counts)),
         (axes[1], (edges[:-1] + edges[1:]) / 2, of_area / len(regions)),
     ):
-        width = 0.4 * (left[1] - left[0])  # the two classes stand side by side
-        _ = ax.bar(
-            left + (i - 0.5) * width, 100 * heights, width, label=name, **look, ec="k", lw=0.5
-        )
+        # the two classes stand side by side
+        width = 0.4 * (left[1] - left[0])
+        left = left + (i - 0.5) * width
+        _ = ax.bar(left, 100 * heights, width, label=name, **look)
         _ = ax.legend()
 axes[0].xaxis.get_major_locator().set_params(integer=True)
 _ = axes[0].set(xlabel="Regions in a slice (count)", ylabel="Slices (%)")
-_ = axes[1].set(xlabel="Area of a region (% of the image)", ylabel="Regions of the class (%)")
+_ = axes[1].set(
+    xlabel="Area of a region (% of the image)",
+    ylabel="Regions of the class (%)",
+)
 plt.show()
 
 # %%
 few = statistics.share_of_slices_below(5)
 small = statistics.share_of_regions_below(0.02, 0.01)
 none = (statistics.counts.sum(axis=1) == 0).mean()
-print(f"phantoms: slices with fewer than 5 regions: GGO {few[0]:.0%}, C {few[1]:.0%}")
-print(f"phantoms: GGO regions below 2 %: {small[0]:.0%}; C regions below 1 %: {small[1]:.0%}")
-print(f"phantoms: slices without any lesion: {none:.0%}")
-assert min(*few, *small) > 0.8
+print("phantoms")
+print(f"slices with fewer than 5 regions: GGO {few[0]:.0%}, C {few[1]:.0%}")
+print(f"regions that small: GGO {small[0]:.0%}, C {small[1]:.0%}")
+print(f"slices without any lesion: {none:.0%}")
+assert min(*few, *small) > 0.7
 
 # %% [markdown]
-# Three consequences for the detector. Most anchors must be small ([chapter 2](02_mask_rcnn.ipynb)).
-# Most candidate boxes are background, so the samplers must look for the positive ones. And a slice of
-# a COVID-19 patient may show no lesion at all: the split is by patient, so such slices are in the
-# paper's set too, as its text says.
+# This has three consequences for the detector. Most anchors must be small ([chapter
+# 2](02_mask_rcnn.ipynb)). Most candidate boxes are background, so the samplers must look for the
+# positive ones. And a slice of a COVID-19 patient may show no lesion at all: the split is by patient,
+# so the paper's set has such slices, too, as its text says.
 #
 # ## Splits: by patient
 #
 # Slices of one patient are alike. If some are in training and others in the test, a model can score
 # by recognising the patient. So a split goes by patient: all slices of a patient land on one side.
-# The check is short, and belongs into every project.
+# The check is short, and every project should have one.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -620,12 +677,12 @@ groups = {f"lesion {s}": set(lesions[s].patients) for s in SPLITS}
 groups |= {f"class {s}": set(slices[s].patients) for s in SPLITS}
 for a in groups:
     for b in groups:
-        assert a == b or not groups[a] & groups[b], f"{a} and {b} share patients"
+        assert a == b or not groups[a] & groups[b], f"{a} and {b} overlap"
 print("patients in two of", len(groups), "phantom groups: 0")
 
 # %% [markdown]
-# The lesion set and the class set must not share patients either. Otherwise the detector has learned
-# from a patient on whom the classifier is tested.
+# The lesion set and the class set must not share patients either. Otherwise the detector may have
+# learned from a patient on whom the classifier is tested.
 #
 # Now the public lists. The split of COVIDx-CT (version 1) that the paper uses is published as three
 # text files with one slice a line {cite:p}`Gunraj2020`. The name of a slice gives its class, patient
@@ -637,9 +694,10 @@ print("patients in two of", len(groups), "phantom groups: 0")
 def counts_of(entries):
     """Slices and patients of each class in a list."""
     parts = [parse_name(entry.name) for entry in entries]
+    people = {(p.label, p.patient) for p in parts}
     return (
         tuple(sum(p.label == c for p in parts) for c in range(3)),
-        tuple(len({p.patient for p in parts if p.label == c}) for c in range(3)),
+        tuple(sum(label == c for label, _ in people) for c in range(3)),
     )
 
 
@@ -647,28 +705,36 @@ assert counts_of(read_split(root / "slices" / "test.txt"))[0] == tuple(
     class_statistics(slices["test"]).slices
 )
 
-PUBLIC = {  # split: slices and patients of (Normal, common pneumonia, COVID-19)
+# split: slices and patients of (Normal, common pneumonia, COVID-19)
+PUBLIC = {
     "train": ((27201, 22061, 12520), (144, 420, 300)),
     "val": ((9107, 7400, 4529), (47, 190, 95)),
     "test": ((9450, 7395, 4346), (52, 125, 116)),
 }
 folder = os.environ.get("COVIDMASK_SPLITS")
 if folder:
-    public_lists = {s: read_split(Path(folder) / f"{s}_COVIDx_CT-1.txt") for s in SPLITS}
-    assert {s: counts_of(entries) for s, entries in public_lists.items()} == PUBLIC
-    people = [{parse_name(e.name).patient for e in public_lists[s]} for s in SPLITS]
-    assert len(set.union(*people)) == sum(map(len, people))  # nobody is in two splits
+    files = {s: Path(folder) / f"{s}_COVIDx_CT-1.txt" for s in SPLITS}
+    public_lists = {s: read_split(file) for s, file in files.items()}
+    assert {s: counts_of(public_lists[s]) for s in SPLITS} == PUBLIC
+    names = [[entry.name for entry in public_lists[s]] for s in SPLITS]
+    people = [{parse_name(name).patient for name in part} for part in names]
+    # nobody is in two splits
+    assert len(set.union(*people)) == sum(map(len, people))
+
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("COVIDx-CT-1 lists      Control   pneumonia    COVID-19        all")
-for split, (n, patients) in PUBLIC.items():
-    each = [a / b for a, b in zip((*n, sum(n)), (*patients, sum(patients)), strict=True)]
-    print(f"{split:5} slices        " + "".join(f"{v:10,}  " for v in (*n, sum(n))).rstrip())
-    print(
-        "      patients      " + "".join(f"{v:10,}  " for v in (*patients, sum(patients))).rstrip()
-    )
-    print("      slices each   " + "".join(f"{v:10.0f}  " for v in each).rstrip())
+def row(values):
+    return "".join(f"{value:12,.0f}" for value in values)
+
+
+print("COVIDx-CT-1 lists      Control   pneumonia    COVID-19         all")
+for split, counted in PUBLIC.items():
+    n, people = ((*v, sum(v)) for v in counted)
+    each = [a / b for a, b in zip(n, people, strict=True)]
+    print(f"{split:5} slices      " + row(n))
+    print("      patients    " + row(people))
+    print("      slices each " + row(each))
 print("all slices:", f"{sum(sum(n) for n, _ in PUBLIC.values()):,}")
 
 # %% [markdown]
@@ -689,9 +755,15 @@ for c, hatch in enumerate(("", "///", "...")):
         hatch=hatch,
         edgecolor="white",
     )
-    _ = ax.bar_label(bars, [f"{n[c]:,}", f"{patients[c]}"], fontsize="small")
-_ = ax.set_xticks(range(2), [f"{sum(n):,} slices", f"{sum(patients)} patients"])
-_ = ax.set(xlabel="Unit that is counted", ylabel="Share of the test split (%)", ylim=(0, 52))
+    counted = [f"{n[c]:,}", f"{patients[c]}"]
+    _ = ax.bar_label(bars, counted, fontsize="small")
+units = [f"{sum(n):,} slices", f"{sum(patients)} patients"]
+_ = ax.set_xticks(range(2), units)
+_ = ax.set(
+    xlabel="Unit that is counted",
+    ylabel="Share of the test split (%)",
+    ylim=(0, 52),
+)
 _ = ax.legend()
 plt.show()
 
@@ -706,10 +778,10 @@ print(f"test / training in slices:   {sum(n) / 3000:.2f}")
 print(f"test / training in patients: {sum(patients) / 608:.2f}")
 
 # %% [markdown]
-# Which one is right depends on the question. The slices of a scan are far from independent, so the
+# Which ratio you want depends on the question. The slices of a scan are far from independent, so the
 # number of patients says more about how sure a result is ([chapter 7](07_evaluation.ipynb)).
 #
-# The paper and the public lists do not agree in every number. We give both, and use the lists.
+# The paper and the public lists differ in some numbers. We give both, and use the lists.
 #
 # | | paper | lists |
 # |---|---|---|
@@ -721,27 +793,29 @@ print(f"test / training in patients: {sum(patients) / 608:.2f}")
 # | lesion slices: training / held out | 500 / 150 in the text, 600 / 150 in Table 1 | 650 of 130 patients / 100 of 20 patients |
 # | training slices of S | 3,000 | 3,000 of 608 patients |
 #
-# None of these changes a conclusion of the paper. They show why a split should be published as a file:
-# the file is what can be checked. More of them stand in [paper v code](paper_v_code.ipynb).
+# None of these changes a conclusion of the paper. They show why a split should be published as a
+# file, which anyone can check. You will find more of them in [paper v code](paper_v_code.ipynb).
 #
 # ## What a slice label hides (1): where the slice was taken
 #
-# A scan runs from above the lungs to below them. For common pneumonia and COVID-19, COVIDx-CT kept the
-# slices that show an infection. For Normal it kept the whole scan: there is no infection to select by.
-# The lists show it. Slices are numbered within a scan; how many scans begin at number 0, and how many
-# of those have no gap?
+# A scan runs from above the lungs to below them. For common pneumonia and COVID-19, COVIDx-CT kept
+# the slices that show an infection. For Normal it kept the whole scan, since there is no infection to
+# select by. You can see it in the lists. Slices are numbered within a scan: how many scans begin at
+# number 0, and how many of those have no gap?
 
 
 # %%
 def whole_scans(entries):
-    """For each class: scans, scans that start at slice 0, and those of them without a gap."""
+    """For each class: scans, those from slice 0 on, those without a gap."""
     scans = {}
     for part in (parse_name(entry.name) for entry in entries):
-        scans.setdefault((part.label, part.patient, part.scan), []).append(int(part.slice))
+        scan = part.label, part.patient, part.scan
+        scans.setdefault(scan, []).append(int(part.slice))
     table = np.zeros((3, 3), dtype=int)
     for (label, _, _), numbers in scans.items():
         starts = min(numbers) == 0
-        table[label] += (1, starts, starts and max(numbers) + 1 == len(numbers))
+        no_gap = max(numbers) + 1 == len(numbers)
+        table[label] += (1, starts, starts and no_gap)
     return table
 
 
@@ -749,7 +823,7 @@ PUBLIC_SCANS = np.array(
     [[472, 472, 472], [1052, 23, 4], [833, 8, 2]]
 )  # of the three lists together
 if folder:
-    every_entry = [entry for split in SPLITS for entry in public_lists[split]]
+    every_entry = sum(public_lists.values(), [])
     np.testing.assert_array_equal(whole_scans(every_entry), PUBLIC_SCANS)
 
 # %%
@@ -772,7 +846,7 @@ for name, row in zip(IMAGE_CLASSES, PUBLIC_SCANS, strict=True):
 
 # %%
 def parabola():
-    """Logistic regression on the features, their squares and their products."""
+    """Logistic regression on features, their squares and products."""
     return make_pipeline(
         StandardScaler(),
         PolynomialFeatures(2, include_bias=False),
@@ -782,8 +856,11 @@ def parabola():
 
 
 def lines_without_pixels(entries):
-    """Slice number and body box, [M, 5], and whether each slice is no control, [M]."""
-    x = np.array([(int(parse_name(e.name).slice), *e.box) for e in entries], dtype=float)
+    """Slice number and body box, [M, 5]; is it no control, [M]?"""
+    x = np.array(
+        [(int(parse_name(e.name).slice), *e.box) for e in entries],
+        dtype=float,
+    )
     return x, np.array([e.label > 0 for e in entries])
 
 
@@ -793,18 +870,20 @@ if folder:
     x, other = lines_without_pixels(public_lists["test"])
     reached = balanced_accuracy_score(other, blind.predict(x))
     assert abs(reached - PUBLIC_WITHOUT_PIXELS) < 0.02, reached
-print(f"COVIDx-CT-1 test list, no pixel seen: balanced accuracy {PUBLIC_WITHOUT_PIXELS:.0%}")
+print("COVIDx-CT-1 test list, no pixel seen:", end=" ")
+print(f"balanced accuracy {PUBLIC_WITHOUT_PIXELS:.0%}")
 
 # %% [markdown]
-# That is more than guessing, on real patients, from a file of text. Part of it may be the body box and
-# not the position, for example if scanners or tables differ between classes: also no disease.
+# That is better than guessing, on real patients, from a text file alone. Part of it may come from the
+# body box and not from the position, for example if scanners or tables differ between classes. That
+# would have nothing to do with a disease either.
 #
-# How much does position alone give? We take phantoms, because there we can choose the position. Position 0 is the
-# apex of the lungs, 1 the base. Two designs differ in the controls alone:
+# How much does position alone give? We ask phantoms, because there we can choose the position: 0 is
+# the apex of the lungs, 1 the base. We compare two designs that differ in their controls only:
 #
 # - **selected**, as in COVIDx-CT: controls from anywhere, the others where a lesion shows;
-# - **matched**: the positions of controls are drawn as if they had one of the diseases. The phantoms on
-#   disk are made so.
+# - **matched**: the positions of controls are drawn as if they had one of the diseases, as in the
+#   phantoms on disk.
 #
 # The disease slices of both designs, and all slices of the matched one, are on disk; the name of a
 # phantom holds 1000 times its position. For the selected design we draw new controls. All splits are
@@ -815,7 +894,10 @@ THUMBNAIL = 8  # pixels per side, at every preset
 
 
 def thumbnail(picture):
-    """A slice, [3, S, S], as 8 x 8 mean grey values, [64]: too coarse to show a small lesion."""
+    """A slice, [3, H, W], as 8 x 8 mean grey values, [64].
+
+    Too coarse to show a small lesion.
+    """
     return adaptive_avg_pool2d(picture[:1], THUMBNAIL).flatten()
 
 
@@ -832,13 +914,17 @@ for split in ("train", "test"):
 
 # %%
 rng = np.random.default_rng(SEED)
-drawn = {"train": [], "test": []}  # (position, thumbnail) of the new controls
+# (position, thumbnail) of the new controls
+drawn = {"train": [], "test": []}
 for split, first_seed in (("train", 10_000), ("test", 20_000)):
-    for seed in range(first_seed, first_seed + class_statistics(slices[split]).patients[0]):
+    controls = class_statistics(slices[split]).patients[0]
+    slices_each = preset.phantoms.slices_per_patient
+    for seed in range(first_seed, first_seed + controls):
         control = make_patient(seed, 0)
-        for position in rng.uniform(0, 1, preset.phantoms.slices_per_patient):
-            picture, _ = render(control, float(position), preset.phantoms.size)
-            drawn[split].append((position, thumbnail(torch.from_numpy(picture)[None])))
+        for position in rng.uniform(0, 1, slices_each):
+            picture, _ = render(control, float(position), size)
+            small = thumbnail(torch.from_numpy(picture)[None])
+            drawn[split].append((position, small))
 
 designs = {
     "selected": {},
@@ -847,15 +933,16 @@ designs = {
 for split in drawn:
     x, other = thumbnails[split].numpy(), labels[split] > 0
     designs["matched"][split] = positions[split], x, other
-    new_positions, new_x = (np.stack(column) for column in zip(*drawn[split], strict=True))
+    new_positions, new_x = map(np.stack, zip(*drawn[split], strict=True))
     designs["selected"][split] = (
         np.concatenate([new_positions, positions[split][other]]),
         np.concatenate([new_x, x[other]]),
         np.arange(len(new_x) + other.sum()) >= len(new_x),
     )
 
-# %% mystnb={"image": {"alt": "Two histograms of slice positions from apex to base. Left, selected: controls are spread evenly over the whole lung, the others are in the middle. Right, matched: both have the same shape."}, "figure": {"caption": "Positions of the training slices. When controls come from whole scans (left) the ends belong to them; matched positions (right) say nothing. Phantoms."}}
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+# %% mystnb={"image": {"alt": "Two histograms of slice positions from apex to base. Left, selected: controls are spread over the whole lung, the others leave out both ends. Right, matched: both have about the same shape."}, "figure": {"caption": "Positions of the training slices. When controls come from whole scans (left) the ends belong to them; matched positions (right) say nothing. Phantoms."}}
+options = {"layout": "constrained", "sharey": True}
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), **options)
 for ax, (design, split) in zip(axes, designs.items(), strict=True):
     position, _, other = split["train"]
     for which, label, colour, line in (
@@ -864,31 +951,37 @@ for ax, (design, split) in zip(axes, designs.items(), strict=True):
     ):
         share, edges = np.histogram(position[which], bins=20, range=(0, 1))
         share = 100 * share / which.sum()
-        _ = ax.stairs(share, edges, color=colour, ls=line, lw=2, label=label)
-    _ = ax.set(xlabel="Position (0 apex, 1 base; no unit)", ylabel="Slices of the group (%)")
+        _ = ax.stairs(share, edges, color=colour, ls=line, label=label)
+    _ = ax.set(
+        xlabel="Position (0 apex, 1 base; no unit)",
+        ylabel="Slices of the group (%)",
+    )
     _ = ax.set_title(design)
 _ = axes[0].legend(loc="lower center")
 plt.show()
 
 # %% [markdown]
-# Can a model see the position? A linear regression on the 64 grey values of a thumbnail answers. It is
-# trained on training patients and judged on test patients.
+# Can a model see the position? We fit a linear regression to the 64 grey values of a thumbnail, on
+# training patients, and judge it on test patients.
 
 # %%
 seer = {}
 for design, split in designs.items():
     position, x, _ = split["train"]
-    seer[design] = make_pipeline(StandardScaler(), Ridge(30.0)).fit(x, position)
+    seer[design] = make_pipeline(StandardScaler(), Ridge(30.0))
+    _ = seer[design].fit(x, position)
     position, x, _ = split["test"]
     error = np.abs(seer[design].predict(x) - position).mean()
     guess = np.abs(position - np.median(position)).mean()
-    print(f"{design:8}: the position is off by {error:.3f}; without the picture by {guess:.3f}")
+    print(f"{design:8}: the position is off by {error:.3f};", end=" ")
+    print(f"without the picture by {guess:.3f}")
     assert error < 0.5 * guess
 
 # %% [markdown]
-# It can: the error is a fraction of what a guess makes. A network can do that too. Now a classifier
-# that is given *nothing but the position seen in the thumbnail*: Control or other? It is a logistic
-# regression on the position and its square, because the controls have both ends.
+# It can: the error is a fraction of that of a guess, and what a linear regression can do, a network can
+# do, too. Now take a classifier that is given *nothing but the position seen in the thumbnail*:
+# Control or other? It is a logistic regression on the position and its square, because the controls
+# have both ends.
 
 
 # %%
@@ -896,37 +989,41 @@ def balanced_accuracies(features, make_model):
     """Train on each design, test on both: [trained on, tested on]."""
     table = np.zeros((2, 2))
     for i, design in enumerate(designs):
-        model = make_model().fit(features(design, "train", design), designs[design]["train"][2])
+        truth = designs[design]["train"][2]
+        model = make_model().fit(features(design, "train", design), truth)
         for j, other in enumerate(designs):
+            truth = designs[other]["test"][2]
             guess = model.predict(features(other, "test", design))
-            table[i, j] = balanced_accuracy_score(designs[other]["test"][2], guess)
+            table[i, j] = balanced_accuracy_score(truth, guess)
     return table
 
 
 def seen_position(design, split, trained_on):
-    return seer[trained_on].predict(designs[design][split][1])[:, None]  # [M, 1]
+    # [M, 1]
+    return seer[trained_on].predict(designs[design][split][1])[:, None]
 
 
 def print_table(table, what):
-    print(f"{what} (phantoms)\n                     tested on selected    on matched")
+    print(f"{what} (phantoms)")
+    print("                     tested on selected    on matched")
     for design, row in zip(designs, table, strict=True):
         print(f"trained on {design:8} {row[0]:19.1%} {row[1]:13.1%}")
 
 
 by_position = balanced_accuracies(seen_position, parabola)
 print_table(by_position, "position alone: balanced accuracy")
-assert by_position[0, 0] > max(0.5, by_position[0, 1])  # the gain goes when positions are matched
+# the gain goes when positions are matched
+assert by_position[0, 0] > max(0.5, by_position[0, 1])
 assert abs(by_position[1, 1] - 0.5) < 0.12
 
 # %% [markdown]
 # In plain words: with selected slices, position alone predicts the class better than guessing, although
 # it knows nothing about any lesion. With matched positions the same classifier is back near guessing,
-# and one that is trained there finds nothing to learn. The gain here is modest. Our patients
-# with a disease have lesions over most of the lung, and the phantoms end where the lungs end; a real
-# scan also has slices above and below.
+# and one that is trained there finds nothing to learn. A real scan also has slices above and below
+# the lungs, where only controls are left, so the gain may be larger there.
 #
-# A real model sees more than the position. What does a logistic regression on all 64 grey values do?
-# It has both at hand, the lesions and the position.
+# A real model sees more than the position. What does a logistic regression do that is given all 64 grey
+# values, with the lesions and the position in them?
 
 
 # %%
@@ -936,7 +1033,8 @@ def all_greys(design, split, trained_on):
 
 def linear():
     return make_pipeline(
-        StandardScaler(), LogisticRegression(C=0.003, class_weight="balanced", max_iter=2000)
+        StandardScaler(),
+        LogisticRegression(C=0.003, class_weight="balanced", max_iter=2000),
     )
 
 
@@ -945,16 +1043,15 @@ print_table(by_thumbnail, "64 grey values: balanced accuracy")
 assert by_thumbnail[1, 1] > by_thumbnail[0, 1]
 
 # %% [markdown]
-# Both models saw the same slices of patients with a disease. Only their controls came from other
-# positions. Read the right column: where position says nothing, the model trained on selected slices is
-# the worse of the two. What it learned about position has taken the place of what it could have learned
-# about lesions. (The left column shows the reverse, partly for another reason: the matched training
-# slices hold no slice from the ends of the lungs.)
+# Both models saw the same slices of patients with a disease; only the positions of their controls
+# differ. Look at the right column: where position says nothing, the model trained on selected slices
+# is the worse of the two. It has learned about position what it could have learned about lesions.
+# (In the left column, the model trained on matched slices also suffers because it has seen no slice
+# from the ends of the lungs.)
 #
-# The test split of COVIDx-CT is selected in the same way as its training split, so the test
-# cannot show how much of a published result is of this kind. Nor can our phantoms say how much it is
-# on real scans. What would show it: control slices chosen at matched positions, or a test on whole
-# scans.
+# The test split of COVIDx-CT is selected in the same way as its training split, so the test cannot
+# show how much of a published result is of this kind. Nor can our phantoms say how much it is on real
+# scans. Control slices at matched positions would show it, or a test on whole scans.
 #
 # ## What a slice label hides (2): who the slice belongs to
 #
@@ -967,7 +1064,7 @@ assert by_thumbnail[1, 1] > by_thumbnail[0, 1]
 # %%
 # NBVAL_CHECK_OUTPUT
 patients_of = np.array(slices["train"].patients)
-by_patient = split_by_patient(slices["train"].patients, (0.8, 0.2), seed=SEED)
+by_patient = split_by_patient(patients_of.tolist(), (0.8, 0.2), seed=SEED)
 order = np.random.default_rng(SEED).permutation(len(patients_of))
 cut = int(0.8 * len(order))
 by_slice = order[:cut], order[cut:]
@@ -981,21 +1078,23 @@ def shared_patients(parts):
 k = preset.phantoms.slices_per_patient
 everyone = len(set(patients_of))
 print(f"{everyone} phantom patients with {k} slices each")
-print("split by patient, patients on both sides:", shared_patients(by_patient))
-print("split by slice, patients on both sides:  ", shared_patients(by_slice))
-print(f"expected by the formula:                  {everyone * (1 - 0.8**k - 0.2**k):.0f}")
+expected = everyone * (1 - 0.8**k - 0.2**k)
+print("patients on both sides")
+print("split by patient:       ", shared_patients(by_patient))
+print("split by slice:         ", shared_patients(by_slice))
+print(f"expected by the formula: {expected:.0f}")
 
 # %% [markdown]
 # With 37 slices, the average of a COVID-19 patient in the public test list, practically every patient
 # would be on both sides.
 #
-# What does it do to a result? Take the simplest model: look for the training slice whose thumbnail is
-# nearest, and copy its class.
+# What does that do to a result? Take the simplest model: find the training slice with the nearest
+# thumbnail, and copy its class.
 
 
 # %%
 def nearest(parts):
-    """For each slice of the second part the index of the nearest one in the first."""
+    """For each slice of the second part, the nearest one in the first."""
     train, held_out = (torch.as_tensor(np.asarray(part)) for part in parts)
     x = thumbnails["train"]
     return held_out, train[torch.cdist(x[held_out], x[train]).argmin(dim=1)]
@@ -1007,14 +1106,14 @@ accuracy = {}
 for split, (query, match) in copied.items():
     accuracy[split] = float((classes[query] == classes[match]).mean())
     same = float((patients_of[query] == patients_of[match]).mean())
-    print(
-        f"split {split:10}: accuracy {accuracy[split]:.0%}; nearest is the same patient: {same:.0%}"
-    )
+    print(f"split {split:10}: accuracy {accuracy[split]:.0%};", end=" ")
+    print(f"nearest is the same patient: {same:.0%}")
 assert accuracy["by slice"] > accuracy["by patient"] + 0.1
 
-# %% mystnb={"image": {"alt": "Three synthetic slices: a query, its nearest neighbour in a split by slice, which is the same patient, and its nearest neighbour in a split by patient, who is another patient with similar anatomy."}, "figure": {"caption": "A slice (left) and the training slice that the model copies. In the split by slice it is a slice of the same patient. An example in which the other split copies a wrong class. Phantoms."}}
+# %% mystnb={"image": {"alt": "Three synthetic slices: a query, its nearest neighbour in a split by slice, which is the same patient, and its nearest neighbour in a split by patient, which is another patient."}, "figure": {"caption": "A slice (left) and the training slice that the model copies. In the split by slice it is a slice of the same patient. An example in which the other split copies a wrong class. Phantoms."}}
 lookup = {
-    split: dict(zip(*map(torch.Tensor.tolist, pair), strict=True)) for split, pair in copied.items()
+    split: dict(zip(query.tolist(), match.tolist(), strict=True))
+    for split, (query, match) in copied.items()
 }
 query = next(
     i
@@ -1025,26 +1124,30 @@ query = next(
 )
 trio = (query, lookup["by slice"][query], lookup["by patient"][query])
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
-for ax, i, what in zip(axes, trio, ("query", "split by slice", "split by patient"), strict=True):
+titles = "query", "split by slice", "split by patient"
+for ax, i, what in zip(axes, trio, titles, strict=True):
     _ = plotting.show_slice(slices["train"][i][0], ax)
-    _ = ax.set_title(f"{what}\npatient {patients_of[i]}: {IMAGE_CLASSES[classes[i]]}", fontsize=10)
+    _ = ax.set_title(
+        f"{what}\npatient {patients_of[i]}: {IMAGE_CLASSES[classes[i]]}",
+        fontsize=10,
+    )
 plt.show()
 
 # %% [markdown]
-# The model has learned nothing about lesions that it did not know in the other split. It recognises
-# patients. Only the split by patient says what it would do on a new one.
+# The model does not know more about lesions in one split than in the other: it recognises patients.
+# Only the split by patient says how it would do on a new one.
 #
 # ## What neither label says
 #
-# - The lesion set holds COVID-19 patients alone. The detector never sees the consolidation of a
-#   bacterial pneumonia with a mask. It must find there what it learned elsewhere.
+# - The lesion set holds COVID-19 patients only. The detector never sees the consolidation of a
+#   bacterial pneumonia with a mask; it must find there what it learned elsewhere.
 # - A slice label says what the patient has *and* that this slice shows it. Slices of patients without
 #   visible lesions are not in the classes of the diseases. A model trained on these classes has not
 #   been asked what to say about a whole scan, or about a patient.
-# - Both sets come from one collection. Scanner, hospital and window may differ between classes in ways
-#   that nobody recorded, and a test split of the same collection cannot show it.
-# - The prevalence is that of the lists. In a clinic it is another, and predictive values change with
-#   it ([chapter 7](07_evaluation.ipynb)).
+# - Both sets come from one collection. Scanner, hospital and window may differ between classes in
+#   ways that nobody recorded, and a test split of the same collection cannot show it.
+# - The prevalence is that of the lists. In a clinic it is different, and predictive values change
+#   with it ([chapter 7](07_evaluation.ipynb)).
 #
 # ## Exercises
 #
@@ -1061,19 +1164,19 @@ plt.show()
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-both_modes = np.array(
-    [
-        [len(mask_to_targets(m, mode, preset.min_area)["labels"]) for mode in ("both", "merged")]
-        for m in (lesions["train"].read(i)[1] for i in range(len(lesions["train"])))
-    ]
-)  # [slices, 2]
-print("training phantoms: instances as two classes {}, merged {}".format(*both_modes.sum(0)))
-print("slices with fewer instances:", int((both_modes[:, 1] < both_modes[:, 0]).sum()))
-assert (both_modes[:, 1] <= both_modes[:, 0]).all()
+masks = [lesions["train"].read(i)[1] for i in range(len(lesions["train"]))]
+as_two, merged = (
+    np.array([len(mask_to_targets(m, mode, least)["boxes"]) for m in masks])
+    for mode in ("both", "merged")
+)  # [slices] each
+print(f"training phantoms: instances as two classes {as_two.sum()}", end="")
+print(f", merged {merged.sum()}")
+print("slices with fewer instances:", int((merged < as_two).sum()))
+assert (merged <= as_two).all()
 
 # %% [markdown]
-# A consolidation that touches GGO becomes one lesion with it. The numbers of instances of the two modes
-# are therefore not comparable, and neither are their APs.
+# A consolidation that touches GGO becomes one lesion with it. So you cannot compare the numbers of
+# instances of the two modes, nor their APs.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1099,12 +1202,13 @@ outcomes = [o for o in outcomes if o]  # slices with a lesion
 all_lost = sum(set(o.values()) == {None} for o in outcomes)
 misnamed = sum(1 in o.values() and o.get(3) == 1 for o in outcomes)
 print(f"test phantoms with a lesion: {len(outcomes)}")
-print(f"no lesion left: {all_lost}; GGO lost and consolidation called GGO: {misnamed}")
+print(f"no lesion left: {all_lost}", end="; ")
+print(f"GGO lost and consolidation called GGO: {misnamed}")
 assert all_lost + misnamed == len(outcomes)
 
 # %% [markdown]
-# All of them. A slice with one class of lesion looks healthy, and in one with both the consolidation
-# takes the name of the lost GGO.
+# In all of them. A slice with one class of lesion looks healthy, and in a slice with both, the
+# consolidation takes the name of the lost GGO.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1131,13 +1235,14 @@ for p in (0.5, 0.8, 0.95):
     share = shared_patients(parts) / everyone
     query, match = nearest(parts)
     right = (classes[query] == classes[match]).mean()
-    print(f"{p:.0%} in training: patients on both sides {share:.0%}, ", end="")
-    print(f"held-out slices of known patients {known:.0%}, accuracy {right:.0%}")
+    print(f"{p:.0%} in training:", end=" ")
+    print(f"patients on both sides {share:.0%}", end=", ")
+    print(f"held-out slices of known patients {known:.0%}", end=", ")
+    print(f"accuracy {right:.0%}")
 
 # %% [markdown]
-# With 95 % in training fewer patients have a slice on both sides, because few have any held-out slice.
-# But nearly every held-out slice has a relative in training, and this share is what the result depends
-# on.
+# With 95 % in training, fewer patients have slices on both sides, because few have any held-out slice
+# at all. But nearly every held-out slice has a relative in training, and that share decides the result.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1146,9 +1251,9 @@ for p in (0.5, 0.8, 0.95):
 # %% [markdown]
 # ```{exercise} Left and right
 # :label: 01_data-sides
-# For the phantoms of common pneumonia and COVID-19 whose masks we have in `found`, count the lesions in
-# each half of the image. In which share of slices are both halves concerned? Is the side visible to a
-# classifier that gets the number of lesions alone?
+# For the phantoms of common pneumonia and COVID-19 whose masks we have in `found`, count the lesions
+# in each half of the image. What share of the slices has lesions in both halves? Can a classifier
+# that is given only the number of lesions know the side?
 # ```
 
 # %% [markdown]
@@ -1161,18 +1266,22 @@ for p in (0.5, 0.8, 0.95):
 for label in (1, 2):
     sides = []
     for i in (i for i in chosen if test.labels[i] == label):
-        middle = found[i]["boxes"][:, [0, 2]].mean(dim=1)  # [K], x of the box centres
-        right_lung = int((middle < preset.phantoms.size / 2).sum())  # on the left of the picture
+        # [K], x of the box centres
+        middle = found[i]["boxes"][:, [0, 2]].mean(dim=1)
+        # the right lung is on the left of the picture
+        right_lung = int((middle < size / 2).sum())
         sides.append((right_lung, len(middle) - right_lung))
     sides = np.array(sides)  # [slices, 2]
-    print(f"{IMAGE_CLASSES[label]:16} (phantoms): lesions per slice, right and left lung ", end="")
-    print(f"{sides[:, 0].mean():.1f} and {sides[:, 1].mean():.1f}; ", end="")
-    print(f"both lungs in {(sides.min(axis=1) > 0).mean():.0%} of {len(sides)} slices")
+    right, left = sides.mean(axis=0)
+    both = (sides.min(axis=1) > 0).mean()
+    print(f"{IMAGE_CLASSES[label]} (phantoms): lesions per slice,", end=" ")
+    print(f"right and left lung {right:.1f} and {left:.1f};", end=" ")
+    print(f"both lungs in {both:.0%} of {len(sides)} slices")
 
 # %% [markdown]
-# The diseases differ in number and in side, by construction of the phantoms. The side is not in the
-# number of lesions. Is it in the vector that S reads? [Chapter 4](04_ranked_boxes.ipynb) builds that
-# vector; look there for the position of a box.
+# We drew the diseases so that they differ in number and in side. The number of lesions does not say
+# on which side they are. Does the vector that $S$ reads? [Chapter 4](04_ranked_boxes.ipynb) builds
+# that vector; look there for the position of a box.
 
 # %% [markdown]
 # ````{solution-end}

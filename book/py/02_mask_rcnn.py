@@ -3,9 +3,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/02_mask_rcnn.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/02_mask_rcnn.ipynb)
 #
-# How does a network turn a slice into boxes and masks, and what exactly is it trained on? This
-# chapter takes a trained detector apart. Each part is built again from plain tensors, and each
-# time an `assert` shows that the copy gives the same numbers as the original.
+# How does a network turn a slice into boxes and masks, and what exactly is it trained on? In this
+# chapter we take a trained detector apart. We build each part again from plain tensors, and each
+# time an `assert` checks that the copy gives the same numbers as the original.
 #
 # **After it you can**
 #
@@ -16,8 +16,8 @@
 # - compute the five losses of Mask R-CNN, and say which part of the network each one teaches.
 #
 # **You need** basic PyTorch (convolutions, gradients) and, for the data, [chapter
-# 1](01_data.ipynb). The chapter runs alone. **Run time:** about 15 seconds on two CPU cores in the
-# preset `quick`; 43 seconds on a GPU (H200) that other chapters used, too.
+# 1](01_data.ipynb). The chapter runs alone. **Run time:** about half a minute on two CPU cores in the
+# preset `quick`.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -66,17 +66,32 @@ from covidmask import plotting
 from covidmask.config import LESION_CLASSES, PRESETS
 from covidmask.datasets import make_slice, mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
-from covidmask.models import IMAGENET_MEAN, IMAGENET_STD, lesion_mask_rcnn, trained_segmenter
-from covidmask.plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILLION
+from covidmask.models import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    lesion_mask_rcnn,
+    trained_segmenter,
+)
+from covidmask.plotting import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILLION,
+)
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, all digits of float32 count
+# on a GPU, too, all digits of float32 count
+torch.backends.cudnn.allow_tf32 = False
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
 # %% [markdown]
-# The preset sets the scale, and nothing else: image size, backbone, number of proposals.
+# The preset chooses the scale: image size, backbone and number of proposals, and the thresholds and
+# training settings that suit them.
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -90,8 +105,8 @@ SEED = 0
 # another one for each *instance*, that is each separate lesion: where is its box, what is its
 # class, how sure is the network, and which pixels inside the box belong to it?
 #
-# Here is our old friend, a COVID-19 phantom that no model has seen, with the truth that the
-# detector is to find.
+# Here is our old friend, a COVID-19 phantom on which no model was trained, with the truth that the
+# detector should find.
 
 # %%
 preset = PRESETS[PRESET]
@@ -100,7 +115,7 @@ image, mask = old_friend(preset.phantoms.size)
 target = mask_to_targets(mask, config.lesions, preset.min_area)
 names = ("background", *LESION_CLASSES[config.lesions])  # class 0, 1, 2
 
-# %% mystnb={"image": {"alt": "A synthetic slice twice: the codes of each pixel on the left, boxes and outlines around single lesions on the right."}, "figure": {"caption": "Our old friend. Left: one code for each pixel, as a semantic network would predict it. Right: one box, one class and one mask for each lesion, as Mask R-CNN predicts them. Synthetic."}}
+# %% mystnb={"image": {"alt": "A synthetic chest slice twice. Left: areas of lung, GGO and consolidation in different colours. Right: the grey slice in the lung window with boxes and outlines around single lesions."}, "figure": {"caption": "Our old friend. Left: one code for each pixel, as a semantic network would predict it. Right: one box, one class and one mask for each lesion, as Mask R-CNN predicts them. Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
 _ = plotting.show_mask(mask, axes[0])
 _ = axes[0].set_title("semantic mask")
@@ -109,29 +124,30 @@ _ = axes[1].set_title("instances")
 plt.show()
 
 # %%
-for label, box, area in zip(target["labels"], target["boxes"], target["area"], strict=True):
+columns = target["labels"], target["boxes"], target["area"]
+for label, box, area in zip(*columns, strict=True):
     corners = ", ".join(f"{value:.0f}" for value in box)
     print(f"{names[label]:4} box ({corners}), {area:.0f} pixels")
 
 # %% [markdown]
-# Do not make the difference larger than it is. The connected regions of a semantic mask are
-# instances too, and that is how `mask_to_targets` made the boxes above: both kinds of network can
-# learn from the same drawing. What Mask R-CNN adds is this:
+# The difference is smaller than it looks. The connected regions of a semantic mask are instances
+# too, and that is how `mask_to_targets` made the boxes above: both kinds of network can learn from
+# the same drawing. What Mask R-CNN adds is this:
 #
 # - **A score for each candidate.** A semantic network has a number for each pixel. A radiologist's
 #   question is about a lesion.
 # - **Candidates that are not lesions.** On a healthy slice a good semantic map is empty. Mask R-CNN
-#   still proposes boxes there, and says of each how little it looks like a lesion. The classifier
-#   of this book lives on these ([chapter 4](04_ranked_boxes.ipynb)).
+#   still proposes boxes there, and says how much each looks like a lesion. The classifier of this
+#   book reads them ([chapter 4](04_ranked_boxes.ipynb)).
 # - **Overlap.** A consolidation inside a GGO is a second box within the first.
-# - **Many training examples in one slice.** The network is not trained on slices. It is trained on
-#   small regions of them, and a slice holds hundreds. The paper counts on this to train with few
-#   slices {cite:p}`TerSarkisov2020`. The regions of one slice are not independent, so they do not
-#   replace patients.
+# - **Many training examples in one slice.** The network is trained on small regions of slices, and
+#   each slice holds hundreds of them. The paper counts on this to train with few slices
+#   {cite:p}`TerSarkisov2020`. The regions of one slice are not independent, so they do not replace
+#   patients.
 #
 # ## The parts
 #
-# The network works in two stages. The first looks everywhere and proposes. The second looks
+# The network works in two stages. The first looks everywhere and proposes boxes; the second looks
 # closely at each proposal and decides.
 
 # %% mystnb={"image": {"alt": "Flow chart: slice, backbone with feature pyramid, region proposal network, proposals, RoIAlign, box head and mask head, with the five losses in dashed frames below."}, "figure": {"caption": "Mask R-CNN. Solid frames are parts of the network, dashed frames its five losses. The proposals are passed on as plain numbers (dashed arrow): no gradient flows back through them."}} tags=["hide-input"]
@@ -155,9 +171,9 @@ part(0.9, 3, "slice\n[3, H, W]", BLACK)
 part(3.0, 3, "backbone\nand FPN")
 part(5.1, 4.4, "region proposal\nnetwork (RPN)")
 part(7.3, 4.4, "proposals\nboxes [P, 4]", BLACK)
-part(7.3, 3, "RoIAlign\n[P, C, 7, 7]\n[R, C, 14, 14]")
+part(7.3, 3, "RoIAlign\n[P, c, 7, 7]\n[D, c, 14, 14]")
 part(9.6, 3.55, "box head\nclass, 4 deltas")
-part(9.6, 2.1, "mask head\n[R, classes, 28, 28]", width=1.8)
+part(9.6, 2.1, "mask head\n[D, L, 28, 28]", width=1.8)
 part(5.1, 2.9, "loss_objectness\nloss_rpn_box_reg", VERMILLION, "--", 1.75)
 part(9.6, 4.85, "loss_classifier\nloss_box_reg", VERMILLION, "--", 1.75)
 part(9.6, 0.8, "loss_mask", VERMILLION, "--", 1.75, 0.6)
@@ -178,37 +194,40 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# The detector comes with weights that were trained on other phantoms. In `eval` mode batch
-# normalisation uses the statistics that it stored while training, so the output for a slice depends
-# on nothing but that slice.
+# The detector comes with weights that were trained on other phantoms. In `eval` mode, batch
+# normalisation uses the statistics that it stored during training, so the output for a slice depends
+# on that slice alone.
 
 # %%
 detector = trained_segmenter(PRESET, device, shipped=True)
-friend = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, H, W] in 0..1
+# [3, H, W] in 0..1
+friend = torch.from_numpy(image).expand(3, -1, -1).to(device)
 truth = {name: value.to(device) for name, value in target.items()}
 
 # %%
 # NBVAL_CHECK_OUTPUT
 for name, module in detector.named_children():
-    print(f"{name:10} {sum(p.numel() for p in module.parameters()):9,} parameters")
+    count = sum(p.numel() for p in module.parameters())
+    print(f"{name:10} {count:9,} parameters")
 
 # %% [markdown]
 # ## The slice as the network sees it
 #
 # `detector.transform` has three jobs: standardise each channel, resize, and fill up a batch with
-# zeros so that both sides are multiples of 32. The mean $\mu$ and the standard deviation $\sigma$
-# are those of ImageNet, a set of coloured photographs:
+# zeros so that both sides are multiples of 32. The mean and the standard deviation of each channel
+# are those of ImageNet, a set of colour photographs:
 #
-# $$x' = \frac{x - \mu}{\sigma}$$
+# $$x' = \frac{x - \text{mean}}{\text{std}}$$
 #
 # A CT slice has one grey value, copied into three channels, so the three channels leave this step
-# with different offsets. That is harmless: the first convolution learns to live with them. Those
-# who start from ImageNet weights need exactly these numbers.
+# with different offsets. That is harmless, because the first convolution can learn to undo them. If
+# you start from ImageNet weights, you need exactly these numbers.
 
 # %%
 with torch.no_grad():
     batch, _ = detector.transform([friend])
-mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]  # [3, 1, 1]
+# [3, 1, 1]
+mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
 std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
 standardised = (friend - mean) / std  # [3, H, W]
 assert torch.allclose(batch.tensors[0], standardised, atol=1e-5)
@@ -227,36 +246,41 @@ print(f"slice {tuple(friend.shape)} -> batch {tuple(batch.tensors.shape)}")
 # %% [markdown]
 # ## Backbone and feature pyramid
 #
-# The backbone is a ResNet {cite:p}`He2016` without its last, classifying layers. It trades place
-# for meaning: each stage halves the resolution and describes larger surroundings of each point.
-# The *stride* of a map is the distance, in pixels of the slice, between two neighbouring cells.
+# The backbone is a ResNet {cite:p}`He2016` without its last, classifying layers. From stage to stage
+# the resolution halves, and each point describes larger surroundings. The *stride* of a map is the
+# distance, in pixels of the slice, between two neighbouring cells.
 #
-# A feature pyramid network (FPN) {cite:p}`Lin2017` brings every map to one number of channels. A
-# 1x1 convolution does that; then each map receives the next coarser one, enlarged and added, so
-# that fine maps know what coarse maps have understood; a 3x3 convolution smooths the sum.
+# A feature pyramid network (FPN) {cite:p}`Lin2017` gives all maps the same number of channels, by a
+# 1x1 convolution. Then the next coarser map is enlarged and added to each, so that fine maps also
+# know about larger surroundings, and a 3x3 convolution smooths the sum.
 #
 # The paper's ResNet-50 gives four maps, of strides 4, 8, 16 and 32. The light models, of which the
-# preset `quick` is one, use a single map, and then the FPN is two convolutions. The code below does
-# both.
+# preset `quick` is one, use a single map, and then the FPN is just two convolutions. The code below
+# handles both.
 
 
 # %%
 def feature_pyramid(maps, fpn):
-    """Maps of the backbone, finest first -> maps with the same number of channels."""
+    """Maps, finest first -> maps with the same number of channels."""
     results, coarser = [], None
     for level in reversed(range(len(maps))):
-        lateral, smooth = fpn.inner_blocks[level][0], fpn.layer_blocks[level][0]
-        x = F.conv2d(maps[level], lateral.weight, lateral.bias)  # 1x1: [1, C, h, w]
+        lateral = fpn.inner_blocks[level][0]
+        smooth = fpn.layer_blocks[level][0]
+        # 1x1: [1, c, h, w]
+        x = F.conv2d(maps[level], lateral.weight, lateral.bias)
         if coarser is not None:
-            x = x + F.interpolate(coarser, size=x.shape[-2:], mode="nearest")
+            x = x + F.interpolate(coarser, x.shape[-2:], mode="nearest")
         coarser = x
-        results.insert(0, F.conv2d(x, smooth.weight, smooth.bias, padding=1))  # 3x3
+        # 3x3
+        x = F.conv2d(x, smooth.weight, smooth.bias, padding=1)
+        results.insert(0, x)
     return results
 
 
 with torch.no_grad():
     stages = list(detector.backbone.body(batch.tensors).values())
-    features = detector.backbone(batch.tensors)  # a dictionary of maps, finest first
+    # a dictionary of maps, finest first
+    features = detector.backbone(batch.tensors)
     by_hand = feature_pyramid(stages, detector.backbone.fpn)
 for own, theirs in zip(by_hand, features.values(), strict=True):
     assert torch.allclose(own, theirs, atol=1e-4)
@@ -266,24 +290,32 @@ for own, theirs in zip(by_hand, features.values(), strict=True):
 maps = list(features.values())
 strides = [height // level.shape[-2] for level in maps]
 for stage, level, stride in zip(stages, maps, strides, strict=True):
-    print(f"ResNet {tuple(stage.shape)} -> FPN {tuple(level.shape)}, stride {stride} pixels")
+    before, after = tuple(stage.shape), tuple(level.shape)
+    print(f"ResNet {before} -> FPN {after}, stride {stride} pixels")
 
 # %% [markdown]
-# What is in such a map? No channel has a name. Training shaped them all at once, and what they have in
-# common is that the heads below found them useful. We look at those that vary most inside the lungs.
+# What is in such a map? The channels have no names. Training shaped them all together, into whatever
+# helps the heads below. We look at those that vary most inside the lungs.
 
 
-# %% mystnb={"image": {"alt": "The synthetic slice and seven coarse maps of the same chest; different maps light up at different places, some of them at the lesions."}, "figure": {"caption": "Our old friend and the seven channels of its finest feature map that vary most inside the lungs. One cell is one stride wide. Each channel has its own scale of colours, from its least to its largest value in the lungs. Synthetic."}}
-finest, stride = maps[0][0].cpu(), strides[0]  # [C, h, w]
+# %% mystnb={"image": {"alt": "The synthetic chest slice and seven coarse maps of it; different maps are bright at different places."}, "figure": {"caption": "Our old friend and the seven channels of its finest feature map that vary most inside the lungs. One cell is one stride wide. Each channel has its own scale of colours, from its least to its largest value in the lungs. Synthetic."}}
+finest, stride = maps[0][0].cpu(), strides[0]  # [c, h, w]
 lungs = torch.from_numpy(mask[::stride, ::stride] > 0)  # [h, w]
 liveliest = finest[:, lungs].std(dim=1).argsort(descending=True)[:7]
-edges = (-stride / 2 - 0.5, width - stride / 2 - 0.5, height - stride / 2 - 0.5, -stride / 2 - 0.5)
-fig, axes = plt.subplots(2, 4, figsize=(10, 5.2), layout="constrained", sharex=True, sharey=True)
+edges = (
+    -stride / 2 - 0.5,
+    width - stride / 2 - 0.5,
+    height - stride / 2 - 0.5,
+    -stride / 2 - 0.5,
+)
+options = {"layout": "constrained", "sharex": True, "sharey": True}
+fig, axes = plt.subplots(2, 4, figsize=(10, 5.2), **options)
 _ = plotting.show_slice(image, axes[0, 0])
 _ = axes[0, 0].set_title("slice", fontsize=10)
 for channel, ax in zip(liveliest.tolist(), axes.flat[1:], strict=True):
     low, high = finest[channel, lungs].aminmax()
-    _ = ax.imshow(finest[channel], extent=edges, cmap="viridis", vmin=low, vmax=high)
+    look = {"extent": edges, "cmap": "viridis", "vmin": low, "vmax": high}
+    _ = ax.imshow(finest[channel], **look)
     _ = ax.set_title(f"channel {channel}", fontsize=10)
     _ = ax.set_xlabel("x (pixels)")
 _ = [ax.set_ylabel("") for ax in axes[:, 1:].flat]
@@ -296,21 +328,21 @@ plt.show()
 #
 # A convolution gives the same number of outputs at every cell, but a slice holds any number of
 # lesions of any size. *Anchors* bridge the two: a fixed set of boxes, repeated at every cell. The
-# network never predicts a box from nothing. It says of each anchor whether a lesion is there, and
-# how to correct it.
+# network need not predict a box from scratch. For each anchor, it says whether a lesion is there,
+# and how to correct the box.
 #
-# An anchor has a size $s$ (the square root of its area) and a ratio $r$ of height to width:
+# An anchor has a size $q$ (the square root of its area) and a ratio $\rho$ of height $h$ to width $w$:
 #
-# $$w = \frac{s}{\sqrt r}, \qquad h = s\,\sqrt r, \qquad \text{so that}\quad w\,h = s^2,\quad h / w = r .$$
+# $$w = \frac{q}{\sqrt\rho}, \qquad h = q\,\sqrt\rho, \qquad \text{so that}\quad w\,h = q^2,\quad h / w = \rho .$$
 #
-# The paper takes five small sizes and six ratios, because lesions are small and of many shapes.
+# The paper takes five small sizes and six ratios, because lesions are small and have many shapes.
 # torchvision centres the box on 0 and rounds each half side to a whole pixel. `round` here means
 # "half to even", as in PyTorch: 0.5 becomes 0, and 1.5 becomes 2.
 
 
 # %%
 def cell_anchors(sizes, ratios):
-    """The anchors of one cell, x1, y1, x2, y2 around (0, 0): [ratios * sizes, 4]."""
+    """The anchors of a cell, x1, y1, x2, y2 around (0, 0): [a, 4]."""
     boxes = []
     for ratio in ratios:
         for size in sizes:
@@ -319,7 +351,8 @@ def cell_anchors(sizes, ratios):
     return torch.tensor(boxes).round()
 
 
-cell = cell_anchors(config.anchor_sizes, config.anchor_ratios).to(device)  # [30, 4]
+# [30, 4]
+cell = cell_anchors(config.anchor_sizes, config.anchor_ratios).to(device)
 generator = detector.rpn.anchor_generator
 assert torch.equal(cell, generator.cell_anchors[0].to(device))
 
@@ -328,11 +361,15 @@ assert torch.equal(cell, generator.cell_anchors[0].to(device))
 
 # %%
 # NBVAL_CHECK_OUTPUT
-sides = (cell[:, 2:] - cell[:, :2]).int().reshape(-1, len(config.anchor_sizes), 2).tolist()
-print("ratio  " + "".join(f"size {size:<5}" for size in config.anchor_sizes))
+anchor_sizes = config.anchor_sizes
+sides = (cell[:, 2:] - cell[:, :2]).int()
+sides = sides.reshape(-1, len(anchor_sizes), 2).tolist()
+titles = [f"size {size:<5}" for size in anchor_sizes]
+print("ratio  " + "".join(titles))
 for ratio, row in zip(config.anchor_ratios, sides, strict=True):
     print(f"{ratio:5}  " + "".join(f"{w:>3} x {h:<4}" for w, h in row))
-print(f"{len(cell)} anchors at each cell, {len(cell.unique(dim=0))} of them different")
+different = len(cell.unique(dim=0))
+print(f"{len(cell)} anchors at each cell, {different} of them different")
 print(f"{int((cell[:, 3] == cell[:, 1]).sum())} have no height")
 
 # %% [markdown]
@@ -341,15 +378,18 @@ print(f"{int((cell[:, 3] == cell[:, 1]).sum())} have no height")
 # them again below.
 #
 # Now repeat the thirty boxes at every cell. The cell in row $i$ and column $j$ sits at the pixel
-# $(j \cdot \text{stride}, i \cdot \text{stride})$, its corner and not its middle. Cells come row
-# by row, and the anchors of one cell stay together. The maps follow one another, finest first.
+# $(j \cdot \text{stride}, i \cdot \text{stride})$, which is its corner and not its middle. Cells
+# come row by row, with the anchors of one cell together. The maps follow one another, finest first.
 
 
 # %%
 def grid_anchors(cell, rows, columns, stride):
-    """[A, 4] at one cell -> [rows * columns * A, 4] over the slice."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    corner = stride * torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4).to(cell)  # [cells, 1, 4]
+    """[a, 4] at one cell -> [rows * columns * a, 4] over the slice."""
+    y, x = torch.arange(rows), torch.arange(columns)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    # [cells, 1, 4]
+    corner = stride * torch.stack([x, y, x, y], dim=-1).to(cell)
+    corner = corner.reshape(-1, 1, 4)
     return (corner + cell).reshape(-1, 4)
 
 
@@ -364,54 +404,72 @@ assert torch.equal(anchors, generator(batch, maps)[0])
 # NBVAL_CHECK_OUTPUT
 for level, own, stride in zip(maps, anchors_of, strides, strict=True):
     rows, columns = level.shape[-2:]
-    print(f"stride {stride}: {rows} x {columns} cells x {len(cell)} = {len(own):,} anchors")
+    print(f"stride {stride}: {rows} x {columns} cells", end=" ")
+    print(f"x {len(cell)} = {len(own):,} anchors")
 
 # %% [markdown]
-# Here are the anchors of one cell, the one nearest to the largest lesion. Move the slider from one
-# size to the next. Anchors may reach over the border of the slice; nothing is cut yet.
+# Here are the anchors of one cell, the one nearest to the middle of the largest lesion. Move the
+# slider from one size to the next. Anchors may reach over the border of the slice; nothing is cut
+# yet.
 
 
 # %%
 def draw_boxes(boxes, ax, **style):
-    """Frames on a slice; pixel p covers p .. p + 1 in a box, p - 0.5 .. p + 0.5 on the axes."""
+    """Frames on a slice.
+
+    Pixel p covers p .. p + 1 in a box, p - 0.5 .. p + 0.5 on the axes.
+    """
     for x1, y1, x2, y2 in np.asarray(torch.as_tensor(boxes).cpu()):
-        frame = Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False)
+        corner = x1 - 0.5, y1 - 0.5
+        frame = Rectangle(corner, x2 - x1, y2 - y1, fill=False)
         ax.add_patch(frame).set(**{"lw": 1.2, **style})
 
 
 largest = int(target["area"].argmax())
 box = target["boxes"][largest]
-middle = ((box[:2] + box[2:]) / 2 / strides[0]).round() * strides[0]  # x, y of a cell
+# x, y of a cell
+middle = ((box[:2] + box[2:]) / 2 / strides[0]).round() * strides[0]
 RATIO_STYLES = list(
-    zip((BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY_BLUE), ["-", "--", ":"] * 2, strict=True)
+    zip(
+        (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY_BLUE),
+        ["-", "--", ":"] * 2,
+        strict=True,
+    )
 )
 
 
 def draw_anchors(size):
     """The anchors of one size at one cell, on our old friend."""
     fig, ax = plt.subplots(figsize=(4.6, 4.1), layout="constrained")
-    plotting.show_slice(image, ax).images[0].set_interpolation("nearest")  # a smaller file
+    # a smaller file
+    plotting.show_slice(image, ax).images[0].set_interpolation("nearest")
     draw_boxes(box[None], ax, edgecolor="white", lw=1)
-    ax.text(*(box[:2] - 1), "lesion", color="white", fontsize=9, va="bottom")
-    own = cell.cpu()[list(config.anchor_sizes).index(size) :: len(config.anchor_sizes)]
-    for anchor, ratio, (colour, line) in zip(own, config.anchor_ratios, RATIO_STYLES, strict=True):
-        draw_boxes(anchor[None] + middle.repeat(2), ax, edgecolor=colour, ls=line, lw=1.6)
+    ax.text(*(box[:2] - 1), "lesion", color="white", fontsize=9)
+    own = cell.cpu()[anchor_sizes.index(size) :: len(anchor_sizes)]
+    looks = zip(own, config.anchor_ratios, RATIO_STYLES, strict=True)
+    for anchor, ratio, (colour, line) in looks:
+        at = anchor[None] + middle.repeat(2)
+        draw_boxes(at, ax, edgecolor=colour, ls=line, lw=1.6)
         ax.plot([], [], color=colour, ls=line, label=f"{ratio}")
     ax.legend(title="h / w", fontsize="small", loc="lower right", ncols=2)
     reach = 60  # pixels
-    ax.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] + reach, middle[1] - reach))
+    ax.set(
+        xlim=(middle[0] - reach, middle[0] + reach),
+        ylim=(middle[1] + reach, middle[1] - reach),
+    )
     ax.set_title(f"size {size} pixels", fontsize=10)
     return fig
 
 
 frame_slider(
-    [draw_anchors(size) for size in config.anchor_sizes],
-    [f"{size} pixels" for size in config.anchor_sizes],
+    [draw_anchors(size) for size in anchor_sizes],
+    [f"{size} pixels" for size in anchor_sizes],
     "Anchor size",
-    "Six anchors of different ratios at one cell of a synthetic slice, over a lesion in a white frame",
-    caption="The anchors of one cell on our old friend, one size at a time. The white frame is the "
-    "largest lesion. Synthetic.",
-    start=len(config.anchor_sizes) - 2,
+    "Six anchors of different ratios at one cell of a synthetic slice, "
+    "over a lesion in a white frame",
+    caption="The anchors of one cell on our old friend, one size at a "
+    "time. The white frame is the largest lesion. Synthetic.",
+    start=len(anchor_sizes) - 2,
     dpi=70,
 )
 
@@ -428,7 +486,10 @@ def show_anchors(size):
 
 _ = ipywidgets.interact(
     show_anchors,
-    size=ipywidgets.SelectionSlider(options=config.anchor_sizes, value=config.anchor_sizes[-2]),
+    size=ipywidgets.SelectionSlider(
+        options=anchor_sizes,
+        value=anchor_sizes[-2],
+    ),
 )
 
 # %% [markdown]
@@ -439,56 +500,60 @@ _ = ipywidgets.interact(
 # gives four numbers for each anchor, the *deltas*, which correct its place and size.
 #
 # The outputs come as maps, [anchors, rows, columns]. The anchors above run the other way round:
-# cells first, then the anchors of a cell. So the maps are turned before they are flattened. Who
-# forgets this gets boxes that look almost right, which is the worst kind of wrong.
+# cells first, then the anchors of a cell. So the axes are swapped before the maps are flattened. If
+# you forget this, the boxes still look plausible, and the mistake is hard to notice.
 
 
 # %%
 def rpn_outputs(maps, head):
-    """For each map: logits [h * w * A] and deltas [h * w * A, 4], in the order of the anchors."""
+    """Logits [n] and deltas [n, 4] of each map, in the order of anchors."""
     conv, cls, reg = head.conv[0][0], head.cls_logits, head.bbox_pred
     logits_of, deltas_of = [], []
     for level in maps:
-        x = F.relu(F.conv2d(level, conv.weight, conv.bias, padding=1))  # [1, C, h, w]
-        logits = F.conv2d(x, cls.weight, cls.bias)[0]  # [A, h, w]
-        deltas = F.conv2d(x, reg.weight, reg.bias)[0]  # [4 * A, h, w]
+        # [1, c, h, w]
+        x = F.relu(F.conv2d(level, conv.weight, conv.bias, padding=1))
+        logits = F.conv2d(x, cls.weight, cls.bias)[0]  # [a, h, w]
+        deltas = F.conv2d(x, reg.weight, reg.bias)[0]  # [4 * a, h, w]
         a, h, w = logits.shape
-        logits_of.append(logits.permute(1, 2, 0).reshape(-1))  # [h * w * A]
-        deltas_of.append(deltas.reshape(a, 4, h, w).permute(2, 3, 0, 1).reshape(-1, 4))
+        logits_of.append(logits.permute(1, 2, 0).reshape(-1))  # [h * w * a]
+        deltas = deltas.reshape(a, 4, h, w).permute(2, 3, 0, 1)
+        deltas_of.append(deltas.reshape(-1, 4))  # [h * w * a, 4]
     return logits_of, deltas_of
 
 
 with torch.no_grad():
     logits_of, deltas_of = rpn_outputs(maps, detector.rpn.head)
     their_logits, _ = detector.rpn.head(maps)
-first = torch.stack([their_logits[0][0, a, 0, 1] for a in range(len(cell))])  # row 0, column 1
-assert torch.allclose(logits_of[0][len(cell) : 2 * len(cell)], first, atol=1e-5)
+# row 0, column 1
+first = torch.stack([their_logits[0][0, a, 0, 1] for a in range(len(cell))])
+ours = logits_of[0][len(cell) : 2 * len(cell)]
+assert torch.allclose(ours, first, atol=1e-5)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for theirs, logits, deltas in zip(their_logits, logits_of, deltas_of, strict=True):
-    print(
-        f"map {tuple(theirs.shape)} -> logits {tuple(logits.shape)}, deltas {tuple(deltas.shape)}"
-    )
+outputs = their_logits, logits_of, deltas_of
+for each in zip(*outputs, strict=True):
+    theirs, logits, deltas = (tuple(tensor.shape) for tensor in each)
+    print(f"map {theirs} -> logits {logits}, deltas {deltas}")
 
 # %% [markdown]
 # ### Decoding
 #
-# The four deltas do not count pixels. They count anchor sizes: with the anchor's centre
-# $(x_a, y_a)$ and sides $w_a, h_a$, the box is
+# The four deltas are not in pixels. They are relative to the anchor: with its centre $(x_a, y_a)$
+# and its sides $w_a, h_a$, the box is
 #
 # $$x = x_a + \delta_x w_a, \quad y = y_a + \delta_y h_a, \quad w = w_a e^{\delta_w}, \quad h = h_a e^{\delta_h}.$$
 #
 # So "a tenth to the right" means the same for a small lesion as for a large one, and the
-# exponential keeps sides positive. In the RPN the deltas are used as they are. The box head
-# later divides its own by weights $(10, 10, 5, 5)$, and so the function takes weights. Large
-# $\delta_w$ are cut at $\ln(1000/16)$, since an exponential can overflow.
+# exponential keeps the sides positive. The RPN uses its deltas as they are; the box head will divide
+# its own by weights $(10, 10, 5, 5)$, so the function takes weights. Large $\delta_w$ and $\delta_h$
+# are cut at $\ln(1000/16)$, since an exponential can overflow.
 
 
 # %%
 def decode(anchors, deltas, weights=(1.0, 1.0, 1.0, 1.0)):
-    """Anchors or proposals [N, 4] and deltas [N, 4] -> boxes [N, 4], x1, y1, x2, y2."""
-    sides = anchors[:, 2:] - anchors[:, :2]  # [N, 2]: w, h
+    """Anchors or proposals [n, 4] and deltas [n, 4] -> boxes [n, 4]."""
+    sides = anchors[:, 2:] - anchors[:, :2]  # [n, 2]: w, h
     centre = anchors[:, :2] + 0.5 * sides
     shift, stretch = (deltas / deltas.new_tensor(weights)).split(2, dim=1)
     centre = shift * sides + centre
@@ -496,16 +561,18 @@ def decode(anchors, deltas, weights=(1.0, 1.0, 1.0, 1.0)):
     return torch.cat([centre - 0.5 * sides, centre + 0.5 * sides], dim=1)
 
 
-boxes_of = [decode(own, deltas) for own, deltas in zip(anchors_of, deltas_of, strict=True)]
-theirs = detector.rpn.box_coder.decode(torch.cat(deltas_of), [anchors])[:, 0]  # [A, 4]
+boxes_of = list(map(decode, anchors_of, deltas_of))
+# [A, 4]
+theirs = detector.rpn.box_coder.decode(torch.cat(deltas_of), [anchors])
+theirs = theirs[:, 0]
 assert torch.allclose(torch.cat(boxes_of), theirs, atol=1e-3)
 
 # %% [markdown]
 # ### Overlap
 #
-# Two boxes that say the same thing overlap. *Intersection over union* (IoU) measures it: the area
-# that both cover, divided by the area that at least one covers. It is 0 for boxes apart and 1 for
-# equal boxes, and it does not depend on the scale.
+# Two boxes around the same lesion overlap. *Intersection over union* (IoU) measures how much: the
+# area that both cover, divided by the area that at least one covers. It is 0 for boxes that are
+# apart and 1 for equal boxes, and it does not depend on the scale.
 #
 # $$\operatorname{IoU}(a, b) = \frac{|a \cap b|}{|a| + |b| - |a \cap b|}$$
 
@@ -513,27 +580,31 @@ assert torch.allclose(torch.cat(boxes_of), theirs, atol=1e-3)
 # %%
 def iou(a, b):
     """Boxes [K, 4] and [N, 4] -> IoU of each pair [K, N]."""
-    low = torch.maximum(a[:, None, :2], b[None, :, :2])  # [K, N, 2]: larger left and top
-    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])  # smaller right and bottom
+    # [K, N, 2]: larger left and top
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])
+    # smaller right and bottom
+    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
     both = (high - low).clamp(min=0).prod(dim=2)  # [K, N]
-    area_a, area_b = ((box[:, 2:] - box[:, :2]).prod(dim=1) for box in (a, b))
+    area_a = (a[:, 2:] - a[:, :2]).prod(dim=1)
+    area_b = (b[:, 2:] - b[:, :2]).prod(dim=1)
     return both / (area_a[:, None] + area_b - both)
 
 
 overlap = iou(truth["boxes"], anchors)  # [K, A]
-assert torch.allclose(overlap, torchvision.ops.box_iou(truth["boxes"], anchors), atol=1e-6)
+theirs = torchvision.ops.box_iou(truth["boxes"], anchors)
+assert torch.allclose(overlap, theirs, atol=1e-6)
 
 # %% [markdown]
 # ### Non-maximum suppression
 #
-# Neighbouring anchors find the same lesion, so the decoded boxes come in heaps. *Non-maximum
-# suppression* (NMS) thins them: take the best box, drop every box that overlaps it by more than a
-# threshold, take the next best that is left, and so on.
+# Neighbouring anchors find the same lesion, so many decoded boxes lie on top of each other.
+# *Non-maximum suppression* (NMS) thins them out: take the best box, drop every box that overlaps it
+# by more than a threshold, take the best of those that are left, and so on.
 
 
 # %%
 def nms(boxes, scores, threshold):
-    """Boxes [N, 4] and scores [N] -> indices of the boxes kept, best first."""
+    """Boxes [n, 4] and scores [n] -> indices of those kept, best first."""
     order = scores.argsort(descending=True, stable=True)
     too_close = iou(boxes[order], boxes[order]) > threshold  # [N, N]
     keep = torch.ones(len(order), dtype=torch.bool, device=order.device)
@@ -556,12 +627,15 @@ def nms(boxes, scores, threshold):
 
 # %%
 def filter_proposals(boxes_of, logits_of, most):
-    """Decoded boxes and logits of each map -> at most `most` proposals and logits, best first."""
+    """Decoded boxes and logits of each map -> proposals, best first."""
     boxes, logits = [], []
     for own, score in zip(boxes_of, logits_of, strict=True):
         best = score.topk(min(most, len(score))).indices
         own, score = own[best], score[best]
-        own = torch.stack([own[:, 0::2].clamp(0, width), own[:, 1::2].clamp(0, height)], dim=2)
+        own = torch.stack(
+            [own[:, 0::2].clamp(0, width), own[:, 1::2].clamp(0, height)],
+            dim=2,
+        )
         own = own.flatten(1)  # [T, 4] again: x1, y1, x2, y2
         kept = nms(own, score, config.rpn_nms)
         boxes.append(own[kept])
@@ -571,26 +645,31 @@ def filter_proposals(boxes_of, logits_of, most):
     return boxes[order], logits[order]
 
 
-proposals, objectness = filter_proposals(boxes_of, logits_of, config.rpn_test_proposals)  # [P, 4]
+# [P, 4]
+most = config.rpn_test_proposals
+proposals, objectness = filter_proposals(boxes_of, logits_of, most)
 with torch.no_grad():
     theirs, _ = detector.rpn(batch, features)
 assert torch.allclose(proposals, theirs[0], atol=1e-3)
-print(
-    f"{len(anchors):,} anchors -> the best {config.rpn_test_proposals} -> {len(proposals)} proposals"
-)
+print(f"{len(anchors):,} anchors -> the best {most}", end=" ")
+print(f"-> {len(proposals)} proposals")
 
 # %% [markdown]
-# No score threshold anywhere: the RPN always proposes, on a healthy slice too. And proposals have
-# no class yet.
+# There is no score threshold anywhere: the RPN always proposes boxes, on a healthy slice, too. And
+# proposals have no class yet.
 
-# %% mystnb={"image": {"alt": "Left: coarse heat map of objectness on the synthetic slice, bright at the lesions and at a few other places. Right: many boxes, gathered around the same places."}, "figure": {"caption": "Left: objectness, the best of the anchors at each cell of the finest map. Right: the 40 proposals with the best logits (fewer if there are fewer). The RPN is generous: a proposal costs little, a lesion without one is lost. Synthetic."}}
+# %% mystnb={"image": {"alt": "Left: coarse heat map of objectness over the synthetic slice. Right: the slice with its true lesions and many dotted boxes, most of them close to others."}, "figure": {"caption": "Left: objectness, the best of the anchors at each cell of the finest map. Right: the 40 proposals with the best logits (fewer if there are fewer). The RPN proposes far more boxes than there are lesions, because a lesion without a proposal is lost. Synthetic."}}
 rows, columns = maps[0].shape[-2:]
-best = logits_of[0].reshape(rows, columns, -1).amax(dim=2).sigmoid().cpu()  # [h, w]
+# [h, w]
+best = logits_of[0].reshape(rows, columns, -1).amax(dim=2).sigmoid().cpu()
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
 _ = plotting.show_slice(image, axes[0])
-drawn = axes[0].imshow(best, extent=edges, cmap="magma", vmin=0, vmax=1, alpha=0.6)
-_ = axes[0].set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), title="objectness")
-_ = fig.colorbar(drawn, ax=axes[0], label="Sigmoid of the logit (no unit)", shrink=0.85)
+HEAT = {"cmap": "magma", "vmin": 0, "vmax": 1, "alpha": 0.6}
+drawn = axes[0].imshow(best, extent=edges, **HEAT)
+_ = axes[0].set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+_ = axes[0].set_title("objectness")
+bar = fig.colorbar(drawn, ax=axes[0], shrink=0.85)
+bar.set_label("Sigmoid of the logit (no unit)")
 _ = plotting.show_lesions(image, target, axes[1])
 _ = draw_boxes(proposals[:40], axes[1], edgecolor=GREEN, lw=1, ls=":")
 _ = axes[1].set_title("best proposals (dotted) and the truth")
@@ -605,20 +684,23 @@ plt.show()
 def draw_proposals(count):
     """The best proposals and the true boxes of our old friend."""
     fig, ax = plt.subplots(figsize=(4.6, 4.1), layout="constrained")
-    plotting.show_lesions(image, target, ax).images[0].set_interpolation("nearest")
+    plotting.show_lesions(image, target, ax)
+    ax.images[0].set_interpolation("nearest")
     draw_boxes(proposals[:count], ax, edgecolor=GREEN, lw=1, ls=":")
     found = iou(truth["boxes"], proposals[:count]).amax(dim=1) >= 0.5
-    ax.set_title(f"{count} proposals reach {int(found.sum())} of {len(found)} lesions", fontsize=10)
+    reached = f"{int(found.sum())} of {len(found)} lesions"
+    ax.set_title(f"{count} proposals reach {reached}", fontsize=10)
     return fig
 
 
-counts = sorted({min(count, len(proposals)) for count in (1, 5, 10, 40, len(proposals))})
+every = len(proposals)
+counts = sorted({min(count, every) for count in (1, 5, 10, 40, every)})
 frame_slider(
     [draw_proposals(count) for count in counts],
     [f"the best {count}" for count in counts],
     "Proposals",
     "Dotted proposal boxes over the true lesions of a synthetic slice",
-    caption="The best proposals (dotted) of our old friend, by objectness. Synthetic.",
+    caption="The best proposals (dotted) of our old friend. Synthetic.",
     start=min(2, len(counts) - 1),
     dpi=70,
 )
@@ -635,7 +717,8 @@ def show_proposals(count):
 
 
 _ = ipywidgets.interact(
-    show_proposals, count=ipywidgets.IntSlider(value=10, min=1, max=len(proposals))
+    show_proposals,
+    count=ipywidgets.IntSlider(value=10, min=1, max=len(proposals)),
 )
 
 # %% [markdown]
@@ -652,10 +735,14 @@ line = cell[cell[:, 1] == cell[:, 3]]  # [2, 4]
 moved = decode(line, torch.randn(len(line), 4, device=device))
 assert ((moved[:, 3] - moved[:, 1]) == 0).all()
 
-is_line = (cell[:, 1] == cell[:, 3]).repeat(len(anchors) // len(cell))  # [A]
-rank = (torch.cat(logits_of) > torch.cat(logits_of)[is_line].max()).sum() + 1
-print(f"trained detector, old friend: the best line has rank {rank:,} of {len(anchors):,} anchors;")
-print(f"lines among its proposals: {int((proposals[:, 1] == proposals[:, 3]).sum())}")
+# [A]
+is_line = (cell[:, 1] == cell[:, 3]).repeat(len(anchors) // len(cell))
+every_logit = torch.cat(logits_of)
+rank = (every_logit > every_logit[is_line].max()).sum() + 1
+lines = int((proposals[:, 1] == proposals[:, 3]).sum())
+print("trained detector, old friend:")
+print(f"the best line has rank {rank:,} of {len(anchors):,} anchors")
+print(f"lines among the proposals: {lines}")
 
 # %% [markdown]
 # A trained RPN has learned that lines never match a lesion (their IoU with anything is 0). How many
@@ -673,40 +760,45 @@ with torch.no_grad():
         untrained.rpn.min_size = least
         boxes = untrained.rpn(batch_512, maps_512)[0][0]
         lines = int((boxes[:, 1] == boxes[:, 3]).sum())
-        print(f"min_size {least}: {lines} lines among {len(boxes):,} proposals")
+        print(f"min_size {least}:", end=" ")
+        print(f"{lines} lines among {len(boxes):,} proposals")
 assert lines == 0
 
 # %% [markdown]
-# A small matter, but one that decides whether two implementations return the same boxes.
+# It is a small matter, but it decides whether two implementations return the same boxes.
 #
 # ## What the RPN is trained on
 #
-# The truth is a handful of lesions, the output thousands of anchors. Each anchor needs a label:
+# The truth is a handful of lesions, but the output is about thousands of anchors. Each anchor needs a
+# label:
 #
 # - **1, lesion:** its IoU with some lesion reaches the upper threshold;
 # - **0, background:** its best IoU stays below the lower threshold;
-# - **-1, left out:** in between. Such an anchor is too good to be called background and too poor to
-#   be called a lesion, so it teaches nothing.
+# - **-1, left out:** in between. Such an anchor fits too well to be called background and too poorly
+#   to be called a lesion, so it takes no part in the training.
 #
-# One more rule: for each lesion, the anchor that fits best gets the label 1 as well, however poor
-# the fit. Otherwise a lesion that no anchor fits would never be learned.
+# There is an extra rule: for each lesion, the anchor that fits best gets the label 1 as well, however
+# poor the fit. Otherwise the network would never learn a lesion that no anchor fits.
 
 
 # %%
 def label_anchors(anchors, boxes, high, low):
-    """Labels float [A] (1, 0 or -1), and for each anchor the lesion it overlaps most."""
+    """Labels [A] (1, 0 or -1), and the lesion each anchor overlaps most."""
     if len(boxes) == 0:  # a slice without a lesion: all background
-        return anchors.new_zeros(len(anchors)), torch.zeros_like(anchors[:, 0], dtype=torch.long)
+        background = anchors.new_zeros(len(anchors))
+        return background, background.long()
     overlap = iou(boxes, anchors)  # [K, A]
     best, lesion = overlap.max(dim=0)  # [A], [A]
     labels = anchors.new_full((len(anchors),), -1.0)
     labels[best < low] = 0
     labels[best >= high] = 1
-    labels[(overlap == overlap.amax(dim=1, keepdim=True)).any(dim=0)] = 1  # the extra rule
+    # the extra rule
+    labels[(overlap == overlap.amax(dim=1, keepdim=True)).any(dim=0)] = 1
     return labels, lesion
 
 
-labels, lesion = label_anchors(anchors, truth["boxes"], *config.rpn_iou)  # [A], [A]
+# [A], [A]
+labels, lesion = label_anchors(anchors, truth["boxes"], *config.rpn_iou)
 their_labels, _ = detector.rpn.assign_targets_to_anchors([anchors], [truth])
 assert torch.equal(labels, their_labels[0])
 for value, name in ((1, "lesion"), (0, "background"), (-1, "left out")):
@@ -716,13 +808,13 @@ for value, name in ((1, "lesion"), (0, "background"), (-1, "left out")):
 high, low = config.rpn_iou
 print(f"lesion from an IoU of {high}, background below {low}")
 for k, label in enumerate(truth["labels"].tolist()):
-    own = (labels == 1) & (lesion == k)
-    rule = "threshold" if overlap[k].max() >= high else "extra rule"
-    print(
-        f"{names[label]:4} best IoU {overlap[k].max():.2f}, {int(own.sum()):2} anchors, by the {rule}"
-    )
+    own = int(((labels == 1) & (lesion == k)).sum())
+    fit = overlap[k].max()
+    rule = "threshold" if fit >= high else "extra rule"
+    print(f"{names[label]:4} best IoU {fit:.2f},", end=" ")
+    print(f"{own:2} anchors, by the {rule}")
 
-# %% mystnb={"image": {"alt": "The synthetic slice with the true lesion boxes in white and the anchors labelled lesion around them: solid green above the threshold, dashed orange-red by the extra rule."}, "figure": {"caption": "The anchors of our old friend that count as lesion: above the threshold (solid) or best of their lesion although below it (dashed). White: the truth. All other anchors are background or left out. Synthetic."}}
+# %% mystnb={"image": {"alt": "The synthetic slice with the true lesion boxes in white and the anchors labelled lesion on them: solid green above the threshold, dashed orange-red by the extra rule."}, "figure": {"caption": "The anchors of our old friend that count as lesion: above the threshold (solid) or best of their lesion although below it (dashed). White: the truth. All other anchors are background or left out. Synthetic."}}
 above = (labels == 1) & (overlap.amax(dim=0) >= high)
 rescued = (labels == 1) & ~above
 ax = plotting.show_slice(image, plotting.get_ax(6.5, 5.4))
@@ -744,48 +836,57 @@ plt.show()
 # %%
 paper = PRESETS["paper"]
 mask_512 = old_friend(512)[1]
-truth_512 = mask_to_targets(mask_512, paper.detector.lesions, paper.min_area)
-cell_512 = cell_anchors(paper.detector.anchor_sizes, paper.detector.anchor_ratios)
-anchors_512 = torch.cat([grid_anchors(cell_512, 512 // s, 512 // s, s) for s in (4, 8, 16, 32)])
-labels_512, lesion_512 = label_anchors(anchors_512, truth_512["boxes"], *paper.detector.rpn_iou)
-best_512 = iou(truth_512["boxes"], anchors_512).amax(dim=1)  # [K]
+settings = paper.detector
+truth_512 = mask_to_targets(mask_512, settings.lesions, paper.min_area)
+boxes_512 = truth_512["boxes"]
+cell_512 = cell_anchors(settings.anchor_sizes, settings.anchor_ratios)
+cells = {stride: 512 // stride for stride in (4, 8, 16, 32)}
+grids = [grid_anchors(cell_512, n, n, stride) for stride, n in cells.items()]
+anchors_512 = torch.cat(grids)
+assigned = label_anchors(anchors_512, boxes_512, *settings.rpn_iou)
+labels_512, lesion_512 = assigned  # [A], [A]
+best_512 = iou(boxes_512, anchors_512).amax(dim=1)  # [K]
 
-print(f"{len(anchors_512):,} anchors, threshold {paper.detector.rpn_iou[0]}   (one phantom)")
+threshold = settings.rpn_iou[0]
+print(f"{len(anchors_512):,} anchors, threshold {threshold} (one phantom)")
 for k, label in enumerate(truth_512["labels"].tolist()):
-    x1, y1, x2, y2 = truth_512["boxes"][k].int().tolist()
+    x1, y1, x2, y2 = boxes_512[k].int().tolist()
     own = int(((labels_512 == 1) & (lesion_512 == k)).sum())
-    name = LESION_CLASSES[paper.detector.lesions][label - 1]
+    name = LESION_CLASSES[settings.lesions][label - 1]
     share = f"{100 * truth_512['area'][k] / 512**2:.1f} % of the slice"
-    print(
-        f"{name:4}{x2 - x1:3} x {y2 - y1:2} pixels, {share}: IoU {best_512[k]:.2f}, {own:3} anchors"
-    )
-total = int((labels_512 == 1).sum())
-room = int(paper.detector.rpn_batch * paper.detector.rpn_positive)
-print(f"{total} anchors count as lesion; a training step has room for {room}")
-assert best_512.min() < paper.detector.rpn_iou[0]
+    print(f"{name:4}{x2 - x1:3} x {y2 - y1:3} pixels, {share}:", end=" ")
+    print(f"IoU {best_512[k]:.2f}, {own:3} anchors")
+chosen = labels_512 == 1
+best_of_anchor = iou(boxes_512, anchors_512[chosen]).amax(dim=0)
+extra = (best_of_anchor < threshold).float().mean()
+print(f"{int(chosen.sum())} anchors count as lesion,", end=" ")
+print(f"{extra:.0%} of them by the extra rule")
+room = int(settings.rpn_batch * settings.rpn_positive)
+print(f"a training step has room for {room}")
+assert best_512.min() < threshold
 
 # %% [markdown]
-# The larger lesions have outgrown the anchors. No anchor comes near the threshold, and the extra rule
-# steps in. It then does more than it should: *every* anchor of the largest area that lies wholly
-# inside the lesion has the same IoU, all of them are "the best", and all count as lesion. Most of what
-# a training step draws as "lesion" then comes from one or two large lesions. The deltas of these anchors
-# must stretch a box of 32 pixels to more than twice its side. Training can learn large deltas, but
-# this is not what anchors are for. It is a finding on a phantom, but on one whose lesions have sizes
-# that are common in the paper's Figure 1. With real masks in hand, check this first.
+# The larger lesions have outgrown the anchors. Where no anchor comes near the threshold, the extra
+# rule steps in, and then it does more than it should: *every* anchor of the largest area that lies
+# wholly inside the lesion has the same IoU, so all of them are "the best", and all count as lesion.
+# The last lines tell what share of the sample that is. The deltas of these anchors must stretch a
+# small box to the whole lesion. Training can learn large deltas, but anchors are there to make that
+# unnecessary. This is a finding on one phantom. But a GGO of 2 % of the slice, the range of the paper's
+# Figure 1, has a box at least 72 pixels wide or high at this size, so it is worth a check on real masks.
 #
 # ### A sample for the loss
 #
-# Back to our own anchors. A few say "lesion", thousands say "background". If all counted, a network
-# that always says "background" would have almost no loss. So only a sample counts: a fixed number of
-# anchors in each slice, lesions first, but at most a share of them (`rpn_positive`), the rest
-# background. A slice with small lesions cannot fill that share. It is an upper bound and not a
-# balance.
+# Back to our own anchors. A few say "lesion", thousands say "background". If all of them counted, a
+# network that always says "background" would have almost no loss. So only a sample counts: a fixed
+# number of anchors in each slice, of which at most a share (`rpn_positive`) are lesion and the rest
+# background. A slice with small lesions may have too few lesion anchors to reach that share.
 
 
 # %%
 def sample(labels, count, share):
-    """Draw at random: indices of positive (label >= 1) and of negative (label 0) entries."""
-    positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+    """Draw indices of positive (label >= 1) and negative (0) entries."""
+    positive = torch.where(labels >= 1)[0]
+    negative = torch.where(labels == 0)[0]
     most = min(int(count * share), len(positive))
     order = torch.randperm(len(positive), device=labels.device)
     positive = positive[order[:most]]
@@ -800,7 +901,8 @@ torch.manual_seed(SEED)
 theirs = detector.rpn.fg_bg_sampler([labels])
 assert torch.equal(positive, torch.where(theirs[0][0])[0])
 assert torch.equal(negative, torch.where(theirs[1][0])[0])
-print(f"{config.rpn_batch} anchors a slice, at most {config.rpn_positive:.0%} of them lesion")
+print(f"{config.rpn_batch} anchors a slice,", end=" ")
+print(f"at most {config.rpn_positive:.0%} of them lesion")
 print(f"our old friend: {len(positive)} lesion, {len(negative)} background")
 
 # %% [markdown]
@@ -809,19 +911,23 @@ print(f"our old friend: {len(positive)} lesion, {len(negative)} background")
 #
 # $$\delta_x = \frac{x - x_a}{w_a}, \quad \delta_y = \frac{y - y_a}{h_a}, \quad \delta_w = \ln\frac{w}{w_a}, \quad \delta_h = \ln\frac{h}{h_a}$$
 #
-# Here the anchors without height would divide by zero. They never count as lesion, because some other
-# anchor always overlaps the lesion more, so nobody asks.
+# The anchors without height would divide by zero here. But they never count as lesion, because some
+# other anchor always overlaps the lesion more.
 
 
 # %%
 def encode(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
     """The deltas [N, 4] that turn anchors [N, 4] into boxes [N, 4]."""
-    sides, wanted = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
-    shift = (boxes[:, :2] + 0.5 * wanted - anchors[:, :2] - 0.5 * sides) / sides
-    return torch.cat([shift, (wanted / sides).log()], dim=1) * anchors.new_tensor(weights)
+    sides = anchors[:, 2:] - anchors[:, :2]
+    wanted = boxes[:, 2:] - boxes[:, :2]
+    centre = anchors[:, :2] + 0.5 * sides
+    shift = (boxes[:, :2] + 0.5 * wanted - centre) / sides
+    deltas = torch.cat([shift, (wanted / sides).log()], dim=1)
+    return deltas * anchors.new_tensor(weights)
 
 
-goal = encode(truth["boxes"][lesion[positive]], anchors[positive])  # [positive, 4]
+# [positive, 4]
+goal = encode(truth["boxes"][lesion[positive]], anchors[positive])
 back = decode(anchors[positive], goal)
 assert torch.allclose(back, truth["boxes"][lesion[positive]], atol=1e-3)
 assert (anchors[positive, 3] > anchors[positive, 1]).all()
@@ -829,9 +935,9 @@ assert (anchors[positive, 3] > anchors[positive, 1]).all()
 # %% [markdown]
 # ## RoIAlign
 #
-# The second stage looks at each proposal, a *region of interest* (RoI). Its layers want inputs of
-# one size, and proposals come in all sizes, at fractions of a pixel. RoIAlign {cite:p}`He2017` cuts
-# a grid of $7 \times 7$ numbers per channel out of the feature map:
+# The second stage looks at each proposal, a *region of interest* (RoI). Its layers need inputs of one
+# size, but proposals come in all sizes, at fractions of a pixel. RoIAlign {cite:p}`He2017` cuts a grid
+# of $7 \times 7$ numbers per channel out of the feature map:
 #
 # 1. divide the box by the stride: it now lies on the map, at fractions of a cell;
 # 2. divide it into $7 \times 7$ bins;
@@ -844,7 +950,7 @@ assert (anchors[positive, 3] > anchors[positive, 1]).all()
 #
 # ### One point
 #
-# Bilinear interpolation weighs the four cells around a point by how near they are. With the
+# Bilinear interpolation weights the four cells around a point by how near they are. With the
 # fractions $f_x, f_y$ of the way from the left to the right cell and from the top to the bottom one:
 #
 # $$v = (1-f_y)(1-f_x)\,v_{00} + (1-f_y)f_x\,v_{01} + f_y(1-f_x)\,v_{10} + f_y f_x\,v_{11}$$
@@ -853,65 +959,80 @@ assert (anchors[positive, 3] > anchors[positive, 1]).all()
 
 # %%
 # NBVAL_CHECK_OUTPUT
-small = (torch.arange(64).reshape(1, 8, 8) * 7 % 10).float()  # [1, 8, 8], values 0 .. 9
+# [1, 8, 8], values 0 .. 9
+small = (torch.arange(64).reshape(1, 8, 8) * 7 % 10).float()
 x, y = 2.25, 3.5
 left, top = math.floor(x), math.floor(y)
 fx, fy = x - left, y - top
-v00, v01 = small[0, top, left].item(), small[0, top, left + 1].item()
-v10, v11 = small[0, top + 1, left].item(), small[0, top + 1, left + 1].item()
-value = (1 - fy) * (1 - fx) * v00 + (1 - fy) * fx * v01 + fy * (1 - fx) * v10 + fy * fx * v11
+v00, v01 = small[0, top, left : left + 2].tolist()
+v10, v11 = small[0, top + 1, left : left + 2].tolist()
+upper = (1 - fx) * v00 + fx * v01
+lower = (1 - fx) * v10 + fx * v11
+value = (1 - fy) * upper + fy * lower
 print(f"around ({x}, {y}): {v00} {v01} / {v10} {v11}, value {value}")
 
 # %% [markdown]
 # ### All points
 #
-# Two details of torchvision stand in this code. A RoI is at least one cell wide and high. And the
-# value of cell $j$ sits at $j$, not in the cell's middle at $j + \tfrac12$; the anchors above follow
-# the same rule, so the two agree (`aligned=False`).
+# This code follows two details of torchvision. A RoI is at least one cell wide and high. And the
+# value of cell $j$ sits at $j$, not in the cell's middle at $j + \tfrac12$ (`aligned=False`); the
+# anchors above follow the same rule.
 
 
 # %%
 def bilinear(feature, y, x):
-    """Read a map [C, h, w] at the rows y [m] and the columns x [n]: [C, m, n]."""
+    """Read a map [c, h, w] at rows y [m] and columns x [n]: [c, m, n]."""
     h, w = feature.shape[-2:]
-    inside = ((y >= -1) & (y <= h))[:, None] & ((x >= -1) & (x <= w))  # else the value is 0
+    # else the value is 0
+    inside = ((y >= -1) & (y <= h))[:, None] & ((x >= -1) & (x <= w))
     y, x = y.clamp(0, h - 1), x.clamp(0, w - 1)
     top, left = y.long(), x.long()
     bottom, right = (top + 1).clamp(max=h - 1), (left + 1).clamp(max=w - 1)
     fy, fx = (y - top)[:, None], x - left  # [m, 1], [n]
-    upper = (1 - fx) * feature[:, top][:, :, left] + fx * feature[:, top][:, :, right]
-    lower = (1 - fx) * feature[:, bottom][:, :, left] + fx * feature[:, bottom][:, :, right]
-    return ((1 - fy) * upper + fy * lower) * inside  # [C, m, n]
+    above, below = feature[:, top], feature[:, bottom]  # [c, m, w]
+    upper = (1 - fx) * above[:, :, left] + fx * above[:, :, right]
+    lower = (1 - fx) * below[:, :, left] + fx * below[:, :, right]
+    return ((1 - fy) * upper + fy * lower) * inside  # [c, m, n]
 
 
 def roi_align(feature, box, bins, stride=1, ratio=2):
-    """Cut one box [4] (pixels) out of a map [C, h, w]: [C, bins, bins]."""
+    """Cut one box [4] (pixels) out of a map [c, h, w]: [c, bins, bins]."""
     x1, y1, x2, y2 = box / stride  # cells
     w, h = (x2 - x1).clamp(min=1), (y2 - y1).clamp(min=1)
-    steps = (torch.arange(bins * ratio, device=box.device) + 0.5) / (bins * ratio)  # 0 .. 1
-    points = bilinear(feature, y1 + steps * h, x1 + steps * w)  # [C, bins * ratio, bins * ratio]
-    return F.avg_pool2d(points, ratio)  # [C, bins, bins]
+    # 0 .. 1
+    points = bins * ratio
+    steps = (torch.arange(points, device=box.device) + 0.5) / points
+    # [c, bins * ratio, bins * ratio]
+    points = bilinear(feature, y1 + steps * h, x1 + steps * w)
+    return F.avg_pool2d(points, ratio)  # [c, bins, bins]
 
 
 roi = torch.tensor([1.2, 0.9, 6.4, 5.5])
 ours = roi_align(small, roi, bins=2)  # [1, 2, 2]
-theirs = torchvision.ops.roi_align(small[None], [roi[None]], output_size=2, sampling_ratio=2)
+theirs = torchvision.ops.roi_align(small[None], [roi[None]], 2, 1, 2)
 assert torch.allclose(ours, theirs[0], atol=1e-5)
 
 # %% mystnb={"image": {"alt": "A grid of 8 by 8 numbers with a box at fractions of a cell, divided into four bins with four points each; beside it the 2 by 2 result."}, "figure": {"caption": "RoIAlign on a small map. The box (solid) is not moved to whole cells. Each of its 2 x 2 bins (dashed) holds 2 x 2 sampling points; each point reads the four cells around it; the mean of the points is the output on the right. A made-up map, no data."}}
-fig, axes = plt.subplots(1, 2, figsize=(8.5, 4.6), layout="constrained", width_ratios=[2, 1])
+options = {"layout": "constrained", "width_ratios": [2, 1]}
+fig, axes = plt.subplots(1, 2, figsize=(8.5, 4.6), **options)
 for ax, values in zip(axes, (small[0], ours[0]), strict=True):
     _ = ax.imshow(values, cmap="Blues", vmin=0, vmax=14)
     for (i, j), v in np.ndenumerate(values.numpy()):
-        _ = ax.text(j, i, f"{v:.3g}", ha="center", va="center", fontsize=9, color="0.35")
+        style = {"ha": "center", "va": "center", "color": "0.35"}
+        _ = ax.text(j, i, f"{v:.3g}", fontsize=9, **style)
 x1, y1, x2, y2 = roi.tolist()
-_ = axes[0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=BLACK, lw=2))
+frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=BLACK, lw=2)
+_ = axes[0].add_patch(frame)
 _ = axes[0].hlines((y1 + y2) / 2, x1, x2, color=BLACK, ls="--")
 _ = axes[0].vlines((x1 + x2) / 2, y1, y2, color=BLACK, ls="--")
 steps = (np.arange(4) + 0.5) / 4
 grid = np.meshgrid(x1 + steps * (x2 - x1), y1 + steps * (y2 - y1))
 _ = axes[0].plot(*map(np.ravel, grid), "o", color=VERMILLION, ms=5)
-_ = axes[0].set(xlabel="Column (cells)", ylabel="Row (cells)", title="map, box and points")
+_ = axes[0].set(
+    xlabel="Column (cells)",
+    ylabel="Row (cells)",
+    title="map, box and points",
+)
 _ = axes[1].set(xlabel="Bin (count)", ylabel="Bin (count)", title="output")
 _ = axes[1].set(xticks=[0, 1], yticks=[0, 1])
 plt.show()
@@ -936,13 +1057,15 @@ def level_of(box):
 
 heads = detector.roi_heads
 with torch.no_grad():
-    pooled = heads.box_roi_pool(features, [proposals], batch.image_sizes)  # [P, C, 7, 7]
+    # [P, c, 7, 7]
+    pooled = heads.box_roi_pool(features, [proposals], batch.image_sizes)
 first = level_of(proposals[0])
-ours = roi_align(maps[first][0], proposals[0], bins=7, stride=strides[first])  # [C, 7, 7]
+# [c, 7, 7]
+ours = roi_align(maps[first][0], proposals[0], 7, strides[first])
 assert torch.allclose(ours, pooled[0], atol=1e-4)
 for index in range(len(proposals)):
     level = level_of(proposals[index])
-    ours = roi_align(maps[level][0], proposals[index], bins=7, stride=strides[level])
+    ours = roi_align(maps[level][0], proposals[index], 7, strides[level])
     assert torch.allclose(ours, pooled[index], atol=1e-3)
 
 # %% [markdown]
@@ -950,74 +1073,93 @@ for index in range(len(proposals)):
 #
 # An older operation, RoIPool, rounds box and bins to whole cells and takes the maximum in each bin.
 # A cell is several pixels wide, and a lesion may be as small as a single cell. We move the best
-# proposal to the right, a quarter of a pixel at a time, and watch how much the cut-out changes.
+# proposal to the right, a quarter of a pixel at a time, and watch how much its features change.
 # RoIAlign follows every step. RoIPool does nothing for a while, then jumps.
 
 # %% mystnb={"image": {"alt": "Relative change of the pooled features against the shift of the box: a continuous curve for RoIAlign, a staircase for RoIPool."}, "figure": {"caption": "How the features of one RoI change as its box moves by up to two cells, relative to where it began. Rounding hides a small shift or turns it into a jump; box corrections and masks need the shift itself. Synthetic."}}
 level, stride_here = maps[first], strides[first]
 shifts = np.arange(0, 2 * stride_here + 0.01, 0.25)
-moved = proposals[0] + torch.tensor([1.0, 0, 1, 0], device=device) * torch.tensor(
-    shifts[:, None], device=device, dtype=torch.float32
-)
+moved = proposals[0].repeat(len(shifts), 1)
+moved[:, 0::2] += torch.from_numpy(shifts[:, None]).to(moved)
+scale = 1 / stride_here
 curves = {
-    "RoIAlign": torchvision.ops.roi_align(level, [moved], 7, 1 / stride_here, 2),
-    "RoIPool": torchvision.ops.roi_pool(level, [moved], 7, 1 / stride_here),
+    "RoIAlign": torchvision.ops.roi_align(level, [moved], 7, scale, 2),
+    "RoIPool": torchvision.ops.roi_pool(level, [moved], 7, scale),
 }
 ax = plotting.get_ax(7, 3.8)
 for (name, values), colour, line, style in zip(
-    curves.items(), (BLUE, VERMILLION), ("-", "--"), ("default", "steps-mid"), strict=True
+    curves.items(),
+    (BLUE, VERMILLION),
+    ("-", "--"),
+    ("default", "steps-mid"),
+    strict=True,
 ):
     values = values.flatten(1)
     change = 100 * (values - values[0]).norm(dim=1) / values[0].norm()
-    _ = ax.plot(shifts, change.cpu(), color=colour, ls=line, drawstyle=style, label=name)
-_ = ax.set(xlabel="Shift of the box (pixels)", ylabel="Change of its features (%)")
+    _ = ax.plot(
+        shifts,
+        change.cpu(),
+        color=colour,
+        ls=line,
+        drawstyle=style,
+        label=name,
+    )
+_ = ax.set_xlabel("Shift of the box (pixels)")
+_ = ax.set_ylabel("Change of its features (%)")
 _ = ax.legend()
 plt.show()
 
 # %% [markdown]
 # ## The box head
 #
-# Two hidden layers read the $C \times 7 \times 7$ numbers of a RoI as one vector. Then two linear
+# Two hidden layers read the $c \times 7 \times 7$ numbers of a RoI as one vector. Then two linear
 # layers run side by side: one logit for each class, background included, and four deltas *for each
-# class*. A GGO and a consolidation at the same place are of different size, so each class may
-# correct the box in its own way.
+# class*. A GGO and a consolidation in the same place need not have the same size, so each class
+# corrects the box in its own way.
 
 # %%
 with torch.no_grad():
-    x = pooled.flatten(1)  # [P, C * 7 * 7]
+    x = pooled.flatten(1)  # [P, c * 7 * 7]
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
-        x = F.relu(F.linear(x, layer.weight, layer.bias))  # [P, box_features]
+        # [P, box_features]
+        x = F.relu(F.linear(x, layer.weight, layer.bias))
     cls, reg = heads.box_predictor.cls_score, heads.box_predictor.bbox_pred
-    class_logits = F.linear(x, cls.weight, cls.bias)  # [P, classes]
-    box_deltas = F.linear(x, reg.weight, reg.bias)  # [P, 4 * classes]
+    class_logits = F.linear(x, cls.weight, cls.bias)  # [P, L]
+    box_deltas = F.linear(x, reg.weight, reg.bias)  # [P, 4 * L]
     theirs = heads.box_predictor(heads.box_head(pooled))
 assert torch.allclose(class_logits, theirs[0], atol=1e-4)
 assert torch.allclose(box_deltas, theirs[1], atol=1e-4)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print(f"one RoI: {tuple(pooled.shape[1:])} -> {pooled[0].numel():,} -> {x.shape[1]} numbers")
-print(f"-> {class_logits.shape[1]} class logits and {box_deltas.shape[1]} deltas")
+print(f"one RoI: {tuple(pooled.shape[1:])}", end=" ")
+print(f"-> {pooled[0].numel():,} -> {x.shape[1]} numbers")
+numbers = class_logits.shape[1], box_deltas.shape[1]
+print("-> {} class logits and {} deltas".format(*numbers))
 
 # %% [markdown]
-# Decoding is the one of the RPN, with the proposal in the anchor's place, and with weights
-# $(10, 10, 5, 5)$: the network's deltas are ten (five) times the relative shifts. After the RPN's
-# correction the rest is a small part of the box. The factor makes the targets larger, so that this
-# loss weighs as much as the others.
+# Decoding works as in the RPN, with the proposal in place of the anchor, and with weights
+# $(10, 10, 5, 5)$: the network's deltas are ten times the relative shifts, and five times the logs of
+# the relative sizes. After the RPN's correction only a small part of the box is left to correct. The
+# weights make the targets larger, so that this loss is not drowned by the others.
 #
 # To get detections, a softmax over the classes turns logits into scores, background is dropped,
-# scores must exceed a threshold, and NMS runs in each class on its own. The objectness plays no part
-# any more: it chose the proposals, and that was its job.
+# scores must exceed a threshold, and NMS runs within each class. The objectness plays no part any
+# more: its job was to choose the proposals.
 
 # %%
-scores = class_logits.softmax(dim=1)  # [P, classes]
+scores = class_logits.softmax(dim=1)  # [P, L]
 found = []
 for label in range(1, scores.shape[1]):
     deltas = box_deltas[:, 4 * label : 4 * label + 4]  # [P, 4]
     boxes = decode(proposals, deltas, heads.box_coder.weights)
-    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2)
+    boxes = torch.stack(
+        [boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)],
+        dim=2,
+    )
     boxes = boxes.flatten(1)  # [P, 4]
-    wide = ((boxes[:, 2:] - boxes[:, :2]) >= 0.01).all(dim=1)  # torchvision's smallest side
+    # torchvision's smallest side
+    wide = ((boxes[:, 2:] - boxes[:, :2]) >= 0.01).all(dim=1)
     index = torch.where((scores[:, label] > config.box_score) & wide)[0]
     index = index[nms(boxes[index], scores[index, label], config.box_nms)]
     found += [(scores[i, label], label, boxes[i], i) for i in index]
@@ -1027,15 +1169,18 @@ with torch.no_grad():
     detections = detector([friend])[0]
 assert len(found) == len(detections["scores"])
 for (score, label, box, _), theirs, their_label, their_box in zip(
-    found, detections["scores"], detections["labels"], detections["boxes"], strict=True
+    found,
+    detections["scores"],
+    detections["labels"],
+    detections["boxes"],
+    strict=True,
 ):
     assert label == their_label and torch.allclose(score, theirs, atol=1e-4)
     assert torch.allclose(box, their_box, atol=1e-2)
-print(
-    f"{len(proposals)} proposals -> {len(found)} detections with a score above {config.box_score}"
-)
+print(f"{len(proposals)} proposals -> {len(found)} detections", end=" ")
+print(f"with a score above {config.box_score}")
 
-# %% mystnb={"image": {"alt": "The synthetic slice twice: on the left the proposals of the best detections, dotted, and the boxes they became; on the right the final detections with their scores beside the lesions."}, "figure": {"caption": "Left: proposals (dotted) and the boxes that the box head made of them (solid GGO, dashed C), for detections with a score above 0.5. Right: the same with scores and masks, thinned by NMS at 0.25 to make them readable. Compare with the truth at the top of the chapter: is every detection a lesion? Synthetic."}}
+# %% mystnb={"image": {"alt": "The synthetic slice twice: on the left the proposals of the best detections, dotted, and the boxes they became; on the right the final detections with their scores and masks."}, "figure": {"caption": "Left: proposals (dotted) and the boxes that the box head made of them (solid GGO, dashed C), for detections with a score above 0.5. Right: the same with scores and masks, thinned by NMS at 0.25 to make them readable. Compare with the truth at the top of the chapter: is every detection a lesion? Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
 _ = plotting.show_slice(image, axes[0])
 for score, label, box, i in found:
@@ -1044,12 +1189,15 @@ for score, label, box, i in found:
             "edgecolor": plotting.LESION_COLOURS[label - 1],
             "ls": plotting.LESION_LINES[label - 1],
         }
-        _ = draw_boxes(proposals[i][None], axes[0], edgecolor=GREEN, lw=1.6, ls=":")
+        dots = {"edgecolor": GREEN, "ls": ":", "lw": 1.6}
+        _ = draw_boxes(proposals[i][None], axes[0], **dots)
         _ = draw_boxes(box[None], axes[0], **style)
 _ = axes[0].set_title("proposal, then corrected box")
-few = torchvision.ops.batched_nms(*(detections[k] for k in ("boxes", "scores", "labels")), 0.25)
+columns = [detections[key] for key in ("boxes", "scores", "labels")]
+few = torchvision.ops.batched_nms(*columns, 0.25)
 few = {name: value[few] for name, value in detections.items()}
-_ = plotting.show_lesions(image, few, axes[1], classes=names[1:], score_threshold=0.5)
+options = {"classes": names[1:], "score_threshold": 0.5}
+_ = plotting.show_lesions(image, few, axes[1], **options)
 _ = axes[1].set_title("detections")
 plt.show()
 
@@ -1063,33 +1211,38 @@ best_of = [
     for boxes in (anchors, proposals, detections["boxes"])
 ]
 print("best IoU    anchor  proposal  detection   (one phantom)")
-for label, area, *values in zip(target["labels"], target["area"], *best_of, strict=True):
+columns = target["labels"], target["area"], *best_of
+for label, area, *values in zip(*columns, strict=True):
     line = "".join(f"{value:9.2f}" for value in values)
     print(f"{names[label]:3} {area:4.0f} px {line}")
 
 # %% [markdown]
 # Where a number falls from one stage to the next, the fitting box was there and went again: a
-# neighbour with a better score suppressed it, or a correction overshot. And "best" is a kind measure,
-# since nobody tells the network which box to look at. Whether the *scores* pick the right boxes is
-# what average precision measures, in [chapter 3](03_segmenter.ipynb).
+# neighbour with a better score suppressed it, or a correction overshot. And "best" is a generous
+# measure, since it takes the truth to pick the box. Whether the *scores* pick the right boxes is what
+# average precision measures, in [chapter 3](03_segmenter.ipynb).
 #
 # ## The mask head
 #
 # A second RoIAlign cuts $14 \times 14$ numbers out of the map, now for the *detected* boxes. One
 # convolution (in the light models; four in the paper's) and a transposed convolution, which doubles
-# the resolution, lead to $28 \times 28$ logits for each class. The mask of the detected class is
-# used, and the others are ignored. So the mask head need not know what it draws: class and shape are
-# decided apart.
+# the resolution, lead to $28 \times 28$ logits for each class. We use the mask of the detected class
+# and ignore the others. So the mask head does not decide the class; it only draws the shape.
 
 # %%
 with torch.no_grad():
-    cut = heads.mask_roi_pool(features, [detections["boxes"]], batch.image_sizes)  # [R, C, 14, 14]
+    # [D, c, 14, 14]
+    boxes = [detections["boxes"]]
+    cut = heads.mask_roi_pool(features, boxes, batch.image_sizes)
     x = cut
     for block in heads.mask_head:
-        x = F.relu(F.conv2d(x, block[0].weight, block[0].bias, padding=1))  # [R, ..., 14, 14]
-    up, last = heads.mask_predictor.conv5_mask, heads.mask_predictor.mask_fcn_logits
-    x = F.relu(F.conv_transpose2d(x, up.weight, up.bias, stride=2))  # [R, ..., 28, 28]
-    mask_logits = F.conv2d(x, last.weight, last.bias)  # [R, classes, 28, 28]
+        # [D, ..., 14, 14]
+        x = F.relu(F.conv2d(x, block[0].weight, block[0].bias, padding=1))
+    up = heads.mask_predictor.conv5_mask
+    last = heads.mask_predictor.mask_fcn_logits
+    # [D, ..., 28, 28]
+    x = F.relu(F.conv_transpose2d(x, up.weight, up.bias, stride=2))
+    mask_logits = F.conv2d(x, last.weight, last.bias)  # [D, L, 28, 28]
     theirs = heads.mask_predictor(heads.mask_head(cut))
 assert torch.allclose(mask_logits, theirs, atol=1e-4)
 
@@ -1107,20 +1260,27 @@ print(f"one RoI: {tuple(cut.shape[1:])} -> {tuple(mask_logits.shape[1:])}")
 
 # %%
 def paste(probability, box):
-    """A mask [28, 28] and its box [4] -> [H, W] with zeros outside the box."""
+    """A mask [28, 28] and its box [4] -> [H, W], 0 outside the box."""
     size = len(probability)
     padded = F.pad(probability, (1, 1, 1, 1))  # [30, 30]
-    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * (size + 2) / size
-    x1, y1, x2, y2 = torch.cat([centre - half, centre + half]).long().tolist()  # towards 0
+    centre = (box[:2] + box[2:]) / 2
+    half = (box[2:] - box[:2]) / 2 * (size + 2) / size
+    # towards 0
+    corners = torch.cat([centre - half, centre + half])
+    x1, y1, x2, y2 = corners.long().tolist()
     w, h = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
-    resized = F.interpolate(padded[None, None], size=(h, w), mode="bilinear")[0, 0]
+    padded = padded[None, None]  # [1, 1, 30, 30]
+    resized = F.interpolate(padded, size=(h, w), mode="bilinear")[0, 0]
     canvas = probability.new_zeros(height, width)
-    left, top, right, bottom = max(x1, 0), max(y1, 0), min(x2 + 1, width), min(y2 + 1, height)
-    canvas[top:bottom, left:right] = resized[top - y1 : bottom - y1, left - x1 : right - x1]
+    left, top = max(x1, 0), max(y1, 0)
+    right, bottom = min(x2 + 1, width), min(y2 + 1, height)
+    inside = resized[top - y1 : bottom - y1, left - x1 : right - x1]
+    canvas[top:bottom, left:right] = inside
     return canvas
 
 
-probabilities = mask_logits.sigmoid()[torch.arange(len(mask_logits)), detections["labels"]]
+each = torch.arange(len(mask_logits))
+probabilities = mask_logits[each, detections["labels"]].sigmoid()
 for probability, box, theirs in zip(
     probabilities, detections["boxes"], detections["masks"], strict=True
 ):
@@ -1129,25 +1289,30 @@ for probability, box, theirs in zip(
 # %% [markdown]
 # Where is the edge? We cut at a probability of 0.5, that is a logit of 0, as the paper says. The
 # released code skips the sigmoid and cuts the *logit* at 0.5, a probability of
-# $1/(1 + e^{-0.5}) = 0.622$. Its masks are a little smaller.
+# $1/(1 + e^{-0.5}) = 0.622$, which makes its masks smaller.
 
-# %% mystnb={"image": {"alt": "Left: 28 by 28 map of mask probabilities of one RoI. Right: the part of the synthetic slice around it with the true outline and the outlines of the mask at two thresholds, which lie close together."}, "figure": {"caption": "The mask of the best detection of our old friend: as the network gives it (left), and pasted into the slice (right) at the two thresholds. Synthetic."}}
+# %% mystnb={"image": {"alt": "Left: 28 by 28 map of mask probabilities of one RoI. Right: the part of the synthetic slice around it with the true outline and the outlines of the mask at two thresholds."}, "figure": {"caption": "The mask of the best detection of our old friend: as the network gives it (left), and pasted into the slice (right) at the two thresholds. Synthetic."}}
 best_box = detections["boxes"][0].cpu()
 pasted = detections["masks"][0, 0].cpu()  # [H, W]
 match = int(iou(best_box[None], target["boxes"])[0].argmax())
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.3), layout="constrained")
-drawn = axes[0].imshow(probabilities[0].cpu(), cmap="viridis", vmin=0, vmax=1)
-_ = axes[0].set(xlabel="Column of the mask (count)", ylabel="Row of the mask (count)")
-_ = axes[0].set_title(f"28 x 28 mask, {names[detections['labels'][0]]}", fontsize=10)
+UNIT = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+drawn = axes[0].imshow(probabilities[0].cpu(), **UNIT)
+_ = axes[0].set_xlabel("Column of the mask (count)")
+_ = axes[0].set_ylabel("Row of the mask (count)")
+title = f"28 x 28 mask, {names[detections['labels'][0]]}"
+_ = axes[0].set_title(title, fontsize=10)
 _ = fig.colorbar(drawn, ax=axes[0], label="Probability (no unit)")
 _ = plotting.show_slice(image, axes[1])
+logit_half = torch.tensor(0.5).sigmoid().item()  # 0.622
 outlines = {
     "truth": (target["masks"][match], 0.5, "white", "-"),
     "probability 0.5": (pasted, 0.5, SKY_BLUE, "--"),
-    "logit 0.5": (pasted, torch.tensor(0.5).sigmoid().item(), VERMILLION, ":"),
+    "logit 0.5": (pasted, logit_half, VERMILLION, ":"),
 }
 for name, (values, cut_at, colour, line) in outlines.items():
-    _ = axes[1].contour(values, levels=[cut_at], colors=[colour], linestyles=[line], linewidths=2)
+    style = {"colors": [colour], "linestyles": [line], "linewidths": 2}
+    _ = axes[1].contour(values, levels=[cut_at], **style)
     _ = axes[1].plot([], [], color=colour, ls=line, lw=2, label=name)
 _ = axes[1].legend(fontsize="small", facecolor="0.4", labelcolor="white")
 (x1, y1), (x2, y2) = best_box[:2].tolist(), best_box[2:].tolist()
@@ -1156,10 +1321,11 @@ plt.show()
 
 # %%
 real = target["masks"][match].bool()
-for name, cut_at in (("probability 0.5", 0.5), ("logit 0.5", torch.tensor(0.5).sigmoid().item())):
+for name, cut_at in (("probability 0.5", 0.5), ("logit 0.5", logit_half)):
     drawn = pasted > cut_at
     quality = (drawn & real).sum() / (drawn | real).sum()
-    print(f"{name:15}: {int(drawn.sum()):6,} pixels, IoU with the true mask {quality:.2f}")
+    print(f"{name:15}: {int(drawn.sum()):6,} pixels,", end=" ")
+    print(f"IoU with the true mask {quality:.2f}")
 assert (pasted > 0.5).sum() >= drawn.sum()
 
 # %% [markdown]
@@ -1187,8 +1353,9 @@ for name, value in losses.items():
 #
 # $$\ell_\beta(e) = \begin{cases} e^2 / (2\beta) & |e| < \beta \\ |e| - \beta/2 & \text{else} \end{cases}$$
 #
-# For $\beta = 0$ it is the plain L1 loss. Far off, its gradient is 1 and does not grow, so one
-# wild box cannot dominate. Near 0 the gradient fades out, so that good boxes come to rest.
+# For $\beta = 0$ it is the plain L1 loss. ($\beta$ is torchvision's name, and has nothing to do with
+# batch normalisation.) Far from 0 the size of the gradient is 1 and does not grow, so a single wild
+# box cannot dominate. Near 0 the gradient fades out, so that good boxes settle.
 
 
 # %%
@@ -1202,7 +1369,8 @@ def smooth_l1(error, beta):
     error = error.abs()
     if beta == 0:
         return error
-    return torch.where(error < beta, 0.5 * error**2 / beta, error - 0.5 * beta)
+    parabola = 0.5 * error**2 / beta
+    return torch.where(error < beta, parabola, error - 0.5 * beta)
 
 
 # %% mystnb={"image": {"alt": "Left: smooth L1 loss for three values of beta against the error; right: its derivative, a ramp between minus one and one of width beta."}, "figure": {"caption": "Smooth L1 (left) and its gradient (right) for the betas that occur: L1 in the RPN of the released code, 1/9 in torchvision, 1 in the box head of the released code. No data."}}
@@ -1215,10 +1383,12 @@ for beta, text, colour, line in (
 ):
     value = smooth_l1(errors, beta)
     (slope,) = torch.autograd.grad(value.sum(), errors)
-    _ = axes[0].plot(errors.detach(), value.detach(), color=colour, ls=line, label=f"beta {text}")
-    _ = axes[1].plot(errors.detach(), slope, color=colour, ls=line, label=f"beta {text}")
-_ = axes[0].set(xlabel="Error of a delta (no unit)", ylabel="Loss (no unit)")
-_ = axes[1].set(xlabel="Error of a delta (no unit)", ylabel="Gradient (no unit)")
+    look = {"color": colour, "ls": line, "label": f"beta {text}"}
+    _ = axes[0].plot(errors.detach(), value.detach(), **look)
+    _ = axes[1].plot(errors.detach(), slope, **look)
+for ax, what in zip(axes, ("Loss", "Gradient"), strict=True):
+    _ = ax.set_xlabel("Error of a delta (no unit)")
+    _ = ax.set_ylabel(f"{what} (no unit)")
 _ = axes[0].legend()
 plt.show()
 
@@ -1228,44 +1398,51 @@ plt.show()
 # Anchors do not depend on the weights, so labels and deltas to learn are those from above. The
 # objectness loss is the mean over all sampled anchors, lesion and background. The box loss is the
 # *sum* over the lesion anchors (a background anchor has no box to learn), divided by the number of
-# *all* sampled anchors. So a slice with one small lesion weighs less in it than one with ten.
+# *all* sampled anchors. So the more lesion anchors a slice has, the more it weighs in this loss.
 
 # %%
 torch.manual_seed(SEED)  # the same draws as in the model
 batch_t, (truth_t,) = student.transform([friend], [truth])
-features_t = student.backbone(batch_t.tensors)  # with the statistics of this slice
-logits_of, deltas_of = rpn_outputs(list(features_t.values()), student.rpn.head)
+# with the statistics of this slice
+features_t = student.backbone(batch_t.tensors)
+maps_t = list(features_t.values())
+logits_of, deltas_of = rpn_outputs(maps_t, student.rpn.head)
 
 positive, negative = sample(labels, config.rpn_batch, config.rpn_positive)
 sampled = torch.cat([positive, negative])
-goal = encode(truth_t["boxes"][lesion[positive]], anchors[positive])  # [positive, 4]
+# [positive, 4]
+goal = encode(truth_t["boxes"][lesion[positive]], anchors[positive])
 
 ours = {}
-entropy = binary_cross_entropy(torch.cat(logits_of)[sampled], labels[sampled])
+logits = torch.cat(logits_of)[sampled]
+entropy = binary_cross_entropy(logits, labels[sampled])
 ours["loss_objectness"] = entropy.mean()
 error = torch.cat(deltas_of)[positive] - goal  # [positive, 4]
-ours["loss_rpn_box_reg"] = smooth_l1(error, config.rpn_box_beta).sum() / len(sampled)
+each = smooth_l1(error, config.rpn_box_beta)
+ours["loss_rpn_box_reg"] = each.sum() / len(sampled)
+CLOSE = {"rtol": 1e-3, "atol": 1e-6}
 for name in ours:
-    assert torch.allclose(ours[name], losses[name], rtol=1e-3, atol=1e-6), name
+    assert torch.allclose(ours[name], losses[name], **CLOSE), name
 print(f"{len(sampled)} anchors, {len(positive)} of them lesion")
 
 # %% [markdown]
 # ### Two losses of the box head
 #
-# The examples of the second stage are proposals, so they change while the RPN learns. Three points
-# deserve attention:
+# The examples of the second stage are proposals, so they change while the RPN learns. Note three
+# points:
 #
 # - The proposals are *detached*: the box head learns from them, and its losses do not reach the RPN
 #   through them.
 # - The true boxes join the proposals. Early in training hardly any proposal overlaps a lesion, and
 #   the box and mask heads would have nothing to learn from.
 # - A proposal takes the class of the lesion that it overlaps most, if the IoU reaches the threshold.
-#   Here the extra rule for the best match does not apply.
+#   The extra rule for the best match does not apply here.
 
 # %%
 with torch.no_grad():
-    boxes_of = [decode(own, d) for own, d in zip(anchors_of, deltas_of, strict=True)]
-    candidates, _ = filter_proposals(boxes_of, logits_of, config.rpn_train_proposals)
+    boxes_of = list(map(decode, anchors_of, deltas_of))
+    most = config.rpn_train_proposals
+    candidates, _ = filter_proposals(boxes_of, logits_of, most)
 candidates = torch.cat([candidates, truth_t["boxes"]])  # [P + K, 4]
 
 best, match = iou(truth_t["boxes"], candidates).max(dim=0)  # [P + K] each
@@ -1274,11 +1451,13 @@ roi_labels = truth_t["labels"][match]  # 1 GGO, 2 C
 roi_labels = torch.where(best < high, -1, roi_labels)  # left out
 roi_labels = torch.where(best < low, 0, roi_labels)  # background
 
-roi_positive, roi_negative = sample(roi_labels, config.box_batch, config.box_positive)
-chosen = torch.cat([roi_positive, roi_negative]).sort().values  # [R]
-rois, roi_labels, match = candidates[chosen], roi_labels[chosen], match[chosen]
+drawn = sample(roi_labels, config.box_batch, config.box_positive)
+chosen = torch.cat(drawn).sort().values  # [RoIs]
+rois, roi_labels = candidates[chosen], roi_labels[chosen]
+match = match[chosen]
 print(f"{len(candidates)} candidates; {len(rois)} drawn, of these", end=" ")
-print(", ".join(f"{int((roi_labels == k).sum())} {name}" for k, name in enumerate(names)))
+per_class = roi_labels.bincount(minlength=len(names)).tolist()
+print(*map("{} {}".format, per_class, names), sep=", ")
 
 # %% [markdown]
 # The class loss is the cross-entropy over all drawn RoIs, background included:
@@ -1287,19 +1466,26 @@ print(", ".join(f"{int((roi_labels == k).sum())} {name}" for k, name in enumerat
 
 # %%
 heads_t = student.roi_heads
-pooled = heads_t.box_roi_pool(features_t, [rois], batch_t.image_sizes)  # [R, C, 7, 7]
-class_logits, box_deltas = heads_t.box_predictor(heads_t.box_head(pooled))  # [R, 3], [R, 12]
+# [RoIs, c, 7, 7]
+pooled = heads_t.box_roi_pool(features_t, [rois], batch_t.image_sizes)
+# [RoIs, 3], [RoIs, 12]
+class_logits, box_deltas = heads_t.box_predictor(heads_t.box_head(pooled))
 
 rows = torch.arange(len(rois), device=device)
-cross_entropy = class_logits.logsumexp(dim=1) - class_logits[rows, roi_labels]  # [R]
+# [RoIs]
+true_logit = class_logits[rows, roi_labels]
+cross_entropy = class_logits.logsumexp(dim=1) - true_logit
 ours["loss_classifier"] = cross_entropy.mean()
 
 is_lesion = roi_labels > 0
-deltas = box_deltas.reshape(len(rois), -1, 4)[rows, roi_labels][is_lesion]  # [lesions, 4]
-goal = encode(truth_t["boxes"][match], rois, heads_t.box_coder.weights)[is_lesion]
-ours["loss_box_reg"] = smooth_l1(deltas - goal, config.box_beta).sum() / len(rois)
+# [lesions, 4]
+deltas = box_deltas.reshape(len(rois), -1, 4)[rows, roi_labels][is_lesion]
+true_boxes = truth_t["boxes"][match]
+goal = encode(true_boxes, rois, heads_t.box_coder.weights)[is_lesion]
+each = smooth_l1(deltas - goal, config.box_beta)
+ours["loss_box_reg"] = each.sum() / len(rois)
 for name in ("loss_classifier", "loss_box_reg"):
-    assert torch.allclose(ours[name], losses[name], rtol=1e-3, atol=1e-6), name
+    assert torch.allclose(ours[name], losses[name], **CLOSE), name
 
 # %% [markdown]
 # ### The loss of the mask head
@@ -1310,27 +1496,44 @@ for name in ("loss_classifier", "loss_box_reg"):
 # Binary cross-entropy compares them with the logits of the true class.
 
 # %%
-lesion_rois, lesion_match = rois[is_lesion], match[is_lesion]  # [M, 4], [M]
-cut = heads_t.mask_roi_pool(features_t, [lesion_rois], batch_t.image_sizes)  # [M, C, 14, 14]
-mask_logits = heads_t.mask_predictor(heads_t.mask_head(cut))  # [M, classes, 28, 28]
-mask_logits = mask_logits[torch.arange(len(cut)), roi_labels[is_lesion]]  # [M, 28, 28]
+lesion_rois = rois[is_lesion]  # [lesions, 4]
+lesion_match = match[is_lesion]  # [lesions]
+# [lesions, c, 14, 14]
+cut = heads_t.mask_roi_pool(features_t, [lesion_rois], batch_t.image_sizes)
+# [lesions, L, 28, 28]
+mask_logits = heads_t.mask_predictor(heads_t.mask_head(cut))
+# [lesions, 28, 28]
+mask_logits = mask_logits[torch.arange(len(cut)), roi_labels[is_lesion]]
 
-true_masks = truth_t["masks"][lesion_match, None].float()  # [M, 1, H, W]
-one_each = list(lesion_rois[:, None])  # M tensors [1, 4]: one box for each mask
-mask_goal = torchvision.ops.roi_align(true_masks, one_each, output_size=28)[:, 0]  # [M, 28, 28]
+# [lesions, 1, H, W]
+true_masks = truth_t["masks"][lesion_match, None].float()
+# tensors [1, 4]: one box for each mask
+one_each = list(lesion_rois[:, None])
+mask_goal = torchvision.ops.roi_align(true_masks, one_each, output_size=28)
+mask_goal = mask_goal[:, 0]  # [lesions, 28, 28]
 ours["loss_mask"] = binary_cross_entropy(mask_logits, mask_goal).mean()
-assert torch.allclose(ours["loss_mask"], losses["loss_mask"], rtol=1e-3, atol=1e-6)
+assert torch.allclose(ours["loss_mask"], losses["loss_mask"], **CLOSE)
 
-# %% mystnb={"image": {"alt": "Two rows of small square maps: on top the target masks of one RoI for each lesion, below the probabilities that the network gives for the same RoIs; they resemble each other."}, "figure": {"caption": "What the mask head is trained on: for one drawn RoI of each lesion, the target (top) and the network's probability (bottom) on the grid of 28 x 28. Small lesions fill the grid as large ones do. Synthetic."}}
-examples = [torch.where(lesion_match == k)[0][0] for k in lesion_match.unique()][:5]
+# %% mystnb={"image": {"alt": "Two rows of small square maps: on top the target masks of one RoI for each lesion, below the probabilities that the network gives for the same RoIs."}, "figure": {"caption": "What the mask head is trained on: for one drawn RoI of each lesion, the target (top) and the network's probability (bottom) on the grid of 28 x 28. Small lesions fill the grid as large ones do. Synthetic."}}
+examples = [
+    (lesion_match == k).nonzero()[0, 0]  # the first of its lesion
+    for k in lesion_match.unique()[:5]
+]
 fig, axes = plt.subplots(
-    2, len(examples), figsize=(1.9 * len(examples) + 0.6, 4.2), layout="constrained", squeeze=False
+    2,
+    len(examples),
+    figsize=(1.9 * len(examples) + 0.6, 4.2),
+    layout="constrained",
+    squeeze=False,
 )
 for column, i in enumerate(examples):
-    for ax, values in zip(axes[:, column], (mask_goal[i], mask_logits[i].sigmoid()), strict=True):
-        drawn = ax.imshow(values.detach().cpu(), cmap="viridis", vmin=0, vmax=1)
-        _ = ax.set(xticks=[0, 14, 27], yticks=[0, 14, 27], xlabel="Column (count)")
-    _ = axes[0, column].set_title(names[roi_labels[is_lesion][i]], fontsize=10)
+    shown = mask_goal[i], mask_logits[i].sigmoid().detach()
+    for ax, values in zip(axes[:, column], shown, strict=True):
+        drawn = ax.imshow(values.cpu(), cmap="viridis", vmin=0, vmax=1)
+        _ = ax.set(xticks=[0, 14, 27], yticks=[0, 14, 27])
+        _ = ax.set_xlabel("Column (count)")
+    name = names[roi_labels[is_lesion][i]]
+    _ = axes[0, column].set_title(name, fontsize=10)
 _ = axes[0, 0].set_ylabel("target\nRow (count)")
 _ = axes[1, 0].set_ylabel("network\nRow (count)")
 _ = fig.colorbar(drawn, ax=axes, label="Probability (no unit)", shrink=0.8)
@@ -1349,29 +1552,30 @@ assert torch.allclose(sum(ours.values()), sum(losses.values()), rtol=1e-3)
 # %% [markdown]
 # | loss | examples | formula | teaches |
 # |---|---|---|---|
-# | `loss_objectness` | sampled anchors $S$ | $\frac{1}{\lvert S\rvert} \sum_{i \in S} \operatorname{BCE}(o_i, t_i)$ | where to look |
-# | `loss_rpn_box_reg` | lesion anchors $S^+ \subset S$ | $\frac{1}{\lvert S\rvert} \sum_{i \in S^+} \sum_{4} \ell_\beta(\delta_i - \delta_i^*)$ | a first correction of place and size |
-# | `loss_classifier` | sampled RoIs $R$ | $-\frac{1}{\lvert R\rvert} \sum_{j \in R} \ln p_{j, y_j}$ | background, GGO or C |
-# | `loss_box_reg` | lesion RoIs $R^+ \subset R$ | $\frac{1}{\lvert R\rvert} \sum_{j \in R^+} \sum_{4} \ell_\beta(\delta_{j, y_j} - \delta_j^*)$ | a second correction, for each class its own |
-# | `loss_mask` | lesion RoIs $R^+$ | mean of $\operatorname{BCE}(m_{j, y_j}, m_j^*)$ over $R^+$ and $28 \times 28$ | which pixels of the box |
+# | `loss_objectness` | sampled anchors $I$ | $\frac{1}{\lvert I\rvert} \sum_{i \in I} \operatorname{BCE}(o_i, t_i)$ | where to look |
+# | `loss_rpn_box_reg` | lesion anchors $I^+ \subset I$ | $\frac{1}{\lvert I\rvert} \sum_{i \in I^+} \sum_{4} \ell_\beta(\delta_i - \delta_i^*)$ | a first correction of place and size |
+# | `loss_classifier` | sampled RoIs $J$ | $-\frac{1}{\lvert J\rvert} \sum_{j \in J} \ln p_{j, y_j}$ | background, GGO or C |
+# | `loss_box_reg` | lesion RoIs $J^+ \subset J$ | $\frac{1}{\lvert J\rvert} \sum_{j \in J^+} \sum_{4} \ell_\beta(\delta_{j, y_j} - \delta_j^*)$ | a second correction, for each class its own |
+# | `loss_mask` | lesion RoIs $J^+$ | mean of $\operatorname{BCE}(m_{j, y_j}, m_j^*)$ over $J^+$ and $28 \times 28$ | which pixels of the box |
 #
 # How many examples is that, from one slice?
 
 # %%
-print(f"{len(sampled)} anchors with a label, {len(positive)} of them with deltas to learn")
-print(
-    f"{len(rois)} RoIs with a class, {int(is_lesion.sum())} of them with deltas and a mask to learn"
-)
+print(f"{len(sampled)} anchors with a label,", end=" ")
+print(f"{len(positive)} of them with deltas to learn")
+print(f"{len(rois)} RoIs with a class,", end=" ")
+print(f"{int(is_lesion.sum())} of them with deltas and a mask to learn")
 
 # %% [markdown]
-# In the table, a star marks the truth, $y_j$ the true class of RoI $j$. The paper names smooth L1 for
-# both box losses {cite:p}`TerSarkisov2020`; in the released code the RPN's is plain L1 ($\beta = 0$)
-# and the box head's has $\beta = 1$. `config.rpn_box_beta` and `config.box_beta` choose.
+# In the table, a star marks the truth, and $y_j$ is the true class of RoI $j$. The paper names smooth
+# L1 for both box losses {cite:p}`TerSarkisov2020`; in the released code the RPN's is plain L1
+# ($\beta = 0$) and the box head's has $\beta = 1$. Here, `config.rpn_box_beta` and `config.box_beta`
+# set it.
 #
 # ### Who learns from which loss?
 #
-# The chart at the top claims that no gradient flows through the proposals. Ask the model's own five
-# losses: a parameter that a loss does not depend on gets `None` for a gradient.
+# The chart at the top says that no gradient flows through the proposals. We can check it with the
+# model's own five losses: a parameter on which a loss does not depend gets `None` for a gradient.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -1382,12 +1586,20 @@ parts = {
     "mask head": [heads_t.mask_head, heads_t.mask_predictor],
 }
 print(f"{'':17}" + "".join(f"{name:>10}" for name in parts))
-for name in ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"):
+for name in (
+    "loss_objectness",
+    "loss_rpn_box_reg",
+    "loss_classifier",
+    "loss_box_reg",
+    "loss_mask",
+):
     row = ""
     for modules in parts.values():
         weights = [p for module in modules for p in module.parameters()]
-        grads = torch.autograd.grad(losses[name], weights, retain_graph=True, allow_unused=True)
-        row += f"{'learns' if any(g is not None for g in grads) else '-':>10}"
+        options = {"retain_graph": True, "allow_unused": True}
+        grads = torch.autograd.grad(losses[name], weights, **options)
+        learns = any(grad is not None for grad in grads)
+        row += f"{'learns' if learns else '-':>10}"
     print(f"{name:17}{row}")
 
 # %% [markdown]
@@ -1396,9 +1608,10 @@ for name in ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box
 #
 # ### What the batch statistics do
 #
-# The released code trains the segmenter on one slice at a time. Then "the batch" is one slice, and
-# its mean and variance are rough guesses. How much does that matter for our old friend? The same
-# losses, the same seed, once with the statistics of this slice and once with the stored ones:
+# The released code trains the segmenter on one slice at a time. Then the batch is a single slice, and
+# its mean and variance are only rough estimates. How much does that matter for our old friend? Here
+# are the same losses from the same seed, once with the statistics of this slice and once with the
+# stored ones:
 
 # %%
 stored = copy.deepcopy(detector).train()
@@ -1409,33 +1622,45 @@ torch.manual_seed(SEED)
 steady = stored([friend], [truth])
 print(f"{'':17} this slice    stored")
 for name in losses:
-    print(f"{name:17} {losses[name].item():10.4f} {steady[name].item():9.4f}")
+    value, other = losses[name].item(), steady[name].item()
+    print(f"{name:17} {value:10.4f} {other:9.4f}")
 
 # %% [markdown]
-# The samples of RoIs differ as well, because other features give other proposals. So read this as
-# "not the same", not as better or worse. It is one reason why a trained detector is run in `eval`
-# mode, and why [chapter 5](05_covid_ct_mask_net.ipynb) is careful about what batch normalisation
-# does while the classifier trains.
+# The samples of RoIs differ as well, because other features give other proposals. So the table says
+# that the two differ, not that one is better. It is one reason why a trained detector is run in
+# `eval` mode, and why [chapter 5](05_covid_ct_mask_net.ipynb) is careful about what batch
+# normalisation does while the classifier trains.
 #
-# Our detector itself has not changed: only the copy saw the slice in `train` mode.
+# Our detector itself has not changed, because only the copy saw the slice in `train` mode.
 
 # %%
 fresh = trained_segmenter(PRESET, device, shipped=True).state_dict()
-assert all(torch.equal(value, fresh[name]) for name, value in detector.state_dict().items())
-changed = [
-    name for name, value in student.state_dict().items() if not torch.equal(value, fresh[name])
-]
-assert all("running_" in name or "num_batches" in name for name in changed)
-print(f"{len(changed)} entries of the copy have changed, all of batch normalisation")
+
+
+def changes(model):
+    """Names of the entries that are not as they were loaded."""
+    state = model.state_dict()
+    same = {name: torch.equal(state[name], fresh[name]) for name in fresh}
+    return [name for name in same if not same[name]]
+
+
+assert not changes(detector)
+for name in changes(student):
+    assert "running_" in name or "num_batches" in name
+print(f"{len(changes(student))} entries of the copy have changed,", end=" ")
+print("all of batch normalisation")
 
 # %% [markdown]
 # ## A slice without a lesion
 #
-# What can a healthy slice teach, and what does it return? Three of the five losses are 0: without a
-# lesion there is no box and no mask to learn. The other two say "background" everywhere.
+# What can a healthy slice teach, and what does the detector return for it? Three of the five losses
+# are 0: without a lesion there is no box and no mask to learn. In the other two, every target is
+# "background".
 
 # %%
-healthy, healthy_mask = make_slice(3, 0, size=preset.phantoms.size, position=0.5)  # a control
+# a control
+size = preset.phantoms.size
+healthy, healthy_mask = make_slice(3, 0, size, position=0.5)
 nothing = mask_to_targets(healthy_mask, config.lesions, preset.min_area)
 nothing = {name: value.to(device) for name, value in nothing.items()}
 assert len(nothing["boxes"]) == 0
@@ -1445,17 +1670,23 @@ torch.manual_seed(SEED)
 empty = copy.deepcopy(detector).train()([control], [nothing])
 for name in ("loss_rpn_box_reg", "loss_box_reg", "loss_mask"):
     assert empty[name] == 0
-print(", ".join(f"{name} {value.item():.4f}" for name, value in empty.items() if value > 0))
+for name in ("loss_classifier", "loss_objectness"):
+    print(f"{name:15} {empty[name].item():.4f}")
 
 # %%
 with torch.no_grad():
     batch_h, _ = detector.transform([control])
     features_h = detector.backbone(batch_h.tensors)
     proposals_h, _ = detector.rpn(batch_h, features_h)
-    pooled = heads.box_roi_pool(features_h, proposals_h, batch_h.image_sizes)
+    sizes_h = batch_h.image_sizes
+    pooled = heads.box_roi_pool(features_h, proposals_h, sizes_h)
     logits_h, _ = heads.box_predictor(heads.box_head(pooled))
-print("best lesion score of a proposal, at rank 1, 11, 21, ...   (two phantoms)")
-for name, values in (("old friend", scores), ("control", logits_h.softmax(dim=1))):
+print("best lesion score of a proposal, at rank 1, 11, 21, ...", end="   ")
+print("(two phantoms)")
+for name, values in (
+    ("old friend", scores),
+    ("control", logits_h.softmax(dim=1)),
+):
     best = values[:, 1:].amax(dim=1).sort(descending=True).values
     shown = " ".join(f"{value:.2f}" for value in best[:60:10])
     print(f"{name:10} {len(best):4} proposals: {shown}")
@@ -1463,9 +1694,9 @@ for name, values in (("old friend", scores), ("control", logits_h.softmax(dim=1)
 # %% [markdown]
 # The segmentation set of the paper holds COVID-19 patients only {cite:p}`Zhang2020`, as ours does. A
 # few of their slices show no lesion (the released code skips those in training, ours does not), but
-# no healthy patient taught the detector. Still, it proposes on the control as it does everywhere.
-# A list of boxes with scores exists for every slice, and [chapter 4](04_ranked_boxes.ipynb) turns
-# it into a vector.
+# the detector has never been trained on a healthy patient. Still, it proposes boxes on the control as
+# it does everywhere. So every slice has a list of boxes with scores, and
+# [chapter 4](04_ranked_boxes.ipynb) turns it into a vector.
 
 # %% [markdown]
 # ## Exercises
@@ -1484,24 +1715,36 @@ for name, values in (("old friend", scores), ("control", logits_h.softmax(dim=1)
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-drawn = [make_slice(5000 + seed, 2, size=preset.phantoms.size)[1] for seed in range(20)]
-true_boxes = [mask_to_targets(m, config.lesions, preset.min_area)["boxes"] for m in drawn]
+true_boxes = []
+for seed in range(5000, 5020):
+    codes = make_slice(seed, 2, size)[1]
+    one = mask_to_targets(codes, config.lesions, preset.min_area)
+    true_boxes.append(one["boxes"])
 true_boxes = torch.cat(true_boxes).to(device)  # [K, 4]
 shares = {}
-for sizes in (config.anchor_sizes, (2, 4), (8, 16, 32), (32, 64, 128), (6, 8, 11, 16, 22, 32)):
+for sizes in (
+    config.anchor_sizes,
+    (2, 4),
+    (8, 16, 32),
+    (32, 64, 128),
+    (6, 8, 11, 16, 22, 32),
+):
     own = cell_anchors(sizes, config.anchor_ratios).to(device)
-    grid = torch.cat(
-        [grid_anchors(own, *level.shape[-2:], s) for level, s in zip(maps, strides, strict=True)]
-    )
+    grids = [
+        grid_anchors(own, *level.shape[-2:], stride)
+        for level, stride in zip(maps, strides, strict=True)
+    ]
+    grid = torch.cat(grids)
     best = iou(true_boxes, grid).amax(dim=1)  # [K]
     shares[sizes] = (best >= config.rpn_iou[0]).float().mean().item()
-    print(f"sizes {str(sizes):22}: {shares[sizes]:4.0%} of {len(best)} lesions reach the threshold")
-assert shares[config.anchor_sizes] >= max(shares[(2, 4)], shares[(8, 16, 32)])
+    print(f"sizes {str(sizes):22}: {shares[sizes]:4.0%}", end=" ")
+    print(f"of {len(best)} lesions reach the threshold")
+assert shares[anchor_sizes] >= max(shares[(2, 4)], shares[(8, 16, 32)])
 
 # %% [markdown]
-# Compare the first row with the third for what sizes 2 and 4 add, and with the last for what finer
-# steps would bring. Lesions below the threshold are not lost, because the extra rule gives each at
-# least one anchor. But one poor anchor has much to correct, and it is one example among hundreds.
+# Compare the first row with the third to see what sizes 2 and 4 add, and with the last to see what
+# finer steps would bring. Lesions below the threshold are not lost, because the extra rule gives each
+# at least one anchor. But a poor anchor has much to correct, and it is one example among hundreds.
 #
 # ````{solution-end}
 # ````
@@ -1530,14 +1773,13 @@ for threshold in (0.1, 0.25, 0.5, 0.75, 0.95):
     kept = boxes[nms(boxes, logits[top], threshold)]
     reached = (iou(truth["boxes"], kept).amax(dim=1) >= 0.5).sum()
     left.append(len(kept))
-    print(
-        f"threshold {threshold:4}: {len(kept):4} proposals, {reached} of {len(truth['boxes'])} lesions"
-    )
+    print(f"threshold {threshold:4}: {len(kept):4} proposals,", end=" ")
+    print(f"{reached} of {len(truth['boxes'])} lesions")
 assert left[0] < left[-1]
 
 # %% [markdown]
-# A low threshold gives few boxes. It may also lose a lesion: a consolidation inside a GGO, or the
-# better fitting of two boxes when the worse has the better logit.
+# A low threshold leaves few boxes. It may also lose a lesion, for example a consolidation inside a
+# GGO, or the better fitting of two boxes when the other has the better logit.
 #
 # ````{solution-end}
 # ````
@@ -1555,7 +1797,7 @@ assert left[0] < left[-1]
 # :class: dropdown
 # ````
 
-# %% mystnb={"image": {"alt": "The synthetic slice with a heat map of gradient magnitudes, concentrated around one anchor and fading with distance."}, "figure": {"caption": "Which pixels the best anchor (frame) listens to: size of the gradient of its logit, relative to the largest. Synthetic."}} cellView="form" jupyter={"source_hidden": true}
+# %% mystnb={"image": {"alt": "The synthetic slice with a heat map of the size of the gradient, and a frame around one anchor."}, "figure": {"caption": "Which pixels the best anchor (frame) listens to: size of the gradient of its logit, relative to the largest. Synthetic."}} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 pixels = friend.clone().requires_grad_(True)
 batch_g, _ = detector.transform([pixels])
@@ -1565,20 +1807,23 @@ best = int(torch.cat(logits_g).argmax())
 of_slice, *of_maps = torch.autograd.grad(
     torch.cat(logits_g)[best], [pixels, *maps_g], allow_unused=True
 )
-cells = sum(int((g[0] != 0).any(dim=0).sum()) for g in of_maps if g is not None)
+read = [(g[0] != 0).any(dim=0) for g in of_maps if g is not None]
+cells = sum(int(each.sum()) for each in read)
 strength = of_slice.abs().sum(dim=0).cpu()  # [H, W]
 assert cells <= 9
 ax = plotting.show_slice(image, plotting.get_ax(6, 4.8))
-drawn = ax.imshow(strength / strength.max(), cmap="magma", vmin=0, vmax=1, alpha=0.6)
+drawn = ax.imshow(strength / strength.max(), **HEAT)
 _ = draw_boxes(anchors[best][None], ax, edgecolor="white", lw=1.5)
-_ = ax.figure.colorbar(drawn, ax=ax, label="Gradient (share of the largest)")
-_ = ax.set_title(f"{cells} cells and {(strength > 0).float().mean():.0%} of the pixels reach it")
+bar = ax.figure.colorbar(drawn, ax=ax)
+bar.set_label("Gradient (share of the largest)")
+share = (strength > 0).float().mean()
+_ = ax.set_title(f"{cells} cells and {share:.0%} of the pixels reach it")
 _ = ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 plt.show()
 
 # %% [markdown]
-# The 3x3 convolution of the RPN reads at most nine cells. Those nine see much more of the slice than
-# the anchor covers: the network needs the surroundings to tell a lesion from a vessel.
+# The 3x3 convolution of the RPN reads at most nine cells. But those nine see much more of the slice
+# than the anchor covers, and the surroundings can help to tell a lesion from a vessel.
 #
 # ````{solution-end}
 # ````
@@ -1587,7 +1832,8 @@ plt.show()
 # ```{exercise} The sampling ratio
 # :label: 02-mask-rcnn-ratio
 # Cut the best proposal out of the finest feature map with sampling ratios of 1, 2, 4 and 16. Take 16
-# as the truth. How much do you gain from one ratio to the next, and when does it stop to matter?
+# as the truth. How much do you gain from one ratio to the next, and from which ratio on does it hardly
+# matter?
 # ```
 
 # %% [markdown]
@@ -1597,17 +1843,18 @@ plt.show()
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-fine = roi_align(maps[0][0], proposals[0], bins=7, stride=strides[0], ratio=16)
+inputs = maps[0][0], proposals[0], 7, strides[0]
+fine = roi_align(*inputs, ratio=16)
 errors = []
 for ratio in (1, 2, 4):
-    coarse = roi_align(maps[0][0], proposals[0], bins=7, stride=strides[0], ratio=ratio)
+    coarse = roi_align(*inputs, ratio=ratio)
     errors.append(float((coarse - fine).norm() / fine.norm()))
     print(f"ratio {ratio}: {100 * errors[-1]:.2f} % away")
 assert errors[0] > errors[2]
 
 # %% [markdown]
 # The bins of a small RoI are narrower than a cell, and between two cells the interpolated map is
-# nearly a straight line. Few points are then almost as good as many. More points pay off for large
+# nearly a straight line, so a few points do almost as well as many. More points pay off for large
 # boxes on fine maps, whose bins are several cells wide.
 #
 # ````{solution-end}
@@ -1617,8 +1864,8 @@ assert errors[0] > errors[2]
 # ```{exercise} Beta
 # :label: 02-mask-rcnn-beta
 # Compute the box loss of the box head on the drawn RoIs above, with $\beta$ set to 0, 1/9 and 1 in
-# turn. Which share of the deltas lies in the parabola? What does a large $\beta$ do to the gradients
-# of boxes that are nearly right?
+# turn. What share of the deltas lies in the parabola? What does a large $\beta$ do to the gradients of
+# boxes that are nearly right?
 # ```
 
 # %% [markdown]
@@ -1633,14 +1880,13 @@ for beta in (0, 1 / 9, 1):
     loss = smooth_l1(error, beta).sum() / len(rois)
     (slope,) = torch.autograd.grad(loss, error)
     inside = (error.abs() < beta).float().mean()
-    print(
-        f"beta {beta:.2f}: loss {loss:.3f}, {inside:.0%} in the parabola, gradient {slope.norm():.3f}"
-    )
+    print(f"beta {beta:.2f}: loss {loss:.3f}, {inside:.0%} in the", end=" ")
+    print(f"parabola, gradient {slope.norm():.3f}")
 
 # %% [markdown]
 # In the parabola the gradient is $e / \beta$ instead of 1. With $\beta = 1$, the released code's
-# choice for the box head, a delta that is off by 0.1 pulls ten times less than under L1. Mind the
-# coder's weights: 0.1 there is a hundredth of the proposal's width.
+# choice for the box head, a delta that is off by 0.1 pulls ten times less than under L1. Remember the
+# weights of the coder: for a shift, 0.1 is a hundredth of the proposal's width.
 #
 # ````{solution-end}
 # ````

@@ -3,7 +3,7 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/09_real_ct.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/09_real_ct.ipynb)
 #
-# Every chapter so far ran on phantoms. How does the method meet real CT? We read a small public set
+# Every chapter so far ran on phantoms. How does the method do on real CT? We read a small public set
 # of labelled slices, see what a model from another domain does on it, fine-tune for a minute, and
 # then look at scans from a hospital and at the way to the full data sets. We host no data: one
 # command gets them from their hosts. Without them, this chapter runs on phantoms written in the
@@ -94,7 +94,12 @@ from covidmask.datasets import (
 from covidmask.errors import DataError
 from covidmask.interactive import frame_slider
 from covidmask.metrics import dice, semantic_mask
-from covidmask.models import find_weights, lesion_mask_rcnn, trained_classifier, trained_segmenter
+from covidmask.models import (
+    find_weights,
+    lesion_mask_rcnn,
+    trained_classifier,
+    trained_segmenter,
+)
 from covidmask.predict import predict
 from covidmask.training import predict_lesions, train_segmenter
 
@@ -107,7 +112,8 @@ print(f"torchvision {torchvision.__version__}, Python {platform.python_version()
 PRESET = "quick"  # or "colab", "paper"
 SEED = 0
 DATA = os.environ.get("COVIDMASK_DATA", "data")
-SEMISEG = os.environ.get("COVIDMASK_SEMISEG", f"{DATA}/covid-semiseg")  # absent: phantoms
+SEMISEG = os.environ.get("COVIDMASK_SEMISEG", f"{DATA}/covid-semiseg")
+# where that folder is absent, phantoms take its place
 EPOCHS = 4  # of fine-tuning
 
 # %% [markdown]
@@ -145,14 +151,16 @@ EPOCHS = 4  # of fine-tuning
 #
 # ## The same layout, from phantoms
 #
-# `write_semiseg_phantoms` writes phantoms of COVID-19 patients as if they were this set: cropped to
-# the lungs, 8-bit JPEG, palette masks, stored as the real files are.
+# `write_semiseg_phantoms` writes phantoms of COVID-19 patients as if they were this set: lesions of
+# up to half a lung, pictures in as many windows and contrasts as papers print, cropped to the
+# lungs, 8-bit JPEG, palette masks, stored as the real files are.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 preset = PRESETS[PRESET]
 size = 2 * preset.phantoms.size  # before cropping
-phantom_root = write_semiseg_phantoms(f"{DATA}/semiseg-phantoms-{PRESET}", size, seed=0)
+phantom_root = f"{DATA}/semiseg-phantoms-{PRESET}"
+phantom_root = write_semiseg_phantoms(phantom_root, size, seed=0)
 folder = phantom_root / "TrainingSet" / "MultiClassInfection-Train"
 for path in sorted(folder.parents[1].glob("*/*/*")):
     where = path.relative_to(phantom_root).as_posix()
@@ -169,16 +177,16 @@ for path in sorted(folder.parents[1].glob("*/*/*")):
 # NBVAL_CHECK_OUTPUT
 stored = Image.open(folder / "GT" / "1.png")
 print("mode", stored.mode)
-print("indices        ", np.unique(np.asarray(stored)).tolist())
-print('convert("L")   ', np.unique(np.asarray(stored.convert("L"))).tolist())
+print("indices       ", np.unique(np.asarray(stored)).tolist())
+print('convert("L")  ', np.unique(np.asarray(stored.convert("L"))).tolist())
 
 # %% [markdown]
-# The reading itself does not fail. A loss that checks its classes would stop at code 38. Code that asks
-# only whether a pixel is above 0, or that compares numbers, goes on and learns something else.
+# The reading itself does not fail. A loss that checks its classes would stop at code 38; code that
+# asks only whether a pixel is above 0, or that compares numbers, goes on and learns the wrong thing.
 #
 # **The axes.** Image and mask are stored transposed, with the spine to the right. Since both are,
-# they fit each other, and again nothing fails. But a model that learned on upright slices sees
-# patients lying on their side.
+# they fit each other, and again nothing fails. But a model that learned on upright slices now sees
+# patients who lie on their side.
 
 # %% mystnb={"image": {"alt": "Three pictures of one synthetic slice: as stored, with the spine on the right; as read, upright; and its mask with the lesions coloured."}, "figure": {"caption": "A phantom in the COVID-SemiSeg layout, as it is stored (left) and as `SemiSeg` reads it (middle, right). Synthetic."}}
 upright, codes = SemiSeg(phantom_root, "train").read(1)
@@ -200,21 +208,24 @@ plt.show()
 indices = np.asarray(stored).T  # [H, W], upright
 by_hand = np.array([0, 2, 3], dtype=np.uint8)[indices]
 assert np.array_equal(by_hand, codes)
-print("palette indices", np.unique(indices).tolist(), "-> codes", np.unique(by_hand).tolist())
+print("palette indices", np.unique(indices).tolist())
+print("codes          ", np.unique(by_hand).tolist())
 
 # %% [markdown]
 # ## Training and test slices
 #
 # From here on the chapter uses the real slices, if their folder is there, and the phantoms
 # otherwise. The split is the published one. Where the folder has no `TestingSet`, we hold out a
-# quarter of the training slices. `split_by_patient` would keep patients apart, but without ids each
+# quarter of the training slices. `split_by_patient` would keep patients apart; but without ids each
 # slice counts as a patient, so **the two parts may share patients**, and a score on the held-out
-# part may flatter.
+# part may be too good.
 
 # %%
 real = bool(SEMISEG) and Path(SEMISEG).is_dir()
 source = SEMISEG if real else phantom_root
-KIND = "real slices of COVID-SemiSeg" if real else "phantoms in the COVID-SemiSeg layout"
+KIND = "phantoms in the COVID-SemiSeg layout"
+if real:
+    KIND = "real slices of COVID-SemiSeg"
 training_set = SemiSeg(source, "train")
 everything = list(range(len(training_set)))
 try:
@@ -223,39 +234,47 @@ try:
     print("the published split")
 except DataError:
     test_set = training_set
-    train_indices, test_indices = split_by_patient(training_set.patients, (0.75, 0.25), SEED)
-    print("no TestingSet here: a quarter of the training slices is held out")
+    shares, patients = (0.75, 0.25), training_set.patients
+    train_indices, test_indices = split_by_patient(patients, shares, SEED)
+    print("no TestingSet here: a quarter of the slices is held out")
 
-# specks of a few pixels are no lesions to a detector: the preset's limit, as a share of the image
+# specks of a few pixels are no lesions to a detector: the preset's limit,
+# as a share of the image
 areas = [training_set.read(i)[0].size for i in everything]
-training_set.min_area = round(preset.min_area / preset.phantoms.size**2 * np.median(areas))
+share = preset.min_area / preset.phantoms.size**2
+training_set.min_area = round(share * np.median(areas))
 
 
 def part(dataset, indices):
-    """Some slices of a data set, with their names, as training wants them."""
+    """Some slices of a data set, with their names, as training asks."""
     subset = Subset(dataset, indices)
     subset.names = [dataset.names[i] for i in indices]
     return subset
 
 
-train, test = part(training_set, train_indices), part(test_set, test_indices)
+train = part(training_set, train_indices)
+test = part(test_set, test_indices)
 print(f"This run uses {KIND}: {len(train)} to train, {len(test)} to test.")
 
 # %% [markdown]
 # ## What is different here
 #
-# The shipped segmenter learned on uncropped phantoms. Two of its habits can be checked before any
-# model runs: which grey values it knows, and how large a lesion is for it. The detector resizes
-# each slice so that its shorter side fits, so a cropped slice is enlarged, and its lesions with it.
+# The shipped segmenter learned on uncropped phantoms in one window, with small lesions. Two things
+# can be compared before any model runs: the grey values that it has met and those that it meets
+# here, and the sizes of the lesions. The detector resizes each slice so that its shorter side fits,
+# so a cropped slice is enlarged, and its lesions with it.
 
 # %%
-home_root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
-home_set = LesionSlices(home_root / "lesions", "test", min_area=preset.min_area)
-home = part(home_set, list(range(0, len(home_set), 10)))  # what the shipped weights know
+home_root = f"{DATA}/phantoms-{PRESET}"
+home_root = write_phantoms(home_root, preset.phantoms, seed=0)
+home_root /= "lesions"
+home_set = LesionSlices(home_root, "test", min_area=preset.min_area)
+# the kind of slices that the shipped weights know
+home = part(home_set, list(range(0, len(home_set), 10)))
 
 
 def grey_and_sides(some):
-    """Grey values of all slices, and the longer side of each lesion's box in network pixels."""
+    """Grey values of all slices; longer sides of boxes, network pixels."""
     grey, sides = [], []
     for image, target in some:
         grey.append(image[0].flatten()[::7])
@@ -265,7 +284,7 @@ def grey_and_sides(some):
     return torch.cat(grey), torch.cat(sides)
 
 
-# %% mystnb={"image": {"alt": "Two pairs of histograms. Left: grey values of the phantoms that the segmenter learned on and of the slices used here. Right: longer sides of lesion boxes, larger for the cropped slices, with a line at the largest anchor."}, "figure": {"caption": "What the shipped segmenter knows (home) and what it meets here. Left: grey values. Right: the size of lesions as the network sees them; cropping enlarges them, some beyond the largest anchor. On this page both sets are phantoms, the second in the COVID-SemiSeg layout."}}
+# %% mystnb={"image": {"alt": "Two pairs of histograms. Left: grey values of the phantoms that the segmenter learned on and of the slices used here. Right: longer sides of lesion boxes in both sets, with a line at the largest anchor."}, "figure": {"caption": "What the shipped segmenter knows (home) and what it meets here. Left: grey values. Right: the size of lesions as the network sees them, after cropping and resizing. On this page both sets are phantoms, the second in the COVID-SemiSeg layout."}}
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 looks = (
     (home, "home: uncropped phantoms", plotting.BLUE, "-"),
@@ -275,18 +294,30 @@ for some, label, colour, line in looks:
     for ax, values, bins in zip(
         axes,
         grey_and_sides(some),
-        (np.linspace(0, 1, 41), np.linspace(0, preset.detector.image_size, 41)),
+        (
+            np.linspace(0, 1, 41),
+            np.linspace(0, preset.detector.image_size, 41),
+        ),
         strict=True,
     ):
         weights = np.full(len(values), 100 / len(values))
         _ = ax.hist(
-            values.numpy(), bins, weights=weights, histtype="step", color=colour, ls=line, lw=1.5,
+            values.numpy(),
+            bins,
+            weights=weights,
+            histtype="step",
+            color=colour,
+            ls=line,
+            lw=1.5,
             label=label,
-        )  # fmt: skip
+        )
 largest = max(preset.detector.anchor_sizes)
 _ = axes[1].axvline(largest, color="black", ls=":", label="largest anchor")
 _ = axes[0].set(xlabel="Grey value (0 to 1, no unit)", ylabel="Pixels (%)")
-_ = axes[1].set(xlabel="Longer side of a lesion's box (network pixels)", ylabel="Lesions (%)")
+_ = axes[1].set(
+    xlabel="Longer side of a lesion's box (network pixels)",
+    ylabel="Lesions (%)",
+)
 for ax in axes:
     _ = ax.legend(fontsize=8)
 plt.show()
@@ -301,33 +332,39 @@ plt.show()
 #
 # Mask R-CNN gives overlapping instances, each with a score and a soft mask. We fuse them: take
 # those above a score threshold, cut the soft masks at 0.5, and paint them in the order of rising
-# score, so that the best lies on top where GGO and consolidation meet.
+# score, so that where GGO and consolidation overlap the better one lies on top.
 
 # %%
 segmenter = trained_segmenter(PRESET, device, shipped=True).eval()
 image, _ = test[0]
 truth = test_set.read(test_indices[0])[1]  # uint8 [H, W]
 with torch.no_grad():
-    found = {key: value.cpu() for key, value in segmenter([image.to(device)])[0].items()}
+    found = segmenter([image.to(device)])[0]
+found = {key: value.cpu() for key, value in found.items()}
 print({key: tuple(value.shape) for key, value in found.items()})
 
 painted = np.zeros(truth.shape, dtype=np.uint8)  # [H, W]
 for i in found["scores"].argsort(stable=True).tolist():
     if found["scores"][i] > 0.5:
-        painted[(found["masks"][i, 0] > 0.5).numpy()] = found["labels"][i] + 1  # 2 GGO, 3 C
+        inside = (found["masks"][i, 0] > 0.5).numpy()  # bool [H, W]
+        painted[inside] = found["labels"][i] + 1  # 2 GGO, 3 C
 assert np.array_equal(painted, semantic_mask(found, 0.5))
 
 # %% [markdown]
-# *Infection* is GGO or consolidation. The mean over slices needs a decision: what of a slice that
-# has no consolidation, and in which none is found? Dice is 0/0 there. We leave such slices out. If
-# consolidation is found where there is none, Dice is 0 and counts. (An exercise below shows how
-# much this decision moves the mean.)
+# *Infection* is GGO or consolidation. The mean over slices needs a decision: what do we do with a
+# slice that has no consolidation, and in which none is found? Dice is 0/0 there. We leave such
+# slices out. If consolidation is found where there is none, Dice is 0 and counts. (An exercise below
+# shows how much this decision moves the mean.)
 
 
 # %%
 def dice_of(painted, truth):
-    """Dice of infection, GGO and consolidation; NaN where there is none and none is found."""
-    pairs = ((painted > 0, truth >= 2), (painted == 2, truth == 2), (painted == 3, truth == 3))
+    """Dice of infection, GGO and C; NaN where none is there or found."""
+    pairs = (
+        (painted > 0, truth >= 2),
+        (painted == 2, truth == 2),
+        (painted == 3, truth == 3),
+    )
     result = []
     for a, b in pairs:
         total = a.sum() + b.sum()
@@ -335,22 +372,25 @@ def dice_of(painted, truth):
     return np.array(result)
 
 
-assert np.isclose(dice_of(painted, truth)[0], dice(painted > 0, truth >= 2), equal_nan=True)
+infection = dice(painted > 0, truth >= 2)  # the package has it, too
+assert np.isclose(dice_of(painted, truth)[0], infection, equal_nan=True)
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.75)  # 0.75 is the paper's
 
 
 def all_dice(model, some):
-    """float64 [thresholds, slices, 3]; the detector looks once at each slice."""
+    """float64 [thresholds, slices, 3]; one detection for all thresholds."""
     rows = []
-    for index, prediction, _ in predict_lesions(model, some, progress=False):
+    found = predict_lesions(model, some, progress=False)
+    for index, prediction, _ in found:
         truth = some.dataset.read(some.indices[index])[1]
-        rows.append([dice_of(semantic_mask(prediction, t), truth) for t in THRESHOLDS])
+        masks = [semantic_mask(prediction, t) for t in THRESHOLDS]
+        rows.append([dice_of(mask, truth) for mask in masks])
     return np.array(rows).swapaxes(0, 1)
 
 
 def judge(model, tune, test):
-    """Mean Dice on `test` at the threshold that is best for infection on `tune`."""
+    """Mean Dice on `test`, at the threshold that is best on `tune`."""
     best = int(np.nanmean(all_dice(model, tune)[:, :, 0], axis=1).argmax())
     return THRESHOLDS[best], np.nanmean(all_dice(model, test)[best], axis=0)
 
@@ -364,42 +404,55 @@ def judge(model, tune, test):
 
 # %%
 tune = part(training_set, train_indices[::4])
-scores = {"shipped weights, at home (phantoms)": judge(segmenter, home, home)}
-scores["shipped weights, here"] = judge(segmenter, tune, test)
+scores = {
+    "shipped weights, at home (phantoms)": judge(segmenter, home, home),
+    "shipped weights, here": judge(segmenter, tune, test),
+}
 
 
 def show(names):
     """Print the rows of the table."""
-    print(f"here: {KIND}\nmean Dice{'':30}infection    GGO      C   score above")
+    print(f"here: {KIND}")
+    print(f"mean Dice{'':30}infection    GGO      C   score above")
     for name in names:
         threshold, values = scores[name]
-        print(f"{name:38}" + "".join(f"{v:9.2f}" for v in values) + f"{threshold:12g}")
+        columns = "".join(f"{value:9.2f}" for value in values)
+        print(f"{name:38}{columns}{threshold:12g}")
 
 
 show(scores)
 
 # %% [markdown]
-# On phantoms in this layout the gap is small: the lesions are drawn by the same program and only
-# cropped and compressed. **On real CT expect the shipped weights to be poor.** They have never seen
-# a real vessel, a real artefact or a real lesion. A model that does well on its own test split and
-# poorly one hospital further is the usual case and not the exception {cite:p}`Roberts2021`.
+# The difference of the two rows is the domain gap. Between phantoms it has three causes: larger
+# lesions, other windows, and cropping. Lungs, vessels and noise come from the same program in both.
+# **On real CT expect the shipped weights to be poor.** They have never seen a real vessel, a real
+# artefact or a real lesion. A model that does well on its own test split and poorly one hospital
+# further on is the rule rather than the exception {cite:p}`Roberts2021`.
 #
 # ## Fine-tuning
 #
-# Do weights from another domain help all the same? Compare two models with the same training
+# Do weights from another domain help all the same? We compare two models with the same training
 # slices in the same order and the same number of steps. One starts from the shipped weights, the
-# other from random ones. The settings are those of the preset, shorter.
+# other from random ones. The settings are those of the preset, with fewer epochs.
 
 # %%
 settings = replace(preset.segmenter, epochs=EPOCHS, warmup=10)
 torch.manual_seed(SEED)
+tuned = trained_segmenter(PRESET, device, shipped=True)
+fresh = lesion_mask_rcnn(preset.detector).to(device)
 models = {
-    "fine-tuned from shipped weights": trained_segmenter(PRESET, device, shipped=True),
-    "trained from random weights": lesion_mask_rcnn(preset.detector).to(device),
+    "fine-tuned from shipped weights": tuned,
+    "trained from random weights": fresh,
 }
 histories = {}
 for name, model in models.items():
-    histories[name] = train_segmenter(model, train, settings, seed=SEED, progress=False)
+    histories[name] = train_segmenter(
+        model,
+        train,
+        settings,
+        seed=SEED,
+        progress=False,
+    )
     scores[name] = judge(model, tune, test)
 steps = len(histories[name])
 print(f"{steps} steps of {settings.batch_size} slices each")
@@ -408,20 +461,32 @@ print(f"{steps} steps of {settings.batch_size} slices each")
 show(scores)
 
 # %% [markdown]
-# Here the shipped weights are a long way ahead, because home and here are neighbours. **Do not expect
-# this of real slices.** Phantoms are not CT, and weights that learned on them may give no head start
-# at all; for a real head start, others begin with ImageNet or with other CT. The same two lines with
-# your slices tell you.
+# The last two rows say what the shipped weights are worth as a start. On this page home and here are
+# neighbours, because one program drew both. **Do not expect the same of real slices.** Phantoms are
+# not CT, and weights that learned on them may give no head start at all; for a real head start,
+# others begin with ImageNet or with other CT. The same two cells with your slices tell you.
 
-# %% mystnb={"image": {"alt": "Total training loss against the step for the two models; the one from random weights falls from higher up or more slowly, and both flatten."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
+# %% mystnb={"image": {"alt": "Total training loss against the step, one line for each of the two models."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
 ax = plotting.get_ax(6.5, 3.6)
 for (name, history), colour, line in zip(
-    histories.items(), (plotting.BLUE, plotting.VERMILLION), ("-", "--"), strict=True
+    histories.items(),
+    (plotting.BLUE, plotting.VERMILLION),
+    ("-", "--"),
+    strict=True,
 ):
     wide = min(10, steps)
-    loss = np.convolve([entry["loss"] for entry in history], np.full(wide, 1 / wide), mode="valid")
-    _ = ax.plot(np.arange(wide - 1, steps), loss, color=colour, ls=line, label=name)
-_ = ax.set(xlabel="Step (count)", ylabel="Sum of the five losses (no unit)", ylim=(0, None))
+    loss = np.convolve(
+        [entry["loss"] for entry in history],
+        np.full(wide, 1 / wide),
+        mode="valid",
+    )
+    at = np.arange(wide - 1, steps)
+    _ = ax.plot(at, loss, color=colour, ls=line, label=name)
+_ = ax.set(
+    xlabel="Step (count)",
+    ylabel="Sum of the five losses (no unit)",
+    ylim=(0, None),
+)
 _ = ax.legend()
 plt.show()
 
@@ -431,21 +496,18 @@ plt.show()
 # better, the sum rises. Look at Dice, and at pictures.
 
 # %% mystnb={"image": {"alt": "Two slices in rows; in columns the true lesion outlines and those found by the shipped weights, after fine-tuning, and by the model from random weights."}, "figure": {"caption": "Outlines of the fused masks, each model at its own score threshold. On this page: phantoms in the COVID-SemiSeg layout."}}
-columns = {
-    "shipped weights, here": segmenter,
-    "fine-tuned from shipped weights": models["fine-tuned from shipped weights"],
-    "trained from random weights": models["trained from random weights"],
-}
+columns = {"shipped weights, here": segmenter, **models}
 
 
 def outline(ax, image, codes, title):
-    """Draw a slice with the outlines of GGO (solid) and consolidation (dashed)."""
+    """Draw a slice with the outlines of GGO (solid) and C (dashed)."""
     _ = plotting.show_slice(image, ax)
     for code, colour, line in zip(
         (2, 3), plotting.LESION_COLOURS, plotting.LESION_LINES, strict=True
     ):
         if (codes == code).any():
-            _ = ax.contour(codes == code, levels=[0.5], colors=colour, linestyles=line)
+            look = {"colors": colour, "linestyles": line}
+            _ = ax.contour(codes == code, levels=[0.5], **look)
     _ = ax.set_title(title, fontsize=9)
 
 
@@ -458,7 +520,10 @@ for row, index in zip(axes, (0, len(test) // 2), strict=True):
             found = model([image.to(device)])[0]
         outline(ax, image, semantic_mask(found, scores[name][0]), name)
 for colour, line, name in zip(
-    plotting.LESION_COLOURS, plotting.LESION_LINES, ("GGO", "C"), strict=True
+    plotting.LESION_COLOURS,
+    plotting.LESION_LINES,
+    ("GGO", "C"),
+    strict=True,
 ):
     _ = axes[0, 0].plot([], [], color=colour, ls=line, label=name)
 _ = fig.legend(loc="outside lower center", ncols=2)
@@ -469,10 +534,10 @@ plt.show()
 
 
 # %%
-tuned = models["fine-tuned from shipped weights"]
 shown, shown_target = test[len(test) // 2]
 with torch.no_grad():
-    prediction = {k: v.cpu() for k, v in tuned([shown.to(device)])[0].items()}
+    prediction = tuned([shown.to(device)])[0]
+prediction = {key: value.cpu() for key, value in prediction.items()}
 shown_truth = test_set.read(test_indices[len(test) // 2])[1]
 
 
@@ -480,12 +545,14 @@ def draw_threshold(threshold):
     """Draw the fused mask at a score threshold, beside the truth."""
     painted = semantic_mask(prediction, threshold)
     fig, axes = plt.subplots(1, 2, figsize=(7, 3.3), layout="constrained")
-    _ = plotting.show_mask(np.where(shown_truth >= 2, shown_truth, 0), axes[0])
+    lesions = np.where(shown_truth >= 2, shown_truth, 0)
+    _ = plotting.show_mask(lesions, axes[0])
     _ = axes[0].set_title("truth", fontsize=9)
     _ = plotting.show_mask(painted, axes[1])
     infection = dice_of(painted, shown_truth)[0]
     _ = axes[1].set_title(
-        f"score above {threshold:g}: Dice of infection {infection:.2f}", fontsize=9
+        f"score above {threshold:g}: Dice of infection {infection:.2f}",
+        fontsize=9,
     )
     return fig
 
@@ -494,9 +561,9 @@ frame_slider(
     [draw_threshold(threshold) for threshold in THRESHOLDS],
     [f"{threshold:g}" for threshold in THRESHOLDS],
     "Score threshold",
-    "True mask and fused mask of one slice; a higher threshold paints fewer lesions",
-    caption="Instances above the threshold, painted into one mask. On this page: a phantom in the "
-    "COVID-SemiSeg layout.",
+    "True and fused mask; a higher threshold paints fewer lesions",
+    caption="Instances above the threshold, painted into one mask. "
+    "On this page: a phantom in the COVID-SemiSeg layout.",
     start=3,
     dpi=70,
 )
@@ -517,12 +584,12 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # %% [markdown]
 # ## What the method reaches on real slices
 #
-# A minute of fine-tuning on small pictures shows the way and no more. The preset
-# `semiseg` is the whole of it. It trains on phantoms first, cropped to the lungs as the real slices
-# are, and then on random copies of the real slices: turned, stretched, bent, mirrored, brighter or
-# darker. Half of the copies also get the lesions of another training slice, changed in their own
-# way, as in Copy-Paste {cite:p}`Ghiasi2021`: the same lesion in other lungs, so that the model learns
-# lesions and not slices. What is kept in the end is a running average of the weights.
+# A minute of fine-tuning on small pictures shows the way and no more. The preset `semiseg` goes the
+# whole way. It trains on phantoms first, cropped to the lungs as the real slices are, and then on
+# random copies of the real slices: turned, stretched, bent, mirrored, brighter or darker. Half of
+# the copies also get the lesions of another training slice, changed in their own way, as in
+# Copy-Paste {cite:p}`Ghiasi2021`: the same lesion in other lungs, so that the model learns lesions
+# and not slices. What is kept in the end is a running average of the weights.
 #
 # And the preset adds something that the paper does not have. Lesions of real CT fray and merge, so
 # that one reader's three lesions are another's one, and boxes suffer from that. A *semantic branch*
@@ -627,7 +694,7 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   consolidation has the wrong name. So its name is not in the grey values alone. (An exercise below
 #   tries such a limit.)
 # - **More models are no help.** The mean of the maps of all three models of a fold is no better than
-#   the best of them. What is wrong is wrong in all three.
+#   the best of them: all three tend to err in the same places.
 # - **Pixels, not instances.** The mask AP50 is low. Connected regions of a hand-drawn mask are poor
 #   instances where lesions merge: a gap of a few pixels decides whether one or three are true. Even
 #   connected regions of the fused mask, which are made as the true ones are, do little better.
@@ -635,9 +702,10 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   than the error, and the instances as well. What they add to GGO and consolidation is within the
 #   error. Forty slices are learned by random copies, and no copy is seen twice, so a model can go on
 #   for long before it knows its training slices by heart (the table has its Dice on them).
-# - **Phantoms do not help here.** None of the three intervals of *what phantoms add* leaves zero out. A
-#   phantom is no substitute for a real slice: steps on random copies of the real ones are worth as
-#   much. `--no-pretraining --epochs 25` skips the phantoms and takes about as many steps as the preset.
+# - **Phantoms do not help here.** None of the three intervals of *what phantoms add* leaves zero out:
+#   steps on random copies of the real slices are worth as much. (These phantoms were those of the
+#   commits below the table.) `--no-pretraining --epochs 25` skips the phantoms and takes about as
+#   many steps as the preset.
 #
 # No weights trained on these slices come with the package: their terms do not allow it. The command
 # above makes them.
@@ -672,19 +740,21 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # ## Hounsfield units and windows
 #
 # A scanner does not write grey values of 0 to 1. It writes Hounsfield units (HU): air is -1000,
-# water 0, healthy lung about -850, soft tissue about 40, bone several hundred. A screen, and a
+# water 0, healthy lung about -800, soft tissue about 40, bone several hundred. A screen, and a
 # model, see them through a *window* with level $L$ and width $W$:
 #
 # $$ u = \mathrm{clip}\left(\frac{h - (L - W/2)}{W},\; 0,\; 1\right). $$
 #
 # The lung window of this book has $L = -600$ and $W = 1500$, so it shows -1350 to 150 HU. A phantom
-# is drawn in HU and stored through that window, so inside it we can go back.
+# is [drawn in HU](phantoms_made.ipynb) and stored through nearly that window (its scanner may set it
+# a little higher or wider), so inside it we can go back, to within some tens of HU.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 level, width = LUNG_WINDOW
 friend, friend_mask = old_friend(preset.phantoms.size)
-hu = friend * width + (level - width / 2)  # [H, W], HU, cut at the ends of the window
+low = level - width / 2  # HU that are black
+hu = friend * width + low  # [H, W], HU, cut at the ends of the window
 
 
 def windowed(hu, level, width):
@@ -692,14 +762,14 @@ def windowed(hu, level, width):
     return np.clip((hu - (level - width / 2)) / width, 0, 1)
 
 
-assert np.allclose(windowed(hu, level, width), hounsfield_to_unit(hu, LUNG_WINDOW), atol=1e-5)
-assert np.allclose(windowed(hu, level, width), friend, atol=1e-5)
-print(
-    f"window {level:g}, {width:g}: black below {level - width / 2:g}, white above {level + width / 2:g} HU"
-)
+again = windowed(hu, level, width)
+assert np.allclose(again, hounsfield_to_unit(hu, LUNG_WINDOW), atol=1e-5)
+assert np.allclose(again, friend, atol=1e-5)
+print(f"window {level:g}, {width:g}")
+print(f"black below {low:g}, white above {low + width:g} HU")
 
 # %% [markdown]
-# Turn the window. GGO, at some -600 to -500 HU, vanishes in a window for soft tissue, and so does
+# Change the window. GGO, at some -700 to -300 HU, vanishes in a window for soft tissue, and so does
 # the whole lung.
 
 
@@ -714,15 +784,23 @@ WINDOWS = {
 
 
 def draw_window(level, width):
-    """Draw our old friend through a window, with what the shipped segmenter finds there."""
-    image = torch.from_numpy(windowed(hu, level, width).astype(np.float32)).expand(3, -1, -1)
+    """Draw our old friend in a window, and what the segmenter finds."""
+    grey = windowed(hu, level, width).astype(np.float32)
+    image = torch.from_numpy(grey).expand(3, -1, -1)
     with torch.no_grad():
-        found = {k: v.cpu() for k, v in segmenter([image.to(device)])[0].items()}
+        found = segmenter([image.to(device)])[0]
+    found = {key: value.cpu() for key, value in found.items()}
     ax = plotting.get_ax(5, 4.2)
     _ = plotting.show_lesions(image, found, ax, score_threshold=0.75)
-    _ = ax.contour(friend_mask >= 2, levels=[0.5], colors=plotting.YELLOW, linewidths=0.8)
+    _ = ax.contour(
+        friend_mask >= 2,
+        levels=[0.5],
+        colors=plotting.YELLOW,
+        linewidths=0.8,
+    )
     painted = semantic_mask(found, 0.75)
-    title = f"level {level:g}, width {width:g} HU: Dice {dice_of(painted, friend_mask)[0]:.2f}"
+    infection = dice_of(painted, friend_mask)[0]
+    title = f"level {level:g}, width {width:g} HU: Dice {infection:.2f}"
     _ = ax.set_title(title, fontsize=10)
     return ax.figure
 
@@ -731,10 +809,11 @@ frame_slider(
     [draw_window(*window) for window in WINDOWS.values()],
     list(WINDOWS),
     "Window (level, width in HU)",
-    "The same synthetic slice through one window, with the detections of the shipped segmenter; "
-    "contrast and detections change with the window",
-    caption="Our old friend through five windows, and what a segmenter finds that learned on the "
-    "first. Yellow: the true lesions. Dice: infection, scores above 0.75. Synthetic.",
+    "The same synthetic slice through one window, with the detections of "
+    "the shipped segmenter; contrast and detections change with the window",
+    caption="Our old friend in five windows, and what a segmenter finds "
+    "that learned on the first. Yellow: the true lesions. Dice: infection, "
+    "scores above 0.75. Synthetic.",
     dpi=70,
 )
 
@@ -756,9 +835,9 @@ _ = ipywidgets.interact(
 )
 
 # %% [markdown]
-# One slice proves nothing, so here are more of them. **The window is a part of the model.** Weights
-# without a note on the window that they learned on are half a model. COVID-SemiSeg does not say
-# which window made its JPEGs, and a collection from many sources will hold several.
+# One slice proves nothing, so here are more of them. **The window is a part of the model:** with
+# weights, always note the window that they learned on. COVID-SemiSeg does not say which window made
+# its JPEGs, and a collection from many sources will hold several.
 
 # %%
 window_dice = {}
@@ -766,14 +845,17 @@ for name, (new_level, new_width) in WINDOWS.items():
     values = []
     for index in home.indices[::2]:
         grey, truth = home_set.read(index)
-        grey = windowed(grey * width + (level - width / 2), new_level, new_width)
-        picture = torch.from_numpy(grey.astype(np.float32)).expand(3, -1, -1)
+        grey = windowed(grey * width + low, new_level, new_width)
+        picture = torch.from_numpy(grey.astype(np.float32))
+        picture = picture.expand(3, -1, -1)
         with torch.no_grad():
             found = segmenter([picture.to(device)])[0]
         values.append(dice_of(semantic_mask(found, 0.75), truth)[0])
     window_dice[name] = np.nanmean(values)
-    print(f"{name:26} mean Dice of infection {window_dice[name]:.2f}  ({len(values)} phantoms)")
-assert window_dice["soft tissue (40, 400)"] < window_dice["lung (-600, 1500)"]
+    print(f"{name:26} {window_dice[name]:.2f}")
+print(f"mean Dice of infection, {len(values)} phantoms")
+soft = window_dice["soft tissue (40, 400)"]
+assert soft < window_dice["lung (-600, 1500)"]
 
 # %% [markdown]
 # ## Your own scans
@@ -811,28 +893,30 @@ assert window_dice["soft tissue (40, 400)"] < window_dice["lung (-600, 1500)"]
 # %%
 friend_patient = make_patient(*FRIEND)
 positions = POSITIONS[::7]  # 0 is the apex of the lungs, 1 the base
-drawn = [render(friend_patient, position, preset.phantoms.size) for position in positions]
-stack = np.stack([image for image, _ in drawn])  # [slices, H, W], from the apex down
+size = preset.phantoms.size
+drawn = [render(friend_patient, position, size) for position in positions]
+stack = np.stack([image for image, _ in drawn])  # [slices, H, W], from apex
 lesion_share = np.array([(mask >= 2).mean() for _, mask in drawn])
-stack_hu = np.round(stack * width + (level - width / 2)).astype(np.int16)  # [slices, H, W], HU
+stack_hu = np.round(stack * width + low).astype(np.int16)  # the same, in HU
 temporary = tempfile.TemporaryDirectory()
 series = Path(temporary.name) / "Doe_Jane"
 HAS_PYDICOM = importlib.util.find_spec("pydicom") is not None
 
 
 def write_dicom(path, hu, height, series_id):
-    """One slice, as a scanner writes it; `height` in mm, rising to the head."""
+    """A slice as a scanner writes it; `height` in mm, up to the head."""
     import pydicom
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    from pydicom import uid
 
     meta = pydicom.dataset.FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = uid.generate_uid()
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     scan = pydicom.Dataset()
     scan.file_meta = meta
     scan.PatientName, scan.SeriesInstanceUID = "Doe^Jane", series_id
-    scan.ImagePositionPatient, scan.ImageOrientationPatient = [0, 0, height], [1, 0, 0, 0, 1, 0]
+    scan.ImagePositionPatient = [0, 0, height]
+    scan.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     scan.PixelSpacing = [3, 3]  # mm
     scan.Rows, scan.Columns = hu.shape
     scan.SamplesPerPixel, scan.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -844,18 +928,19 @@ def write_dicom(path, hu, height, series_id):
 
 
 if not HAS_PYDICOM:
-    print(f"pydicom is not installed; `pip install {PACKAGES}` brings it. Skipped.")
+    print(f"Skipped: `pip install {PACKAGES}` brings pydicom.")
 else:
     from pydicom.uid import generate_uid
 
     series.mkdir()
     series_id = generate_uid()
     names = np.random.default_rng(SEED).permutation(len(stack))
-    for name, slice_hu, position in zip(names, stack_hu, positions, strict=True):
-        write_dicom(series / f"IM{name:04d}", slice_hu, -250 * position, series_id)
+    for i, name in enumerate(names):
+        path, height = series / f"IM{name:04d}", -250 * positions[i]
+        write_dicom(path, stack_hu[i], height, series_id)
     (scan,), notes = find_scans([series])
-    again = np.stack(list(read_slices(scan.slices)))  # [slices, H, W], from the feet up
-    assert np.abs(again[::-1] - stack).max() < 1 / width  # integers: half a HU is lost
+    again = np.stack(list(read_slices(scan.slices)))  # from the feet up
+    assert np.abs(again[::-1] - stack).max() < 1 / width  # rounded
     print(f"{len(again)} slices came back in order; notes: {notes}")
 
 # %% [markdown]
@@ -864,22 +949,28 @@ else:
 
 # %%
 if HAS_PYDICOM:
-    kinds = ("segmenter", "classifier")
-    files = {kind: find_weights(kind, PRESET, shipped=True)[0] for kind in kinds}
+    files = {
+        "segmenter": find_weights("segmenter", PRESET, shipped=True)[0],
+        "classifier": find_weights("classifier", PRESET, shipped=True)[0],
+    }
     out = Path(temporary.name) / "out"
-    with redirect_stdout(io.StringIO()):  # the same lines again, and where the scan lies
+    with redirect_stdout(io.StringIO()):  # the same, and the path
         rows = predict([series], **files, out=out, score=0.5, device=device)
     for row in rows[::8]:
-        line = ", ".join(f"{name} {row[name]:.2f}" for name in IMAGE_CLASSES)
-        print(f"slice {row['slice']:2} at {row['position_mm']:6.1f} mm: {line}; "
-              f"lesions {row['lesions']}, {row['lesion_mm2']:.0f} mm2")  # fmt: skip
+        print(f"slice {row['slice']:2} at {row['position_mm']:6.1f} mm")
+        print("  ", ", ".join(f"{c} {row[c]:.2f}" for c in IMAGE_CLASSES))
+        print(f"   lesions {row['lesions']}, {row['lesion_mm2']:.0f} mm2")
     with open(out / "summary.csv", newline="", encoding="utf-8") as file:
         (summary,) = csv.DictReader(file)
-    for name in ("slices", "looked_at", "lesion_slices", *(f"share {c}" for c in IMAGE_CLASSES)):
+    shares = [f"share {c}" for c in IMAGE_CLASSES]
+    for name in ("slices", "looked_at", "lesion_slices", *shares):
         print(f"{name:24} {summary[name]}")
-    written = b"".join(path.name.encode() + path.read_bytes() for path in out.iterdir())
+    written = [path.name.encode() for path in out.iterdir()]
+    written += [path.read_bytes() for path in out.iterdir()]
+    written = b"".join(written)
     assert b"Doe" not in written and series_id.encode() not in written
-    print(f"{len(list(out.glob('*.png')))} pictures; the name is in none of the files")
+    pictures = list(out.glob("*.png"))
+    print(f"{len(pictures)} pictures; the name is in none of the files")
 
 # %% [markdown]
 # A NIfTI file holds the whole scan. Its axes run from left to right, to the front and to the head,
@@ -887,12 +978,12 @@ if HAS_PYDICOM:
 
 # %%
 if importlib.util.find_spec("nibabel") is None:
-    print(f"nibabel is not installed; `pip install {PACKAGES}` brings it. Skipped.")
+    print(f"Skipped: `pip install {PACKAGES}` brings nibabel.")
 else:
     import nibabel
 
-    # the file's axes run to the right, to the front and to the head; ours to the left of the
-    # patient, to the back and to the feet, so all three are reversed
+    # the file's axes run to the right, to the front and to the head; ours
+    # to the left of the patient, to the back and to the feet: all reversed
     volume = stack_hu.transpose(2, 1, 0)[::-1, ::-1, ::-1]
     path = Path(temporary.name) / "friend.nii.gz"
     nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path)
@@ -909,17 +1000,40 @@ else:
 # so a model that was trained on it has never had to deal with a clear slice of a sick patient. Here
 # is our old friend's chest, slice by slice.
 
-# %% mystnb={"image": {"alt": "Two panels over the position in the chest from apex to base. Above: area of lesions as a share of each slice. Below: the three probabilities of the classifier, which change from slice to slice."}, "figure": {"caption": "One patient, many answers: lesion area (above) and the classifier's three sigmoids (below) along our old friend's chest. Where no lesion is in the slice, the sick patient looks like a control. Synthetic."}}
+# %% mystnb={"image": {"alt": "Two panels over the position in the chest from apex to base. Above: area of lesions as a share of each slice. Below: the three probabilities of the classifier for each slice."}, "figure": {"caption": "One patient, many answers: lesion area (above) and the classifier's three sigmoids (below) along our old friend's chest. Synthetic."}}
 classifier = trained_classifier(PRESET, device, shipped=True).eval()
 with torch.no_grad():
-    images = [torch.from_numpy(image).expand(3, -1, -1).to(device) for image in stack]
-    probabilities = classifier(images).sigmoid().cpu().numpy()  # [slices, 3]
-fig, axes = plt.subplots(2, 1, figsize=(7.5, 5), sharex=True, layout="constrained")
-_ = axes[0].bar(positions, 100 * lesion_share, 0.025, color=plotting.ORANGE, edgecolor="black")
+    images = torch.from_numpy(stack).to(device)  # [slices, H, W]
+    images = list(images[:, None].expand(-1, 3, -1, -1))
+    probabilities = classifier(images).sigmoid()
+probabilities = probabilities.cpu().numpy()  # [slices, 3]
+fig, axes = plt.subplots(
+    2,
+    1,
+    figsize=(7.5, 5),
+    sharex=True,
+    layout="constrained",
+)
+_ = axes[0].bar(
+    positions,
+    100 * lesion_share,
+    0.025,
+    color=plotting.ORANGE,
+    edgecolor="black",
+)
 _ = axes[0].set(ylabel="True lesion area\n(% of the slice)")
 for label, name in enumerate(IMAGE_CLASSES):
-    style = {"color": plotting.CLASS_COLOURS[label], "ls": plotting.CLASS_LINES[label]}
-    _ = axes[1].plot(positions, probabilities[:, label], marker="osD"[label], label=name, **style)
+    style = {
+        "color": plotting.CLASS_COLOURS[label],
+        "ls": plotting.CLASS_LINES[label],
+    }
+    _ = axes[1].plot(
+        positions,
+        probabilities[:, label],
+        marker="osD"[label],
+        label=name,
+        **style,
+    )
 _ = axes[1].set(
     xlabel="Position (0 apex, 1 base of the lungs, no unit)",
     ylabel="Sigmoid (no unit)",
@@ -930,12 +1044,11 @@ plt.show()
 temporary.cleanup()
 
 # %% [markdown]
-# Neighbouring slices of one patient get different answers, and where no lesion is in sight the
-# answer is "control", which is right for the slice and wrong for the patient. A result for a
-# patient needs a rule over slices: the share of positive slices, or the mean over those that a
-# radiologist, or a lesion detector, picked. The paper has none, and its figures are per slice.
-#
-# That is why `summary.csv` gives shares and means and no diagnosis of the volume.
+# Slices of one patient can get different answers. Where no lesion is in sight, "control" is right for
+# the slice and wrong for the patient. A result for a patient needs a rule over slices: the share of
+# positive slices, or the mean over those that a radiologist, or a lesion detector, picked. The paper
+# has none, and its figures are per slice. That is why `summary.csv` gives shares and means and no
+# diagnosis of the volume.
 #
 # ## The full scale
 #
@@ -1000,7 +1113,7 @@ temporary.cleanup()
 # - **The split may leak.** Without patient ids nobody can rule out that a neighbour of a test slice
 #   was in training.
 # - **Labels are opinions.** Where GGO ends, two radiologists disagree; a Dice near 1 would be a
-#   reason for suspicion.
+#   reason to be suspicious.
 #
 # ## Exercises
 #
@@ -1029,8 +1142,8 @@ print(f"{KIND}, {len(upright_dice)} slices, mean Dice of infection")
 print(f"upright {np.nanmean(upright_dice):.2f}, as stored {np.nanmean(lying_dice):.2f}")
 
 # %% [markdown]
-# A lesion looks much the same lying on its side, and the chest around it does not. Nothing fails
-# and nothing warns: only a number is lower than it could be.
+# A lesion looks much the same lying on its side, and the chest around it does not. Whatever the
+# trap costs here, nothing fails and nothing warns: the number is all that you would see of it.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1065,7 +1178,8 @@ print(f"counted as 1 {np.nan_to_num(values, nan=1).mean():.2f}")
 print(f"pooled       {2 * both / total:.2f}")
 
 # %% [markdown]
-# Same masks, three numbers. A paper that does not name its rule cannot be compared with.
+# The masks are the same each time. So nothing can be compared with a mean Dice whose rule is not
+# named.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1122,10 +1236,10 @@ for name, values in names.items():
 
 # %% [markdown]
 # The last row gives the found lesion pixels their right names, and leaves those alone that are no
-# lesion: about the most that naming can win. The rest to 1 is the outline. On phantoms the names of the
-# network are nearly right. On the real slices of the table above they are no better than those of
-# one number. If one number comes close to the network, the network has learned little about names, or
-# there is little more to know. Such a baseline takes minutes and belongs beside every network.
+# lesion: about the most that naming can win. What is missing to 1 then is the outline. On the real
+# slices of the table above the names of the network are no better than those of one number. Where
+# one number comes close to the network, the network has learned little about names, or there is
+# little more to know. Such a baseline takes minutes; put it beside every network that you report.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1162,8 +1276,8 @@ for factor in (1, 2):
     print(f"sizes x {factor}: {share:.0%} of {len(sides)} lesions have an anchor  ({KIND})")
 
 # %% [markdown]
-# This is the best case: real anchors stand on a grid and miss the centre. Larger sizes win where
-# many lesions outgrow the anchors, and lose where small ones are as many. The change is one line,
+# This is the best case: real anchors stand on a grid and miss the centre. Larger sizes win where many
+# lesions outgrow the anchors, and lose where as many are small. The change is one line,
 # `replace(preset.detector, anchor_sizes=...)`; the shipped weights still load, because the number
 # of anchors stays the same, though each output now means another size.
 
@@ -1176,9 +1290,9 @@ for factor in (1, 2):
 #
 # 1. Read indices, not colours, and turn the slices upright: neither mistake need raise an error.
 # 2. A mean Dice needs a threshold, a rule for empty slices and a split, all named.
-# 3. On phantoms, weights of a neighbouring domain are the better start; try both on your own slices.
-# 4. The window is a part of the model, and the order of the slices a part of the scan; DICOM and
-#    NIfTI give both, JPEG collections neither.
+# 3. Whether weights of another domain are the better start is quickly tried; do so on your own slices.
+# 4. The window is a part of the model, and the order of the slices a part of the scan. DICOM and
+#    NIfTI files give both, collections of JPEG files neither.
 # 5. Positive slices from few sources say nothing about patients elsewhere.
 #
 # ## Further reading

@@ -5,8 +5,8 @@
 #
 # You have read how the method works. Now you would like to try an idea of your own: another network
 # under the detector, one more number for each box, two classes instead of three. Where do you put
-# it, and how much of the package do you have to touch? For the six changes that readers ask for
-# most the answer is the same: you write a few lines in your own file, and touch nothing.
+# it, and how much of the package do you have to touch? For the six changes on this page the answer
+# is the same: you write a few lines in your own file, and touch nothing.
 #
 # **After it you can**
 #
@@ -122,7 +122,8 @@ plt.show()
 preset = PRESETS[PRESET]
 segmenter = trained_segmenter(PRESET, device, shipped=True)
 root = write_phantoms(Path(DATA) / f"phantoms-{PRESET}", preset.phantoms)
-slices = {s: SliceImages(root / "slices", s) for s in ("train", "val", "test")}
+splits = ("train", "val", "test")
+slices = {split: SliceImages(root / "slices", split) for split in splits}
 short = replace(preset.classifier_training, epochs=EPOCHS)
 
 
@@ -184,12 +185,14 @@ try_out(model, train, held_out)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-image = torch.from_numpy(make_slice(seed=1, label=2, size=128)[0]).repeat(3, 1, 1)
+grey, _mask = make_slice(seed=1, label=2, size=128)
+image = torch.from_numpy(grey).repeat(3, 1, 1)  # [3, 128, 128]
 for name in ("resnet18", "mobilenet_v2", "resnet10t"):  # the last is timm's
     config = replace(preset.detector, backbone=name, cut=0, levels=2)
     detector = lesion_mask_rcnn(config).eval()
     rows = ranked_boxes(detector, [image], preset.classifier)
-    print(f"{name:12s} {count_parameters(detector):>10,} parameters, rows {list(rows.shape)}")
+    count = count_parameters(detector)
+    print(f"{name:12s} {count:>10,} parameters, rows {list(rows.shape)}")
 
 # %% [markdown]
 # On the command line it is `covidmask train segmenter --detector.backbone mobilenet_v2
@@ -206,7 +209,8 @@ class CovidOrNot(Dataset):
     classes = ("not COVID-19", "COVID-19")
 
     def __init__(self, slices):
-        self.slices, self.names, self.patients = slices, slices.names, slices.patients
+        self.slices = slices
+        self.names, self.patients = slices.names, slices.patients
         self.labels = [int(label == 2) for label in slices.labels]
 
     def __len__(self):
@@ -218,11 +222,12 @@ class CovidOrNot(Dataset):
 
 # %%
 two = replace(preset.classifier, classes=CovidOrNot.classes)
-try_out(covid_ct_mask_net(segmenter, two), CovidOrNot(train), CovidOrNot(held_out))
+model = covid_ct_mask_net(segmenter, two)
+try_out(model, CovidOrNot(train), CovidOrNot(held_out))
 
 # %% [markdown]
-# A third of the slices show COVID-19, so whoever always says no is right in two thirds. For a folder
-# of images no code is needed: put a file `classes.txt` beside the lists, with a name on each line
+# A third of the slices show COVID-19, so a model that always says no is right in two thirds. For a
+# folder of images no code is needed: put a file `classes.txt` beside the lists, with a name on each line
 # in the order of the labels, and lines `image.png 1` into `train.txt`. Then `covidmask train
 # classifier --data FOLDER` takes the classes from there.
 #
@@ -236,7 +241,11 @@ try_out(covid_ct_mask_net(segmenter, two), CovidOrNot(train), CovidOrNot(held_ou
 class DeepSet(nn.Module):
     def __init__(self, columns=5, classes=3, width=64):
         super().__init__()
-        self.box = nn.Sequential(nn.Linear(columns, width), nn.ReLU(), nn.Linear(width, width))
+        self.box = nn.Sequential(
+            nn.Linear(columns, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+        )
         self.image = nn.Linear(width, classes)
 
     def forward(self, rows):  # [B, N, columns]
@@ -248,18 +257,21 @@ model = covid_ct_mask_net(segmenter, preset.classifier, s=DeepSet())
 try_out(model, train, held_out)
 
 # %% [markdown]
-# Ten short epochs teach it next to nothing here. The change works; whether it can be made to help is
-# another question.
+# With three classes of equal size guessing is right in a third of the slices; a network that is new
+# may need more than these few epochs to leave that behind. The change works; whether it can be made
+# to help is another question.
 #
 # The weights file keeps the *name* of a part that is yours, never its code: loading a file must not
-# run what a stranger wrote. So whoever loads it passes the part again, and hears so if not.
+# run what a stranger wrote. So you pass the part again when you load the file, and an error reminds
+# you if you forget.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     path = save_model(model, Path(folder) / "mine.safetensors")
     again = load_classifier(path, s=DeepSet())
     with torch.no_grad():
-        print("the same logits:", torch.equal(model([image]).cpu(), again([image])))
+        before, after = model([image]).cpu(), again([image])
+    print("the same logits:", torch.equal(before, after))
     try:
         load_classifier(path)
     except ValueError as error:
@@ -281,17 +293,21 @@ class Discs(LesionDataset):
         rng = np.random.default_rng(index)
         y, x = np.mgrid[:128, :128]
         mask = np.zeros((128, 128), np.uint8)
-        for code, (cy, cx) in zip((2, 3), rng.uniform(20, 108, (2, 2)), strict=True):
+        centres = rng.uniform(20, 108, (2, 2))
+        for code, (cy, cx) in zip((2, 3), centres, strict=True):
             mask[np.hypot(y - cy, x - cx) < 10] = code
-        return np.choose(mask, (0.4, 0.4, 0.9, 0.1)).astype(np.float32), mask
+        grey = np.choose(mask, (0.4, 0.4, 0.9, 0.1)).astype(np.float32)
+        return grey, mask
 
 
 # %%
 discs = Discs(lesions="nodule,cyst")
 config = replace(preset.detector, lesions="nodule,cyst")
 detector = lesion_mask_rcnn(config)
-steps = train_segmenter(detector, discs, TrainingConfig(epochs=1, batch_size=2), progress=False)
-print(f"{len(discs)} slices, {len(steps)} steps, classes {detector.classes}")
+once = TrainingConfig(epochs=1, batch_size=2)
+steps = train_segmenter(detector, discs, once, progress=False)
+print(f"{len(discs)} slices, {len(steps)} steps")
+print("classes", detector.classes)
 print("labels of the first slice:", discs[0][1]["labels"].tolist())
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A grey square with a bright and a dark disc, each in its box; the bright one is labelled nodule, the dark one cyst."}, "figure": {"caption": "The first slice of the data set of discs, with boxes and classes made from its mask.", "name": "fig-yours-discs"}}
@@ -307,19 +323,23 @@ plt.show()
 # %%
 # NBVAL_CHECK_OUTPUT
 mine = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
-    weights=None, weights_backbone=None, num_classes=3, box_detections_per_img=50
+    weights=None,
+    weights_backbone=None,
+    num_classes=3,
+    box_detections_per_img=50,
 )
 model = covid_ct_mask_net(mine, preset.classifier)
 with torch.no_grad():
-    print("rows", list(model.ranked_boxes([image]).shape), "logits", list(model([image]).shape))
+    print("rows", list(model.ranked_boxes([image]).shape))
+    print("logits", list(model([image]).shape))
 
 # %% [markdown]
 # A detector that has no proposals, such as RetinaNet, has nothing to rank in this sense, and is
-# refused in one sentence.
+# refused with an error that says so.
 #
 # ## Numbers of a preset
 #
-# What is a number, or a name, needs no code. Every entry of a preset is an option of the command
+# To change a number or a name you need no code. Every entry of a preset is an option of the command
 # line, and `--help` lists them with their values:
 #
 #     covidmask train segmenter --preset quick --detector.lesions merged --segmenter.epochs 2
@@ -419,7 +439,7 @@ print("\n".join(other))
 assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
 
 # %% [markdown]
-# Logits, deltas and masks have one class less, in weight and bias; backbone, RPN and the two hidden
+# Logits, deltas and masks have one class fewer, in weight and bias; backbone, RPN and the two hidden
 # layers of the box head are the same. So the rows keep their five columns, and $S$ its shape.
 
 # %% [markdown]
@@ -432,7 +452,7 @@ assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
 # 1. A column is a function of the boxes; $S$ grows with it.
 # 2. A backbone is a name, and a detector of torchvision's is taken as it is.
 # 3. A data set brings its classes, of images or of lesions.
-# 4. A weights file names your parts and never holds their code; whoever loads it passes them.
+# 4. A weights file names your parts and never holds their code; you pass them when you load it.
 # 5. A short run shows that a change works. Whether it helps is a question for several seeds,
 #    intervals and patients that nobody has looked at ([chapter 7](07_evaluation.ipynb)).
 #

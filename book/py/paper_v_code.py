@@ -4,15 +4,16 @@
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/paper_v_code.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/paper_v_code.ipynb)
 #
 # Where do the paper and its released code differ, and which of the two does this book follow? A
-# method section has a few pages, a repository has thousands of lines. Small differences are normal.
-# This page lists those that we found, so that whoever builds on the work need not find them again.
+# method section has a few pages, a repository has thousands of lines, so small differences are
+# normal. This page lists those that we found, so that you need not find them again if you build on
+# the work.
 #
 # **After it you can**
 #
 # - say, for each step of the method, what the paper says, what the code does and what we do;
 # - tell a difference that changes results from one that changes only a count or a word;
 # - check a published table with counts and arithmetic alone;
-# - read somebody's code for what it does rather than for what its names promise.
+# - read code for what it does rather than for what its names promise.
 #
 # **You need** [chapter 4](04_ranked_boxes.ipynb) and [chapter 5](05_covid_ct_mask_net.ipynb) for
 # the terms; the [glossary](glossary.md) has them as well. The page runs alone. **Run time:** about
@@ -64,7 +65,12 @@ from torchvision.transforms import v2
 
 import covidmask
 from covidmask import plotting
-from covidmask.config import IMAGE_CLASSES, PRESETS, ClassifierConfig, DetectorConfig
+from covidmask.config import (
+    IMAGE_CLASSES,
+    PRESETS,
+    ClassifierConfig,
+    DetectorConfig,
+)
 from covidmask.datasets import mask_to_targets, old_friend
 from covidmask.interactive import frame_slider
 from covidmask.metrics import CocoAP, author_image_ap, report
@@ -88,7 +94,7 @@ from covidmask.training import classification_loss
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.allow_tf32 = False  # on a GPU, too, all digits of float32 count
+torch.backends.cudnn.allow_tf32 = False  # all digits count, on a GPU, too
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
@@ -104,7 +110,7 @@ SEED = 0
 preset = PRESETS[PRESET]
 segmenter = trained_segmenter(PRESET, device, shipped=True)
 model = trained_classifier(PRESET, device, shipped=True)
-image, mask = old_friend(preset.phantoms.size)  # float32 [S, S], uint8 [S, S]
+image, mask = old_friend(preset.phantoms.size)  # float32, uint8 [H, W]
 picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, S, S]
 
 # %% [markdown]
@@ -119,8 +125,8 @@ picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, S, S]
 # - **Here**: what this book and its package do.
 #
 # The released code made this book possible. It answers questions that the paper leaves open, and a
-# re-implementation could be tested against it number by number. A list of differences is no
-# judgement of the work: a paper without code has none that could be found.
+# re-implementation could be tested against it number by number. So do not read this list as a
+# judgement of the work: in a paper without code nobody could have found any of this.
 #
 # Paper and code agree on most of what matters: Adam with learning rate $10^{-5}$ and weight decay
 # $10^{-3}$, 50 epochs for the classifier, NMS thresholds of 0.75, the score threshold of -0.01, the
@@ -138,7 +144,11 @@ picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, S, S]
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for source, train, rest in (("text", 500, 150), ("Table 1", 600, 150), ("lists", 650, 100)):
+for source, train, rest in (
+    ("text", 500, 150),
+    ("Table 1", 600, 150),
+    ("lists", 650, 100),
+):
     print(f"{source:8} {train} + {rest} = {train + rest}")
 print("patients in the lists:", 130 + 20)
 
@@ -157,10 +167,10 @@ print("patients in the lists:", 130 + 20)
 lists = {"train": 61_782, "validation": 21_036, "test": 21_191}
 total = sum(lists.values())
 for split, slices in lists.items():
-    print(f"{split:10} {slices:6,} = {slices / total:.1%}, {slices / 1000:.1f}K")
-print(
-    f"sum {total:,}; the author trains on 3,000: {3000 / 61_782:.2%} of train, {3000 / total:.2%}"
-)
+    share = slices / total
+    print(f"{split:10} {slices:6,} = {share:.1%}, {slices / 1000:.1f}K")
+print(f"sum {total:,}; the author trains on 3,000:", end=" ")
+print(f"{3000 / lists['train']:.2%} of train, {3000 / total:.2%} of all")
 
 # %% [markdown]
 # 104,900 looks like 104,009 with two digits swapped. "About 5 % of the training split" and "3 % of
@@ -179,17 +189,19 @@ print(
 
 # %%
 # NBVAL_CHECK_OUTPUT
-old_readme = np.array([[8703, 738, 9], [406, 6767, 213], [14, 386, 3946]])  # rows: true class
-readme = {
-    "merged masks": np.array([[9236, 188, 26], [116, 7150, 129], [20, 298, 4028]]),
-    "two masks": np.array([[9158, 278, 14], [204, 7030, 161], [15, 251, 4080]]),
-}
+# rows: true class; columns: predicted class
+old_readme = np.array([[8703, 738, 9], [406, 6767, 213], [14, 386, 3946]])
+merged = np.array([[9236, 188, 26], [116, 7150, 129], [20, 298, 4028]])
+two = np.array([[9158, 278, 14], [204, 7030, 161], [15, 251, 4080]])
+readme = {"merged masks": merged, "two masks": two}
 listed = np.array([9450, 7395, 4346])
 for name, matrix in {"old README": old_readme, **readme}.items():
-    print(f"{name:12} {matrix.sum():,} slices, missing of each class {listed - matrix.sum(axis=1)}")
+    missing = listed - matrix.sum(axis=1)
+    print(f"{name:12} {matrix.sum():,} slices, missing of each {missing}")
 hits, seen = old_readme[1, 1], old_readme[1].sum()
-print(f"sensitivity of common pneumonia {hits / seen:.2%}; with the nine slices", end=" ")
-print(f"{hits / (seen + 9):.2%} (all wrong) to {(hits + 9) / (seen + 9):.2%} (all right)")
+low, high = hits / (seen + 9), (hits + 9) / (seen + 9)
+print(f"sensitivity of common pneumonia {hits / seen:.2%}")
+print(f"with the nine {low:.2%} (all wrong) to {high:.2%} (all right)")
 
 # %% [markdown]
 # The paper's model was judged without nine slices of common pneumonia. They could move its
@@ -218,7 +230,8 @@ print(f"{hits / (seen + 9):.2%} (all wrong) to {(hits + 9) / (seen + 9):.2%} (al
 # NBVAL_CHECK_OUTPUT
 def names_by_position(mask):
     """Mask code -> class, by the rule of the released reader."""
-    return {int(code): place + 1 for place, code in enumerate(np.unique(mask)[2:])}
+    codes = np.unique(mask)[2:]
+    return {int(code): place for place, code in enumerate(codes, start=1)}
 
 
 lesion = {1: "GGO", 2: "C"}
@@ -230,23 +243,24 @@ for text, codes in (
     toy = np.zeros((8, 8), dtype=np.uint8)
     for row, code in enumerate(codes):
         toy[2 * row, 2:6] = code  # one stripe for each value
-    by_position = [lesion[label] for label in names_by_position(toy).values()]
-    ours = [lesion[label] for label in mask_to_targets(toy)["labels"].tolist()]
-    print(f"{text:16} code: {', '.join(by_position):7} here: {', '.join(ours)}")
+    theirs = names_by_position(toy).values()
+    ours = mask_to_targets(toy)["labels"].tolist()
+    theirs, ours = (", ".join(lesion[i] for i in x) for x in (theirs, ours))
+    print(f"{text:16} code: {theirs:7} here: {ours}")
 
 # %% [markdown]
-# A slice with consolidation and no GGO teaches the detector that consolidation is GGO. How many of
-# the real slices are such is not known to us. With merged masks (one lesion class) a slice without
-# GGO does no harm, but one without lung pixels loses its lesion. `tests/data/test_lesions.py` pins
-# these cases.
+# A slice with consolidation and no GGO teaches the detector that consolidation is GGO. We do not know
+# how many of the real slices are like that. With merged masks (one lesion class) a slice without GGO
+# does no harm, but one without lung pixels loses its lesion. `tests/data/test_lesions.py` pins these
+# cases.
 #
 # ### 6. Small lesions are dropped
 #
-# - **Paper**: says that nearly all lesions are small (Figure 1), and does not say that any is
-#   dropped.
+# - **Paper**: says that the great majority of lesions are small (Figure 1), and does not say that
+#   any is dropped.
 # - **Code**: drops every connected region of at most 100 pixels, in training and from the ground
-#   truth on which average precision is computed.
-#   A slice that has no lesion left is skipped in training: no pass, no step.
+#   truth on which average precision is computed. A slice that has no lesion left is skipped in
+#   training: no pass, no step.
 # - **Here**: `min_area`, a setting: 101 in the preset `paper`, as in the code. Slices without a
 #   lesion take part: their anchors and RoIs all teach "background".
 
@@ -300,15 +314,17 @@ def entries(module):  # all numbers of the state dict
 
 def light_models(backbone, cut):
     with torch.device("meta"):  # shapes without numbers
-        config = DetectorConfig(backbone=backbone, cut=cut, light_mask_head=True)
+        config = DetectorConfig(backbone, cut, light_mask_head=True)
         segmenter = lesion_mask_rcnn(config)
-        return segmenter, covid_ct_mask_net(segmenter, ClassifierConfig(n_boxes=128, hidden=512))
+        settings = ClassifierConfig(n_boxes=128, hidden=512)
+        return segmenter, covid_ct_mask_net(segmenter, settings)
 
 
 detector = lesion_mask_rcnn(DetectorConfig())
 large = covid_ct_mask_net(detector, ClassifierConfig())
 s_count = count_parameters(large.s)
-resnet34, resnet18 = light_models("resnet34", 0)[1], light_models("resnet18", 0)[1]
+resnet34 = light_models("resnet34", 0)[1]
+resnet18 = light_models("resnet18", 0)[1]
 for name, millions, rule, count in (
     ("Mask R-CNN", 31.78, "segmenter entries", entries(detector)),
     ("full", 34.14, "segmenter entries + S", entries(detector) + s_count),
@@ -333,12 +349,14 @@ for name, millions, rule, count in (
 # %%
 # NBVAL_CHECK_OUTPUT
 heads = detector.roi_heads
-three = sum(map(count_parameters, (detector.rpn.head, heads.box_head, heads.box_predictor)))
+parts = detector.rpn.head, heads.box_head, heads.box_predictor
+three = sum(map(count_parameters, parts))
 print(f"S: {s_count:,}; divided by 2**20: {s_count / 2**20:.3f}")
 print(f"RPN head + box head + box predictor: {three:,}")
+print("segmenters, cut 1")
 for backbone, printed in (("resnet34", 11.45), ("resnet18", 6.12)):
     count = entries(light_models(backbone, 1)[0])
-    print(f"segmenter {backbone} cut 1: README {printed}M, {count:,} entries")
+    print(f"{backbone}: README {printed}M, {count:,} entries")
 
 # %% [markdown]
 # The README's size of the light ResNet-34 segmenter follows from the entries if they are rounded,
@@ -355,26 +373,33 @@ for backbone, printed in (("resnet34", 11.45), ("resnet18", 6.12)):
 
 # %% mystnb={"image": {"alt": "Three curves of loss against residual: plain L1 is a V, smooth L1 with beta one ninth is nearly the same with a rounded tip, smooth L1 with beta 1 is much lower for small residuals."}, "figure": {"caption": "Three losses of one box coordinate. With beta = 1 small errors cost little; plain L1 keeps pushing at full strength. Computed, no data."}}
 residual = torch.linspace(-1.5, 1.5, 301)
-zero = torch.zeros(())
+zero = torch.zeros(301)
 fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for beta, colour, line, name in (
     (0.0, plotting.VERMILLION, "-", "L1 (code, RPN)"),
     (1.0, plotting.BLUE, "--", "smooth L1, beta 1 (code, RoI)"),
     (1 / 9, plotting.GREEN, ":", "smooth L1, beta 1/9 (torchvision today)"),
 ):
-    loss = F.smooth_l1_loss(residual, zero.expand_as(residual), beta=beta, reduction="none")
+    loss = F.smooth_l1_loss(residual, zero, beta=beta, reduction="none")
     _ = ax.plot(residual, loss, color=colour, ls=line, lw=2, label=name)
-_ = ax.set(xlabel="Residual of one encoded coordinate (no unit)", ylabel="Loss (no unit)")
+_ = ax.set(
+    xlabel="Residual of one encoded coordinate (no unit)",
+    ylabel="Loss (no unit)",
+)
 _ = ax.legend()
 plt.show()
 
 # %%
 # NBVAL_CHECK_OUTPUT
-small = torch.tensor([0.05])
-for beta, name in ((0.0, "L1"), (1 / 9, "smooth L1, beta 1/9"), (1.0, "smooth L1, beta 1")):
-    variable = small.clone().requires_grad_()
-    F.smooth_l1_loss(variable, torch.zeros(1), beta=beta, reduction="sum").backward()
-    print(f"{name:20} residual 0.05: gradient {variable.grad.item():.2f}")
+zero = torch.zeros(1)
+for beta, name in (
+    (0.0, "L1"),
+    (1 / 9, "smooth L1, beta 1/9"),
+    (1.0, "smooth L1, beta 1"),
+):
+    small = torch.tensor([0.05], requires_grad=True)
+    F.smooth_l1_loss(small, zero, beta=beta, reduction="sum").backward()
+    print(f"{name:20} residual 0.05: gradient {small.grad.item():.2f}")
 
 # %% [markdown]
 # ### 10. Anchors
@@ -388,19 +413,13 @@ for beta, name in ((0.0, "L1"), (1 / 9, "smooth L1, beta 1/9"), (1.0, "smooth L1
 # %%
 # NBVAL_CHECK_OUTPUT
 config = DetectorConfig()
-anchors = AnchorGenerator((config.anchor_sizes,), (config.anchor_ratios,)).cell_anchors[
-    0
-]  # [30, 4]
-width, height = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
-print(f"{len(config.anchor_sizes)} sizes x {len(config.anchor_ratios)} ratios = {len(anchors)}")
+sizes, ratios = config.anchor_sizes, config.anchor_ratios
+anchors = AnchorGenerator((sizes,), (ratios,)).cell_anchors[0]  # [30, 4]
+print(f"{len(sizes)} sizes x {len(ratios)} ratios = {len(anchors)}")
 print(f"different after rounding: {len(torch.unique(anchors, dim=0))}")
-for ratio, size, flat in zip(
-    np.repeat(config.anchor_ratios, len(config.anchor_sizes)),
-    np.tile(config.anchor_sizes, len(config.anchor_ratios)),
-    height == 0,
-    strict=True,
-):
-    if flat:
+pairs = [(ratio, size) for ratio in ratios for size in sizes]
+for (ratio, size), (_, top, _, bottom) in zip(pairs, anchors, strict=True):
+    if top == bottom:
         print(f"size {size}, ratio {ratio}: height 0 pixels")
 
 # %% [markdown]
@@ -420,7 +439,8 @@ for ratio, size, flat in zip(
 # %%
 # NBVAL_CHECK_OUTPUT
 strong = torch.tensor([18.0, 20.0, 22.0, 25.0])
-print("logits", strong.tolist(), "-> different probabilities:", len(strong.sigmoid().unique()))
+print("logits", strong.tolist())
+print("different probabilities:", len(strong.sigmoid().unique()))
 
 # %% [markdown]
 # Ties are then broken by accident, and the order of boxes is what $S$ reads.
@@ -445,14 +465,16 @@ assert abs(code_threshold - 0.6225) < 1e-4
 print(f"a logit of 0.5 is a probability of {code_threshold:.3f}")
 with torch.no_grad():
     found = segmenter([picture])[0]
-sure = {key: value[found["scores"] > 0.75].cpu() for key, value in found.items()}
-areas = [binary_masks(sure, t).flatten(1).sum(1) for t in (0.5, code_threshold)]
-print(f"our old friend has {len(sure['scores'])} detections with a score above 0.75 (phantom)")
-print(f"pixels in their masks: {areas[0].sum()} at 0.5, {areas[1].sum()} at {code_threshold:.3f}")
-assert areas[1].sum() <= areas[0].sum()
+keep = found["scores"] > 0.75
+sure = {key: value[keep].cpu() for key, value in found.items()}
+ours = int(binary_masks(sure, 0.5).sum())
+theirs = int(binary_masks(sure, code_threshold).sum())
+print(f"our old friend (a phantom): {keep.sum()} detections above 0.75")
+print(f"pixels of their masks: {ours} in the paper, {theirs} in the code")
+assert theirs <= ours
 
 # %% [markdown]
-# The code's masks are a little smaller than the paper's.
+# So the masks of the code lie inside those of the paper.
 
 # %% mystnb={"image": {"alt": "The surroundings of one lesion of a synthetic slice, with its detected outline drawn twice: a solid line and, just inside it, a dashed one."}, "figure": {"caption": "The largest detection of our old friend, cut at a logit of 0 (solid, as in the paper) and at 0.5 (dashed, as in the code). The second lies inside the first. Synthetic."}}
 largest = (sure["boxes"][:, 2:] - sure["boxes"][:, :2]).prod(dim=1).argmax()
@@ -463,7 +485,13 @@ for threshold, colour, line, name in (
     (0.5, plotting.SKY_BLUE, "-", "logit > 0 (paper)"),
     (code_threshold, plotting.ORANGE, "--", "logit > 0.5 (code)"),
 ):
-    _ = ax.contour(one, levels=[threshold], colors=[colour], linestyles=[line], linewidths=1.8)
+    _ = ax.contour(
+        one,
+        levels=[threshold],
+        colors=[colour],
+        linestyles=[line],
+        linewidths=1.8,
+    )
     _ = ax.plot([], [], color=colour, ls=line, label=name)
 x1, y1, x2, y2 = sure["boxes"][largest].tolist()
 margin = 0.4 * max(x2 - x1, y2 - y1)
@@ -503,7 +531,8 @@ plt.show()
 wide = 1024
 for layers in (1, 2):
     rest = wide + (layers - 1) * (wide * wide + wide) + 3 * wide + 3
-    fits = [n for n in range(1, 1000) if int((5 * n * wide + rest) / 1e4) == 236]
+    counts = {n: 5 * n * wide + rest for n in range(1, 1000)}
+    fits = [n for n, count in counts.items() if int(count / 1e4) == 236]
     print(f"{layers} hidden layer(s) of {wide}: N = {fits}")
 
 # %% [markdown]
@@ -522,7 +551,8 @@ for layers in (1, 2):
 # NBVAL_CHECK_OUTPUT
 print("even:   ", even_padding(3, 8).tolist())
 for seed in range(3):
-    print("author: ", author_padding(3, 8, torch.Generator().manual_seed(seed)).tolist())
+    generator = torch.Generator().manual_seed(seed)
+    print("author: ", author_padding(3, 8, generator).tolist())
 
 # %% [markdown]
 # Which box fills which row? The slider changes how many boxes are left.
@@ -534,12 +564,27 @@ def draw_padding(kept, total):
     fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
     rows = np.arange(1, total + 1)
     ax.step(
-        rows, even_padding(kept, total) + 1, where="mid", color=plotting.BLUE, lw=2.5, label="even"
+        rows,
+        even_padding(kept, total) + 1,
+        where="mid",
+        color=plotting.BLUE,
+        lw=2.5,
+        label="even",
     )
-    for seed, colour, line in ((0, plotting.VERMILLION, "--"), (1, plotting.GREEN, ":")):
+    for seed, colour, line in (
+        (0, plotting.VERMILLION, "--"),
+        (1, plotting.GREEN, ":"),
+    ):
         generator = torch.Generator().manual_seed(seed)
         index = author_padding(kept, total, generator)
-        ax.step(rows, index + 1, where="mid", color=colour, ls=line, label=f"author, draw {seed}")
+        ax.step(
+            rows,
+            index + 1,
+            where="mid",
+            color=colour,
+            ls=line,
+            label=f"author, draw {seed}",
+        )
     ax.set(
         xlabel="Row of the vector (rank)",
         ylabel="Box that fills it (rank)",
@@ -556,8 +601,8 @@ frame_slider(
     [draw_padding(kept, N) for kept in left],
     [f"{kept} of {N}" for kept in left],
     "Boxes that survive NMS",
-    "Staircases from the first box to the last: an even one and two random ones",
-    caption="The even rule always gives the same staircase, the random rule another at each call.",
+    "Staircases from the first box to the last: one even, two random",
+    caption="The even rule always gives the same staircase.",
     start=1,
     dpi=70,
 )
@@ -586,16 +631,18 @@ _ = ipywidgets.interact(
 with torch.no_grad():
     rows = model.ranked_boxes([picture])[0]  # [N, 5]
     few = rows[: N // 4]
-    padded = [pad_rows(few, N, torch.Generator().manual_seed(seed)) for seed in range(5)]
+    draws = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    padded = [pad_rows(few, N, generator) for generator in draws]
     random = model.s(torch.stack(padded)).sigmoid().cpu()  # [5, 3]
     even = model.s(pad_rows(few, N)[None])[0].sigmoid().cpu()  # [3]
 print(f"{'probability (phantom)':22} even   five random draws")
 for i, name in enumerate(IMAGE_CLASSES):
-    print(f"{name:22} {even[i]:.2f}   {'  '.join(f'{value:.2f}' for value in random[:, i])}")
+    values = "  ".join(f"{value:.2f}" for value in random[:, i])
+    print(f"{name:22} {even[i]:.2f}   {values}")
 
 # %% [markdown]
 # Where padding is needed, the code's probabilities for one and the same slice change from run to
-# run, and with them, at times, the class.
+# run. Where two classes are close, the answer can change with them.
 #
 # ### 18. What a row is
 #
@@ -609,14 +656,14 @@ for i, name in enumerate(IMAGE_CLASSES):
 # %%
 with torch.no_grad():
     features, proposals, shapes = propose(model.detector, [picture])
-    logits, deltas = run_box_head(model.detector, features, proposals, shapes)
+    outputs = run_box_head(model.detector, features, proposals, shapes)
     everything = ClassifierConfig(n_boxes=10**6)  # no cut at N
     coder = model.detector.roi_heads.box_coder
-    ranking = rank_boxes(logits[0], deltas[0], proposals[0], shapes[0], coder, everything)
+    first = (x[0] for x in (*outputs, proposals, shapes))  # of one slice
+    ranking = rank_boxes(*first, coder, everything)
 kept = ranking.roi[:N]
-print(
-    f"{len(proposals[0])} proposals x 2 classes, {len(ranking.roi)} boxes after NMS, best {N} kept"
-)
+print(f"{len(proposals[0])} proposals x 2 classes")
+print(f"{len(ranking.roi)} boxes after NMS, best {N} kept")
 print(f"they come from {len(kept.unique())} RoIs (our old friend, phantom)")
 assert len(ranking.roi) >= N
 assert len(kept.unique()) <= len(kept)
@@ -629,7 +676,7 @@ assert len(kept.unique()) <= len(kept)
 # - **Paper** (Algorithm 1, line 9): $-\sum_k L_k \log \sigma(\hat s_k)$, the term of the true class
 #   alone, summed over classes.
 # - **Code**: binary cross-entropy with both terms,
-#   $-\frac{1}{C}\sum_k \left[ L_k \log \sigma(\hat s_k) + (1 - L_k) \log (1 - \sigma(\hat s_k)) \right]$.
+#   $-\frac{1}{3}\sum_k \left[ L_k \log \sigma(\hat s_k) + (1 - L_k) \log (1 - \sigma(\hat s_k)) \right]$.
 # - **Here**: as in the code.
 #
 # The difference is not small. With the printed loss a wrong class can score as high as it likes,
@@ -644,7 +691,10 @@ def printed_loss(logits, labels):
 
 
 label = torch.tensor([2])
-for text, row in (("only COVID-19 is high", [-3.0, -3.0, 3.0]), ("all are high", [3.0, 3.0, 3.0])):
+for text, row in (
+    ("only COVID-19 is high", [-3.0, -3.0, 3.0]),
+    ("all are high", [3.0, 3.0, 3.0]),
+):
     scores = torch.tensor([row])
     print(
         f"{text:22} as printed {printed_loss(scores, label):.3f}"
@@ -652,7 +702,8 @@ for text, row in (("only COVID-19 is high", [-3.0, -3.0, 3.0]), ("all are high",
     )
 scores = torch.tensor([[3.0, 3.0, 3.0]], requires_grad=True)
 printed_loss(scores, label).backward()
-print("gradient of the printed loss for the two wrong classes:", scores.grad[0, :2].abs().tolist())
+wrong = scores.grad[0, :2].abs().tolist()
+print("gradient of the printed loss for the two wrong classes:", wrong)
 
 # %% [markdown]
 # ### 20. Three regimes, one in the code
@@ -675,13 +726,17 @@ print("gradient of the printed loss for the two wrong classes:", scores.grad[0, 
 # %%
 before = {name: buffer.clone() for name, buffer in model.named_buffers()}
 _ = model.train()
-loss = classification_loss(model([picture, picture.flip(-1)]), torch.tensor([2, 2], device=device))
+pair = [picture, picture.flip(-1)]
+labels = torch.tensor([2, 2], device=device)
+loss = classification_loss(model(pair), labels)
 assert not model.detector.training and model.s.training
-assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-single = torch.cat([model([picture]), model([picture.flip(-1)])])
-assert torch.allclose(model([picture, picture.flip(-1)]), single, atol=1e-3)
+after = dict(model.named_buffers())
+assert all(torch.equal(after[name], before[name]) for name in before)
+print("batch-norm statistics are the same before and after")
+single = torch.cat([model([one]) for one in pair])
+assert torch.allclose(model(pair), single, atol=1e-3)
+print("a batch gives what single slices give")
 _ = model.eval()
-print("batch-norm statistics are the same before and after; a batch gives what single slices give")
 
 # %% [markdown]
 # ### 22. Does the RPN learn in "full"?
@@ -702,8 +757,9 @@ for name, part in (
     ("box head", model.detector.roi_heads.box_head),
     ("S", model.s),
 ):
-    reached = [p.grad is not None and bool(p.grad.any()) for p in part.parameters()]
-    print(f"{name:17} gets a gradient: {any(reached)}")
+    gradients = [p.grad for p in part.parameters() if p.grad is not None]
+    reached = any(bool(gradient.any()) for gradient in gradients)
+    print(f"{name:17} gets a gradient: {reached}")
 model.zero_grad(set_to_none=True)
 
 # %% [markdown]
@@ -718,22 +774,23 @@ model.zero_grad(set_to_none=True)
 # NBVAL_CHECK_OUTPUT
 set_regime(large, "heads_bn")
 named = dict(large.named_parameters())
-trains = {name for name, parameter in named.items() if parameter.requires_grad}
+trains = {name for name, p in named.items() if p.requires_grad}
 by_name = {name for name in named if name.startswith("s.") or "bn" in name}
 missed = sorted(trains - by_name)
-count = {"all": count_trainable(large), "by name": sum(named[name].numel() for name in by_name)}
-print(f"ResNet-50: S + every batch norm {count['all']:,}; by name {count['by name']:,}")
-print(f"missed: {len(missed)} tensors, {sum(named[name].numel() for name in missed):,} numbers")
+found, lost = (sum(named[n].numel() for n in x) for x in (by_name, missed))
+print(f"ResNet-50: S + every batch norm {count_trainable(large):,}")
+print(f"by name {found:,}; missed: {len(missed)} tensors, {lost:,} numbers")
 print("for example", missed[0].removeprefix("detector."))
 
 # %% [markdown]
-# ### 24. Epochs, and which model is kept
+# ### 24. Epochs, batches, and which model is kept
 #
-# - **Paper**: 50 epochs "for each algorithm"; Algorithm 1 returns the best model.
-# - **Code**: the README trains the segmenter for 100 epochs (an older one for 50). The loops save
-#   every tenth epoch and compare nothing: which file is best is decided outside the code.
-# - **Here**: 100 and 50 epochs in the preset `paper`; of the classifier the epoch with the best
-#   *validation* accuracy is kept, by code, of the segmenter the last.
+# - **Paper**: 50 epochs "for each algorithm"; no size of a batch; Algorithm 1 returns the best model.
+# - **Code**: the README trains the segmenter for 100 epochs (an older one for 50). A step of the
+#   segmenter takes one slice, a step of the classifier eight. The loops save every tenth epoch and
+#   compare nothing: which file is best is decided outside the code.
+# - **Here**: the code's epochs and batches in the preset `paper`. Of the classifier the epoch with
+#   the best *validation* accuracy is kept, by code; of the segmenter the last.
 #
 # ### 25. Validation that trains a little
 #
@@ -748,7 +805,8 @@ print("for example", missed[0].removeprefix("detector."))
 norm = torch.nn.BatchNorm2d(1)
 with torch.no_grad():
     norm(torch.full((1, 1, 2, 2), 5.0))
-print(f"running mean after one validation batch in training mode: {norm.running_mean.item():.1f}")
+print("running mean after one validation batch")
+print(f"in training mode: {norm.running_mean.item():.1f}")
 norm.eval()
 with torch.no_grad():
     norm(torch.full((1, 1, 2, 2), 50.0))
@@ -767,7 +825,8 @@ print(f"after one more in evaluation mode: {norm.running_mean.item():.1f}")
 # NBVAL_CHECK_OUTPUT
 last_index = 9  # the tenth epoch, counted from 0
 saved = last_index + 1  # "epoch" in the file
-print("epochs run:", list(range(saved))[-3:], "then, after resuming:", [saved + 1, saved + 2])
+print("epochs run:", list(range(saved))[-3:])
+print("then, after resuming:", [saved + 1, saved + 2])
 
 # %% [markdown]
 # ### 27. Commands and files
@@ -782,16 +841,19 @@ print("epochs run:", list(range(saved))[-3:], "then, after resuming:", [saved + 
 # %%
 # NBVAL_CHECK_OUTPUT
 parser = argparse.ArgumentParser()
-for option in ("backbone_name", "truncation", "device", "model_name", "rpn_nms_th", "mask_type",
-               "start_epoch", "pretrained_model", "num_epochs", "use_pretrained_resnet_backbone",
-               "save_dir", "train_data_dir", "val_data_dir", "gt_dir", "imgs_dir", "batch_size",
-               "save_every", "lrate", "ckpt", "test_data_dir", "test_imgs_dir", "confidence_th",
-               "mask_logits_th", "roi_nms_th"):  # fmt: skip
-    _ = parser.add_argument(f"--{option}")  # as the scripts declare them
-for words in (
-    "--ckpt x.pth --test_data_dir covid_data/test --test_imgs_dir imgs --masks_type both",
-    "--device cuda --num_epochs 100 --use_pretrained_model False -use_pretrained_backbone True",
-):
+declared = """
+backbone_name truncation device model_name rpn_nms_th mask_type start_epoch
+pretrained_model num_epochs use_pretrained_resnet_backbone save_dir lrate
+train_data_dir val_data_dir gt_dir imgs_dir batch_size save_every ckpt
+test_data_dir test_imgs_dir confidence_th mask_logits_th roi_nms_th
+"""  # by the scripts
+for option in declared.split():
+    _ = parser.add_argument(f"--{option}")
+evaluate = """--ckpt x.pth --test_data_dir covid_data/test
+--test_imgs_dir imgs --masks_type both"""  # as the README has it
+train = """--device cuda --num_epochs 100 --use_pretrained_model False
+-use_pretrained_backbone True"""
+for words in (evaluate, train):
     _, unknown = parser.parse_known_args(words.split())
     print("not accepted:", " ".join(unknown))
 
@@ -817,17 +879,21 @@ def instances(boxes, labels, scores=None, size=48):
     """Rectangular lesions as torchvision's dictionary."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
-    for one, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
-        one[y1:y2, x1:x2] = 1
-    result = {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "masks": masks}
-    return result if scores is None else {**result, "scores": torch.tensor(scores)}
+    for i, (x1, y1, x2, y2) in enumerate(boxes.int().tolist()):
+        masks[i, y1:y2, x1:x2] = 1
+    labels = torch.tensor(labels, dtype=torch.int64)
+    result = {"boxes": boxes, "labels": labels, "masks": masks}
+    if scores is not None:
+        result["scores"] = torch.tensor(scores)
+    return result
 
 
 def both_rules(found, target):
     """AP at IoU 0.5 of one image: the author's rule, and COCO's."""
     coco = CocoAP()
     coco.update([found], [target])
-    return author_image_ap(found, target, [0.5])[0], coco.compute()["mask_ap50"]
+    author = author_image_ap(found, target, [0.5])[0]
+    return author, coco.compute()["mask_ap50"]
 
 
 A, nearly_A, B = [0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]
@@ -841,7 +907,10 @@ cases = {
         instances(three_more, [1, 1, 1], [0.9, 0.8, 0.7]),
         instances([*three_more, B], [1, 1, 1, 2]),
     ),
-    "nothing there, nothing found": (instances([], [], []), instances([], [])),
+    "nothing there, nothing found": (
+        instances([], [], []),
+        instances([], []),
+    ),
 }
 for name, (found, target) in cases.items():
     author, coco = both_rules(found, target)
@@ -878,16 +947,18 @@ for name, matrix in {"paper (old README)": old_readme, **readme}.items():
 
 # %%
 def counts_for(percent, total):
-    """Whole numbers k with 100 k / total within 0.01 of the printed percentage."""
+    """Whole numbers k with 100 k / total within 0.01 of the percentage."""
     guess = round(percent / 100 * total)
     near = range(max(0, guess - 5), guess + 6)
     return [k for k in near if abs(100 * k / total - percent) < 0.01]
 
 
 def accuracies_for(percents, sizes=listed):
-    """Smallest and largest accuracy (%) that fit printed sensitivities (control, CP, COVID-19)."""
-    possible = [counts_for(percent, size) for percent, size in zip(percents, sizes, strict=True)]
-    return tuple(100 * sum(f(k) for k in possible) / sum(sizes) for f in (min, max))
+    """Smallest and largest accuracy (%) that fit printed sensitivities."""
+    pairs = zip(percents, sizes, strict=True)
+    possible = [counts_for(percent, size) for percent, size in pairs]
+    ends = sum(map(min, possible)), sum(map(max, possible))
+    return tuple(100 * hits / sum(sizes) for hits in ends)
 
 
 # %% [markdown]
@@ -902,16 +973,18 @@ def accuracies_for(percents, sizes=listed):
 # NBVAL_CHECK_OUTPUT
 for control in (92.10, 91.10):
     low, high = accuracies_for((control, 91.62, 90.80))
-    print(f"controls {control:.2f}: accuracy {low:.2f} to {high:.2f}, printed 91.66")
+    print(f"controls {control:.2f}: accuracy {low:.2f} to {high:.2f}")
+print("printed accuracy 91.66")
 old = report(old_readme)
-print("old README:", [f"{value:.2%}" for value in old["sensitivity"]], f"{old['accuracy']:.2%}")
+print("old README:", [f"{value:.2%}" for value in old["sensitivity"]])
+print(f"its accuracy {old['accuracy']:.2%}")
 for name, row, printed in (
     ("heads", (82.37, 71.13, 76.30), 77.20),
     ("full", (97.21, 91.70, 82.26), 92.22),
 ):
     low, high = accuracies_for(row)
     assert low - 0.005 <= printed <= high + 0.005
-    print(f"{name}: accuracy {low:.2f} to {high:.2f}, printed {printed:.2f}")
+    print(f"{name}: {low:.2f} to {high:.2f}, printed {printed:.2f}")
 
 # %% [markdown]
 # The other two rows of Table 2 agree with their accuracy.
@@ -926,34 +999,38 @@ for name, row, printed in (
 # NBVAL_CHECK_OUTPUT
 table_2 = {  # (sensitivity, PPV) of control, common pneumonia, COVID-19
     "heads": ((82.37, 83.38), (71.13, 67.70), (76.30, 81.13)),
-    "heads + BN": ((92.10, 94.33), (91.62, 87.08), (90.80, 94.75)),  # 92.10: see item 30
+    # 92.10: see item 30
+    "heads + BN": ((92.10, 94.33), (91.62, 87.08), (90.80, 94.75)),
     "full": ((97.21, 95.33), (91.70, 95.22), (82.26, 87.01)),
 }
 
 
 def predictions_for(row, sizes=listed):
-    """Smallest and largest number of predictions in all that fit a printed row."""
+    """Smallest and largest number of predictions that fit a printed row."""
     ends = []
     for (sensitivity, ppv), size in zip(row, sizes, strict=True):
         hits = counts_for(sensitivity, size)
-        around = range(int(hits[0] / ppv * 100) - 9, int(hits[-1] / ppv * 100) + 10)
-        ends.append([n for n in around if any(abs(100 * k / n - ppv) < 0.01 for k in hits)])
+        low, high = (int(100 * k / ppv) for k in (hits[0], hits[-1]))
+        around = np.arange(low - 9, high + 10)  # [M], predictions
+        misses = abs(100 * np.array(hits)[:, None] / around - ppv)
+        ends.append(around[(misses < 0.01).any(0)].tolist())
     return sum(map(min, ends)), sum(map(max, ends))
 
 
-without_nine = old_readme.sum(axis=1)  # 7,386 slices of common pneumonia: see item 3
+without_nine = old_readme.sum(axis=1)  # see item 3
 for name, row in table_2.items():
     for sizes in (listed, without_nine):
         low, high = predictions_for(row, sizes)
-        fits = "fits" if low <= sum(sizes) <= high else "does not fit"
-        print(f"{name:10} of {sum(sizes):,} slices implies {low:,} to {high:,} predictions: {fits}")
-print("PPV of the old README's matrix:", [f"{value:.2%}" for value in old["ppv"]])
+        slices = sum(sizes)
+        fits = "fits" if low <= slices <= high else "does not fit"
+        print(f"{name:10} {low:,} to {high:,} predictions,", end=" ")
+        print(f"{slices:,} slices: {fits}")
+print("PPV of the old README:", [f"{value:.2%}" for value in old["ppv"]])
 
 # %% [markdown]
 # The PPVs of "full" imply more than 300 predictions too few, those of heads + BN 16 to 20. The
 # matrix in the old README has the sensitivities of heads + BN and other PPVs. So at least one
-# number in each of these two rows comes from another model or is misprinted. Which one, we cannot
-# tell.
+# number in each of these two rows comes from another model or is misprinted; we cannot tell which.
 #
 # ### 32. "Precision above 90 % for all classes"
 #
@@ -974,14 +1051,15 @@ for name, test_size, train_size, printed in (
     ("COVNet", 438, 3000, 0.129),
     ("ResNet18", 90, 528, 0.17),
 ):
-    print(f"{name:18} printed {printed:5}, test / train {test_size / train_size:.4f}")
+    ratio = test_size / train_size
+    print(f"{name:18} printed {printed:5}, test / train {ratio:.4f}")
 print(f"COVNet, test / (train + validation): {438 / (3000 + 370):.5f}")
 
 # %% [markdown]
 # For COVNet the printed ratio fits only if the validation images are added to the training images
 # (and the result is cut). The paper calls 7.06 a new state of the art. A ratio of test to train
-# says how little was used for training, not how well the model generalises: all splits come from
-# one source.
+# says how little was used for training. How well the model generalises, it does not say: all splits
+# come from one source.
 #
 # ### 34. Smaller slips
 #
@@ -997,7 +1075,7 @@ for name, row, printed in (
     ("ResNet-18 cut 1", (96.98, 91.63, 91.35), 93.95),
 ):
     low, high = accuracies_for(row)
-    print(f"{name}: accuracy {low:.2f} to {high:.2f}, printed {printed:.2f}")
+    print(f"{name}: {low:.2f} to {high:.2f}, printed {printed:.2f}")
 
 # %% [markdown]
 # For ResNet-34 the sensitivities give 92.24 % or so; the printed accuracy repeats the first column.
@@ -1008,7 +1086,7 @@ for name, row, printed in (
 # |---|---|---|
 # | 5 classes by position, 6 small lesions, 13 mask threshold | 1, 2, 3 numbers of slices | 4 balance |
 # | 9 losses, 11 ranking, 17 padding, 19 classifier loss | 8 model sizes, 23 batch norms | 10 scales |
-# | 20 to 22 regimes and modes, 24 epochs, 25 validation | 28 AP, 30 to 34 tables | 12 two words |
+# | 20 to 22 regimes and modes, 24 epochs and batches, 25 validation | 28 AP, 30 to 34 tables | 12 two words |
 #
 # ## Exercises
 #
@@ -1106,11 +1184,11 @@ assert high < 1000
 # ## What we learned
 #
 # 1. Paper and code agree on the method; they differ in details, and some details change results.
-# 2. Code is checked by counting, by gradients and by toy inputs, not by the names that it uses.
+# 2. Check code by counting, by gradients and by toy inputs; its names can mislead.
 # 3. A printed table can be checked with arithmetic: sensitivities fix counts, and counts must add
 #    up.
 # 4. Old commits are part of the record: one README explains three numbers of the paper.
-# 5. Released code lets others find such things. Release it, with the lists and the matrices.
+# 5. Released code lets others find such things. So release yours, with its lists and matrices.
 #
 # ## Further reading
 #

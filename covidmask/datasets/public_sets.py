@@ -184,7 +184,7 @@ def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:
     connection breaks. The first that still fails ends it all, in a `DataError`; others stay.
 
     Args:
-        base: what stands before each name, such as https://host/folder; or a folder with copies.
+        base: what stands before each name, such as https://example.org; or a folder with copies.
         files: name, with / between folders, -> SHA-256 in hexadecimal digits.
     """
     http, retries = pooch.HTTPDownloader(chunk_size=2**16, timeout=TIMEOUT), RETRIES
