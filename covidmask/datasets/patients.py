@@ -164,26 +164,27 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
     if covid:
-        wanted = rng.choice([20, 40], p=[0.2, 0.8])  # lesions
+        wanted = rng.choice([30, 60], p=[0.15, 0.85])  # lesions
     else:
-        wanted = rng.choice([1, 2, 3, 6], p=[0.65, 0.25, 0.05, 0.05])  # foci; 6: viral, patchy
-        first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7 and wanted < 6
+        wanted = rng.choice([1, 2, 3, 6], p=[0.1, 0.5, 0.3, 0.1])  # foci; 6: viral, patchy
+        first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.85 and wanted < 6
+        level = rng.uniform(0.3, 0.7)  # foci lie together
     for number in range(4 * wanted):
         if (len(lesions) if covid else foci) >= wanted:
             break
-        t = float(np.clip(rng.normal(0.66 if covid else 0.52, 0.17), 0.15, 0.88))
+        t = float(np.clip(rng.normal(*((0.6, 0.2) if covid else (level, 0.07))), 0.12, 0.88))
         if covid:
             side = 1 if (number + rng.integers(2)) % 2 else -1
             centre = _place(patient, side, rng.normal(0.5, 1.2), rng.uniform(0.5, 0.85), t)
             if rng.random() < 0.55:
-                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.75, 0.25), 0.038, 0.11))]
+                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.95, 0.25), 0.036, 0.1))]
                 if rng.random() < 0.1:  # a core leaves a ring of GGO: halo
                     radius = 0.55 * min(new[0].radii[:2])
                     new.append(_lesion(rng, CONSOLIDATION, centre, radius, bronchogram=0.0))
                 elif rng.random() < 0.08:  # reversed halo: a ring of consolidation
                     new.append(replace(new[0], code=CONSOLIDATION, hu=-60.0, hollow=0.014))
             else:
-                radius = np.clip(rng.lognormal(-2.9, 0.22), 0.038, 0.09)
+                radius = np.clip(rng.lognormal(-3.05, 0.2), 0.036, 0.08)
                 new = [_lesion(rng, CONSOLIDATION, centre, radius)]
         else:
             side = int(first_side if one_sided else rng.choice([-1, 1]))
@@ -191,7 +192,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
             turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
             depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
             centre = _place(patient, side, turn, depth, t)
-            radius = np.clip(rng.lognormal(-2.5, 0.33), 0.042, 0.16)
+            radius = np.clip(rng.lognormal(-2.75, 0.3), 0.04, 0.13)
             code = GGO if rng.random() < (0.35 if wanted < 6 else 0.5) else CONSOLIDATION
             behind = chest.fissure_level(patient, t, *centre[:2]) > 0
             lobe = int(behind or -1) * (radius > 0.09 and rng.random() < 0.6)  # lobar pneumonia
@@ -292,7 +293,7 @@ def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) ->
 
 def _meet(one: Lesion, other: Lesion) -> bool:
     """Whether two lesions may touch in a slice, or nearly so."""
-    reach = sum(one.radii[:2] + other.radii[:2]) / 2 + 0.015
+    reach = sum(one.radii[:2] + other.radii[:2]) / 2 + 0.01
     apart = np.hypot(*np.subtract(one.centre[:2], other.centre[:2]))
     return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
 
