@@ -28,7 +28,7 @@ from covidmask.datasets.chest import (
     visible_area,
 )
 
-FRIEND, FRIEND_POSITION = (2033, 2), 0.65  # (seed, label) and position of `old_friend`
+FRIEND, FRIEND_POSITION = (2035, 2), 0.6  # (seed, label) and position of `old_friend`
 
 
 def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
@@ -191,7 +191,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
             turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
             depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
             centre = _place(patient, side, turn, depth, t)
-            radius = np.clip(rng.lognormal(-2.5, 0.33), 0.042, 0.16)
+            radius = np.clip(rng.lognormal(-2.62, 0.3), 0.042, 0.14)
             code = GGO if rng.random() < (0.35 if wanted < 6 else 0.5) else CONSOLIDATION
             behind = chest.fissure_level(patient, t, *centre[:2]) > 0
             lobe = int(behind or -1) * (radius > 0.09 and rng.random() < 0.6)  # lobar pneumonia
