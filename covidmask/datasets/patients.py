@@ -48,7 +48,7 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
     patient = Patient(
         seed=int(seed),
         label=int(label),
-        scale=rng.uniform(0.93, 1.1),
+        scale=rng.uniform(1.0, 1.16),
         rotation=rng.normal(0, 0.05),
         offset=(rng.normal(0, 0.012), rng.normal(0, 0.012)),
         thorax=(rng.uniform(0.325, 0.38), rng.uniform(0.275, 0.34)),
@@ -177,14 +177,14 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
             side = 1 if (number + rng.integers(2)) % 2 else -1
             centre = _place(patient, side, rng.normal(0.5, 1.2), rng.uniform(0.5, 0.85), t)
             if rng.random() < 0.55:
-                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.95, 0.25), 0.036, 0.1))]
+                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.9, 0.25), 0.038, 0.1))]
                 if rng.random() < 0.1:  # a core leaves a ring of GGO: halo
                     radius = 0.55 * min(new[0].radii[:2])
                     new.append(_lesion(rng, CONSOLIDATION, centre, radius, bronchogram=0.0))
                 elif rng.random() < 0.08:  # reversed halo: a ring of consolidation
                     new.append(replace(new[0], code=CONSOLIDATION, hu=-60.0, hollow=0.014))
             else:
-                radius = np.clip(rng.lognormal(-3.05, 0.2), 0.036, 0.08)
+                radius = np.clip(rng.lognormal(-2.98, 0.2), 0.038, 0.08)
                 new = [_lesion(rng, CONSOLIDATION, centre, radius)]
         else:
             side = int(first_side if one_sided else rng.choice([-1, 1]))
