@@ -28,7 +28,7 @@ from covidmask.datasets.chest import (
     visible_area,
 )
 
-FRIEND, FRIEND_POSITION = (2033, 2), 0.65  # (seed, label) and position of `old_friend`
+FRIEND, FRIEND_POSITION = (2117, 2), 0.5  # (seed, label) and position of `old_friend`
 
 
 def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
@@ -164,12 +164,12 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
     if covid:
-        wanted = rng.choice([30, 60], p=[0.15, 0.85])  # lesions
+        wanted = rng.choice([40, 70], p=[0.15, 0.85])  # lesions
     else:
         wanted = rng.choice([1, 2, 3, 6], p=[0.1, 0.5, 0.3, 0.1])  # foci; 6: viral, patchy
         first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.85 and wanted < 6
         level = rng.uniform(0.3, 0.7)  # foci lie together
-    for number in range(4 * wanted):
+    for number in range(2 * wanted if covid else 20):
         if (len(lesions) if covid else foci) >= wanted:
             break
         t = float(np.clip(rng.normal(*((0.6, 0.2) if covid else (level, 0.07))), 0.12, 0.88))
