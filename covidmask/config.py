@@ -151,7 +151,7 @@ FIT_S = TrainingConfig(epochs=20, batch_size=32, lr=1e-3, weight_decay=3e-2, cos
 # Two CPU cores, from random weights: ResNet-18 cut after layer2 (stride 8), a narrow FPN, N = 32.
 QUICK = Preset(
     name="quick",
-    phantoms=PhantomConfig(128, 5, (150, 10, 64), (200, 20, 40)),
+    phantoms=PhantomConfig(128, 3, (250, 16, 107), (500, 33, 67)),
     detector=DetectorConfig(
         backbone="resnet18",
         cut=2,
@@ -168,7 +168,7 @@ QUICK = Preset(
         rpn_box_beta=1 / 9,
         light_mask_head=True,
     ),
-    segmenter=FIT,
+    segmenter=replace(FIT, epochs=6),
     classifier=ClassifierConfig(n_boxes=32, hidden=256),
     classifier_training=FIT_S,
     min_area=7,

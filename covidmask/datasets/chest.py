@@ -22,7 +22,7 @@ MIN_AREA = 0.001  # of the image: smaller cross-sections are not drawn (16 pixel
 EDGE = 0.007  # width of an edge: a scanner blurs about as much
 AIR, FAT, WATER, BLOOD, MUSCLE, LIVER, MARROW, CORTEX = -1000, -100, 5, 40, 50, 60, 180, 750
 VESSEL_SIGMAS = (0.0016, 0.0024, 0.0036, 0.0055, 0.0085)  # radii of tubes and nodules
-POSITIONS = np.round(np.arange(0.1, 0.9001, 0.005), 3)
+POSITIONS = np.round(np.arange(0.2, 0.8001, 0.005), 3)
 Point = tuple[float, float, float]  # x, y, z
 
 

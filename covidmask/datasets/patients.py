@@ -28,7 +28,7 @@ from covidmask.datasets.chest import (
     visible_area,
 )
 
-FRIEND, FRIEND_POSITION = (2033, 2), 0.65  # (seed, label) and position of `old_friend`
+FRIEND, FRIEND_POSITION = (2117, 2), 0.5  # (seed, label) and position of `old_friend`
 
 
 def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
@@ -48,7 +48,7 @@ def make_patient(seed: int, label: int, severe: bool = False) -> Patient:
     patient = Patient(
         seed=int(seed),
         label=int(label),
-        scale=rng.uniform(0.93, 1.1),
+        scale=rng.uniform(1.0, 1.16),
         rotation=rng.normal(0, 0.05),
         offset=(rng.normal(0, 0.012), rng.normal(0, 0.012)),
         thorax=(rng.uniform(0.325, 0.38), rng.uniform(0.275, 0.34)),
@@ -164,39 +164,40 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
     if covid:
-        wanted = rng.choice([12, 25, 40, 60], p=[0.1, 0.2, 0.3, 0.4])  # lesions
+        wanted = rng.choice([40, 70], p=[0.15, 0.85])  # lesions
     else:
-        wanted = rng.choice([1, 2, 3, 6], p=[0.5, 0.3, 0.1, 0.1])  # foci; 6: viral, patchy
-        first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.7 and wanted < 6
-    for number in range(5 * wanted):
+        wanted = rng.choice([1, 2, 3, 6], p=[0.1, 0.5, 0.3, 0.1])  # foci; 6: viral, patchy
+        first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.85 and wanted < 6
+        level = rng.uniform(0.3, 0.7)  # foci lie together
+    for number in range(2 * wanted if covid else 20):
         if (len(lesions) if covid else foci) >= wanted:
             break
-        t = float(np.clip(rng.normal(0.64 if covid else 0.5, 0.22), 0.12, 0.88))
+        t = float(np.clip(rng.normal(*((0.6, 0.2) if covid else (level, 0.07))), 0.12, 0.88))
         if covid:
             side = 1 if (number + rng.integers(2)) % 2 else -1
-            centre = _place(patient, side, rng.normal(0.5, 0.9), rng.uniform(0.55, 0.92), t)
+            centre = _place(patient, side, rng.normal(0.5, 1.2), rng.uniform(0.5, 0.85), t)
             if rng.random() < 0.55:
-                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.72, 0.28), 0.036, 0.12))]
-                if rng.random() < 0.17:  # a core leaves a ring of GGO: halo
+                new = [_lesion(rng, GGO, centre, np.clip(rng.lognormal(-2.9, 0.25), 0.038, 0.1))]
+                if rng.random() < 0.1:  # a core leaves a ring of GGO: halo
                     radius = 0.55 * min(new[0].radii[:2])
                     new.append(_lesion(rng, CONSOLIDATION, centre, radius, bronchogram=0.0))
                 elif rng.random() < 0.08:  # reversed halo: a ring of consolidation
                     new.append(replace(new[0], code=CONSOLIDATION, hu=-60.0, hollow=0.014))
             else:
-                radius = np.clip(rng.lognormal(-2.85, 0.25), 0.036, 0.1)
+                radius = np.clip(rng.lognormal(-2.98, 0.2), 0.038, 0.08)
                 new = [_lesion(rng, CONSOLIDATION, centre, radius)]
         else:
             side = int(first_side if one_sided else rng.choice([-1, 1]))
-            central = rng.random() < 0.5
+            central = rng.random() < 0.65
             turn = rng.uniform(-np.pi, np.pi) if central else rng.normal(0.3, 0.9)
             depth = rng.uniform(*((0.1, 0.6) if central else (0.6, 0.95)))
             centre = _place(patient, side, turn, depth, t)
-            radius = np.clip(rng.lognormal(-2.75, 0.35), 0.036, 0.16)
+            radius = np.clip(rng.lognormal(-2.75, 0.3), 0.04, 0.13)
             code = GGO if rng.random() < (0.35 if wanted < 6 else 0.5) else CONSOLIDATION
             behind = chest.fissure_level(patient, t, *centre[:2]) > 0
             lobe = int(behind or -1) * (radius > 0.09 and rng.random() < 0.6)  # lobar pneumonia
             new = [_lesion(rng, code, centre, radius, lobe=lobe)]
-            if code == CONSOLIDATION and rng.random() < 0.3:  # a rim of GGO around it
+            if code == CONSOLIDATION and rng.random() < 0.15:  # a rim of GGO around it
                 rim = rng.uniform(1.25, 1.6)
                 radii = tuple(rim * r for r in new[0].radii)
                 new.insert(0, _lesion(rng, GGO, centre, radius, radii=radii, angle=new[0].angle,
@@ -277,14 +278,14 @@ def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) ->
     ggo, radius = code == GGO, float(radius)
     shape = rng.uniform(0.65, 1.5)
     drawn = dict(
-        radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(0.9, 1.4)),
+        radii=(radius * shape**0.5, radius / shape**0.5, radius * rng.uniform(1.2, 1.8)),
         angle=rng.uniform(0, np.pi),
-        hu=rng.uniform(120, 380) if ggo else rng.uniform(-120, 50),
+        hu=rng.uniform(200, 400) if ggo else rng.uniform(-80, 50),
         edge=rng.uniform(0.01, 0.026) if ggo else rng.uniform(0.007, 0.014),
         waves=tuple((rng.normal(0, 0.06), rng.uniform(0, 2 * np.pi)) for _ in range(3)),
-        rough=rng.uniform(0.05, 0.2) * radius,
+        rough=rng.uniform(0.03, 0.12) * radius,
         paving=rng.uniform(60, 220) if ggo and rng.random() < 0.3 else 0.0,
-        mottle=rng.uniform(0.1, 0.7),
+        mottle=rng.uniform(0.1, 0.5),
         bronchogram=float(rng.random() < 0.5),
     )
     return Lesion(code, centre, **(drawn | given))
@@ -292,7 +293,7 @@ def _lesion(rng: Generator, code: int, centre: Point, radius: float, **given) ->
 
 def _meet(one: Lesion, other: Lesion) -> bool:
     """Whether two lesions may touch in a slice, or nearly so."""
-    reach = max(one.radii[:2]) + max(other.radii[:2]) + 0.012
+    reach = sum(one.radii[:2] + other.radii[:2]) / 2 + 0.01
     apart = np.hypot(*np.subtract(one.centre[:2], other.centre[:2]))
     return apart < reach and abs(one.centre[2] - other.centre[2]) < one.radii[2] + other.radii[2]
 
