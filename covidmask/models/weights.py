@@ -184,7 +184,7 @@ class ShippedWeights(Enum):
 
     SEGMENTER_QUICK = (
         "segmenter-quick.safetensors",
-        "8b2e4c611b88a4e75bd02f24c34b64b7b621737228b6b117603ca225f09556a4",
+        "dcc420d3f9f4efdab11569805f2538b7d45b5c33f1ae9b4af1cb8f7af01268e7",
     )
     SEGMENTER_CT = (
         "segmenter-ct.safetensors",
@@ -192,7 +192,7 @@ class ShippedWeights(Enum):
     )
     CLASSIFIER_QUICK = (
         "classifier-quick.safetensors",
-        "ad8bda11990d646da48408f585de64af6bde4e43df347b247d8a61a4b7d3e261",
+        "3fbc4b778bc1a8bbbc635a83d54b0b03bdebae8d3056bba849eb8935ec7584dd",
     )
 
     @property
