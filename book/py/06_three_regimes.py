@@ -880,7 +880,7 @@ plt.show()
 #
 # Means of 1 seed(s): 3,000 training, 300 validation and 600 test slices, these of 120 patients, 320 lesion slices for the box AP50. The pilot: one seed, every 4th training slice, 2 epochs at most.
 #
-# Command: `python benchmarks/regimes.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit 2ba6285; all numbers in `results/regimes.json`.
+# Command: `python benchmarks/regimes.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit 2ba6285; all numbers in `results/regimes.json`. **The phantoms behind these figures are of an earlier and simpler generation** than those of this book; `make results` measures anew.
 # <!-- /regimes -->
 #
 # Sensitivity (PPV), accuracy and AP go from 0 to 1. All are means over the seeds, on all synthetic

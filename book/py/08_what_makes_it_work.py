@@ -838,7 +838,7 @@ plt.show()
 #
 # 3,000 slices train, 300 choose the epoch, 600 slices of 120 other patients judge; one detector, 5 seeds of S.
 #
-# Command: `python benchmarks/ablations.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit fe45820; all numbers in `results/ablations.json`.
+# Command: `python benchmarks/ablations.py`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-26; commit fe45820; all numbers in `results/ablations.json`. **The phantoms behind these figures are of an earlier and simpler generation** than those of this book; `make results` measures anew.
 # <!-- /ablations -->
 #
 # Synthetic phantoms: all training slices of the preset, whose validation slices choose the epoch,

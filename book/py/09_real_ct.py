@@ -659,7 +659,7 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # | GGO | +0.01 (-0.00 to +0.01) | -0.01 (-0.02 to +0.00) |
 # | C | +0.01 (-0.01 to +0.03) | +0.00 (-0.01 to +0.02) |
 #
-# Command: `python benchmarks/covid_semiseg.py --data DIR --precision bf16-mixed`; x86_64, 2 cores, no GPU used, two trainings at a time with one thread each; torch 2.14.1+cu130; 2026-11-26; commit 8e7edbd; all numbers in `results/covid_semiseg.json`. Three earlier presets were judged on these folds before this one. The models with half its epochs were trained at commit 23b964d, those of the preset at ae06189 with other work beside them, so their minutes are too many.
+# Command: `python benchmarks/covid_semiseg.py --data DIR --precision bf16-mixed`; x86_64, 2 cores, no GPU used, two trainings at a time with one thread each; torch 2.14.1+cu130; 2026-11-26; commit 8e7edbd; all numbers in `results/covid_semiseg.json`. **The phantoms behind these figures are of an earlier and simpler generation** than those of this book; `make results` measures anew. Three earlier presets were judged on these folds before this one. The models with half its epochs were trained at commit 23b964d, those of the preset at ae06189 with other work beside them, so their minutes are too many.
 # <!-- /covid_semiseg -->
 #
 # In brackets: 95 % intervals from resampling slices; for AP50 the lowest and the highest fold.
