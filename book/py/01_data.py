@@ -1018,8 +1018,9 @@ assert abs(by_position[1, 1] - 0.5) < 0.12
 
 # %% [markdown]
 # In plain words: with selected slices, position alone predicts the class better than guessing, although
-# it knows nothing about any lesion. With matched positions the same classifier is back near guessing,
-# and one that is trained there finds nothing to learn. A real scan also has slices above and below
+# it knows nothing about any lesion. With matched positions the same classifier is back near guessing.
+# One that is trained there may do a little better, because lesions change a thumbnail, and with it the
+# position that is read from it. A real scan also has slices above and below
 # the lungs, where only controls are left, so the gain may be larger there.
 #
 # A real model sees more than the position. What does a logistic regression do that is given all 64 grey
