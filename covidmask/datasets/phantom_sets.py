@@ -74,7 +74,7 @@ def _write_patient(
     kind, split, number, seed, label = job
     patient = make_patient(seed, label, config.severe)
     size, positions = config.size, draw_positions(patient, config.slices_per_patient)
-    if kind == "lesions":  # one slice in ten is swapped for one without a lesion
+    if kind == "lesions":  # one in ten is swapped for one without a lesion, if there is one
         rng = np.random.default_rng((seed, label, 5))
         anywhere = rng.permutation(POSITIONS).tolist()
         clear = (p for p in anywhere if not visible_lesions(patient, p))
@@ -124,8 +124,8 @@ def write_phantoms(
 ) -> Path:
     """Write a data set of phantoms in the layouts of the real ones, or find it already written.
 
-    `root/lesions` holds COVID-19 patients with masks (CNCB layout); about one slice in ten shows
-    no lesion, as some slices of positive patients do in the paper's data. `root/slices` holds
+    `root/lesions` holds COVID-19 patients with masks (CNCB layout); a few slices show no
+    lesion, as some slices of positive patients do in the paper's data. `root/slices` holds
     patients of the three classes (COVIDx-CT layout), and each slice of classes 1 and 2 shows a
     lesion. Both have train.txt, val.txt and test.txt, and no patient occurs twice. A slice is
     named by 1000 times its position. The folder appears complete or not at all.
