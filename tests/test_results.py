@@ -4,10 +4,13 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from tiny import warn_if_stale
+
+from covidmask.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULT = json.loads((ROOT / "results" / "quick_preset.json").read_text("utf-8"))
@@ -60,11 +63,8 @@ def test_results_name_their_origin():
 
 
 def test_an_edit_of_a_preset_asks_for_no_rerun():
-    preset = {
-        **RESULT["preset"],
-        "classifier": {**RESULT["preset"]["classifier"], "hidden": 7},
-        "min_area": 1,
-    }
+    now = json.loads(json.dumps(asdict(PRESETS["quick"])))
+    preset = now | {"classifier": now["classifier"] | {"hidden": 7}, "min_area": 1}
     with pytest.warns(UserWarning, match=r"\(classifier.hidden, min_area\); to renew: make bench"):
         warn_if_stale({"preset": preset}, ("classifier", "min_area"), "make bench")
     assert warn_if_stale({"preset": preset}, ("detector", "segmenter"), "make bench") == []

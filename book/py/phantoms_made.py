@@ -413,10 +413,10 @@ plt.show()
 # A class of patients is a rule for drawing lesions:
 #
 # - **Controls** have no lesions. They keep the look-alikes: vessels, scars, nodules, dependent density.
-# - **Common pneumonia**: mostly one to three foci, often on one side, anywhere in the lung, and
+# - **Common pneumonia**: mostly two or three foci that lie together, often on one side, and
 #   rather consolidation, at times with a rim of ground glass. Large ones often keep to their lobe;
 #   one patient in ten has the patchy viral kind, four in ten have tree-in-bud.
-# - **COVID-19**: many foci on both sides, rather low and near the pleura, ground glass somewhat more
+# - **COVID-19**: many foci on both sides, rather near the pleura, ground glass somewhat more
 #   often than consolidation; three patients in ten have a curve below the pleura.
 # - **Severe COVID-19** (`severe=True`): up to half a lung, by one of three patterns: foci that
 #   merge, rinds, or large patches.

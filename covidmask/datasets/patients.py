@@ -1,7 +1,7 @@
 """Synthetic patients: what each class of them has, drawn at random.
 
-COVID-19 gives several lesions on both sides, low and near the pleura, mostly ground glass; common
-pneumonia one to three foci, often on one side, or the patchy kind; controls have none. All have
+COVID-19 gives many lesions on both sides, rather near the pleura, half of them ground glass; common
+pneumonia two or three foci that lie together, or the patchy kind; controls have none. All have
 what looks like lesions: vessels, scars, nodules, dependent density.
 """
 

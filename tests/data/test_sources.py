@@ -834,7 +834,7 @@ def test_covidx_ct_1_whole(tmp_path):
             os.symlink("one", source / entry.name)
     start = time.monotonic()
     counts = public_sets.lay_out_covidx_ct(tmp_path / "out", [source], folder)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300  # hours, if each name were sought in a list
     assert counts == {
         "train": 3000,
         "val": 21036,
