@@ -23,7 +23,7 @@ import tyro
 
 from covidmask import datasets, metrics, training
 from covidmask.config import PRESETS, PhantomConfig
-from covidmask.datasets.phantom_sets import GENERATOR
+from covidmask.datasets.phantom_sets import GENERATOR, start_worker
 from covidmask.files import SPLITS, atomic_path, phantoms_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +122,11 @@ def complete(out: Path, settings: dict) -> bool:
     return found
 
 
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    start_worker()  # a killed benchmark leaves no process behind that works on for nothing
+
+
 def lacking(
     out: Path, settings: dict, parts: dict[str, tuple], jobs: int = 1
 ) -> Iterator[tuple[Path, dict]]:
@@ -134,9 +139,7 @@ def lacking(
     done = old.get("parts", {}) if same(old, settings) else {}
     todo = {name: case for name, case in parts.items() if name not in done}
     print(f"{out.name}: {len(parts) - len(todo)} of {len(parts)} parts are there", flush=True)
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    )
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _one_thread)
     try:
         if jobs == 1:
             found = ((name, work(*case)) for name, (work, *case) in todo.items())

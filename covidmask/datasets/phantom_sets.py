@@ -112,7 +112,7 @@ def cores() -> int:
     return min(len(granted(0)) if granted else os.cpu_count() or 1, MAX_WORKERS)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Let this process end as soon as the one that started it is gone, even by kill -9."""
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
@@ -162,7 +162,7 @@ def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress
         done = list(bar(map(write, jobs)))
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, MAX_WORKERS), spawn, _start_worker) as pool:
+        with ProcessPoolExecutor(min(workers, MAX_WORKERS), spawn, start_worker) as pool:
             # workers take over that Ctrl-C is held back; else each would die of it with a traceback
             hold = getattr(signal, "pthread_sigmask", None)  # Windows has none
             before = hold(signal.SIG_BLOCK, {signal.SIGINT}) if hold else ()
