@@ -315,7 +315,7 @@ def _place(patient: Patient, side: int, turn: float, depth: float, t: float) -> 
 
 
 def draw_positions(patient: Patient, count: int) -> list[float]:
-    """Draw `count` different slice positions in 0.1..0.9, in ascending order.
+    """Draw `count` different slice positions of `POSITIONS`, in ascending order.
 
     Every slice shows a lesion of at least `MIN_AREA`, as in COVIDx-CT, where only such slices were
     kept. A control has none; its positions are drawn as if it had pneumonia or COVID-19, so that
