@@ -70,17 +70,33 @@ LIMITS = (
 class DrawnChests(LesionDataset):
     """Slices of ever new patients, cut to the lungs and published as in papers.
 
-    Item `index` is the same in every process; nothing is kept.
+    Item `index` is the same in every process. With `different` only so many are drawn, once, and
+    kept: later items are other copies of them, turned and shaded anew.
     """
 
-    def __init__(self, count: int, first: int = 0, size: int = 256) -> None:
+    def __init__(
+        self, count: int, first: int = 0, size: int = 256, different: int | None = None
+    ) -> None:
         super().__init__("both", PRESET.augment.min_area)
-        self.size = size
+        self.size, self.first, self.different = size, first, different
         self.names = self.patients = [f"{first + index}.png" for index in range(count)]
-        self.first = first
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        index += self.first
+        rng = default_rng((FIRST_SEED, self.first + index, 1))
+        if not self.different:
+            image, mask = self._draw(self.first + index)
+        else:
+            which = index % self.different
+            if which not in self._kept:
+                image, mask = self._draw(self.first + which)
+                self._kept[which] = np.uint8(np.round(255 * image)), mask
+            image, mask = self._kept[which]
+            image = np.float32(image) / 255
+        image, mask = warp(image, mask, self.size, rng, 0.5)
+        return shade(image, rng), mask
+
+    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rng = default_rng((FIRST_SEED, index))
         which = int(rng.choice(len(COHORTS), p=[share for *_, share in COHORTS]))
         label, severe, _ = COHORTS[which]
@@ -95,8 +111,7 @@ class DrawnChests(LesionDataset):
         for at in np.nonzero(mask):  # the lungs and a little more or less, as pictures are cut
             low, high = rng.uniform(-0.03, 0.06, 2) * len(mask)
             window.append(slice(max(0, int(at.min() - low)), int(at.max() + 1 + high)))
-        image, mask = warp(image[tuple(window)], mask[tuple(window)], self.size, rng, 0.5)
-        return shade(image, rng), mask
+        return image[tuple(window)], mask[tuple(window)]
 
 
 class Half(LesionDataset):

@@ -146,7 +146,7 @@ PAPER = Preset(
 )
 
 FIT = TrainingConfig(epochs=5, batch_size=4, lr=1e-3, weight_decay=1e-4, warmup=30, cosine=True)
-FIT_S = TrainingConfig(epochs=20, batch_size=32, lr=1e-3, weight_decay=3e-2, cosine=True)
+FIT_S = TrainingConfig(epochs=20, batch_size=32, lr=1e-3, weight_decay=2e-2, cosine=True)
 
 # Two CPU cores, from random weights: ResNet-18 cut after layer2 (stride 8), a narrow FPN, N = 32.
 QUICK = Preset(

@@ -168,11 +168,11 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     else:
         wanted = rng.choice([1, 2, 3, 6], p=[0.1, 0.5, 0.3, 0.1])  # foci; 6: viral, patchy
         first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.85 and wanted < 6
-        level = rng.uniform(0.3, 0.7)  # foci lie together
+        level = rng.uniform(0.25, 0.65)  # foci lie together
     for number in range(2 * wanted if covid else 20):
         if (len(lesions) if covid else foci) >= wanted:
             break
-        t = float(np.clip(rng.normal(*((0.6, 0.2) if covid else (level, 0.07))), 0.12, 0.88))
+        t = float(np.clip(rng.normal(*((0.68, 0.18) if covid else (level, 0.07))), 0.12, 0.9))
         if covid:
             side = 1 if (number + rng.integers(2)) % 2 else -1
             centre = _place(patient, side, rng.normal(0.5, 1.2), rng.uniform(0.5, 0.85), t)
@@ -212,7 +212,7 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
 def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
     """COVID-19 of up to half a lung: foci that grow and merge, rinds below the pleura, patches."""
     lesions: list[Lesion] = []
-    kind = rng.choice(["foci", "rind", "patches"], p=[0.4, 0.35, 0.25])
+    kind = rng.choice(["spots", "foci", "rind", "patches"], p=[0.2, 0.25, 0.25, 0.3])
     ggo_hu, dense = np.exp(rng.uniform(np.log(60), np.log(280))), rng.random()
     edge = np.exp(rng.uniform(np.log(0.008), np.log(0.07)))
     paving, net = rng.uniform(0, 200) * (rng.random() < 0.4), rng.uniform(100, 450)
@@ -220,11 +220,13 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
     sides = (-1, 1) if rng.random() < 0.75 else (int(rng.choice([-1, 1])),)
     spread = 0.9 * rng.random() + 0.1
     for side in sides:
-        for _ in range(rng.integers(4, 30) if kind == "foci" else rng.integers(1, 4)):
+        many = {"spots": (3, 40), "foci": (4, 30)}.get(kind, (1, 4))
+        for _ in range(rng.integers(*many)):
             t = float(np.clip(rng.normal(0.55, 0.22), 0.1, 0.9))
-            if kind == "foci":
+            if kind in ("spots", "foci"):
                 centre = _place(patient, side, rng.normal(0.7, 0.9), rng.uniform(0.3, 0.97), t)
-                radius = float(np.exp(rng.uniform(np.log(0.01), np.log(0.06 + 0.12 * spread))))
+                largest = 0.05 if kind == "spots" else 0.06 + 0.12 * spread
+                radius = float(np.exp(rng.uniform(np.log(0.01), np.log(largest))))
                 rind, rough = np.inf, rng.uniform(0.15, 0.7) * radius
                 radii = (radius * rng.uniform(0.6, 1.6), radius, radius * rng.uniform(0.8, 1.6))
             elif kind == "rind":
@@ -239,15 +241,15 @@ def _severe(patient: Patient, rng: Generator) -> tuple[Lesion, ...]:
             shape = dict(radii=radii, angle=angle, waves=(), rind=rind, rough=rough)
             ggo = _lesion(rng, GGO, centre, 0.05, hu=ggo_hu * rng.uniform(0.8, 1.2), edge=edge,
                           paving=paving, mottle=mottle, **shape)  # fmt: skip
-            all_dense = dense > 0.85 and rng.random() < 0.7
+            all_dense = dense > 0.8 and rng.random() < 0.7
             if not all_dense:
                 lesions.append(ggo)
             if all_dense or (dense > 0.3 and rng.random() < 0.7):
                 inset = 0.0 if all_dense else rng.uniform(0.004, 0.5) * min(min(radii), rind)
                 # dense, or a net of thickened septa in what is hardly denser than ground glass
-                netted = rng.random() < 0.35
+                netted = rng.random() < 0.45
                 low = patient.lung_hu + ggo_hu
-                hu = low + rng.uniform(0, 150) if netted else rng.uniform(min(low + 130, 0), 50)
+                hu = low + rng.uniform(0, 150) if netted else rng.uniform(min(low + 90, 0), 50)
                 core = dict(hu=hu, paving=net * netted, edge=min(edge, 0.03), mottle=2.5 * mottle)
                 core |= {"inset": inset} | shape
                 lesions.append(_lesion(rng, CONSOLIDATION, centre, 0.05, **core))
