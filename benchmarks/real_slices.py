@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from segmenter_ct import DrawnChests, Half, log
+from segmenter_ct import CT, DrawnChests, Half, log
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops.misc import Conv2dNormActivation
@@ -35,12 +35,13 @@ from covidmask.config import AugmentConfig
 from covidmask.datasets.augmentation import Augmented
 from covidmask.datasets.lesions import LesionDataset, SemiSeg
 from covidmask.metrics.detection import overlap, overlap_means
+from covidmask.models.weights import SHIPPED, read_card
 
 BATCH, REGIONS = 8, ("infection", "GGO", "C")
 SIZES, FOLDS = (5, 10, 20, 40), 5
 ARMS = {"random": "real alone", "first": "drawn first", "mixed": "drawn mixed in"}
 FIRST = 20_000_000  # of the chests: no other script draws these
-OUT = common.RESULTS / "real_slices.json"
+OUT, BESIDE = common.RESULTS / "real_slices.json", common.RESULTS / "unet_beside.json"
 TWIN = common.TWINS / "phantoms_made.py"
 
 
@@ -137,11 +138,13 @@ def beside(
     seconds, slices = time.perf_counter() - clock, Half(data, half)
     table = counts(net, slices, size)
     result = origin | {
-        "steps": steps, "size": size, "different": different, "seconds": seconds,
+        "generator": common.GENERATOR, "half": half, "steps": steps, "size": size,
+        "different": different, "seconds": seconds,
         "dice": means(table, slices.patients),
     }  # fmt: skip
-    common.write_text(common.RESULTS / "unet_beside.json", json.dumps(result, indent=1) + "\n")
+    common.write_text(BESIDE, json.dumps(result, indent=1) + "\n")
     log({"data": f"COVID-SemiSeg, {half} 25", "weights": "a U-Net", "dice": result["dice"]})
+    page()
 
 
 def means(table: np.ndarray, patients: list[str]) -> dict[str, dict[str, float]]:
@@ -221,7 +224,25 @@ def curve(
 
 def page(out: Path = OUT) -> None:
     """Fill the page from the results."""
-    common.fill(TWIN, "real_slices", markdown(common.read(out)))
+    if beside := common.read(BESIDE):
+        common.fill(TWIN, "unet_beside", beside_markdown(beside))
+    if result := common.read(out):
+        common.fill(TWIN, "real_slices", markdown(result))
+
+
+def beside_markdown(result: dict) -> str:
+    """SEGMENTER_CT, by its card, and the U-Net."""
+    card = read_card(SHIPPED / CT)
+    mine = {name: card["metrics"][f"Dice, {name}"] for name in REGIONS}
+    rows = [
+        [who, *("{value:.3f} ({low:.3f} to {high:.3f})".format(**dice[name]) for name in REGIONS)]
+        for who, dice in (("`SEGMENTER_CT`", mine), ("U-Net", result["dice"]))
+    ]
+    note = f"On the {result['half']} 25 slices by number. " + common.origin(
+        result, BESIDE.relative_to(common.ROOT).as_posix()
+    )
+    head = ["Drawn chests alone", *(f"Dice, {name}" for name in REGIONS)]
+    return "\n".join([*common.table(head, rows), "", note])
 
 
 def of_slices(parts: dict, arm: str, count: int) -> np.ndarray:

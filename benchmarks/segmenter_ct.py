@@ -3,6 +3,7 @@
     python benchmarks/segmenter_ct.py train --out runs/ct.safetensors
     python benchmarks/segmenter_ct.py judge --weights runs/ct.safetensors --data DIR --half first
     python benchmarks/segmenter_ct.py scans --weights runs/ct.safetensors --data MD
+    python benchmarks/segmenter_ct.py classes --weights runs/ct.safetensors --data MD
     python benchmarks/segmenter_ct.py patches --data DIR
     python benchmarks/segmenter_ct.py ship --weights runs/ct.safetensors --data DIR
 
@@ -17,8 +18,9 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -29,22 +31,25 @@ import tyro
 from common import RESULTS, ROOT, environment, interval
 from numpy.random import default_rng
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops.misc import Conv2dNormActivation
 from tqdm import tqdm
 
-from covidmask.config import PRESETS, TrainingConfig
+from covidmask.config import PRESETS, ClassifierConfig, TrainingConfig
 from covidmask.datasets.augmentation import shade, warp
-from covidmask.datasets.chest import render, visible_lesions
+from covidmask.datasets.chest import draw, render, visible_lesions
 from covidmask.datasets.lesions import LesionDataset, SemiSeg
-from covidmask.datasets.medical import Slice
-from covidmask.datasets.patients import make_patient
-from covidmask.datasets.scanner import draw_scanner
-from covidmask.datasets.scans import read_slices
+from covidmask.datasets.lungs import crop_box, find_lungs
+from covidmask.datasets.medical import Slice, hounsfield_to_unit
+from covidmask.datasets.patients import draw_positions, make_patient
+from covidmask.datasets.scanner import draw_scanner, scan
+from covidmask.datasets.scans import LUNG_WINDOW, read_slices
 from covidmask.metrics.detection import overlap_means
+from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.detector import for_inference, fuse, lesion_mask_rcnn
 from covidmask.models.weights import SHIPPED, load_segmenter, read_card, save_model
 from covidmask.predict import WIDE, lesions_in_lungs
+from covidmask.training.classification import s_logits, train_s
 from covidmask.training.loop import make_fabric
 from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
 
@@ -173,11 +178,8 @@ def scans(weights: Path, data: Path) -> None:
     """
     detector = for_inference(load_segmenter(weights))
     patients: dict[str, list] = {}
-    with open(data / "slices.csv", newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    for row in tqdm(table):
-        stored = next(read_slices([Slice(data / row["path"])], WIDE))
-        found, lungs = lesions_in_lungs(detector, (stored - 0.5) * WIDE[1] + WIDE[0])
+    for row in tqdm(table_of(data)):
+        found, lungs = lesions_in_lungs(detector, hounsfield(data / row["path"]))
         called = int(((fuse(found["maps"], 0.5) > 0) & lungs).sum())
         patients.setdefault(f"{row['class']}, {row['patient']}", []).append(
             (called, int(lungs.sum()), row["infected_slice"])
@@ -191,6 +193,67 @@ def scans(weights: Path, data: Path) -> None:
         if truth.any() and not truth.all():
             result[name]["AUC of infected slices"] = round(float(roc_auc_score(truth, share)), 3)
     log({"data": "COVID-CT-MD sample", "weights": weights.name, "patients": result})
+
+
+def classes(weights: Path, data: Path, patients: int = 150, n_boxes: int = 64) -> None:
+    """Would a CLASSIFIER_CT be right? S on drawn patients, asked about the real ones of `data`.
+
+    Half of the drawn patients are severe, and each shows two slices with lesions (controls: any),
+    as scanned, cut to the lungs that are found. Of each real patient: the mean sigmoid of each
+    class over the slices that show lungs.
+    """
+    torch.manual_seed(0)
+    config = ClassifierConfig(n_boxes=n_boxes, hidden=256)
+    model = covid_ct_mask_net(load_segmenter(weights), config).eval()
+
+    @torch.no_grad()
+    def rows(slices: Iterator[tuple[np.ndarray, int]]) -> tuple[Tensor, list]:
+        found, owners = [], []
+        for hu, owner in tqdm(slices):
+            lungs = find_lungs(hu)
+            if lungs.any():
+                grey = hounsfield_to_unit(hu[crop_box(lungs)], LUNG_WINDOW)
+                found.append(model.ranked_boxes([torch.from_numpy(grey).repeat(3, 1, 1)]))
+                owners.append(owner)
+        return torch.cat(found), owners
+
+    def drawn() -> Iterator[tuple[np.ndarray, int]]:
+        for number, label in product(range(patients), range(3)):
+            seed = 30_000_000 + number
+            patient = make_patient(seed, label, severe=label > 0 and number % 2 == 0)
+            scanner, rng = draw_scanner(default_rng(seed)), default_rng((seed, label))
+            for position in draw_positions(patient, 2):
+                yield scan(draw(patient, position, 320)[0], scanner, rng, 0.0), label
+
+    def real() -> Iterator[tuple[np.ndarray, str]]:
+        for row in table_of(data):
+            yield hounsfield(data / row["path"]), f"{row['class']}, {row['patient']}"
+
+    x, labels = rows(drawn())
+    held = torch.arange(len(x)) >= len(x) * 5 // 6  # other patients
+    y = torch.tensor(labels)
+    training = replace(PRESETS["quick"].classifier_training, epochs=30)
+    train_s(model.s, x[~held], y[~held], training, progress=False)
+    found, owners = rows(real())
+    with torch.no_grad():
+        right = float((s_logits(model.s, x[held]).argmax(1) == y[held]).float().mean())
+        sigmoids = s_logits(model.s, found).sigmoid().numpy()
+    means = {
+        name: dict(zip(config.classes, sigmoids[np.array(owners) == name].mean(0).round(3).tolist(),
+                       strict=True))
+        for name in dict.fromkeys(owners)
+    }  # fmt: skip
+    log({"data": "COVID-CT-MD sample", "weights": f"{weights.name}, S on {len(x)} drawn slices",
+         "accuracy on other drawn slices": round(right, 3), "mean sigmoids": means})  # fmt: skip
+
+
+def table_of(data: Path) -> list[dict[str, str]]:
+    with open(data / "slices.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def hounsfield(path: Path) -> np.ndarray:
+    return (next(read_slices([Slice(path)], WIDE)) - 0.5) * WIDE[1] + WIDE[0]
 
 
 def patches(data: Path, each: int = 40, epochs: int = 12) -> None:
@@ -271,5 +334,5 @@ def log(look: dict) -> None:
 
 
 if __name__ == "__main__":
-    commands = {each.__name__: each for each in (train, judge, scans, patches, ship)}
+    commands = {each.__name__: each for each in (train, judge, scans, classes, patches, ship)}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

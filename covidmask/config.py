@@ -151,7 +151,7 @@ FIT_S = TrainingConfig(epochs=20, batch_size=32, lr=1e-3, weight_decay=2e-2, cos
 # Two CPU cores, from random weights: ResNet-18 cut after layer2 (stride 8), a narrow FPN, N = 32.
 QUICK = Preset(
     name="quick",
-    phantoms=PhantomConfig(128, 3, (250, 16, 107), (500, 33, 67)),
+    phantoms=PhantomConfig(128, 3, (250, 16, 107), (700, 33, 67)),
     detector=DetectorConfig(
         backbone="resnet18",
         cut=2,

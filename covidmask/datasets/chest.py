@@ -8,6 +8,7 @@ number comes from a generator keyed by explicit integers: the same arguments giv
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -308,8 +309,17 @@ def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
 
     Of a severe patient a fifth of it is enough.
     """
+    return tuple(_visible(patient, position))
+
+
+def shows_lesion(patient: Patient, position: float) -> bool:
+    """Whether a slice shows any of them; found without looking at the others."""
+    return any(True for _ in _visible(patient, position))
+
+
+def _visible(patient: Patient, position: float) -> Iterator[Lesion]:
     least = MIN_AREA / 5 if patient.severe else MIN_AREA
-    return tuple(x for x in patient.lesions if visible_area(patient, x, position) >= least)
+    return (x for x in patient.lesions if visible_area(patient, x, position) >= least)
 
 
 def _draw_tubes(grid: _Grid, z: float, thick: float) -> tuple[np.ndarray, np.ndarray]:

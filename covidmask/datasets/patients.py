@@ -164,9 +164,9 @@ def _draw_lesions(patient: Patient, label: int, rng: Generator) -> tuple[Lesion,
     lesions: list[Lesion] = []
     covid, foci = label == 2, 0
     if covid:
-        wanted = rng.choice([40, 70], p=[0.15, 0.85])  # lesions
+        wanted = rng.choice([40, 70], p=[0.05, 0.95])  # lesions
     else:
-        wanted = rng.choice([1, 2, 3, 6], p=[0.1, 0.5, 0.3, 0.1])  # foci; 6: viral, patchy
+        wanted = rng.choice([1, 2, 3, 6], p=[0.1, 0.55, 0.25, 0.1])  # foci; 6: viral, patchy
         first_side, one_sided = rng.choice([-1, 1]), rng.random() < 0.85 and wanted < 6
         level = rng.uniform(0.25, 0.65)  # foci lie together
     for number in range(2 * wanted if covid else 20):

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from covidmask.config import PhantomConfig
-from covidmask.datasets.chest import draw, render, visible_lesions
+from covidmask.datasets.chest import draw, render, shows_lesion
 from covidmask.datasets.patients import draw_positions, make_patient
 from covidmask.errors import DataError, OutputError
 from covidmask.files import SPLITS
@@ -77,7 +77,7 @@ def _write_patient(
     if kind == "lesions":  # one in ten is swapped for one without a lesion, if there is one
         rng = np.random.default_rng((seed, label, 5))
         anywhere = np.round(rng.uniform(0.02, 0.98, 200), 3).tolist()
-        clear = (p for p in anywhere if not visible_lesions(patient, p))
+        clear = (p for p in anywhere if not shows_lesion(patient, p))
         swap = rng.random(len(positions)) < 0.1
         pairs = zip(positions, swap, strict=True)
         positions = sorted(next(clear, p) if swapped else p for p, swapped in pairs)

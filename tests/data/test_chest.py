@@ -186,12 +186,13 @@ def test_a_reversed_halo_is_a_ring_and_a_rind_stays_below_the_pleura():
     assert (mask == GGO).sum() > 300 and depth[mask == GGO].max() < 0.04
 
 
-def test_covid_is_more_outer_and_on_both_sides_and_severe_is_larger():
-    depth, both, number = {}, {}, {}
+def test_covid_is_more_outer_lower_and_on_both_sides_and_severe_is_larger():
+    depth, height, both, number = {}, {}, {}, {}
     for label in (1, 2):
         patients = [make_patient(seed, label) for seed in range(120)]
         lesions = [(patient, lesion) for patient in patients for lesion in patient.lesions]
         number[label] = len(lesions)
+        height[label] = np.mean([lesion.centre[2] / HEIGHT for _, lesion in lesions])
         depth[label] = np.mean(
             [
                 float(chest._wall_level(patient, z / HEIGHT, np.float64(x), np.float64(y)))
@@ -202,7 +203,8 @@ def test_covid_is_more_outer_and_on_both_sides_and_severe_is_larger():
         sides = [{lesion.centre[0] > 0 for lesion in patient.lesions} for patient in patients]
         both[label] = np.mean([len(side) == 2 for side in sides])
     assert number[2] > 2 * number[1]
-    assert depth[2] < depth[1] - 0.01
+    assert depth[2] < depth[1] - 0.005
+    assert height[2] > height[1] + 0.05
     assert both[2] > 0.9 and both[1] < 0.6
     share = {}
     for severe in (False, True):
