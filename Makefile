@@ -99,7 +99,8 @@ results: $(INSTALLED)
 	$(BIN)/python benchmarks/regimes.py
 	$(BIN)/python benchmarks/ablations.py
 	$(if $(REAL),$(BIN)/python benchmarks/covid_semiseg.py --precision bf16-mixed --data "$(REAL)",\
-	  @echo "covid_semiseg.py: left out, as no real slices are named: make results REAL=DIR")
+	  @echo "covid_semiseg.py and real_slices.py: left out, as no real slices are named: REAL=DIR")
+	$(if $(REAL),$(BIN)/python benchmarks/real_slices.py curve --jobs 2 --data "$(REAL)")
 	$(BIN)/python tools/book.py notebooks --changed
 
 # The bounds of pyproject.toml are true only if somebody installs them: with the oldest Python, too.
