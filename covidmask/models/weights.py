@@ -184,7 +184,7 @@ class ShippedWeights(Enum):
 
     SEGMENTER_QUICK = (
         "segmenter-quick.safetensors",
-        "dcc420d3f9f4efdab11569805f2538b7d45b5c33f1ae9b4af1cb8f7af01268e7",
+        "a3c961f4d05fe9bf87f31fe2f474a6c6f79e1800072e6ff608b47ede642f5220",
     )
     SEGMENTER_CT = (
         "segmenter-ct.safetensors",
@@ -192,7 +192,7 @@ class ShippedWeights(Enum):
     )
     CLASSIFIER_QUICK = (
         "classifier-quick.safetensors",
-        "3fbc4b778bc1a8bbbc635a83d54b0b03bdebae8d3056bba849eb8935ec7584dd",
+        "f9746f9441e69a7b179d0714bf5fcb82be8853dd1aba9cba98dfee27f5b99631",
     )
 
     @property
