@@ -1,6 +1,7 @@
 """SEGMENTER_CT: the network of the preset semiseg, trained on drawn chests alone, on real slices.
 
     python benchmarks/segmenter_ct.py train --out runs/ct.safetensors
+    python benchmarks/segmenter_ct.py mean --weights runs/one.safetensors runs/two.safetensors ...
     python benchmarks/segmenter_ct.py judge --weights runs/ct.safetensors --data DIR --half first
     python benchmarks/segmenter_ct.py scans --weights runs/ct.safetensors --data MD
     python benchmarks/segmenter_ct.py classes --weights runs/ct.safetensors --data MD
@@ -161,6 +162,19 @@ def train(
     if before:
         card["before"] = {key: before[key] for key in ("command", "commit", "steps", "seconds")}
     save_model(model, out, half=True, **card)
+
+
+def mean(weights: tuple[Path, Path], out: Path) -> None:
+    """The mean of the weights after the first and after the second training, as one network."""
+    first, second = map(load_segmenter, weights)
+    kept, state = first.state_dict(), second.state_dict()
+    for name, value in state.items():
+        if value.is_floating_point():
+            state[name] = (value + kept[name]) / 2
+    second.load_state_dict(state)
+    card = read_card(weights[1])
+    card["command"] += f", then `{environment()['command']}`"
+    save_model(second, out, half=True, **card)
 
 
 def judge(weights: Path, data: Path, half: Literal["first", "second"] = "first") -> None:
@@ -334,5 +348,5 @@ def log(look: dict) -> None:
 
 
 if __name__ == "__main__":
-    commands = {each.__name__: each for each in (train, judge, scans, classes, patches, ship)}
+    commands = {each.__name__: each for each in (train, mean, judge, scans, classes, patches, ship)}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
