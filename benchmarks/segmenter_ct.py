@@ -173,7 +173,7 @@ def mean(weights: tuple[Path, Path], out: Path) -> None:
             state[name] = (value + kept[name]) / 2
     second.load_state_dict(state)
     card = read_card(weights[1])
-    card["command"] += f", then `{environment()['command']}`"
+    card["command"] += f"`, then `{environment()['command']}"  # the page sets it as code
     save_model(second, out, half=True, **card)
 
 
