@@ -42,7 +42,7 @@ SIZES, FOLDS = (5, 10, 20, 40), 5
 ARMS = {"random": "real alone", "first": "drawn first", "mixed": "drawn mixed in"}
 FIRST = 20_000_000  # of the chests: no other script draws these
 OUT, BESIDE = common.RESULTS / "real_slices.json", common.RESULTS / "unet_beside.json"
-TWIN = common.TWINS / "phantoms_made.py"
+TWIN, README = common.TWINS / "phantoms_made.py", common.ROOT / "README.md"
 
 
 class UNet(nn.Module):
@@ -223,11 +223,20 @@ def curve(
 
 
 def page(out: Path = OUT) -> None:
-    """Fill the page from the results."""
+    """Fill the pages from the results and from the card of SEGMENTER_CT."""
+    common.fill(README, "segmenter_ct", readme())
     if beside := common.read(BESIDE):
         common.fill(TWIN, "unet_beside", beside_markdown(beside))
     if result := common.read(out):
         common.fill(TWIN, "real_slices", markdown(result))
+
+
+def readme() -> str:
+    dice = read_card(SHIPPED / CT)["metrics"]
+    rows = ((name, dice[f"Dice, {name}"]) for name in REGIONS)
+    return (
+        "; ".join("{}: {value:.2f} ({low:.2f} to {high:.2f})".format(n, **d) for n, d in rows) + "."
+    )
 
 
 def beside_markdown(result: dict) -> str:

@@ -330,7 +330,7 @@ def ship(
         "seed": 0,
         "data": "drawn chests (`covidmask.datasets.chest`, synthetic), no real slice",
         "test_data": f"the {half} 25 by number of the 50 training slices of COVID-SemiSeg, real, "
-        f"of patients with COVID-19, looked at {before} times before (results/looks.jsonl)",
+        f"of patients with COVID-19, earlier looks at them: {before} (results/looks.jsonl)",
         "limits": LIMITS,
         "metrics": {"slices": len(slices), "patients": "an unknown number of", **found},
         "preset": json.loads(json.dumps(asdict(PRESET))),

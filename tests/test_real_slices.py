@@ -60,9 +60,15 @@ def test_the_curve_trains_what_is_lacking_and_fills_the_page(
 ):
     page, looks = tmp_path / "page.py", []
     page.write_text("# <!-- real_slices -->\n# <!-- /real_slices -->\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text("<!-- segmenter_ct -->\n<!-- /segmenter_ct -->\n", "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALLOW_DIRTY", "1")
-    for name, value in (("SIZES", (3, 6)), ("TWIN", page), ("BESIDE", tmp_path / "none")):
+    for name, value in (
+        ("SIZES", (3, 6)),
+        ("TWIN", page),
+        ("BESIDE", tmp_path / "none"),
+        ("README", tmp_path / "README.md"),
+    ):
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "OUT", ROOT / "results" / "real_slices.json")
     monkeypatch.setattr(benchmark, "log", looks.append)
@@ -76,12 +82,13 @@ def test_the_curve_trains_what_is_lacking_and_fills_the_page(
     benchmark.curve(data, steps=2, size=32, different=4, out=out)
 
 
-def test_the_page_shows_the_results_files(benchmark, tmp_path, monkeypatch):
-    copy = tmp_path / benchmark.TWIN.name
-    copy.write_bytes(benchmark.TWIN.read_bytes())
-    shown = benchmark.TWIN.read_text("utf-8")
-    monkeypatch.setattr(benchmark, "TWIN", copy)
+def test_the_pages_show_the_results_files(benchmark, tmp_path, monkeypatch):
+    shown = {name: getattr(benchmark, name) for name in ("TWIN", "README")}
+    for name, file in shown.items():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+        monkeypatch.setattr(benchmark, name, tmp_path / file.name)
     benchmark.page()
-    assert copy.read_text("utf-8") == shown, (
-        "run `python benchmarks/real_slices.py page`, then `make notebooks`"
-    )
+    for file in shown.values():
+        assert (tmp_path / file.name).read_text("utf-8") == file.read_text("utf-8"), (
+            "run `python benchmarks/real_slices.py page`, then `make notebooks`"
+        )

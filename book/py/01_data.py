@@ -1019,9 +1019,9 @@ assert abs(by_position[1, 1] - 0.5) < 0.12
 # %% [markdown]
 # In plain words: with selected slices, position alone predicts the class better than guessing, although
 # it knows nothing about any lesion. With matched positions the same classifier is back near guessing.
-# One that is trained there may do a little better, because lesions change a thumbnail, and with it the
-# position that is read from it. A real scan also has slices above and below
-# the lungs, where only controls are left, so the gain may be larger there.
+# When it is trained there, too, all that it can find is what lesions do to a thumbnail, and so to the
+# position that is read from it. A real scan also has slices above and below the lungs, where only
+# controls are left, so the gain from selected slices may be larger there.
 #
 # A real model sees more than the position. What does a logistic regression do that is given all 64 grey
 # values, with the lesions and the position in them?
@@ -1243,7 +1243,9 @@ for p in (0.5, 0.8, 0.95):
 
 # %% [markdown]
 # With 95 % in training, fewer patients have slices on both sides, because few have any held-out slice
-# at all. But nearly every held-out slice has a relative in training, and that share decides the result.
+# at all. But nearly every held-out slice has a relative in training, and this is the share that
+# matters: the split is no less leaky. (Chance moves the last accuracy most, because it rests on the
+# fewest slices.)
 
 # %% [markdown]
 # ````{solution-end}

@@ -1692,8 +1692,8 @@ for name, values in (
     print(f"{name:10} {len(best):4} proposals: {shown}")
 
 # %% [markdown]
-# The segmentation set of the paper holds COVID-19 patients only {cite:p}`Zhang2020`, as ours does. A
-# few of their slices show no lesion (the released code skips those in training, ours does not), but
+# The segmentation set of the paper holds COVID-19 patients only {cite:p}`Zhang2020`, as ours does.
+# Some of their slices show no lesion (the released code skips those in training, ours does not), but
 # the detector has never been trained on a healthy patient. Still, it proposes boxes on the control as
 # it does everywhere. So every slice has a list of boxes with scores, and
 # [chapter 4](04_ranked_boxes.ipynb) turns it into a vector.

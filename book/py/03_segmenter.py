@@ -937,10 +937,10 @@ for nms in (0.25, 0.5, 0.75):
     print(f"{nms:4} {count:19.1f} {ap50:6.3f} {ap:6.3f}")
 
 # %% [markdown]
-# Compare the rows. AP50 forgives duplicates that score low, so it need not fall when there are more
-# of them. AP over ten thresholds can even gain from more boxes: where the first box of a lesion
-# fits loosely, a second one may still match at a high IoU. The second column shows what the paper
-# is after, which is more boxes for the classifier to rank.
+# Compare the rows. AP50 forgives duplicates that score low; where it falls, some of them score
+# above right detections of other lesions. AP over ten thresholds can even gain from more boxes:
+# where the first box of a lesion fits loosely, a second one may still match at a high IoU. The
+# second column shows what the paper is after, which is more boxes for the classifier to rank.
 #
 # ## The released code's own AP
 #
@@ -1012,7 +1012,7 @@ for score, kept in ((0, "all"), (0.75, "score above 0.75")):
 # differ for two reasons. First, for COCO a detection with a low score does little harm, because it
 # stands at the end of the list. By the released rule it can do harm: a lesion takes the box that
 # fits *best*, which may be a second box with a low score, and then the first box counts as wrong.
-# The more duplicates NMS leaves, the more this can cost, unless a cut such as 0.75 keeps them out.
+# The more duplicates NMS leaves, the more this can cost. A cut such as 0.75 keeps most of them out.
 # Second, the mean over slices gives the only lesion of one slice the weight of all lesions of
 # another.
 #

@@ -137,7 +137,7 @@ def model_input(image):
 
 
 grey = [
-    make_slice(3014, 0, size)[0],
+    make_slice(3006, 0, size)[0],
     make_slice(3010, 1, size)[0],
     old_friend(size)[0],
 ]
@@ -428,10 +428,11 @@ plt.show()
 # %% [markdown]
 # Look at the control. Where a threshold leaves no candidate, the list is empty, and there is
 # nothing to classify. (The last section counts how many controls this happens to.) Without a
-# threshold it has about as many candidates as the others, and a curve of its own, which describes
-# the slice: that even the best place in these lungs hardly looks like a lesion is worth knowing
-# about a healthy slice. The paper gives this reason, and adds that the *ranking* of weak boxes is a
-# pattern which the classifier can learn {cite:p}`TerSarkisov2020`.
+# threshold every slice has hundreds of candidates, and a control has a curve of its own. It
+# describes the slice: how much the best places in these lungs look like a lesion (a vessel or a
+# scar may do so), and how soon the scores fall after them. That is worth knowing about a healthy
+# slice, too. The paper gives this reason, and adds that the *ranking* of weak boxes is a pattern
+# which the classifier can learn {cite:p}`TerSarkisov2020`.
 #
 # One could also fill an empty list with zeros, but the weak scores tell more. Two slices whose best
 # boxes have the scores 0.04 and 0.001 would get the same zeros, and the first may hold a faint
@@ -555,11 +556,12 @@ _ = ipywidgets.interact(
 # %% [markdown]
 # Why does the paper want copies? Most slices have few and small lesions. At a low threshold such a
 # slice has one or two high scores, and its other rows may look like those of a control. At 0.75 a
-# lesion that the detector is sure of fills several rows, so the *length* of the high part of the
-# curve says how much lesion there is. The paper reports that overlapping boxes with high scores
-# raise the sensitivity for COVID-19, at some cost in accuracy {cite:p}`TerSarkisov2020`. It prints
-# no numbers for other thresholds; [chapter 8](08_what_makes_it_work.ipynb) makes the comparison on
-# phantoms. Here is what the threshold does to the curves.
+# lesion (or what the detector takes for one) can fill several rows, so the *length* of the high
+# part of the curve hints at how much lesion there is. The paper reports that overlapping boxes with
+# high scores raise the sensitivity for COVID-19, at some cost in accuracy
+# {cite:p}`TerSarkisov2020`. It prints no numbers for other thresholds;
+# [chapter 8](08_what_makes_it_work.ipynb) makes the comparison on phantoms. Here is what the
+# threshold does to the curves.
 
 # %% mystnb={"image": {"alt": "Two panels with scores by rank for the three slices, at the NMS thresholds 0.25 and 0.75; curves that start high stay high for more ranks at 0.75."}, "figure": {"caption": "Scores by rank of the three slices at two NMS thresholds. Copies stretch the part with high scores. Synthetic."}}
 fig, axes = plt.subplots(
@@ -795,7 +797,7 @@ decoded_share = correlation[0, 5] ** 2
 print(f"one number of the row explains at most {in_row:.0%} of the")
 print(f"variance of x or y, the decoded x {decoded_share:.0%} of that of x")
 
-# %% mystnb={"image": {"alt": "Two scatter plots against the true horizontal place of the lesion. Left: the encoded shift dx, a cloud for lesions in either half. Right: the centre of the decoded box, for most lesions close to the diagonal."}, "figure": {"caption": "Two hundred phantoms with one lesion each. The encoded shift of the best box does not follow the place of the lesion (left); the decoded box does (right). Synthetic."}}
+# %% mystnb={"image": {"alt": "Two scatter plots against the true horizontal place of the lesion. Left: the encoded shift dx, a cloud for lesions in either half. Right: the centre of the decoded box, for most lesions close to the diagonal."}, "figure": {"caption": "Two hundred phantoms with one lesion each. The encoded shift of the best box hardly follows the place of the lesion (left); the decoded box does (right). Synthetic."}}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
 x = truth[:, 0]
 _ = axes[0].scatter(x, first_rows[:, 1], s=14, color=plotting.BLUE)
@@ -928,7 +930,7 @@ assert (by_hand[1:, 0] <= by_hand[:-1, 0]).all()  # the scores still fall
 # each time. The package offers this rule with a generator that you pass.
 
 
-# %% mystnb={"image": {"alt": "Three strips of coloured runs, one cell per row of the vector, each run labelled with its box number. Even padding has runs of equal length; the two random draws have runs of very different lengths."}, "figure": {"caption": "Which box fills which row when there are fewer boxes than rows: even padding, and two draws of the author's random rule. Synthetic."}}
+# %% mystnb={"image": {"alt": "Three strips of coloured runs, one cell per row of the vector, each run labelled with its box number. Even padding has runs of nearly equal length; the two random draws have runs of very different lengths."}, "figure": {"caption": "Which box fills which row when there are fewer boxes than rows: even padding, and two draws of the author's random rule. Synthetic."}}
 def start_of_runs(which):
     """Positions at which the shown box changes."""
     inner = range(1, len(which))
@@ -1375,7 +1377,7 @@ for c, name in enumerate(IMAGE_CLASSES):
 #
 # 1. Each RoI gives one candidate per lesion class; the best $N$ become rows of score and encoded box.
 # 2. No score is too low, so a healthy slice has a ranking of its own.
-# 3. Decoded boxes serve NMS alone; a threshold of 0.75 lets a sure lesion fill several rows.
+# 3. Decoded boxes serve NMS alone; a threshold of 0.75 lets one lesion fill several rows.
 # 4. Encoded boxes are of order 1 at any image size; they keep traces of the place at most, and no lesion class.
 # 5. Gradients reach backbone and box head, never the RPN, and only the kept boxes need them.
 #

@@ -509,7 +509,7 @@ for name, (cases, covid, share_found, share_right) in table_3.items():
         f"    {share_right:.2f} ({second[0]:.1f} to {second[1]:.1f})"
     )
 
-# %% mystnb={"image": {"alt": "Two panels of accuracies with intervals. Left: four published systems; the interval of ResNet18 spans about fourteen points, that of COVNet about six, the other two are narrow. Right, on its own axis: our classifier on phantoms."}, "figure": {"caption": "Accuracies of Table 3 with Wilson's intervals (left). Ours on phantoms stands apart (right), because it is another experiment. The intervals of the first two treat slices as independent and are likely to be too narrow."}}
+# %% mystnb={"image": {"alt": "Two panels of accuracies with intervals. Left: four published systems; the interval of ResNet18 spans about fourteen points, that of COVNet about six, the other two are narrow. Right, in a panel of its own: our classifier on phantoms."}, "figure": {"caption": "Accuracies of Table 3 with Wilson's intervals (left). Ours on phantoms stands apart (right), because it is another experiment. The intervals of the first two treat slices as independent and are likely to be too narrow."}}
 fig, axes = plt.subplots(
     1,
     2,

@@ -541,7 +541,7 @@ _ = plotting.score_by_rank(vectors(kept[PAPER])["test"], truth, axes[1])
 plt.show()
 
 # %% [markdown]
-# A control has no lesion, a slice of common pneumonia mostly one, and one of COVID-19 often
+# A control has no lesion, a slice of common pneumonia one or a few, and one of COVID-19 mostly
 # several. So the first ranks answer the most useful question: is there another lesion? Where the
 # curves on the right have come together near 0, $S$ gets inputs that vary and mean little. They may
 # even cost accuracy, because a network with few examples fits them as well.
@@ -970,8 +970,8 @@ print(f"only one of the two is right: {(gain != 0).sum()} of {len(gain)}")
 # %% [markdown]
 # ```{exercise} Which slices go wrong?
 # :label: what-makes-count
-# If $S$ only counted lesions, it would fail on COVID-19 slices with one lesion and on pneumonia
-# slices with two or more. Does it?
+# If $S$ only counted lesions, it would fail on COVID-19 slices with few lesions and on pneumonia
+# slices with many. Does it?
 # ```
 
 # %% [markdown]
@@ -994,9 +994,10 @@ for label in (1, 2):
         print(f"{name:16} {text:12} {called:4.0%} of {here.sum()} slices")
 
 # %% [markdown]
-# If it only counted, the lines with one lesion would be near 0 % and those with two or more near
-# 100 %. As far as they are not, the count in its scores is noisy, or $S$ does more than count.
-# Where a line rests on few slices, more cannot be said.
+# If it only counted, a slice with one lesion would hardly ever be called COVID-19, whichever class
+# it is of. As far as this is not so, the count in its scores is noisy, or $S$ does more than count.
+# The two lines with two or more may differ even for a mere counter, because COVID-19 slices have
+# more lesions there (see the bars above). Where a line rests on few slices, more cannot be said.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1048,7 +1049,8 @@ print(f"rule: {all_rule:.1%} and {rule.score(features['test'], truth):.1%}")
 # ## What we learned
 #
 # 1. An ablation changes one part; the detector looks once, and every variant is cut from wide rows.
-# 2. How many boxes are useful depends on how many lesions a slice has, and phantoms have few.
+# 2. How many boxes are useful depends on how many lesions a slice has, and phantoms have fewer
+#    than $N$.
 # 3. NMS and $N$ belong together: copies of boxes need room, single boxes do not.
 # 4. The row does not say of which class a box is, nor where it lies. A probe shows what is missing,
 #    and an ablation whether $S$ gains from it.

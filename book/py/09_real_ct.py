@@ -423,11 +423,11 @@ def show(names):
 show(scores)
 
 # %% [markdown]
-# The difference of the two rows is the domain gap. Between phantoms it has three causes: larger
-# lesions, other windows, and cropping. Lungs, vessels and noise come from the same program in both.
-# **On real CT expect the shipped weights to be poor.** They have never seen a real vessel, a real
-# artefact or a real lesion. A model that does well on its own test split and poorly one hospital
-# further on is the rule rather than the exception {cite:p}`Roberts2021`.
+# The difference of the two rows is the domain gap. Between phantoms it has three causes: lesions of
+# other sizes, other windows, and cropping. Lungs, vessels and noise come from the same program in
+# both. **On real CT expect the shipped weights to be poor.** They have never seen a real vessel, a
+# real artefact or a real lesion. A model that does well on its own test split and poorly one
+# hospital further on is the rule rather than the exception {cite:p}`Roberts2021`.
 #
 # ## Fine-tuning
 #
@@ -461,10 +461,12 @@ print(f"{steps} steps of {settings.batch_size} slices each")
 show(scores)
 
 # %% [markdown]
-# The last two rows say what the shipped weights are worth as a start. On this page home and here are
-# neighbours, because one program drew both. **Do not expect the same of real slices.** Phantoms are
-# not CT, and weights that learned on them may give no head start at all; for a real head start,
-# others begin with ImageNet or with other CT. The same two cells with your slices tell you.
+# The last two rows say what the shipped weights are worth as a start. Compare them with the second
+# row, too, class by class: so short a training need not beat the weights that it began with, and
+# can lose in one class what it gains in another. On this page home and here are neighbours, because
+# one program drew both. **Do not expect the same of real slices.** Phantoms are not CT, and weights
+# that learned on them may give no head start at all; for a real head start, others begin with
+# ImageNet or with other CT. The same two cells with your slices tell you.
 
 # %% mystnb={"image": {"alt": "Total training loss against the step, one line for each of the two models."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
 ax = plotting.get_ax(6.5, 3.6)
@@ -530,7 +532,8 @@ _ = fig.legend(loc="outside lower center", ncols=2)
 plt.show()
 
 # %% [markdown]
-# The score threshold is a knob like any other. Turn it for the fine-tuned model.
+# The score threshold is a knob like any other. Turn it for the fine-tuned model. Scores can be low
+# after so short a training: if nothing is painted, turn it down.
 
 
 # %%
@@ -1044,11 +1047,12 @@ plt.show()
 temporary.cleanup()
 
 # %% [markdown]
-# Slices of one patient can get different answers. Where no lesion is in sight, "control" is right for
-# the slice and wrong for the patient. A result for a patient needs a rule over slices: the share of
-# positive slices, or the mean over those that a radiologist, or a lesion detector, picked. The paper
-# has none, and its figures are per slice. That is why `summary.csv` gives shares and means and no
-# diagnosis of the volume.
+# Slices of one patient can get different answers. Our old friend has COVID-19: not every slice need
+# say so, and the class with the most slices need not be the right one. Where no lesion is in sight,
+# "control" is right for the slice and wrong for the patient. A result for a patient needs a rule
+# over slices: the share of positive slices, or the mean over those that a radiologist, or a lesion
+# detector, picked. The paper has none, and its figures are per slice. That is why `summary.csv`
+# gives shares and means and no diagnosis of the volume.
 #
 # ## The full scale
 #

@@ -188,7 +188,7 @@ class ShippedWeights(Enum):
     )
     SEGMENTER_CT = (
         "segmenter-ct.safetensors",
-        "c11b1bfa80cd22ed9c016da0a8738ba7438b8dc938fbe2c4bc886da7e568d230",
+        "906e1560442ded45254b535dcda8bd22dde9e20ca6441ee16aedda6eea8e92f0",
     )
     CLASSIFIER_QUICK = (
         "classifier-quick.safetensors",
