@@ -227,8 +227,8 @@ def markdown(result: dict) -> str:
 def measure(
     seeds: tuple[int, ...] = (0, 1, 2),
     data: Path = common.QUICK_DATA,
-    test_data: Path = Path(f"{common.QUICK_DATA}-seed2"),
-    test_seed: int = 2,
+    test_data: Path = Path(f"{common.QUICK_DATA}-seed3"),
+    test_seed: int = 3,
     out: Path = OUT,
 ) -> Iterator[tuple[Path, dict]]:
     slices = common.quick_data(data)[0]

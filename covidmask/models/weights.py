@@ -184,7 +184,7 @@ class ShippedWeights(Enum):
 
     SEGMENTER_QUICK = (
         "segmenter-quick.safetensors",
-        "a3c961f4d05fe9bf87f31fe2f474a6c6f79e1800072e6ff608b47ede642f5220",
+        "bd005ad145604492b5b990f4bf9a0c532378531387b607ce21f9e5e7d8847642",
     )
     SEGMENTER_CT = (
         "segmenter-ct.safetensors",
@@ -192,7 +192,7 @@ class ShippedWeights(Enum):
     )
     CLASSIFIER_QUICK = (
         "classifier-quick.safetensors",
-        "f9746f9441e69a7b179d0714bf5fcb82be8853dd1aba9cba98dfee27f5b99631",
+        "15a594c611b5428b5aea3a00cc50ad662451cfa05493e66be42e9c1a22ae6b5d",
     )
 
     @property
