@@ -212,9 +212,9 @@ def scans(weights: Path, data: Path) -> None:
 def classes(weights: Path, data: Path, patients: int = 150, n_boxes: int = 64) -> None:
     """Would a CLASSIFIER_CT be right? S on drawn patients, asked about the real ones of `data`.
 
-    Half of the drawn patients are severe, and each shows two slices with lesions (controls: any),
-    as scanned, cut to the lungs that are found. Of each real patient: the mean sigmoid of each
-    class over the slices that show lungs.
+    Half of those with COVID-19 are severe, and each patient shows two slices with lesions
+    (controls: any), as scanned, cut to the lungs that are found. Of each real patient: the mean
+    sigmoid of each class over the slices that show lungs.
     """
     torch.manual_seed(0)
     config = ClassifierConfig(n_boxes=n_boxes, hidden=256)

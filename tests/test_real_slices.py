@@ -59,7 +59,10 @@ def test_the_curve_trains_what_is_lacking_and_fills_the_page(
     benchmark, data, tmp_path, monkeypatch
 ):
     page, looks = tmp_path / "page.py", []
-    page.write_text("# <!-- real_slices -->\n# <!-- /real_slices -->\n", encoding="utf-8")
+    marks = [
+        line for line in benchmark.TWIN.read_text("utf-8").splitlines() if "real_slices -->" in line
+    ]
+    page.write_text("\n".join(marks) + "\n", encoding="utf-8")  # those of the page itself
     (tmp_path / "README.md").write_text("<!-- segmenter_ct -->\n<!-- /segmenter_ct -->\n", "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALLOW_DIRTY", "1")
@@ -77,7 +80,7 @@ def test_the_curve_trains_what_is_lacking_and_fills_the_page(
     result = json.loads(out.read_text(encoding="utf-8"))
     assert len(result["parts"]) == 1 + 2 * len(benchmark.ARMS) * benchmark.FOLDS
     assert benchmark.of_slices(result["parts"], "mixed", 6).shape == (15, 3, 5)
-    assert len(looks) == 1 and page.read_text(encoding="utf-8").count("drawn first") == 2
+    assert len(looks) == 1 and page.read_text(encoding="utf-8").count("| drawn first |") == 2
     monkeypatch.setattr(benchmark, "fit", lambda *_: 1 / 0)  # nothing is lacking now
     benchmark.curve(data, steps=2, size=32, different=4, out=out)
 

@@ -800,6 +800,9 @@ plt.show()
 # On the second 25 slices by number. Command: `python benchmarks/real_slices.py beside --data data/covid-semiseg --half second`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 980dc55; all numbers in results/unet_beside.json.
 # <!-- /unet_beside -->
 #
+# <!-- real_slices -->
+# <!-- /real_slices -->
+#
 # Finding lesions is one thing, naming the disease another. We trained $S$ on the ranked boxes of
 # `SEGMENTER_CT` in drawn patients of the three classes, and asked it about three real patients
 # (`python benchmarks/segmenter_ct.py classes`; `results/looks.jsonl`). It called the one with common
