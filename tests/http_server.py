@@ -12,14 +12,15 @@ class Host:
 
     A fault is a status (404, 503), or one of: "wrong" (other bytes), "short" (the connection ends
     before the announced length), "cut" (the same, no length announced), "silent" (nothing, until
-    the host is closed), or ("to", path): a redirect. When the list is used up, the file comes. A
-    fault that is no list lasts for ever.
+    the host is closed), "no ranges" (all of it, also where a part was asked for), or ("to", path):
+    a redirect. When the list is used up, the file comes. A fault that is no list lasts for ever.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.faults: dict = {}
         self.requests: Counter[str] = Counter()
+        self.resumed: dict[str, int] = {}  # from which byte a path was asked for last
         self.closing = threading.Event()
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
@@ -59,7 +60,16 @@ class Host:
                     return
                 if fault == "wrong":
                     data = b"<html>sign in to this network</html>"
-                self.send_response(200)
+                first = int((self.headers.get("Range") or "=0-").split("=")[1][:-1])
+                if first and fault != "no ranges":
+                    host.resumed[self.path.lstrip("/")] = first
+                    if first >= len(data):
+                        self.send_error(416)
+                        return
+                    data = data[first:]
+                    self.send_response(206)
+                else:
+                    self.send_response(200)
                 if fault != "cut":
                     self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

@@ -39,9 +39,12 @@ class SliceEntry(NamedTuple):  # a line of a list
 
     @property
     def patient(self) -> str:
-        """As in the name; a slice whose name has another form counts as a patient of its own."""
+        """As in the name; of one that has another form, what is before a %, or all of it.
+
+        In COVID-CT, ...%0, ...%1 and so on are panels of one figure.
+        """
         match = _NAME.fullmatch(self.name)
-        return match[2] if match else Path(self.name).stem
+        return match[2] if match else Path(self.name).stem.partition("%")[0]
 
 
 def class_names(folder: str | Path) -> tuple[str, ...]:
@@ -165,6 +168,7 @@ class SliceImages(Dataset):
         self.names = locate(path, [entry.name for entry in entries], on_disk, self.classes)
         self.labels = [entry.label for entry in entries]
         self.patients = [entry.patient for entry in entries]
+        self.patients_known = all(_NAME.fullmatch(entry.name) for entry in entries)
         absent = [c for label, c in enumerate(self.classes) if label not in self.labels]
         if require_classes and absent:
             none = f"{path}: there are no slices of class {', '.join(absent)}"

@@ -1,4 +1,4 @@
-"""Real CT: COVID-SemiSeg, COVIDx-CT-1 and the masked slices of CNCB, made ready for the loaders.
+"""Real CT: public data sets, made ready for the loaders.
 
 public_sets.json has terms, addresses and checksums. Nothing is half-written, and a second call goes
 on where the first stopped. A source, list or slice that is missing or not what it should be is a
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,10 @@ from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 
 import pooch
+import requests
 from tqdm import tqdm
 
+from covidmask.config import IMAGE_CLASSES
 from covidmask.datasets import classes
 from covidmask.datasets.lesions import LesionSlices, split_by_patient
 from covidmask.datasets.scans import IMAGE_SUFFIXES
@@ -30,7 +33,8 @@ from covidmask.files import SPLITS, check_writable, decoding, one_line, read_lin
 TIMEOUT = (10.0, 20.0)  # seconds to connect, and between two packets
 RETRIES = 3
 MAX_RATIO = 100  # unpacked to packed; pictures hardly shrink, a bomb shrinks a thousandfold
-# each data set's terms, and address -> file -> SHA-256 of what it downloads, which lands in `below`
+# each data set's terms, and address -> file -> SHA-256 (null: not published) of what it downloads,
+# which lands in `below`; archives to unpack; and of images split, name and SHA-256 in one copy
 SETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 Source = str | os.PathLike[str]
 Place = Callable[[PurePath], str | None]  # path of a file -> its path in a folder of ours
@@ -177,7 +181,113 @@ def lay_out_cncb_lesions(
     return {name: len(part) for name, part in names.items()}
 
 
-def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:
+def lay_out_covid_ct(
+    out: Path,
+    sources: Sequence[Source] = (),
+    address: Source | None = None,
+    allow_missing: bool = False,
+) -> dict[str, int]:
+    """Make `out`/slices of COVID-CT, with the published lists, and count what these name.
+
+    `sources` are folders or archives with the images; without them both archives are downloaded.
+    A warning names images that are not, byte for byte, those of the copy whose sums we have.
+    """
+    names, labels, known = {}, {"NonCOVID": 0, "COVID": 1}, SETS["covid-ct"]["images"]
+    try:
+        fetch_files("covid-ct", out, address, sources)
+    except DataError as error:  # with the images at hand, nobody needs a network
+        if not sources or address or not all(map(os.path.exists, sources)):
+            raise
+        what = "the lists cannot be fetched; those that we have of one copy are taken"
+        warnings.warn(f"{what} ({one_line(error):.60}...)", stacklevel=2)
+        for split, part in known.items():
+            names[split] = [(path.split("/")[1], path[3:].split("/")[0]) for path in part]
+    for split in () if names else SPLITS:
+        paths = {kind: out / f"Data-split/{kind}/{split}CT_{kind}.txt" for kind in labels}
+        names[split] = [(w[0], kind) for kind in labels for _, w in read_lines(paths[kind])]
+    wanted = {Path(name).stem: name for part in names.values() for name, _ in part}
+
+    def place(path: PurePath) -> str | None:
+        known = path.stem in wanted and path.suffix.lower() in IMAGE_SUFFIXES
+        return f"slices/{path.stem}{path.suffix.lower()}" if known else None
+
+    _unpack_all("covid-ct", out, sources, address, place, whole=len(wanted))
+    found = {path.stem: path.name for path in (out / "slices").glob("*.*")}
+    missing = [name for stem, name in wanted.items() if stem not in found]
+    if missing and not (allow_missing and len(missing) < len(wanted)):
+        raise DataError(
+            f"{out}: of the {len(wanted)} images that the lists name, {some(missing)} are missing; "
+            "name a folder or archive that has them with --from, or leave them out with "
+            "--allow-missing; what was found is kept"
+        )
+    sums = {Path(name).stem: sha256 for part in known.values() for name, sha256 in part.items()}
+    here = {stem: found[stem] for stem in wanted if stem in found}
+    if other := [
+        name
+        for stem, name in here.items()
+        if pooch.file_hash(str(out / "slices" / name)) != sums.get(stem)
+    ]:
+        what = "not the published bytes (another size or format, or another image)"
+        warnings.warn(f"{out}: {some(other)}: {what}", stacklevel=2)
+    classes.write_lines(out / "slices/classes.txt", labels)
+    for split, part in names.items():
+        pairs = [(here.get(Path(name).stem), labels[kind]) for name, kind in part]
+        entries = [classes.SliceEntry(name, label, None) for name, label in pairs if name]
+        if entries:  # of a copy that has no test images there is no such list
+            classes.write_split(out / f"slices/{split}.txt", entries)
+        names[split] = entries
+    return {split: len(part) for split, part in names.items()}
+
+
+def lay_out_covid_ct_md(
+    out: Path, sources: Sequence[Source] = (), address: Source | None = None
+) -> dict[str, int]:
+    """Make `out`/CLASS/PATIENT of the DICOM files of COVID-CT-MD's sample; count each class."""
+    fetch_files("covid-ct-md", out, address, sources)
+    kinds = dict(zip(("normal", "cap", "covid"), IMAGE_CLASSES, strict=True))
+    kinds |= {name.lower().split()[0].split("-")[0]: name for name in IMAGE_CLASSES}
+
+    def place(path: PurePath) -> str | None:
+        kind, patient = ("", "", *path.parts)[-3:-1]
+        name = kinds.get(kind.lower().replace("-", " ").partition(" ")[0])
+        dicom = path.suffix.lower() == ".dcm" and not path.name.startswith(".")
+        return f"{name}/{patient}/{path.name}" if name and dicom else None
+
+    _unpack_all("covid-ct-md", out, sources, address, place, whole=1)
+    counts = {name: len(list((out / name).glob("*/*.dcm"))) for name in IMAGE_CLASSES}
+    if not all(counts.values()):
+        none = ", ".join(name for name, count in counts.items() if not count)
+        raise DataError(
+            f"{out}: there is no DICOM file of {none}; name a folder or archive with "
+            "<class> subjects/<patient>/<slice>.dcm in it with --from"
+        )
+    return counts
+
+
+def _unpack_all(
+    name: str,
+    out: Path,
+    sources: Sequence[Source],
+    address: Source | None,
+    place: Place,
+    whole: int,
+) -> None:
+    """Take in `sources`, or, where fewer than `whole` files are there, the published archives."""
+    if not sources:
+        for base, archives in SETS[name]["archives"].items():
+            there = [path for path in out.rglob("*") if path.suffix in (*IMAGE_SUFFIXES, ".dcm")]
+            if len(there) < whole:
+                download(address or base, dict.fromkeys(archives), out)
+                sources = [out / archive for archive in archives]
+    try:
+        collect(sources, out, place)
+    finally:  # a damaged one must not be taken for whole the next time
+        for path in sources:
+            if Path(path).is_relative_to(out):
+                Path(path).unlink(missing_ok=True)
+
+
+def download(base: Source, files: Mapping[str, str | None], out: Path) -> list[str]:
     """Fetch the files that are missing from `out`, or there with another sum; give their names.
 
     pooch gives a file its name when its sum is right, and tries again when it is not or the
@@ -185,17 +295,20 @@ def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:
 
     Args:
         base: what stands before each name, such as https://example.org; or a folder with copies.
-        files: name, with / between folders, -> SHA-256 in hexadecimal digits.
+        files: name, with / between folders, -> SHA-256 in hexadecimal digits; None: not known, so
+            that what is there counts as right. A .zip goes on where the connection broke.
     """
     http, retries = pooch.HTTPDownloader(chunk_size=2**16, timeout=TIMEOUT), RETRIES
-    if os.path.isdir(base):
+    if local := os.path.isdir(base):
         http, retries = (lambda url, file, _: shutil.copyfile(url, file)), 0
     pooch.get_logger().setLevel("WARNING")  # a bar says more than a line per file
     source = pooch.Pooch(out, f"{base}".rstrip("/") + "/", files, retry_if_failed=retries)
 
     def fetch(name: str) -> None:
         try:
-            source.fetch(name, downloader=http)
+            zipped = name.endswith(".zip") and not local
+            part = partial(_go_on, out / f"{name}.part") if zipped else http
+            source.fetch(name, downloader=part)
         except (OSError, ValueError) as error:  # those of requests, too
             raise DataError(
                 f"{source.get_url(name)}: cannot be fetched ({one_line(error)}); check the "
@@ -205,13 +318,30 @@ def download(base: Source, files: Mapping[str, str], out: Path) -> list[str]:
     wanted = [
         name
         for name, sha256 in files.items()
-        if not (out / name).is_file() or pooch.file_hash(str(out / name)) != sha256
+        if not (out / name).is_file() or (sha256 and pooch.file_hash(str(out / name)) != sha256)
     ]
     for folder in {(out / name).parent for name in wanted}:
         check_writable(folder)  # and make it, before threads of pooch collide in that
     with ThreadPoolExecutor(8) as pool:
         list(tqdm(pool.map(fetch, wanted), "fetch", len(wanted), unit="file", disable=None))
     return wanted
+
+
+def _go_on(part: Path, url: str, file: str, _: pooch.Pooch) -> None:
+    """A downloader for pooch that keeps what came in `part`, and asks for the rest another time."""
+    there = part.stat().st_size if part.exists() else 0
+    ask = {"Range": f"bytes={there}-"} if there else {}
+    with requests.get(url, stream=True, timeout=TIMEOUT, headers=ask) as answer:
+        if answer.status_code == 416:  # no more than we have
+            part.unlink()
+        answer.raise_for_status()
+        with open(part, "ab" if answer.status_code == 206 else "wb") as kept:
+            for chunk in answer.iter_content(2**16):
+                kept.write(chunk)
+    if not zipfile.is_zipfile(part):
+        part.unlink()
+        raise ValueError("what came is no whole zip archive")
+    os.replace(part, file)
 
 
 def collect(sources: Sequence[Source], out: Path, place: Place) -> list[str]:

@@ -865,3 +865,143 @@ def test_the_released_lesion_lists_divide_into_500_and_150(tmp_path):
         parts = [open_lesions(out, out / f"{name}.txt") for name in ("train_500", "test_150")]
         assert [len(set(part.patients)) for part in parts] == [100, 30]
         assert not set(parts[0].patients) & set(parts[1].patients)
+
+
+# ---- COVID-CT and the sample of COVID-CT-MD -------------------------------------------------
+
+
+@pytest.fixture
+def covid_ct(tmp_path):
+    """A host with the layout of the repository: six lists, and two archives of small figures."""
+    root, sums = tmp_path / "repository", {}
+    names = {
+        "COVID": {"train": ["2020.01.24-p2-1%0.png", "2020.01.24-p2-1%1.png"],
+                  "val": ["a_b-p1.png"], "test": ["2020-new_x-p3%1.png"]},
+        "NonCOVID": {"train": ["0.jpg"], "val": ["1%0.jpg", "1%1.jpg"], "test": ["1043.png"]},
+    }  # fmt: skip
+    (root / "Images-processed").mkdir(parents=True)
+    for kind, splits in names.items():
+        with zipfile.ZipFile(root / f"Images-processed/CT_{kind}.zip", "w") as archive:
+            archive.writestr("filler", np.random.default_rng(0).bytes(400_000))
+            for split, part in splits.items():
+                listed = root / f"Data-split/{kind}/{split}CT_{kind}.txt"
+                listed.parent.mkdir(parents=True, exist_ok=True)
+                listed.write_text("\n".join(part) + " \n", encoding="utf-8")
+                for name in part:
+                    data = io.BytesIO()
+                    noise = np.random.default_rng(len(sums)).integers(255, size=(40, 50))
+                    grey = Image.fromarray(noise.astype(np.uint8))
+                    grey.save(data, "PNG" if name.endswith("png") else "JPEG")
+                    archive.writestr(f"CT_{kind}/{name}", data.getvalue())
+                    archive.writestr(f"__MACOSX/CT_{kind}/._{name}", b"none")
+                    digest = hashlib.sha256(data.getvalue()).hexdigest()
+                    sums.setdefault(split, {})[f"CT_{kind}/{name}"] = digest
+    with serve(root) as host:
+        host.sums = sums
+        yield host
+
+
+@pytest.fixture
+def own_sums(covid_ct, monkeypatch):
+    monkeypatch.setitem(public_sets.SETS["covid-ct"], "images", covid_ct.sums)
+
+
+def fetch_covid_ct(host, out, *options):
+    return main(["fetch", "covid-ct", "--source", host.url, "--out", str(out), *options])
+
+
+def test_covid_ct_from_nothing(covid_ct, own_sums, out, capsys):
+    assert fetch_covid_ct(covid_ct, out) == 0
+    text = capsys.readouterr().out
+    assert "Note" not in text and "train: 3" in text and "test: 2" in text
+    dataset = open_slices(out, "train", require_classes=True)
+    assert dataset.classes == ("NonCOVID", "COVID")
+    assert list(zip(dataset.names, dataset.labels, strict=True)) == [
+        ("0.jpg", 0), ("2020.01.24-p2-1%0.png", 1), ("2020.01.24-p2-1%1.png", 1)]  # fmt: skip
+    assert dataset.patients == ["0", "2020.01.24-p2-1", "2020.01.24-p2-1"]  # panels of one figure
+    assert not dataset.patients_known
+    assert dataset[1][0].shape == (3, 40, 50)
+    assert not list(out.rglob("*.zip*"))
+    before = sum(covid_ct.requests.values())
+    assert fetch_covid_ct(covid_ct, out) == 0
+    assert sum(covid_ct.requests.values()) == before  # all there
+
+
+@pytest.mark.parametrize("fault", ["short", "no ranges"])
+def test_an_archive_goes_on_where_the_connection_broke(fault, covid_ct, own_sums, out):
+    path = "Images-processed/CT_COVID.zip"
+    covid_ct.faults[path] = ["short", fault]
+    assert fetch_covid_ct(covid_ct, out) == 0
+    assert covid_ct.requests[path] == 3 - (fault == "no ranges")
+    assert (covid_ct.resumed.get(path, 0) > 0) == (fault == "short")
+    assert len(open_slices(out, "test")) == 2
+
+
+def test_what_is_no_archive_is_not_kept(covid_ct, own_sums, out, capsys):
+    path = "Images-processed/CT_COVID.zip"
+    covid_ct.faults[path] = "wrong"
+    assert fetch_covid_ct(covid_ct, out) == 2
+    assert "CT_COVID.zip: cannot be fetched (" in capsys.readouterr().err
+    assert not list(out.rglob("CT_COVID.zip*"))
+    covid_ct.faults[path] = ["cut"]
+    assert fetch_covid_ct(covid_ct, out) == 0
+
+
+def test_an_image_with_other_bytes_is_named(covid_ct, own_sums, monkeypatch, out, capsys):
+    changed = covid_ct.sums["val"] | {"CT_NonCOVID/1%1.jpg": "0" * 64}
+    monkeypatch.setitem(public_sets.SETS["covid-ct"]["images"], "val", changed)
+    assert fetch_covid_ct(covid_ct, out) == 0
+    assert "Note: " in (text := capsys.readouterr().out)
+    assert "1 (1%1.jpg): not the published bytes" in text and "1%0.jpg" not in text
+
+
+def test_covid_ct_of_your_own_copy_needs_no_network(covid_ct, own_sums, out, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    for archive in (covid_ct.root / "Images-processed").iterdir():
+        zipfile.ZipFile(archive).extractall(copy)
+    (copy / "CT_COVID/2020-new_x-p3%1.png").unlink()
+    command = ["fetch", "covid-ct", "--from", str(copy), "--out", str(out)]
+    dead = {"http://127.0.0.1:9": dict.fromkeys(["Data-split/none.txt"])}
+    public_sets.SETS["covid-ct"]["files"], old = dead, public_sets.SETS["covid-ct"]["files"]
+    try:
+        assert main(command) == 2
+        assert "2020-new_x-p3%1.png) are missing" in capsys.readouterr().err
+        assert main([*command, "--allow-missing"]) == 0
+    finally:
+        public_sets.SETS["covid-ct"]["files"] = old
+    assert "Note: the lists cannot be fetched" in capsys.readouterr().out
+    assert open_slices(out, "test").names == ["1043.png"]
+
+
+def test_the_sums_of_covid_ct_are_those_of_its_split():
+    images = public_sets.SETS["covid-ct"]["images"]
+    folders = ("CT_COVID/", "CT_NonCOVID/")
+    counts = {
+        s: [sum(p.startswith(f) for p in part) for f in folders] for s, part in images.items()
+    }
+    assert counts == {"train": [191, 234], "val": [60, 58], "test": [98, 105]}
+    assert len({sha for part in images.values() for sha in part.values()}) == 746
+
+
+def test_the_sample_of_covid_ct_md(tmp_path, out, capsys):
+    root = tmp_path / "host"
+    root.mkdir()
+    with zipfile.ZipFile(root / "main.zip", "w") as archive:
+        for folder in (
+            "COVID-19 subjects/P001",
+            "Cap subjects/cap001",
+            "Normal subjects/normal001",
+        ):
+            for name in ("1.dcm", "._1.dcm", "notes.txt"):
+                archive.writestr(f"COVID-CT-MD-main/Sample data/{folder}/{name}", name)
+        archive.writestr("COVID-CT-MD-main/Index.csv", "x")
+    command = ["fetch", "covid-ct-md", "--out", str(out)]
+    with serve(root) as host:
+        assert main([*command, "--source", host.url]) == 0
+        assert main([*command, "--source", host.url]) == 0
+        assert host.requests["main.zip"] == 1
+    assert tree(out) == ["COVID-19/P001/1.dcm", "Common pneumonia/cap001/1.dcm",
+                         "Control/normal001/1.dcm", "TERMS.txt"]  # fmt: skip
+    assert "Common pneumonia: 1" in capsys.readouterr().out
+    assert main([*command[:-1], str(out / "x"), "--from", str(out / "COVID-19")]) == 2
+    assert "there is no DICOM file of Control" in capsys.readouterr().err
