@@ -40,7 +40,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes and about 6 GB the first time." \
 	  "Without CUDA it is 1 GB: see 'CPU only' in README.md"
-	$(BIN)/python -m pip install -e ".[book,test,train,medical,timm]"
+	$(BIN)/python -m pip install -e ".[book,test,train,medical,timm,systems]"
 	$(BIN)/python -c 'import matplotlib.font_manager'
 	@touch $@
 
@@ -111,7 +111,7 @@ lowest:
 	$(OLDEST) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
-	  --resolution lowest-direct -e ".[book,test,train,medical,timm]"
+	  --resolution lowest-direct -e ".[book,test,train,medical,timm,systems]"
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" --ignore=tests/book
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q \
 	  tests/book/test_build.py tests/book/test_environment.py tests/book/test_notebooks.py

@@ -322,10 +322,12 @@ class EvaluateClassifier(_EvaluateOptions):
     regime: Annotated[Regime | None, ONE] = None
 
     def run(self) -> None:
+        from covidmask.models.systems import load_system
+
         dataset = datasets.open_slices(self.folder, self.split)
         weights, options = self._prepare("classifier", self.regime)
-        model = models.load_classifier(weights)
-        classes = model.config.classes
+        model = load_system(weights)
+        classes = getattr(model, "config", model).classes
         found = training.evaluate_classifier(model, dataset, **options)
         counts, (patients, whose) = found["confusion"], _whose(dataset)
         right, sums = counts.diagonal(), {"sensitivity": counts.sum(1), "ppv": counts.sum(0)}
@@ -354,6 +356,80 @@ class EvaluateClassifier(_EvaluateOptions):
         result |= {"patients": patients, "split": self.split}
         done = f"Classifier {weights} judged on {whose}: accuracy {found['accuracy']:.3f}"
         _report(done, self.json, result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_OnData):
+    """Train several classifiers of slices under one budget, and put them side by side (Table 3).
+
+    Systems are heads, heads_bn and full (the three regimes of COVID-CT-Mask-Net), scores (S reads
+    scores alone), faster (a detector without masks), maps and areas (a linear layer on the same
+    detector's feature maps, or on counts and areas of its lesions), unet and fcn (segment, then
+    classify), and any classifier of torchvision's, or of timm's as timm/NAME; resnet18+lungs is
+    given the lungs, too. A second call does what OUT lacks. For example:
+    `covidmask compare --data data/covid-ct --systems heads maps mobilenet_v2 --out compare.json`
+    """
+
+    systems: tuple[str, ...] = ("heads", "maps", "areas", "resnet18")
+    """In the order of the table."""
+    seeds: tuple[int, ...] = (0,)  # Each system is trained once with each.
+    out: Annotated[Path, arg(metavar="FILE.json")] = Path("compare.json")
+    """The table; FILE.csv and FILE.txt lie beside it."""
+    train: str = "train"  # List to train on.
+    split: str = "test"  # List to judge on.
+    folds: int = 0
+    """Instead of --split: cross-validation in the training list, no patient in two folds."""
+    per_class: Annotated[int | None, _none("all", "INT", "Training slices of each class.")] = None
+    weights: Weights = None  # Of the segmenter.
+    size: int = 224  # Pixels per side, of ordinary classifiers and of unet and fcn.
+    weights_backbone: Annotated[str | None, _none("random weights", "NAME")] = None
+    """Ordinary classifiers start from weights of this name, such as IMAGENET1K_V1 (downloaded)."""
+    keep: Annotated[Path | None, _none("none", "DIR", "Folder for the weights of each.")] = None
+    device: Device = "auto"
+    budget: config.TrainingConfig = config.TrainingConfig(
+        epochs=10, batch_size=16, lr=1e-3, weight_decay=1e-4, cosine=True
+    )
+    segmenter: config.TrainingConfig
+    detector: config.DetectorConfig
+    classifier: config.ClassifierConfig
+    classifier_training: config.TrainingConfig
+
+    def run(self) -> None:
+        from covidmask.training import compare
+
+        root = self.folder
+        train = datasets.open_slices(root, self.train, require_classes=True)
+        parts = [(train, None if self.folds else datasets.open_slices(root, self.split))]
+        if self.folds:
+            pairs = compare.folds_of(train, self.folds)
+            parts = [tuple(compare.part_of(train, part) for part in pair) for pair in pairs]
+        lesions = dict.fromkeys(("train", "test"))
+        for split in set(lesions) & set(datasets.lesion_splits(root)):
+            lesions[split] = datasets.open_lesions(root, split, self.detector.lesions)
+        weights = _weights("segmenter", self.preset, self.weights)
+        detector = models.load_segmenter(weights)
+        _check_output("--out", self.out, ".json", weights, self.train, self.split)
+        names = "size", "detector", "classifier"
+        budget = compare.Budget(
+            self.budget, self.segmenter, self.classifier_training,
+            weights=self.weights_backbone, **{name: getattr(self, name) for name in names},
+        )  # fmt: skip
+        facts = asdict(budget) | {"train": self.train, "split": self.split, "folds": self.folds}
+        facts |= {"per_class": self.per_class, "data": Path(os.path.realpath(root)).name}
+        facts |= {"segmenter": training.loop.digest(detector.state_dict().values())}
+        fabric = training.make_fabric(device=_device(self.device))
+        options = {"budget": budget, "detector": detector, "lesions": lesions["train"]}
+        table = compare.Table(self.out, facts)
+        for seed, system in ((seed, system) for seed in self.seeds for system in self.systems):
+            if (name := f"{system} {seed}") not in table.rows:
+                few = parts
+                if self.per_class:
+                    few = [(compare.few(t, self.per_class, seed), judged) for t, judged in parts]
+                file = f"{system.replace('/', '-')}-{seed}.safetensors"
+                more = {"seed": seed, "fabric": fabric, "keep": self.keep and self.keep / file}
+                table.add(name, compare.row_of(system, few, lesions["test"], **options, **more))
+        _say(table.text())
+        _say(f"Compared on {len(self.seeds)} seeds; {NOTICE} Numbers in {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,7 +505,7 @@ def _commands(preset: config.Preset, **kinds: Any) -> Any:
         details: dict[str, Any] = {}
         if isinstance(kind, tuple):
             details["description"], kind = kind[0], _commands(preset, **kind[1])
-        elif kind in (Phantoms, TrainSegmenter, TrainClassifier):
+        elif kind in (Phantoms, TrainSegmenter, TrainClassifier, Compare):
             parts = {f.name: getattr(preset, f.name) for f in fields(kind) if f.default is MISSING}
             if kind is TrainSegmenter and not preset.pretraining:  # then it draws no phantoms
                 parts["phantoms"] = None
@@ -446,6 +522,7 @@ COMMANDS = {
     "stats": Stats,
     "train": ("Train the segmenter, then the classifier on it.", TRAIN),
     "evaluate": ("Judge a trained model on slices that it has not seen.", JUDGE),
+    "compare": Compare,
     "predict": Predict,
     "check": Check,
     "convert": Convert,

@@ -306,13 +306,15 @@ class LesionRoIHeads(RoIHeads):
             "loss_classifier": F.cross_entropy(class_logits, all_labels),
             "loss_box_reg": box_loss / max(all_labels.numel(), 1),
         }
-        lesions = [torch.where(label > 0)[0] for label in labels]  # masks learn on positive RoIs
-        rois = [boxes[index] for boxes, index in zip(proposals, lesions, strict=True)]
-        matched = [match[index] for match, index in zip(matched, lesions, strict=True)]
-        pooled = self.mask_roi_pool(features, rois, image_shapes)  # [M, C, 14, 14]
-        mask_logits = self.mask_predictor(self.mask_head(pooled))  # [M, classes, 28, 28]
-        masks, true_labels = ([t[key] for t in targets] for key in ("masks", "labels"))
-        losses["loss_mask"] = maskrcnn_loss(mask_logits, rois, masks, true_labels, matched)
+        if self.has_mask():
+            # masks learn on positive RoIs
+            lesions = [torch.where(label > 0)[0] for label in labels]
+            rois = [boxes[index] for boxes, index in zip(proposals, lesions, strict=True)]
+            matched = [match[index] for match, index in zip(matched, lesions, strict=True)]
+            pooled = self.mask_roi_pool(features, rois, image_shapes)  # [M, C, 14, 14]
+            mask_logits = self.mask_predictor(self.mask_head(pooled))  # [M, classes, 28, 28]
+            masks, true_labels = ([t[key] for t in targets] for key in ("masks", "labels"))
+            losses["loss_mask"] = maskrcnn_loss(mask_logits, rois, masks, true_labels, matched)
         if self.semantic is not None:
             losses["loss_semantic"] = self.semantic.loss(features, image_shapes, targets)
         return [], losses

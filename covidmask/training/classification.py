@@ -17,7 +17,8 @@ from covidmask.config import TrainingConfig
 from covidmask.errors import DataError, TrainingError
 from covidmask.metrics.classification import confusion, report
 from covidmask.models.classifier import CovidCTMaskNet, set_regime
-from covidmask.training.loop import digest, fit, item_names, make_fabric
+from covidmask.models.detector import for_inference
+from covidmask.training.loop import digest, fit, item_names, joined, make_fabric, read_batches
 from covidmask.training.ranked_cache import cache_ranked_boxes, settings_digest
 
 
@@ -30,9 +31,9 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).float())
 
 
-def check_classes(model: CovidCTMaskNet, dataset: Dataset) -> None:
+def check_classes(model: nn.Module, dataset: Dataset) -> None:
     """Raise `DataError` where a data set has other classes, or labels, than the model."""
-    ours, theirs = model.config.classes, getattr(dataset, "classes", None)
+    ours, theirs = getattr(model, "config", model).classes, getattr(dataset, "classes", None)
     if theirs is not None and tuple(theirs) != tuple(ours):
         raise DataError(
             f"the data set's classes are {', '.join(theirs)}, the model's {', '.join(ours)}; "
@@ -139,8 +140,32 @@ def train_classifier(
     return fit(model, dataset, losses, training, **options)
 
 
+@torch.no_grad()
+def logits_of(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    fabric: Fabric | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Tensor:
+    """The logits of every slice, float32 [M,C], on the CPU; `model` as in `evaluate_classifier`."""
+    options = {"fabric": fabric or make_fabric(), "batch_size": batch_size, "progress": progress}
+    if isinstance(model, CovidCTMaskNet):
+        return s_logits(model.s, cache_ranked_boxes(model, dataset, **options))
+    fabric = options["fabric"]
+    fast, rows = for_inference(model.to(fabric.device)), None
+    batches = read_batches(dataset, fabric, batch_size, "classifying", progress)
+    for part, _, images in batches:
+        with fabric.autocast():
+            found = fast(images).float().cpu()
+        rows = torch.zeros(len(dataset), found.shape[1]) if rows is None else rows
+        rows[part] = found
+    return joined(rows, fabric)
+
+
 def evaluate_classifier(
-    model: CovidCTMaskNet,
+    model: nn.Module,
     dataset: Dataset,
     *,
     fabric: Fabric | None = None,
@@ -149,18 +174,21 @@ def evaluate_classifier(
 ) -> dict[str, Any]:
     """Classify each slice once and compare with its label. No graph is built.
 
+    Args:
+        model: of `covid_ct_mask_net`, or of `models.systems`.
+
     Returns:
         `probabilities` float32 [M,C] (a sigmoid each, so rows need not sum to 1), `predictions`
         and `labels` int64 [M], `confusion` int64 [C,C] and everything in `report(confusion)`, for
-        the C classes of `model.config`, which the data set must have.
+        the C classes of the model, which the data set must have.
     """
     check_classes(model, dataset)
     options = {"fabric": fabric, "batch_size": batch_size, "progress": progress}
-    logits = s_logits(model.s, cache_ranked_boxes(model, dataset, **options))  # [M, C]
+    logits = logits_of(model, dataset, **options)  # [M, C]
     if not logits.isfinite().all():
         raise TrainingError("S gives logits that are not numbers; train its weights again")
     labels, predictions = torch.tensor(dataset.labels), logits.argmax(1)
-    counts = confusion(labels, predictions, classes=len(model.config.classes))
+    counts = confusion(labels, predictions, classes=logits.shape[1])
     return {
         "probabilities": logits.sigmoid(),
         "predictions": predictions,

@@ -1,0 +1,288 @@
+"""Other ways to classify a slice: the systems that COVID-CT-Mask-Net is compared with (Table 3).
+
+Each is a module from B images, float32 [3,H,W] in 0..1, to logits [B,classes], and can be built
+again from the plain values in its `settings`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.segmentation.fcn import FCN, FCNHead
+from torchvision.transforms import v2
+
+from covidmask.config import DetectorConfig
+from covidmask.datasets.lungs import find_lungs
+from covidmask.datasets.scans import LUNG_WINDOW
+from covidmask.errors import CheckpointError, DataError
+from covidmask.files import atomic_path, one_line
+from covidmask.models.baselines import fit_area_classifier
+from covidmask.models.classifier import CovidCTMaskNet
+from covidmask.models.detector import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_images,
+    lesion_maps,
+    lesion_mask_rcnn,
+    same_size_groups,
+)
+from covidmask.models.weights import _config, _read, load_classifier, load_state
+
+SEGMENTERS = ("unet", "fcn")
+
+
+def _square(images: Sequence[Tensor], size: int) -> Tensor:
+    """Images of any size -> [B,3,size,size]."""
+    options = {"size": (size, size), "mode": "bilinear", "antialias": True}
+    return torch.cat([F.interpolate(image[None], **options) for image in images])
+
+
+class ImageClassifier(nn.Module):
+    """An ordinary classifier of whole slices, any of torchvision's or timm's, under a new head.
+
+    Args:
+        name: as `torchvision.models.get_model` has it, or "timm/" and a name of timm's.
+        classes: their names.
+        size: pixels per side; slices are resized to a square.
+        weights: of ImageNet (downloaded), such as "IMAGENET1K_V1"; of timm's "pretrained".
+        lungs: the three channels are the slice, what of it lies in the lungs, and the lungs, as the
+            authors of COVID-CT give theirs [ZZHX20]; otherwise three times the slice.
+
+    In train mode a slice is cut (60 to 100 % of its area) and mirrored at random.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: Sequence[str],
+        size: int = 224,
+        weights: str | None = None,
+        lungs: bool = False,
+    ) -> None:
+        super().__init__()
+        self.settings = {"name": name, "classes": list(classes), "size": size, "lungs": lungs}
+        self.classes, self.size, self.lungs = tuple(classes), size, lungs
+        try:
+            if name.startswith("timm/"):
+                from timm import create_model
+
+                self.network = create_model(name[5:], weights is not None, num_classes=len(classes))
+            else:
+                self.network = torchvision.models.get_model(name, num_classes=len(classes))
+                if weights:
+                    theirs = torchvision.models.get_model(name, weights=weights).state_dict()
+                    own = self.network.state_dict()  # all but the head fits
+                    theirs = {k: v for k, v in theirs.items() if v.shape == own[k].shape}
+                    self.network.load_state_dict(theirs, strict=False)
+        except (ImportError, LookupError, ValueError, OSError, RuntimeError) as error:
+            raise DataError(
+                f"classifier {name!r}, weights {weights}: {one_line(error)}; choose one of "
+                "torchvision, or timm/NAME after `pip install timm`, and weights that it has"
+            ) from error
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        self.cut = v2.Compose(
+            [v2.RandomResizedCrop(size, (0.6, 1), antialias=True), v2.RandomHorizontalFlip()]
+        )
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        check_images(images)
+        if self.lungs:
+            images = [with_lungs(image) for image in images]
+        if self.training:
+            x = torch.stack([self.cut(image) for image in images])
+        else:
+            x = _square(images, self.size)  # [B, 3, size, size]
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.network(x)
+
+
+def with_lungs(image: Tensor) -> Tensor:
+    """[3,H,W] grey in the lung window -> [3,H,W]: the slice, what lies in the lungs, the lungs."""
+    level, width = LUNG_WINDOW
+    hu = level + (image[0].cpu().numpy() - 0.5) * width
+    lungs = torch.from_numpy(find_lungs(hu)).to(image)
+    return torch.stack([image[0], image[0] * lungs, lungs])
+
+
+class Features(nn.Module):
+    """What a frozen network says about a slice, `width` numbers, before a linear layer."""
+
+    width: int
+    settings: dict[str, Any]
+
+    def read(self, images: list[Tensor]) -> Tensor:  # of one size -> [B, width]
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, images: list[Tensor]) -> Tensor:
+        check_images(images)
+        rows: list[Tensor | None] = [None] * len(images)
+        for group in same_size_groups(images):
+            for i, row in zip(group, self.read([images[i] for i in group]), strict=True):
+                rows[i] = row
+        return torch.stack(rows)
+
+
+class PooledMaps(Features):
+    """Mean and maximum of every channel of a detector's feature pyramid: no box is looked at."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        detector.eval().requires_grad_(False)
+        self.transform, self.backbone = detector.transform, detector.backbone
+        self.settings = {"detector": asdict(detector.config)}
+        self.width = 2 * detector.backbone.out_channels * len(detector.strides)
+
+    def read(self, images: list[Tensor]) -> Tensor:
+        batch, _ = self.transform(images)
+        maps = self.backbone(batch.tensors)
+        if isinstance(maps, Tensor):
+            maps = {"0": maps}
+        maps = [m for m in maps.values() if m.shape[1] == self.backbone.out_channels]
+        return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.amax((2, 3)))], 1)
+
+
+class LesionAreas(Features):
+    """Of each lesion class: how many detections score above 0.5, mean and share of its map."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector.eval().requires_grad_(False)
+        self.settings = {"detector": asdict(detector.config)}
+        self.width = 3 * len(detector.classes)
+
+    def read(self, images: list[Tensor]) -> Tensor:
+        rows = []
+        for found in self.detector(images):
+            maps = lesion_maps(found, len(self.detector.classes))  # [classes, H, W]
+            sure = found["labels"][found["scores"] > 0.5]
+            counts = torch.bincount(sure - 1, minlength=len(maps))
+            shares = (maps.mean((1, 2)), (maps > 0.5).float().mean((1, 2)))
+            rows.append(torch.cat([counts.to(maps), *shares]))
+        return torch.stack(rows)
+
+
+class Segmentation(nn.Module):
+    """A network that names every pixel: B images -> logits [B,1 + lesion classes,size,size]."""
+
+    def __init__(self, name: str, lesions: Sequence[str], size: int = 224, width: int = 1) -> None:
+        super().__init__()
+        self.settings = {"name": name, "lesions": list(lesions), "size": size, "width": width}
+        self.lesions, self.size, labels = tuple(lesions), size, 1 + len(lesions)
+        if name == "fcn":  # torchvision's, on a ResNet-18 of stride 8
+            body = torchvision.models.resnet18()
+            for layer in (body.layer3, body.layer4):
+                layer[0].conv1.stride = layer[0].downsample[0].stride = (1, 1)
+            self.network = FCN(
+                IntermediateLayerGetter(body, {"layer4": "out"}), FCNHead(512, labels)
+            )
+        elif name == "unet":
+            try:
+                from segmentation_models_pytorch import Unet
+            except ImportError as error:
+                remedy = "run `pip install 'covidmask[systems]'`"
+                raise DataError(
+                    f"unet: segmentation-models-pytorch is missing; {remedy}"
+                ) from error
+            channels = [c // width for c in (256, 128, 64, 32, 16)]
+            self.network = Unet("resnet18", encoder_weights=None, classes=labels,
+                                decoder_channels=channels)  # fmt: skip
+        else:
+            raise DataError(f"segmentation {name!r}: choose {' or '.join(SEGMENTERS)}")
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        check_images(images)
+        found = self.network(_square(images, self.size))
+        return found["out"] if isinstance(found, dict) else found
+
+
+class SegmentedAreas(Features):
+    """Segment, then classify: mean and share of the map of each lesion class."""
+
+    def __init__(self, network: Segmentation) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.settings = {"network": network.settings}
+        self.width = 2 * len(network.lesions)
+
+    def read(self, images: list[Tensor]) -> Tensor:
+        maps = self.network(images).softmax(1)[:, 1:]  # [B, classes, size, size]
+        return torch.cat([maps.mean((2, 3)), (maps > 0.5).float().mean((2, 3))], 1)
+
+
+class LinearReader(nn.Module):
+    """Features, then one linear layer, which `fit` finds by logistic regression."""
+
+    def __init__(self, features: Features, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.features, self.classes = features, tuple(classes)
+        self.linear = nn.Linear(features.width, len(classes))
+        kind = type(features).__name__
+        self.settings = {"features": kind, "classes": list(classes), **features.settings}
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        return self.linear(self.features(images))
+
+    def fit(self, rows: Tensor, labels: Sequence[int]) -> None:
+        """Fit the layer to features of slices, float32 [M,width], and their labels, all there."""
+        scale, regression = fit_area_classifier(rows.cpu().numpy(), labels)
+        weight, bias = regression.coef_ / scale.scale_, regression.intercept_
+        bias = bias - weight @ scale.mean_
+        if len(weight) == 1:  # of two classes: the logit of the second
+            weight, bias = np.vstack([0 * weight, weight]), np.append(0, bias)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.from_numpy(weight))
+            self.linear.bias.copy_(torch.from_numpy(bias))
+
+
+READERS = {kind.__name__: kind for kind in (PooledMaps, LesionAreas, SegmentedAreas)}
+
+
+def save_system(model: ImageClassifier | LinearReader, path: str | Path, **card: Any) -> Path:
+    """Write one of these to a .safetensors file; `load_system` builds it again."""
+    header = {"format": 1, "kind": "system", "settings": model.settings, "card": card}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"covidmask": json.dumps(header)}))
+    return Path(path)
+
+
+def load_system(path: str | Path) -> ImageClassifier | LinearReader | CovidCTMaskNet:
+    """Read any classifier of slices: of `save_system`, or of `save_model`; eval mode.
+
+    Raises `CheckpointError`: no file of a classifier, or damaged.
+    """
+    header, state = _read(path)
+    if header["kind"] != "system":
+        return load_classifier(path)
+    try:
+        settings = dict(header["settings"])
+        if kind := settings.pop("features", None):
+            classes = settings["classes"]
+            if "network" in settings:
+                part: nn.Module = Segmentation(**settings["network"])
+            else:
+                config = _config(DetectorConfig, settings["detector"])
+                part = lesion_mask_rcnn(config, masks=kind == "LesionAreas")
+            model: nn.Module = LinearReader(READERS[kind](part), classes)
+        else:
+            model = ImageClassifier(**settings)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its model cannot be built ({one_line(error)}); install the version that "
+            "wrote it"
+        ) from error
+    load_state(model, state, path)
+    return model.eval()

@@ -1,0 +1,367 @@
+"""COVID-CT-Mask-Net beside other classifiers of slices (Table 3), all under one budget.
+
+What trains on images sees every training slice as often as any other, in batches of one size, with
+Adam at a rate that falls along half a cosine; readers of frozen features are fitted to the end. The
+last weights count: no epoch is chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from covidmask.config import ClassifierConfig, DetectorConfig, TrainingConfig, lesion_classes
+from covidmask.datasets.classes import SliceImages
+from covidmask.datasets.lesions import LesionDataset
+from covidmask.errors import DataError, OutputError
+from covidmask.files import atomic_path
+from covidmask.metrics.classification import bootstrap, confusion, report
+from covidmask.metrics.detection import overlap, overlap_means
+from covidmask.models.classifier import CovidCTMaskNet, count_parameters, covid_ct_mask_net
+from covidmask.models.detector import lesion_mask_rcnn
+from covidmask.models.systems import (
+    SEGMENTERS,
+    ImageClassifier,
+    LesionAreas,
+    LinearReader,
+    PooledMaps,
+    Segmentation,
+    SegmentedAreas,
+    save_system,
+)
+from covidmask.models.weights import save_model
+from covidmask.training.classification import classification_loss, logits_of, train_classifier
+from covidmask.training.loop import fit
+from covidmask.training.segmentation import predict_lesions, train_segmenter
+
+TIMED = 16  # slices for the milliseconds of one
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all systems share, and what they are made of."""
+
+    training: TrainingConfig  # of what trains on images; with ImageNet weights at `gentle` times lr
+    lesion_training: TrainingConfig  # of detectors and segmentation networks that are trained here
+    s_training: TrainingConfig  # of S on ranked boxes that do not change
+    detector: DetectorConfig
+    classifier: ClassifierConfig
+    size: int = 224  # pixels per side, of what resizes slices itself
+    weights: str | None = None  # of ImageNet, for ordinary classifiers
+    gentle: float = 0.1
+
+
+def part_of(dataset, chosen: Iterable[int]):
+    """Some slices of a data set, whose lists have one entry for each slice."""
+    chosen, part = list(chosen), copy.copy(dataset)
+    for name, values in vars(dataset).items():
+        if isinstance(values, list):
+            setattr(part, name, [values[i] for i in chosen])
+    return part
+
+
+def folds_of(slices: SliceImages, folds: int, seed: int = 0) -> Iterator[tuple[list, list]]:
+    """Training and test positions of each fold: no patient in both, classes in proportion."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    cut = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    empty = np.zeros(len(slices))
+    for train, test in cut.split(empty, slices.labels, slices.patients):
+        yield train.tolist(), test.tolist()
+
+
+def few(slices: SliceImages, per_class: int, seed: int) -> SliceImages:
+    """`per_class` slices of each class, by a draw of this seed."""
+    labels, chosen = np.array(slices.labels), []
+    for label, name in enumerate(slices.classes):
+        there = np.random.default_rng(seed).permutation(np.flatnonzero(labels == label))
+        if len(there) < per_class:
+            raise DataError(f"{per_class} slices a class: of {name} there are {len(there)}")
+        chosen += there[:per_class].tolist()
+    return part_of(slices, sorted(chosen))
+
+
+def train_system(
+    name: str,
+    slices: SliceImages,
+    budget: Budget,
+    detector: nn.Module,
+    lesions: LesionDataset | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Train one system on `slices`; it gives logits for images, and is in eval mode.
+
+    Args:
+        name: `heads`, `heads_bn` or `full` (the paper's three regimes); `scores` (heads, but S
+            reads the scores alone); `faster` (heads, on a detector without mask branch, trained
+            here on `lesions`); `maps` (a linear layer on the detector's pooled feature maps);
+            `areas` (on counts and areas of its lesions); `unet` or `fcn` (segmentation trained
+            here on `lesions`, then a linear layer on areas); a classifier of torchvision's or
+            timm's, see `ImageClassifier`; `+lungs` after its name gives it the lungs, too.
+        detector: trained, of `lesion_mask_rcnn`; a copy is used.
+        options: `fabric` and `progress` of `fit`.
+    """
+    torch.manual_seed(seed)
+    classes, options = tuple(slices.classes), options | {"seed": seed}
+    config = replace(budget.classifier, classes=classes)
+    if name in ("faster", *SEGMENTERS) and lesions is None:
+        raise DataError(f"{name}: learns from slices with lesion masks, and there are none here")
+    if name == "faster":
+        detector = lesion_mask_rcnn(budget.detector, masks=False)
+        train_segmenter(detector, lesions, budget.lesion_training, **options)
+    if name in ("heads", "heads_bn", "full", "scores", "faster"):
+        if name == "scores":
+            config = replace(config, columns=("score",))
+        regime = {"scores": "heads", "faster": "heads"}.get(name, name)
+        model = covid_ct_mask_net(detector, config)
+        how = budget.s_training if regime == "heads" else budget.training
+        train_classifier(model, slices, regime, how, **options)
+        return model.eval()
+    if name in ("maps", "areas"):
+        features = (PooledMaps if name == "maps" else LesionAreas)(copy.deepcopy(detector))
+        return _read(LinearReader(features, classes), slices)
+    if name in SEGMENTERS:
+        network = Segmentation(name, lesion_classes(lesions.lesions), budget.size)
+        train_segmentation(network, lesions, budget.lesion_training, **options)
+        return _read(LinearReader(SegmentedAreas(network), classes), slices)
+    network, plus, lungs = name.partition("+")
+    if plus and lungs != "lungs":
+        raise DataError(f"system {name!r}: after + there may be lungs")
+    model = ImageClassifier(network, classes, budget.size, budget.weights, bool(plus))
+    how = budget.training
+    if budget.weights:
+        how = replace(how, lr=how.lr * budget.gentle)
+
+    def losses(wrapped, items: list) -> dict[str, Tensor]:
+        images, labels = zip(*items, strict=True)
+        logits = wrapped(list(images))
+        return {"bce": classification_loss(logits, torch.tensor(labels, device=logits.device))}
+
+    fit(model, slices, losses, how, title=name, run={"system": model.settings}, **options)
+    return model
+
+
+def train_segmentation(
+    network: Segmentation, lesions: LesionDataset, training: TrainingConfig, **options: Any
+) -> None:
+    """Train on items of `LesionSlices` by cross-entropy and soft Dice, as `Segmentation` says."""
+
+    def losses(wrapped, items: list) -> dict[str, Tensor]:
+        logits = wrapped([image for image, _ in items])  # [B, 1 + classes, size, size]
+        truth = torch.stack([labels_of(target, network.size) for _, target in items])
+        truth = truth.to(logits.device)
+        shares = logits.softmax(1)[:, 1:]
+        true = F.one_hot(truth, logits.shape[1]).movedim(3, 1)[:, 1:].float()
+        both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
+        slack = 0.002 * truth[0].numel()
+        dice = (1 - (2 * both + slack) / (total + slack)).mean()
+        return {"ce": F.cross_entropy(logits, truth), "dice": dice}
+
+    network.requires_grad_(True)
+    run = {"segmentation": network.settings}
+    fit(network, lesions, losses, training, title=network.settings["name"], run=run, **options)
+
+
+def labels_of(target: dict[str, Tensor], size: int) -> Tensor:
+    """The label of each pixel, int64 [size,size], of the masks of a target."""
+    masks, labels = target["masks"], target["labels"]
+    shape = masks.shape[-2:]
+    codes = torch.zeros(shape, dtype=torch.float32)
+    for mask, label in zip(masks, labels.tolist(), strict=True):
+        codes[mask.bool()] = label
+    return F.interpolate(codes[None, None], (size, size), mode="nearest-exact")[0, 0].long()
+
+
+@torch.no_grad()
+def _read(model: LinearReader, slices: SliceImages) -> LinearReader:
+    model.eval()
+    rows = [model.features([slices[i][0]]) for i in range(len(slices))]
+    model.fit(torch.cat(rows), slices.labels)
+    model.linear.requires_grad_(True)
+    return model
+
+
+def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Area under the ROC curve: of two classes of the second, of more the mean of one v rest.
+
+    Labels int [M], probabilities [M,C]; NaN where a class has no slice, or all.
+    """
+    parts = []
+    for c in [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1]):
+        ranks, own = rankdata(probabilities[:, c]), labels == c  # ties share a rank
+        pairs = own.sum() * (~own).sum()
+        wins = ranks[own].sum() - own.sum() * (own.sum() + 1) / 2
+        parts.append(wins / pairs if pairs else np.nan)
+    return float(np.mean(parts))
+
+
+def judge(logits: Tensor, slices: SliceImages) -> dict[str, Any]:
+    """The numbers of a row, with 95 % intervals from resampling patients."""
+    labels, classes = np.array(slices.labels), len(slices.classes)
+    shares = (logits.softmax(1)).numpy()
+    predicted = logits.argmax(1).numpy()
+    owner = np.unique(slices.patients, return_inverse=True)[1]
+    slices_of = [np.flatnonzero(owner == patient) for patient in range(owner.max() + 1)]
+
+    def values(chosen: np.ndarray) -> list[float]:
+        right = (predicted[chosen] == labels[chosen]).mean()
+        return [right, auc(labels[chosen], shares[chosen])]
+
+    def of_patients(drawn: np.ndarray) -> list[float]:
+        return values(np.concatenate([slices_of[patient] for patient in drawn]))
+
+    ends = bootstrap(len(slices_of), of_patients, repeats=500).T.tolist()
+    found = report(confusion(labels, predicted, classes))
+    pairs = zip(found["sensitivity"], found["ppv"], strict=True)
+    f1 = [2 * s * p / (s + p) if s + p > 0 else 0.0 for s, p in pairs]
+    return {
+        **{key: found[key] for key in ("accuracy", "sensitivity", "ppv", "n")},
+        "f1": float(np.mean(f1)),
+        "auc": values(np.arange(len(labels)))[1],
+        "accuracy_interval": ends[0],
+        "auc_interval": ends[1],
+        "predictions": "".join(map(str, predicted)) if classes < 10 else predicted.tolist(),
+        "probabilities": np.round(shares[:, 1:], 4).tolist(),
+    }
+
+
+def row_of(
+    name: str,
+    parts: list[tuple[SliceImages, SliceImages]],
+    lesions_test: LesionDataset | None = None,
+    keep: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train on the first and judge on the second of each pair, all their test slices together.
+
+    Options are those of `train_system`. `keep`: file for the weights, of a single pair.
+    """
+    start, found, test = time.process_time(), [], None
+    looking = {key: options[key] for key in ("fabric", "progress") if key in options}
+    for train, part in parts:
+        model = train_system(name, train, **options)
+        seconds = time.process_time() - start
+        found.append(logits_of(model, part, **looking))
+        test = part if test is None else together(test, part)
+    images = [test[i][0] for i in range(min(TIMED, len(test)))]
+    fast = model.cpu().eval()
+    with torch.no_grad():
+        fast(images[:1])
+        clock = time.perf_counter()
+        for image in images:
+            fast([image])
+        each = (time.perf_counter() - clock) / len(images)
+    if keep and len(parts) == 1:
+        save = save_model if isinstance(model, CovidCTMaskNet) else save_system
+        save(model, keep, system=name, seed=options.get("seed", 0))
+    row = {
+        "parameters": count_parameters(model),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": seconds / len(parts),
+        "ms": 1000 * each,
+        **judge(torch.cat(found), test),
+    }
+    if lesions_test is not None and (dice := dice_of(model, lesions_test)):
+        row["dice"] = dice
+    return row
+
+
+def together(first: SliceImages, second: SliceImages) -> SliceImages:
+    """Two parts of one data set as one."""
+    both = copy.copy(first)
+    for name, values in vars(first).items():
+        if isinstance(values, list):
+            setattr(both, name, values + getattr(second, name))
+    return both
+
+
+@torch.no_grad()
+def dice_of(model: nn.Module, lesions: LesionDataset) -> dict[str, float]:
+    """Mean Dice over slices of each region, of what finds lesions' pixels; else empty."""
+    features = getattr(model, "features", None)
+    rows = []
+    if isinstance(features, SegmentedAreas):
+        names = features.network.lesions
+        for index in range(len(lesions)):
+            image, mask = lesions.read(index)
+            picture = torch.from_numpy(image).repeat(3, 1, 1)
+            maps = features.network([picture]).softmax(1)[:, 1:]
+            maps = F.interpolate(maps, size=mask.shape, mode="bilinear")[0]
+            rows.append(overlap(maps, mask))
+    elif isinstance(features, LesionAreas):
+        names = features.detector.classes
+        found = predict_lesions(features.detector, lesions, fused=True, progress=False)
+        for index, prediction, _ in found:
+            rows.append(overlap(prediction["maps"], lesions.read(index)[1]))
+    else:
+        return {}
+    table = np.array(rows)
+    regions = ("infection", *names)
+    return {name: overlap_means(table[:, i])["dice"] for i, name in enumerate(regions)}
+
+
+class Table:
+    """Rows in a JSON file, added one by one; beside it as .csv and .txt.
+
+    Raises `OutputError` where the file has rows of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings, self.rows = path, json.loads(json.dumps(settings)), {}
+        if path.exists():
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+                self.rows, before = dict(old["rows"]), dict(old["settings"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputError(f"{path}: is no table of `compare`; name another file") from error
+            now = self.settings
+            if other := [name for name in now if before.get(name) != now[name]]:
+                raise OutputError(
+                    f"{path}: its rows come from other settings ({', '.join(other)}); take the "
+                    "same ones, or name another file"
+                )
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        self.rows[name] = row
+        content = json.dumps({"settings": self.settings, "rows": self.rows}) + "\n"
+        table = self.frame().to_csv(index_label="system, seed")
+        for suffix, text in ((".json", content), (".csv", table), (".txt", self.text() + "\n")):
+            with atomic_path(self.path.with_suffix(suffix)) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="\n")
+
+    def frame(self):
+        """A pandas table of all rows: a column for each number, and each class."""
+        from pandas import DataFrame
+
+        flat, left_out = {}, ("predictions", "probabilities")
+        for name, row in self.rows.items():
+            values = flat[name] = {}
+            for key, value in row.items():
+                if isinstance(value, list) and key not in left_out:
+                    values |= {f"{key} {i}": part for i, part in enumerate(value)}
+                elif isinstance(value, dict):
+                    values |= {f"{key} {part}": number for part, number in value.items()}
+                elif key not in left_out:
+                    values[key] = value
+        return DataFrame.from_dict(flat, orient="index")
+
+    def text(self) -> str:
+        """The table that people read: means over seeds would hide how far seeds lie apart."""
+        table = self.frame()
+        for key in ("accuracy", "auc"):
+            ends = (table.pop(f"{key}_interval {i}") for i in (0, 1))
+            rows = zip(table[key], *ends, strict=True)
+            table[key] = ["{:.3f} ({:.3f} to {:.3f})".format(*row) for row in rows]
+        return table.to_string(float_format="{:.3f}".format, na_rep="")
