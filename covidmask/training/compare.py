@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ from covidmask.models.systems import (
 )
 from covidmask.models.weights import save_model
 from covidmask.training.classification import classification_loss, logits_of, train_classifier
-from covidmask.training.loop import fit
+from covidmask.training.loop import fit, joined, make_fabric, read_batches
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
 TIMED = 16  # slices for the milliseconds of one
@@ -131,11 +132,11 @@ def train_system(
         return model.eval()
     if name in ("maps", "areas"):
         features = (PooledMaps if name == "maps" else LesionAreas)(copy.deepcopy(detector))
-        return _read(LinearReader(features, classes), slices)
+        return _fitted(LinearReader(features, classes), slices, **options)
     if name in SEGMENTERS:
         network = Segmentation(name, lesion_classes(lesions.lesions), budget.size)
         train_segmentation(network, lesions, budget.lesion_training, **options)
-        return _read(LinearReader(SegmentedAreas(network), classes), slices)
+        return _fitted(LinearReader(SegmentedAreas(network), classes), slices, **options)
     network, plus, lungs = name.partition("+")
     if plus and lungs != "lungs":
         raise DataError(f"system {name!r}: after + there may be lungs")
@@ -185,11 +186,19 @@ def labels_of(target: dict[str, Tensor], size: int) -> Tensor:
 
 
 @torch.no_grad()
-def _read(model: LinearReader, slices: SliceImages) -> LinearReader:
-    model.eval()
-    rows = [model.features([slices[i][0]]) for i in range(len(slices))]
-    model.fit(torch.cat(rows), slices.labels)
-    model.linear.requires_grad_(True)
+def _fitted(
+    model: LinearReader,
+    slices: SliceImages,
+    fabric: Fabric | None = None,
+    progress: bool = True,
+    **_,
+) -> LinearReader:
+    """Read the features of every slice once, then fit the layer."""
+    fabric = fabric or make_fabric()
+    model, rows = model.to(fabric.device).eval(), torch.zeros(len(slices), model.features.width)
+    for part, _, images in read_batches(slices, fabric, 8, "reading features", progress):
+        rows[part] = model.features(images).cpu()
+    model.fit(joined(rows, fabric), slices.labels)
     return model
 
 
@@ -256,12 +265,12 @@ def row_of(
         found.append(logits_of(model, part, **looking))
         test = part if test is None else together(test, part)
     images = [test[i][0] for i in range(min(TIMED, len(test)))]
-    fast = model.cpu().eval()
+    model.cpu().eval()
     with torch.no_grad():
-        fast(images[:1])
+        model(images[:1])  # the first call is slower
         clock = time.perf_counter()
         for image in images:
-            fast([image])
+            model([image])
         each = (time.perf_counter() - clock) / len(images)
     if keep and len(parts) == 1:
         save = save_model if isinstance(model, CovidCTMaskNet) else save_system
