@@ -740,6 +740,25 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # What the table does say: consolidation is hard for everyone, with so few slices.
 
 # %% [markdown]
+# ## Real images with a class
+#
+# Lesions are half of the method; the other half says what a slice *is*. COVID-CT
+# {cite:p}`Zhao2020` is a set that anyone can get for that: `covidmask fetch covid-ct` brings 746
+# figures of two classes, cut out of preprints, with a published division. Look at what they are
+# before you train: *NonCOVID* is not healthy but tumours, other disease and some normal lungs;
+# windows, borders, letters and arrows differ from figure to figure; patients are known in part. (The
+# figures belong to the authors of the preprints, so no picture stands here.)
+#
+# Does the paper's vector say which of the two a figure is? Here `SEGMENTER_CT`, which has seen drawn
+# chests alone, looks at the training images. Each row gives other numbers of the same look to a
+# logistic regression. From top to bottom they know more and more about the image:
+#
+# <!-- covid_ct -->
+# <!-- /covid_ct -->
+#
+# COVID_CT_READING
+
+# %% [markdown]
 # ## Hounsfield units and windows
 #
 # A scanner does not write grey values of 0 to 1. It writes Hounsfield units (HU): air is -1000,
