@@ -66,7 +66,9 @@ def test_installed_version_fits(name):
     try:
         installed = version(name)
     except PackageNotFoundError:
-        pytest.fail(f'{name} is not installed: pip install -e ".[book,test,train,medical,timm,systems]"')
+        pytest.fail(
+            f'{name} is not installed: pip install -e ".[book,test,train,medical,timm,systems]"'
+        )
     # a wheel built for one device calls itself 2.5.0+cpu; the part after + is no version bound
     assert requirement.specifier.contains(installed.split("+")[0], prereleases=True)
 

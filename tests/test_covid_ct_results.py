@@ -1,0 +1,78 @@
+"""The table of COVID-CT in chapter 9 is that of its file, and its numbers come from the boxes."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from covidmask.models import ShippedWeights
+from covidmask.models.ranked_boxes import ranked_boxes
+
+ROOT = Path(__file__).parents[1]
+RESULT = json.loads((ROOT / "results" / "covid_ct.json").read_text("utf-8"))
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its neighbour
+    return importlib.import_module("covid_ct")
+
+
+def test_the_chapter_shows_the_results_file(benchmark):
+    lines = (f"# {line}".rstrip() for line in benchmark.markdown(RESULT).splitlines())
+    assert "\n".join(lines) in benchmark.TWIN.read_text(encoding="utf-8")
+    for key in ("command", "commit", "hardware", "date", "torch", "weights"):
+        assert RESULT[key], key
+    assert "dirty" not in RESULT["commit"] and "/work" not in json.dumps(RESULT)
+
+
+def test_what_the_chapter_says_of_it(benchmark):
+    value = {name: row["auc"] for name, row in RESULT["rows"].items()}
+    assert value["scores"] < value["spread"] < value["grey"] < value["maps"] < value["imagenet"]
+    assert value["paper"] - value["scores"] < 0.02
+    boxes = [RESULT["rows"][name]["auc_by_figure"][1] for name in ("scores", "paper")]
+    assert max(boxes) < RESULT["rows"]["maps"]["auc_by_figure"][0]
+
+
+def test_rows_are_those_of_ranked_boxes(benchmark):
+    detector = ShippedWeights.SEGMENTER_CT.load()
+    config = benchmark.replace(benchmark.PRESETS["semiseg"].classifier, n_boxes=8)
+    image = torch.rand(1, 60, 80, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1)
+    rows, hidden = benchmark.looks(detector, image, config)
+    with torch.no_grad():
+        expected = ranked_boxes(detector, [image], config)[0]
+    torch.testing.assert_close(rows[:, :5], expected)
+    assert rows.shape == (8, 14) and hidden.shape == (8, detector.config.box_features)
+    mean, spread, least, most = rows[:, 10:].T
+    assert (least <= mean).all() and (mean <= most).all() and (spread >= 0).all()
+
+
+def test_grey_of_a_box(benchmark):
+    image = torch.zeros(3, 10, 20)
+    image[:, :5, :10] = 1  # the upper left quarter
+    places = torch.tensor([[0, 0, 0.5, 0.5], [0, 0, 1, 1], [0.5, 0.5, 1, 1]])
+    values = benchmark.grey_of(image, places)
+    assert values[:, 0].tolist() == [1, 0.25, 0]
+    assert values[0].tolist() == [1, 0, 1, 1] and values[1, 2:].tolist() == [0, 1]
+
+
+def test_each_image_is_judged_by_a_fold_without_its_figure(benchmark):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=60).tolist()
+
+    class Slices(list):
+        pass
+
+    slices = Slices(range(60))
+    slices.labels, slices.patients = labels, [f"f{i // 2}" for i in range(60)]
+    told = np.array(labels)[:, None] + rng.normal(0, 0.3, (60, 1))
+    found = benchmark.judge(told, slices)
+    assert found["auc"] == pytest.approx(roc_auc_score(labels, told[:, 0]), abs=0.05)
+    assert found["auc_by_figure"][0] < found["auc"] < found["auc_by_figure"][1]
+    # a number that only names the figure helps nobody whose figure is in the test fold
+    figure = np.eye(30)[np.arange(60) // 2]
+    assert benchmark.judge(figure, slices)["auc"] < 0.7
