@@ -983,6 +983,34 @@ def test_the_sums_of_covid_ct_are_those_of_its_split():
     assert len({sha for part in images.values() for sha in part.values()}) == 746
 
 
+@pytest.mark.skipif(
+    not os.environ.get("COVIDMASK_REAL"), reason="COVIDMASK_REAL (folder of real CT) is not set"
+)
+def test_real_figures(out, capsys):
+    real = Path(os.environ["COVIDMASK_REAL"]) / "covid-ct"
+    sums = {name: sha for part in public_sets.SETS["covid-ct"]["images"].values()
+            for name, sha in part.items()}  # fmt: skip
+    originals = [p for p in (real / "originals").rglob("*") if p.is_file()]
+    assert originals
+    for path in originals:
+        assert sums[path.relative_to(real / "originals").as_posix()] == sha256(path)
+    command = ["fetch", "covid-ct", "--from", str(real), "--source", "http://127.0.0.1:9"]
+    assert main([*command, "--out", str(out)]) == 2  # an address of yours must answer
+    public_sets.SETS["covid-ct"]["files"], old = (
+        {"http://127.0.0.1:9": dict.fromkeys(["Data-split/none.txt"])},
+        public_sets.SETS["covid-ct"]["files"],
+    )
+    try:
+        assert main([*command[:-2], "--out", str(out), "--allow-missing"]) == 0
+    finally:
+        public_sets.SETS["covid-ct"]["files"] = old
+    assert "train: 425" in (text := capsys.readouterr().out) and "val: 118" in text
+    dataset = open_slices(out, "train", require_classes=True)
+    assert np.bincount(dataset.labels).tolist() == [234, 191]
+    image, label = dataset[0]
+    assert image.shape[0] == 3 and 0 <= image.min() < image.max() <= 1 and label == 0
+
+
 def test_the_sample_of_covid_ct_md(tmp_path, out, capsys):
     root = tmp_path / "host"
     root.mkdir()
