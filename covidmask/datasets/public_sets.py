@@ -201,7 +201,8 @@ def lay_out_covid_ct(
         what = "the lists cannot be fetched; those that we have of one copy are taken"
         warnings.warn(f"{what} ({one_line(error):.60}...)", stacklevel=2)
         for split, part in known.items():
-            names[split] = [(path.split("/")[1], path[3:].split("/")[0]) for path in part]
+            pairs = [(path.split("/")[1], path[3:].split("/")[0]) for path in part]
+            names[split] = sorted(pairs, key=lambda pair: labels[pair[1]])
     for split in () if names else SPLITS:
         paths = {kind: out / f"Data-split/{kind}/{split}CT_{kind}.txt" for kind in labels}
         names[split] = [(w[0], kind) for kind in labels for _, w in read_lines(paths[kind])]
