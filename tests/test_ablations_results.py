@@ -30,7 +30,7 @@ def test_results_name_their_origin_and_all_parts_are_there(benchmark):
     assert "ablations.py" in RESULT["command"]
     used = ("phantoms", "detector", "classifier", "classifier_training", "min_area")
     warn_if_stale(RESULT, used, "python benchmarks/ablations.py")
-    assert RESULT["train_slices"] >= 3000 and RESULT["test_slices"] == 600
+    assert RESULT["train_slices"] >= 3000 and RESULT["test_slices"] >= 600
     assert len(RESULT["seeds"]) >= 3
     trained = [entry for entry in RESULT["variants"] if entry["group"] != "Logistic regression"]
     assert [entry["name"] for entry in trained] == [variant.name for variant in benchmark.VARIANTS]

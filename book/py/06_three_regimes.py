@@ -850,7 +850,7 @@ plt.show()
 # %% [markdown]
 # ## The whole benchmark
 #
-# `benchmarks/regimes.py` does what the live cell did, with all training slices of the preset
+# `benchmarks/regimes.py` does what the live cell did, with every second training slice of the preset
 # `quick`, and evaluates on test patients. All runs start from the shipped segmenter, and each seed
 # gives every regime the same random $S$. There are three questions:
 #
@@ -892,7 +892,7 @@ plt.show()
 # chosen while looking at results on phantoms.
 #
 # A short pilot (the second table) chose the rate for each regime, by the accuracy on the validation
-# slices after a few epochs on every fourth training slice. Where two rates are given, the first is
+# slices after a few epochs on every eighth training slice. Where two rates are given, the first is
 # that of $S$ and the second that of the detector, which then has the weight decay of the preset
 # `paper` instead of that of `quick`. In all runs the validation slices also chose the epoch.
 #
