@@ -84,7 +84,8 @@ def test_values_codes_and_determinism(seed, label, position, size):
 def test_a_drawn_position_shows_a_lesion(seed, which):
     patient = make_patient(seed, *which)
     for position in draw_positions(patient, 3):
-        assert (draw(patient, position, 128)[1] >= 2).mean() > 0.8 * MIN_AREA
+        # the position was chosen on a coarse drawing, where a small lesion has other pixels
+        assert (draw(patient, position, 128)[1] >= 2).mean() > 0.5 * MIN_AREA
 
 
 @quick
