@@ -192,7 +192,7 @@ class Segmentation(nn.Module):
             try:
                 from segmentation_models_pytorch import Unet
             except ImportError as error:
-                remedy = "run `pip install 'covidmask[systems]'`"
+                remedy = "run `pip install segmentation-models-pytorch`"
                 raise DataError(
                     f"unet: segmentation-models-pytorch is missing; {remedy}"
                 ) from error
