@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timezone
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -395,29 +396,47 @@ class Compare(_OnData):
     classifier_training: config.TrainingConfig
 
     def run(self) -> None:
-        from covidmask.training import compare
+        from covidmask.training import compare, loop
 
         root = self.folder
+        if not (self.systems and self.seeds):
+            raise CovidmaskError("--systems, --seeds: name one of each, or leave them out")
+        if self.keep and self.folds:
+            raise CovidmaskError("--keep: with --folds there are several models of each system")
+        compare.check_systems(self.systems)
         train = datasets.open_slices(root, self.train, require_classes=True)
         parts = [(train, None if self.folds else datasets.open_slices(root, self.split))]
+        if shared := {} if self.folds else {*train.names} & {*parts[0][1].names}:
+            both = f"{files.some(sorted(shared))} are in both lists"
+            raise DataError(f"--train {self.train}, --split {self.split}: {both}; divide them")
         if self.folds:
             pairs = compare.folds_of(train, self.folds)
             parts = [tuple(compare.part_of(train, part) for part in pair) for pair in pairs]
         lesions = dict.fromkeys(("train", "test"))
         for split in set(lesions) & set(datasets.lesion_splits(root)):
-            lesions[split] = datasets.open_lesions(root, split, self.detector.lesions)
+            area = PRESETS[self.preset].min_area
+            lesions[split] = datasets.open_lesions(root, split, self.detector.lesions, area)
         weights = _weights("segmenter", self.preset, self.weights)
         detector = models.load_segmenter(weights)
         _check_output("--out", self.out, ".json", weights, self.train, self.split)
         names = "size", "detector", "classifier"
+        precision = self.budget.precision  # one for all, or the seconds say nothing
+        how = (self.segmenter, self.classifier_training)
         budget = compare.Budget(
-            self.budget, self.segmenter, self.classifier_training,
+            self.budget, *(replace(part, precision=precision) for part in how),
             weights=self.weights_backbone, **{name: getattr(self, name) for name in names},
         )  # fmt: skip
         facts = asdict(budget) | {"train": self.train, "split": self.split, "folds": self.folds}
         facts |= {"per_class": self.per_class, "data": Path(os.path.realpath(root)).name}
-        facts |= {"segmenter": training.loop.digest(detector.state_dict().values())}
-        fabric = training.make_fabric(device=_device(self.device))
+        listed = [part.names + part.labels for pair in parts for part in pair]
+        listed += [part and part.names for part in lesions.values()]
+        facts |= {
+            "segmenter": loop.digest(detector.state_dict().values()),
+            "lists": sha256(json.dumps(listed).encode()).hexdigest()[:12],
+        }
+        if self.keep:
+            files.check_writable(self.keep)
+        fabric = training.make_fabric(self.budget.precision, _device(self.device))
         options = {"budget": budget, "detector": detector, "lesions": lesions["train"]}
         table = compare.Table(self.out, facts)
         for seed, system in ((seed, system) for seed in self.seeds for system in self.systems):
@@ -429,7 +448,7 @@ class Compare(_OnData):
                 more = {"seed": seed, "fabric": fabric, "keep": self.keep and self.keep / file}
                 table.add(name, compare.row_of(system, few, lesions["test"], **options, **more))
         _say(table.text())
-        _say(f"Compared on {len(self.seeds)} seeds; {NOTICE} Numbers in {self.out}")
+        _say(f"{len(table.rows)} rows in {self.out}. {NOTICE}")
 
 
 @dataclass(frozen=True, kw_only=True)

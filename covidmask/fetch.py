@@ -61,7 +61,8 @@ class Fetch:
             counts = self._counts(out, [os.path.expanduser(source) for source in self.sources])
         for note in notes:
             print(f"Note: {note.message}")
-        print(f"{self.data_set} is{'' if self.allow_missing else ' whole'} in {out}")
+        part = self.allow_missing or (self.data_set == "covid-ct-md" and self.sources)
+        print(f"{self.data_set} is{'' if part else ' whole'} in {out}")
         for what, count in counts.items():
             print(f"  {what}: {count:,}")
 

@@ -39,12 +39,13 @@ class SliceEntry(NamedTuple):  # a line of a list
 
     @property
     def patient(self) -> str:
-        """As in the name; of one that has another form, what is before a %, or all of it.
+        """As in the name; of one that has another form, the figure, or all of it.
 
-        In COVID-CT, ...%0, ...%1 and so on are panels of one figure.
+        In COVID-CT, ...%0, ...%1 or ...-p6-64-1, ...-p6-64-2 are panels of one figure.
         """
-        match = _NAME.fullmatch(self.name)
-        return match[2] if match else Path(self.name).stem.partition("%")[0]
+        if match := _NAME.fullmatch(self.name):
+            return match[2]
+        return re.sub(r"(-p\d+-\d+)-\d+$", r"\1", Path(self.name).stem.partition("%")[0])
 
 
 def class_names(folder: str | Path) -> tuple[str, ...]:

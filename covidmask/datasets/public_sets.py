@@ -205,21 +205,40 @@ def lay_out_covid_ct(
             names[split] = sorted(pairs, key=lambda pair: labels[pair[1]])
     for split in () if names else SPLITS:
         paths = {kind: out / f"Data-split/{kind}/{split}CT_{kind}.txt" for kind in labels}
-        names[split] = [(w[0], kind) for kind in labels for _, w in read_lines(paths[kind])]
-    wanted = {Path(name).stem: name for part in names.values() for name, _ in part}
+        try:
+            names[split] = [(w[0], kind) for kind in labels for _, w in read_lines(paths[kind])]
+        except DataError:  # it has no sum: fetch it again the next time
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+            raise
+        theirs = {f"CT_{kind}/{name}" for name, kind in names[split]}
+        if theirs != set(known[split]):
+            what = f"{len(theirs)} images, not the {len(known[split])} of the copy that we know"
+            warnings.warn(f"{out}: the list {split} names {what}", stacklevel=2)
+    wanted = {Path(name).stem: (name, kind) for part in names.values() for name, kind in part}
+    there = {path.stem: path.name for path in (out / "slices").glob("*.*") if _looks_whole(path)}
 
     def place(path: PurePath) -> str | None:
-        known = path.stem in wanted and path.suffix.lower() in IMAGE_SUFFIXES
-        return f"slices/{path.stem}{path.suffix.lower()}" if known else None
+        # 102.png of another folder is another image; of one stem, the first file is taken
+        suffix, kind = path.suffix.lower(), wanted.get(path.stem, ("", ""))[1]
+        if suffix not in IMAGE_SUFFIXES or path.parent.name != f"CT_{kind}":
+            return None
+        name = there.setdefault(path.stem, f"{path.stem}{suffix}")
+        return f"slices/{name}" if name == f"{path.stem}{suffix}" else None
 
-    _unpack_all("covid-ct", out, sources, address, place, whole=len(wanted))
-    found = {path.stem: path.name for path in (out / "slices").glob("*.*")}
-    missing = [name for stem, name in wanted.items() if stem not in found]
+    for path in (out / "slices").glob("*.*"):
+        if path.suffix in IMAGE_SUFFIXES and path.stem not in there:
+            path.unlink()  # our link or copy, so that a whole one can take its place
+
+    whole = all(stem in there for stem in wanted)
+    _unpack_all("covid-ct", out, sources, address, place, whole)
+    found = {path.stem: path.name for path in (out / "slices").glob("*.*") if _looks_whole(path)}
+    missing = [name for stem, (name, _) in wanted.items() if stem not in found]
     if missing and not (allow_missing and len(missing) < len(wanted)):
         raise DataError(
-            f"{out}: of the {len(wanted)} images that the lists name, {some(missing)} are missing; "
-            "name a folder or archive that has them with --from, or leave them out with "
-            "--allow-missing; what was found is kept"
+            f"{out}: of the {len(wanted)} images that the lists name, {some(missing)} are missing "
+            "or damaged; name a folder or archive that has them with --from, or leave them out "
+            "with --allow-missing; what was found is kept"
         )
     sums = {Path(name).stem: sha256 for part in known.values() for name, sha256 in part.items()}
     here = {stem: found[stem] for stem in wanted if stem in found}
@@ -234,8 +253,11 @@ def lay_out_covid_ct(
     for split, part in names.items():
         pairs = [(here.get(Path(name).stem), labels[kind]) for name, kind in part]
         entries = [classes.SliceEntry(name, label, None) for name, label in pairs if name]
+        path = out / f"slices/{split}.txt"
         if entries:  # of a copy that has no test images there is no such list
-            classes.write_split(out / f"slices/{split}.txt", entries)
+            classes.write_split(path, entries)
+        else:
+            path.unlink(missing_ok=True)
         names[split] = entries
     return {split: len(part) for split, part in names.items()}
 
@@ -245,16 +267,21 @@ def lay_out_covid_ct_md(
 ) -> dict[str, int]:
     """Make `out`/CLASS/PATIENT of the DICOM files of COVID-CT-MD's sample; count each class."""
     fetch_files("covid-ct-md", out, address, sources)
-    kinds = dict(zip(("normal", "cap", "covid"), IMAGE_CLASSES, strict=True))
-    kinds |= {name.lower().split()[0].split("-")[0]: name for name in IMAGE_CLASSES}
+    kinds = dict(zip(("normal", "cap", "covid-19"), IMAGE_CLASSES, strict=True))
+    kinds |= {name.lower(): name for name in IMAGE_CLASSES} | {"common": IMAGE_CLASSES[1]}
 
     def place(path: PurePath) -> str | None:
         kind, patient = ("", "", *path.parts)[-3:-1]
-        name = kinds.get(kind.lower().replace("-", " ").partition(" ")[0])
+        name = kinds.get(kind.lower().removesuffix(" subjects"))
         dicom = path.suffix.lower() == ".dcm" and not path.name.startswith(".")
         return f"{name}/{patient}/{path.name}" if name and dicom else None
 
-    _unpack_all("covid-ct-md", out, sources, address, place, whole=1)
+    listed = out / "files.txt"  # what the archive held: nobody publishes a list
+    before = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else [listed]
+    lost = sum(not (out / name).is_file() for name in before)
+    places = _unpack_all("covid-ct-md", out, sources, address, place, whole=not lost)
+    if not sources and places:
+        classes.write_lines(listed, sorted({*places, *(before if listed.is_file() else [])}))
     counts = {name: len(list((out / name).glob("*/*.dcm"))) for name in IMAGE_CLASSES}
     if not all(counts.values()):
         none = ", ".join(name for name, count in counts.items() if not count)
@@ -271,21 +298,19 @@ def _unpack_all(
     sources: Sequence[Source],
     address: Source | None,
     place: Place,
-    whole: int,
-) -> None:
-    """Take in `sources`, or, where fewer than `whole` files are there, the published archives."""
-    if not sources:
+    whole: bool,
+) -> list[str]:
+    """Take in `sources`, or, where not all is there, the published archives; see `collect`."""
+    fetched = []
+    if not sources and not whole:
         for base, archives in SETS[name]["archives"].items():
-            there = [path for path in out.rglob("*") if path.suffix in (*IMAGE_SUFFIXES, ".dcm")]
-            if len(there) < whole:
-                download(address or base, dict.fromkeys(archives), out)
-                sources = [out / archive for archive in archives]
+            download(address or base, dict.fromkeys(archives), out)
+            fetched += [out / archive for archive in archives]
     try:
-        collect(sources, out, place)
+        return collect([*sources, *fetched], out, place)
     finally:  # a damaged one must not be taken for whole the next time
-        for path in sources:
-            if Path(path).is_relative_to(out):
-                Path(path).unlink(missing_ok=True)
+        for path in fetched:
+            path.unlink(missing_ok=True)
 
 
 def download(base: Source, files: Mapping[str, str | None], out: Path) -> list[str]:

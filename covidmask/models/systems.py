@@ -40,6 +40,7 @@ from covidmask.models.detector import (
 from covidmask.models.weights import _config, _read, load_classifier, load_state
 
 SEGMENTERS = ("unet", "fcn")
+BAD_HEADER = (TypeError, AttributeError, LookupError, ValueError, RuntimeError, ArithmeticError)
 
 
 def _square(images: Sequence[Tensor], size: int) -> Tensor:
@@ -279,7 +280,19 @@ def load_system(path: str | Path) -> ImageClassifier | LinearReader | CovidCTMas
             model: nn.Module = LinearReader(READERS[kind](part), classes)
         else:
             model = ImageClassifier(**settings)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        sizes = [s["size"] for s in (settings, settings.get("network", {})) if "size" in s]
+        if not all(isinstance(size, int) and 1 <= size <= 8192 for size in sizes):
+            raise ValueError(f"size {sizes}")
+        if len({str(name) for name in model.classes if isinstance(name, str)}) < 2:
+            raise ValueError(f"classes {model.classes}")
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
         raise CheckpointError(
             f"{path}: its model cannot be built ({one_line(error)}); install the version that "
             "wrote it"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from lightning.fabric import Fabric
 from scipy.stats import rankdata
 from torch import Tensor, nn
@@ -26,10 +27,15 @@ from covidmask.config import ClassifierConfig, DetectorConfig, TrainingConfig, l
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionDataset
 from covidmask.errors import DataError, OutputError
-from covidmask.files import atomic_path
+from covidmask.files import atomic_path, one_line
 from covidmask.metrics.classification import bootstrap, confusion, report
-from covidmask.metrics.detection import overlap, overlap_means
-from covidmask.models.classifier import CovidCTMaskNet, count_parameters, covid_ct_mask_net
+from covidmask.metrics.detection import overlap, overlap_means, semantic_mask
+from covidmask.models.classifier import (
+    CovidCTMaskNet,
+    count_parameters,
+    count_trainable,
+    covid_ct_mask_net,
+)
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.systems import (
     SEGMENTERS,
@@ -46,6 +52,8 @@ from covidmask.training.classification import classification_loss, logits_of, tr
 from covidmask.training.loop import fit, joined, make_fabric, read_batches
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
+OURS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "areas", *SEGMENTERS)
+CLASSIFIERS = set(torchvision.models.list_models(torchvision.models))
 TIMED = 16  # slices for the milliseconds of one
 
 
@@ -72,14 +80,25 @@ def part_of(dataset, chosen: Iterable[int]):
     return part
 
 
+def owners(slices: SliceImages) -> list[str]:
+    """Whose each slice is: in COVIDx-CT each class numbers its own patients."""
+    return [f"{label} {name}" for label, name in zip(slices.labels, slices.patients, strict=True)]
+
+
 def folds_of(slices: SliceImages, folds: int, seed: int = 0) -> Iterator[tuple[list, list]]:
     """Training and test positions of each fold: no patient in both, classes in proportion."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    cut = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    empty = np.zeros(len(slices))
-    for train, test in cut.split(empty, slices.labels, slices.patients):
-        yield train.tolist(), test.tolist()
+    empty, labels = np.zeros(len(slices)), np.array(slices.labels)
+    try:
+        cut = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        for train, test in cut.split(empty, labels, owners(slices)):
+            if set(labels[train]) < set(labels):
+                raise ValueError("a class has too few patients for all training parts")
+            yield train.tolist(), test.tolist()
+    except ValueError as error:
+        patients = f"the {len(set(owners(slices)))} patients of the training list"
+        raise DataError(f"{folds} folds: {patients} cannot be divided ({error})") from error
 
 
 def few(slices: SliceImages, per_class: int, seed: int) -> SliceImages:
@@ -91,6 +110,22 @@ def few(slices: SliceImages, per_class: int, seed: int) -> SliceImages:
             raise DataError(f"{per_class} slices a class: of {name} there are {len(there)}")
         chosen += there[:per_class].tolist()
     return part_of(slices, sorted(chosen))
+
+
+def check_systems(names: Iterable[str]) -> None:
+    """Raise `DataError` for what `train_system` does not know, before anything is trained."""
+    for name in names:
+        network, plus, extra = name.partition("+")
+        ours = network in OURS
+        if plus and (ours or extra != "lungs"):
+            raise DataError(
+                f"system {name!r}: only +lungs may follow, and only a classifier's name"
+            )
+        if not ours and not network.startswith("timm/") and network not in CLASSIFIERS:
+            raise DataError(
+                f"system {name!r}: choose among {', '.join(OURS)}, torchvision's classifiers such "
+                "as resnet18 or mobilenet_v2, and timm/NAME"
+            )
 
 
 def train_system(
@@ -137,9 +172,8 @@ def train_system(
         network = Segmentation(name, lesion_classes(lesions.lesions), budget.size)
         train_segmentation(network, lesions, budget.lesion_training, **options)
         return _fitted(LinearReader(SegmentedAreas(network), classes), slices, **options)
-    network, plus, lungs = name.partition("+")
-    if plus and lungs != "lungs":
-        raise DataError(f"system {name!r}: after + there may be lungs")
+    check_systems([name])
+    network, plus, _ = name.partition("+")
     model = ImageClassifier(network, classes, budget.size, budget.weights, bool(plus))
     how = budget.training
     if budget.weights:
@@ -150,7 +184,13 @@ def train_system(
         logits = wrapped(list(images))
         return {"bce": classification_loss(logits, torch.tensor(labels, device=logits.device))}
 
-    fit(model, slices, losses, how, title=name, run={"system": model.settings}, **options)
+    try:
+        fit(model, slices, losses, how, title=name, run={"system": model.settings}, **options)
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        if "memory" in str(error):
+            raise
+        what = f"cannot be trained on images of {budget.size} x {budget.size}"
+        raise DataError(f"{name}: {what} ({one_line(error)}); try --size or another") from error
     return model
 
 
@@ -221,7 +261,7 @@ def judge(logits: Tensor, slices: SliceImages) -> dict[str, Any]:
     labels, classes = np.array(slices.labels), len(slices.classes)
     shares = (logits.softmax(1)).numpy()
     predicted = logits.argmax(1).numpy()
-    owner = np.unique(slices.patients, return_inverse=True)[1]
+    owner = np.unique(owners(slices), return_inverse=True)[1]
     slices_of = [np.flatnonzero(owner == patient) for patient in range(owner.max() + 1)]
 
     def values(chosen: np.ndarray) -> list[float]:
@@ -233,8 +273,9 @@ def judge(logits: Tensor, slices: SliceImages) -> dict[str, Any]:
 
     ends = bootstrap(len(slices_of), of_patients, repeats=500).T.tolist()
     found = report(confusion(labels, predicted, classes))
-    pairs = zip(found["sensitivity"], found["ppv"], strict=True)
-    f1 = [2 * s * p / (s + p) if s + p > 0 else 0.0 for s, p in pairs]
+    there = [k for k, count in enumerate(found["support"]) if count]  # other classes count nowhere
+    pairs = [(found["sensitivity"][k], found["ppv"][k]) for k in there]
+    f1 = [2 * s * p / (s + p) if s > 0 else 0.0 for s, p in pairs]
     return {
         **{key: found[key] for key in ("accuracy", "sensitivity", "ppv", "n")},
         "f1": float(np.mean(f1)),
@@ -242,7 +283,7 @@ def judge(logits: Tensor, slices: SliceImages) -> dict[str, Any]:
         "accuracy_interval": ends[0],
         "auc_interval": ends[1],
         "predictions": "".join(map(str, predicted)) if classes < 10 else predicted.tolist(),
-        "probabilities": np.round(shares[:, 1:], 4).tolist(),
+        "probabilities": np.round(shares[:, 1:].astype(float), 6).tolist(),
     }
 
 
@@ -257,11 +298,12 @@ def row_of(
 
     Options are those of `train_system`. `keep`: file for the weights, of a single pair.
     """
-    start, found, test = time.process_time(), [], None
+    seconds, found, test = 0.0, [], None
     looking = {key: options[key] for key in ("fabric", "progress") if key in options}
     for train, part in parts:
+        start = time.process_time()
         model = train_system(name, train, **options)
-        seconds = time.process_time() - start
+        seconds += time.process_time() - start
         found.append(logits_of(model, part, **looking))
         test = part if test is None else together(test, part)
     images = [test[i][0] for i in range(min(TIMED, len(test)))]
@@ -275,9 +317,11 @@ def row_of(
     if keep and len(parts) == 1:
         save = save_model if isinstance(model, CovidCTMaskNet) else save_system
         save(model, keep, system=name, seed=options.get("seed", 0))
+    total = count_parameters(model)
+    here = total if name in ("faster", *SEGMENTERS) else count_trainable(model)
     row = {
-        "parameters": count_parameters(model),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": total,
+        "trained": here,
         "seconds": seconds / len(parts),
         "ms": 1000 * each,
         **judge(torch.cat(found), test),
@@ -296,24 +340,28 @@ def together(first: SliceImages, second: SliceImages) -> SliceImages:
     return both
 
 
+def truth_of(target: dict[str, Tensor]) -> np.ndarray:
+    """The mask of a target, uint8 [H,W], with the codes 2, 3, ... of its labels 1, 2, ..."""
+    return semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
+
+
 @torch.no_grad()
 def dice_of(model: nn.Module, lesions: LesionDataset) -> dict[str, float]:
     """Mean Dice over slices of each region, of what finds lesions' pixels; else empty."""
-    features = getattr(model, "features", None)
-    rows = []
+    features, rows = getattr(model, "features", None), []
+    kind = features.network if isinstance(features, SegmentedAreas) else features
+    names = getattr(kind, "lesions", getattr(getattr(kind, "detector", None), "classes", ()))
+    if tuple(names) != lesion_classes(lesions.lesions):
+        return {}  # it finds other lesions than these
     if isinstance(features, SegmentedAreas):
-        names = features.network.lesions
         for index in range(len(lesions)):
-            image, mask = lesions.read(index)
-            picture = torch.from_numpy(image).repeat(3, 1, 1)
-            maps = features.network([picture]).softmax(1)[:, 1:]
-            maps = F.interpolate(maps, size=mask.shape, mode="bilinear")[0]
-            rows.append(overlap(maps, mask))
+            image, target = lesions[index]
+            maps = features.network([image]).softmax(1)[:, 1:]
+            maps = F.interpolate(maps, size=image.shape[1:], mode="bilinear")[0]
+            rows.append(overlap(maps, truth_of(target)))
     elif isinstance(features, LesionAreas):
-        names = features.detector.classes
         found = predict_lesions(features.detector, lesions, fused=True, progress=False)
-        for index, prediction, _ in found:
-            rows.append(overlap(prediction["maps"], lesions.read(index)[1]))
+        rows = [overlap(prediction["maps"], truth_of(target)) for _, prediction, target in found]
     else:
         return {}
     table = np.array(rows)
@@ -328,22 +376,36 @@ class Table:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings, self.rows = path, json.loads(json.dumps(settings)), {}
-        if path.exists():
-            try:
-                old = json.loads(path.read_text(encoding="utf-8"))
-                self.rows, before = dict(old["rows"]), dict(old["settings"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{path}: is no table of `compare`; name another file") from error
-            now = self.settings
-            if other := [name for name in now if before.get(name) != now[name]]:
-                raise OutputError(
-                    f"{path}: its rows come from other settings ({', '.join(other)}); take the "
-                    "same ones, or name another file"
-                )
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.rows = self._there()
+        for other in () if path.exists() else (path.with_suffix(".csv"), path.with_suffix(".txt")):
+            if other.exists():  # perhaps a list of slices
+                raise OutputError(f"{other}: is there and would be lost; name another --out")
+
+    def _there(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            old = json.loads(self.path.read_text(encoding="utf-8"))
+            rows, before = dict(old["rows"]), dict(old["settings"])
+            for row in rows.values():
+                numbers = [row["accuracy"], row["auc"], row["f1"]]
+                low, high = zip(row["accuracy_interval"], row["auc_interval"], strict=True)
+                _ = [float(number or 0) for number in (*numbers, *low, *high)]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise OutputError(
+                f"{self.path}: is no table of `compare`; name another file"
+            ) from error
+        if other := [name for name, now in self.settings.items() if before.get(name) != now]:
+            raise OutputError(
+                f"{self.path}: its rows come from other settings ({', '.join(other)}); take the "
+                "same ones, or name another file"
+            )
+        return rows
 
     def add(self, name: str, row: dict[str, Any]) -> None:
-        self.rows[name] = row
+        row = json.loads(json.dumps(row), parse_constant=lambda nan: None)  # JSON has no NaN
+        self.rows = self._there() | self.rows | {name: row}  # another process may have added some
         content = json.dumps({"settings": self.settings, "rows": self.rows}) + "\n"
         table = self.frame().to_csv(index_label="system, seed")
         for suffix, text in ((".json", content), (".csv", table), (".txt", self.text() + "\n")):
@@ -352,7 +414,7 @@ class Table:
 
     def frame(self):
         """A pandas table of all rows: a column for each number, and each class."""
-        from pandas import DataFrame
+        from pandas import DataFrame, to_numeric
 
         flat, left_out = {}, ("predictions", "probabilities")
         for name, row in self.rows.items():
@@ -364,7 +426,7 @@ class Table:
                     values |= {f"{key} {part}": number for part, number in value.items()}
                 elif key not in left_out:
                     values[key] = value
-        return DataFrame.from_dict(flat, orient="index")
+        return DataFrame.from_dict(flat, orient="index").apply(to_numeric)
 
     def text(self) -> str:
         """The table that people read: means over seeds would hide how far seeds lie apart."""

@@ -973,6 +973,36 @@ def test_covid_ct_of_your_own_copy_needs_no_network(covid_ct, own_sums, out, tmp
     assert open_slices(out, "test").names == ["1043.png"]
 
 
+def test_your_own_archive_stays_and_other_folders_give_nothing(covid_ct, own_sums, out, capsys):
+    out.mkdir()
+    mine = out / "mine.zip"
+    shutil.copyfile(covid_ct.root / "Images-processed/CT_COVID.zip", mine)
+    assert fetch_covid_ct(covid_ct, out, "--from", str(mine)) == 2
+    assert mine.exists()
+    other = out / "other"  # other images, of which two are called like figures of the set
+    other.mkdir()
+    for name in ("0.jpg", "1043.png"):
+        Image.new("L", (30, 30)).save(other / name)
+    assert fetch_covid_ct(covid_ct, out, "--from", str(other)) == 2
+    assert not (out / "slices/0.jpg").exists() and not (out / "slices/1043.png").exists()
+    assert fetch_covid_ct(covid_ct, out) == 0 and mine.exists()
+
+
+def test_a_damaged_figure_and_a_cut_list_are_fetched_again(covid_ct, own_sums, out, capsys):
+    assert fetch_covid_ct(covid_ct, out) == 0
+    (out / "slices/1043.png").write_bytes(b"<html>")
+    assert fetch_covid_ct(covid_ct, out) == 0
+    assert open_slices(out, "test")[0][0].shape == (3, 40, 50)
+    listed = out / "Data-split/COVID/trainCT_COVID.txt"
+    listed.write_text("", encoding="utf-8")
+    assert fetch_covid_ct(covid_ct, out) == 2 and not listed.exists()
+    assert fetch_covid_ct(covid_ct, out) == 0
+    listed.write_text("2020.01.24-p2-1%0.png\n", encoding="utf-8")
+    capsys.readouterr()
+    assert fetch_covid_ct(covid_ct, out) == 0
+    assert "the list train names 2 images, not the 3" in capsys.readouterr().out
+
+
 def test_the_sums_of_covid_ct_are_those_of_its_split():
     images = public_sets.SETS["covid-ct"]["images"]
     folders = ("CT_COVID/", "CT_NonCOVID/")
@@ -1028,8 +1058,11 @@ def test_the_sample_of_covid_ct_md(tmp_path, out, capsys):
         assert main([*command, "--source", host.url]) == 0
         assert main([*command, "--source", host.url]) == 0
         assert host.requests["main.zip"] == 1
+        (out / "Control/normal001/1.dcm").unlink()
+        assert main([*command, "--source", host.url]) == 0
+        assert host.requests["main.zip"] == 2
     assert tree(out) == ["COVID-19/P001/1.dcm", "Common pneumonia/cap001/1.dcm",
-                         "Control/normal001/1.dcm", "TERMS.txt"]  # fmt: skip
+                         "Control/normal001/1.dcm", "TERMS.txt", "files.txt"]  # fmt: skip
     assert "Common pneumonia: 1" in capsys.readouterr().out
     assert main([*command[:-1], str(out / "x"), "--from", str(out / "COVID-19")]) == 2
     assert "there is no DICOM file of Control" in capsys.readouterr().err

@@ -168,6 +168,10 @@ def test_a_table_grows_and_is_not_mixed(folder, detector, tmp_path, capsys):
     assert "resnet18 1" in out.with_suffix(".txt").read_text()
     assert command(folder, weights, out, "--systems", "maps", "--budget.lr", "0.1") == 2
     assert "come from other settings (training)" in capsys.readouterr().err
+    lists = tmp_path / "one.txt"
+    lists.write_text("\n".join(open_slices(folder, "test").names[::2]), encoding="utf-8")
+    assert command(folder, weights, out, "--systems", "maps", "--split", str(lists)) == 2
+    assert "come from other settings (split, lists)" in capsys.readouterr().err
     out.write_text("[]", encoding="utf-8")
     assert command(folder, weights, out) == 2
     assert "is no table" in capsys.readouterr().err
@@ -183,8 +187,9 @@ def test_folds_judge_every_training_slice(folder, detector, tmp_path):
 
 @pytest.mark.parametrize(
     "name, words",
-    [("resnet0", "classifier 'resnet0'"), ("resnet18+heart", "after + there may be lungs"),
-     ("timm/none", "classifier 'timm/none'")],
+    [("resnet0", "system 'resnet0': choose among heads"), ("resnet18+heart", "only +lungs may"),
+     ("heads+lungs", "only +lungs may follow"), ("raft_small", "system 'raft_small'"),
+     ("timm/none", "classifier 'timm/none'"), ("googlenet", "googlenet: cannot be trained")],
 )  # fmt: skip
 def test_unknown_systems(name, words, folder, detector):
     with pytest.raises(DataError, match=words.replace("+", r"\+")):
@@ -209,3 +214,64 @@ def test_a_table_that_cannot_be_written(tmp_path):
     (tmp_path / "t.json").write_text("{", encoding="utf-8")
     with pytest.raises(OutputError, match="is no table"):
         compare.Table(tmp_path / "t.json", {})
+
+
+def test_what_is_there_is_not_written_over(folder, detector, tmp_path, capsys):
+    weights, mine = tmp_path / "d.safetensors", tmp_path / "test.txt"
+    save_model(detector, weights)
+    mine.write_text("my list", encoding="utf-8")
+    assert command(folder, weights, tmp_path / "test.json", "--systems", "maps") == 2
+    assert "test.txt: is there and would be lost" in capsys.readouterr().err
+    assert mine.read_text(encoding="utf-8") == "my list"
+
+
+def test_two_calls_write_one_table(tmp_path):
+    one, other = (compare.Table(tmp_path / "t.json", {"a": 1}) for _ in range(2))
+    row = {"accuracy": 0.5, "auc": float("nan"), "f1": 0.5, "accuracy_interval": [0.4, 0.6],
+           "auc_interval": [float("nan")] * 2}  # fmt: skip
+    one.add("x 0", row)
+    other.add("y 0", row)
+    again = compare.Table(tmp_path / "t.json", {"a": 1})
+    assert set(again.rows) == {"x 0", "y 0"} and "NaN" not in (tmp_path / "t.json").read_text()
+    assert "y 0" in again.text()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [(("--split", "train"), "are in both lists; divide them"), (("--systems",), "name one of each"),
+     (("--folds", "1"), "1 folds: the 9 patients"), (("--folds", "40"), "40 folds: the 9 patients"),
+     (("--folds", "3", "--keep", "k"), "there are several models"),
+     (("--systems", "maps", "nosuch"), "system 'nosuch'")],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_said_before_the_work(
+    options, words, folder, detector, tmp_path, capsys
+):
+    weights = tmp_path / "d.safetensors"
+    save_model(detector, weights)
+    assert command(folder, weights, tmp_path / "t.json", *options) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_each_class_numbers_its_own_patients():
+    class Slices(list):
+        classes = ("a", "b")
+        labels, patients = [0, 0, 1, 1] * 3, ["1", "2", "1", "2"] * 3
+
+    slices = Slices(range(12))
+    assert len(set(compare.owners(slices))) == 4
+    found = compare.judge(torch.eye(2)[torch.tensor(slices.labels)], slices)
+    assert found["accuracy"] == found["f1"] == found["auc"] == 1
+    # a class without slices counts nowhere
+    slices.labels, slices.classes = [0] * 12, ("a", "b", "c")
+    assert compare.judge(torch.eye(3)[torch.zeros(12, dtype=int)], slices)["f1"] == 1
+
+
+def test_dice_of_merged_lesions_is_that_of_any_lesion(folder, detector):
+    lesions = open_lesions(folder, "train", "merged")
+    options = {"budget": BUDGET, "detector": detector, "lesions": lesions, "progress": False}
+    model = compare.train_system("fcn", open_slices(folder, "train"), **options)
+    found = compare.dice_of(model, lesions)
+    assert found["infection"] == found["lesion"]
+    areas = compare.train_system("areas", open_slices(folder, "train"), **options)
+    assert compare.dice_of(areas, lesions) == {}  # its detector knows GGO and C
