@@ -31,11 +31,13 @@ def test_the_chapter_shows_the_results_file(benchmark):
 
 
 def test_what_the_chapter_says_of_it(benchmark):
-    value = {name: row["auc"] for name, row in RESULT["rows"].items()}
-    assert value["scores"] < value["spread"] < value["grey"] < value["maps"] < value["imagenet"]
-    assert value["paper"] - value["scores"] < 0.02
-    boxes = [RESULT["rows"][name]["auc_by_figure"][1] for name in ("scores", "paper")]
-    assert max(boxes) < RESULT["rows"]["maps"]["auc_by_figure"][0]
+    rows = RESULT["rows"]
+    boxes = [rows[name]["auc_by_figure"] for name in rows if name not in ("maps", "imagenet")]
+    assert max(low for low, _ in boxes) < min(high for _, high in boxes)  # they all overlap
+    best = max(row["auc"] for name, row in rows.items() if name not in ("maps", "imagenet"))
+    assert best + 0.1 < min(rows["maps"]["auc"], rows["imagenet"]["auc"])
+    assert abs(rows["maps"]["auc"] - rows["imagenet"]["auc"]) < 0.03
+    assert rows["paper"]["auc_by_figure"][1] < rows["maps"]["auc_by_figure"][0]
 
 
 def test_rows_are_those_of_ranked_boxes(benchmark):
