@@ -884,7 +884,8 @@ plt.show()
 # Command: `python benchmarks/regimes.py --jobs 1 --seeds 0`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 4f3b286; all numbers in `results/regimes.json`.
 # <!-- /regimes -->
 #
-# Sensitivity (PPV), accuracy and AP go from 0 to 1. All are means over the seeds, on all synthetic
+# Sensitivity (PPV), accuracy and AP go from 0 to 1. All are means over the seeds (the line below the
+# tables says how many), on all synthetic
 # test slices of the preset `quick`. The intervals resample whole patients. A *minus* column is the
 # difference to a row of heads on the same slices: to the first row, or to the last, which has all
 # epochs. The box AP50 is measured on the lesion test slices with the mask branch put back; in the
@@ -908,7 +909,7 @@ plt.show()
 #   *minus heads of all epochs* is stricter: these epochs are cheap for heads, and for the others
 #   they are not.
 # - **Look at each seed.** The intervals resample patients, but not trainings. Rounding errors and
-#   random starts grow over thousands of steps, and two seeds show only roughly how far apart two
+#   random starts grow over thousands of steps, and one or two seeds hardly show how far apart two
 #   trainings of the same kind can end. A difference between regimes that is no larger than that
 #   between seeds may be chance, whatever its interval says.
 # - **Look at the last column.** What a regime gains in accuracy, it may lose in lesions found.
