@@ -784,14 +784,17 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # with their own windows, borders and letters, and a map sees those, too. Whether it is the disease
 # that tells them apart or the layout, no table of these images can say.
 #
-# The rows of this table and others, with S itself, with a detector that trains along, and with
-# ordinary classifiers, are one command away, on these images or on yours:
+# The maps of a detector, $S$ itself on its ranked boxes, a detector that trains along, and ordinary
+# classifiers are one command away, on these images or on yours:
 #
 # ```bash
 # covidmask fetch covid-ct
-# covidmask compare --data data/covid-ct --folds 5 --systems heads maps areas resnet18
-# covidmask train classifier --data data/covid-ct --regime heads --out mine.safetensors
-# covidmask evaluate classifier --data data/covid-ct --split test --weights mine.safetensors
+# covidmask compare --data data/covid-ct --folds 5 \
+#     --systems heads maps areas resnet18
+# covidmask train classifier --data data/covid-ct --regime heads \
+#     --out mine.safetensors
+# covidmask evaluate classifier --data data/covid-ct --split test \
+#     --weights mine.safetensors
 # ```
 
 # %% [markdown]
