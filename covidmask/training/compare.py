@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from covidmask.config import ClassifierConfig, DetectorConfig, TrainingConfig, lesion_classes
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionDataset
-from covidmask.errors import DataError, OutputError
+from covidmask.errors import CovidmaskError, DataError, OutputError
 from covidmask.files import atomic_path, one_line
 from covidmask.metrics.classification import bootstrap, confusion, report
 from covidmask.metrics.detection import overlap, overlap_means, semantic_mask
@@ -187,8 +187,8 @@ def train_system(
     try:
         fit(model, slices, losses, how, title=name, run={"system": model.settings}, **options)
     except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-        if "memory" in str(error):
-            raise
+        if isinstance(error, CovidmaskError) or "memory" in str(error):
+            raise  # it says itself what is wrong
         what = f"cannot be trained on images of {budget.size} x {budget.size}"
         raise DataError(f"{name}: {what} ({one_line(error)}); try --size or another") from error
     return model

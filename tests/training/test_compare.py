@@ -196,6 +196,12 @@ def test_unknown_systems(name, words, folder, detector):
         compare.train_system(name, open_slices(folder, "train"), BUDGET, detector)
 
 
+def test_a_wrong_batch_size_is_not_blamed_on_the_images(folder, detector):
+    budget = compare.replace(BUDGET, training=compare.replace(FIT, batch_size=100))
+    with pytest.raises(DataError, match=r"^batch size 100: give"):
+        compare.train_system("resnet18", open_slices(folder, "train"), budget, detector)
+
+
 @pytest.mark.parametrize("name", ["faster", "unet"])
 def test_without_masks_nothing_that_needs_them(name, folder, detector):
     with pytest.raises(DataError, match=f"{name}: learns from slices with lesion masks"):
