@@ -77,8 +77,10 @@ def _write_patient(
     if kind == "lesions":  # one in ten is swapped for one without a lesion, if there is one
         rng = np.random.default_rng((seed, label, 5))
         anywhere = np.round(rng.uniform(0.02, 0.98, 200), 3).tolist()
-        clear = (p for p in anywhere if not shows_lesion(patient, p))
         swap = rng.random(len(positions)) < 0.1
+        taken = {p for p, swapped in zip(positions, swap, strict=True) if not swapped}
+        free = (p for p in dict.fromkeys(anywhere) if p not in taken)  # a position is a file name
+        clear = (p for p in free if not shows_lesion(patient, p))
         pairs = zip(positions, swap, strict=True)
         positions = sorted(next(clear, p) if swapped else p for p, swapped in pairs)
     lines = []

@@ -443,6 +443,14 @@ def test_the_mask_of_a_classification_slice_is_found_by_its_name(written):
         assert np.abs(np.asarray(Image.open(path)) / 255 - image).max() < 0.003
 
 
+def test_no_two_slices_of_a_patient_have_one_name(tmp_path):
+    """Two of the clear slices of this patient were drawn at one position, and shared a file."""
+    config = PRESETS["semiseg"].phantoms
+    job = next(job for job in phantom_sets._jobs(config, 0) if job[2] == 68)
+    lines = phantom_sets._write_patient(tmp_path, config, job)[2]
+    assert len(set(lines)) == len(lines) == config.slices_per_patient
+
+
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_the_old_friend_has_the_same_lesions_at_every_size(preset):
     image, mask = old_friend(preset.phantoms.size)
