@@ -1,10 +1,11 @@
-"""What do ranked boxes lose? COVID-CT's training images, two classes, in five folds.
+"""What do ranked boxes lose? COVID-CT, real figures of two classes: five folds, then val once.
 
     python benchmarks/covid_ct.py --data DIR      # DIR: what `covidmask fetch covid-ct` made
 
 Every row is a logistic regression on numbers that a frozen network gives for an image, from the
-paper's vector to whole feature maps. Folds keep the panels of one figure together. Nothing is
-chosen here, and neither val nor test images are read. Fills chapter 9, which shows no image.
+paper's vector to whole feature maps. Folds keep the panels of one figure together. The rows were
+chosen by the folds; the validation images were opened once, when all of them stood, and the test
+images are not read. Fills chapter 10, which shows no image.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torchvision
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
@@ -27,13 +28,12 @@ from covidmask import models
 from covidmask.config import PRESETS
 from covidmask.datasets import open_slices
 from covidmask.files import data_root
-from covidmask.metrics import bootstrap
 from covidmask.models.ranked_boxes import Boxes, Columns
 from covidmask.models.systems import ImageClassifier, PooledMaps, _square
-from covidmask.training.compare import auc, folds_of
+from covidmask.training.compare import auc, folds_of, owners
 
 OUT, DATA = common.RESULTS / "covid_ct.json", data_root() / "covid-ct"
-TWIN = common.TWINS / "09_real_ct.py"
+TWIN = common.TWINS / "10_side_by_side.py"
 N, FOLDS, STRENGTH = 64, 5, 0.01  # boxes; folds; C of the logistic regression, for every row
 PLACE = ("label", "x1", "y1", "x2", "y2")
 WORDS = {
@@ -43,13 +43,17 @@ WORDS = {
     "place": "and lesion class and place of each box",
     "grey": "and mean, spread, least and most grey in each box",
     "hidden": "what the box head makes of each box: mean and maximum over the boxes",
+    "inside": "feature maps inside each box: mean and maximum over the boxes",
+    "light": "mean and greatest grey value of the whole image",
     "maps": "feature maps of the detector: mean and maximum over the image",
+    "both": "score, deltas, class and place of the boxes, and those maps",
     "imagenet": "MobileNetV2 of ImageNet, frozen: its pooled features",
 }
 TABLE = {
     "what a logistic regression reads": "{words}",
     "numbers": "{numbers:,}",
-    "AUC (95 % over figures)": "{auc:.3f} ({auc_by_figure[0]:.3f} to {auc_by_figure[1]:.3f})",
+    "AUC, folds (95 % over figures)": "{folds[0]:.3f} ({folds[1]:.3f} to {folds[2]:.3f})",
+    "AUC, val": "{val[0]:.3f} ({val[1]:.3f} to {val[2]:.3f})",
 }
 
 
@@ -65,8 +69,9 @@ def grey_of(image: Tensor, places: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def looks(detector, image: Tensor, config) -> tuple[Tensor, Tensor]:
-    """The N ranked boxes of an image: rows [N, 14] of named numbers, and hidden [N, box_features].
+def looks(detector, image: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
+    """The N ranked boxes of an image: rows [N, 14] of named numbers, hidden [N, box_features],
+    and mean, maximum and spread of the feature maps inside each box, [N, 3 fpn_channels].
 
     `models.ranked_boxes` with the numbers that its rows leave out.
     """
@@ -82,7 +87,9 @@ def looks(detector, image: Tensor, config) -> tuple[Tensor, Tensor]:
     rows = torch.cat([columns(boxes), grey_of(image, place)], 1)  # [K, 14]
     heads, kept = detector.roi_heads, [proposals[0][ranking.roi]]
     hidden = heads.box_head(heads.box_roi_pool(features, kept, shapes))  # [K, box_features]
-    return models.pad_rows(rows, config.n_boxes), models.pad_rows(hidden, config.n_boxes)
+    cut = heads.box_roi_pool(features, [ranking.box], shapes)  # [K, fpn_channels, 7, 7]
+    inside = torch.cat([cut.mean((2, 3)), cut.amax((2, 3)), cut.std((2, 3))], 1)
+    return tuple(models.pad_rows(part, config.n_boxes) for part in (rows, hidden, inside))
 
 
 @torch.no_grad()
@@ -95,12 +102,14 @@ def features_of(slices, weights: str) -> dict[str, np.ndarray]:
     body = torchvision.models.MobileNet_V2_Weights[weights].transforms()
     for index in tqdm(range(len(slices)), desc="looking"):
         image = slices[index][0]
-        rows, hidden = looks(detector, image, config)
+        rows, hidden, inside = looks(detector, image, config)
         x = _square([image], 224)
         x = (x - torch.tensor(body.mean)[:, None, None]) / torch.tensor(body.std)[:, None, None]
         pooled = image_net.network.features(x).mean((2, 3))
-        parts.append((rows, hidden, maps([image])[0], pooled[0]))
-    rows, hidden, maps, pooled = (torch.stack(part).numpy() for part in zip(*parts, strict=True))
+        light = torch.stack([image.mean(), image.max()])
+        parts.append((rows, hidden, inside, light, maps([image])[0], pooled[0]))
+    parts = (torch.stack(part).numpy() for part in zip(*parts, strict=True))
+    rows, hidden, inside, light, maps, pooled = parts
 
     def spread(columns: int) -> np.ndarray:
         part = rows[..., :columns]
@@ -114,52 +123,67 @@ def features_of(slices, weights: str) -> dict[str, np.ndarray]:
         "place": spread(10),
         "grey": spread(14),
         "hidden": np.concatenate([hidden.mean(1), hidden.max(1)], 1),
+        "inside": np.concatenate([inside.mean(1), inside.max(1)], 1),
+        "light": light,
         "maps": maps,
+        "both": np.concatenate([spread(10), maps], 1),
         "imagenet": pooled,
     }
 
 
-def judge(features: np.ndarray, slices) -> dict:
-    """AUC of all images, each by the fold that did not train on it; 95 % over figures."""
+def reader() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=5000))
+
+
+def in_folds(features: np.ndarray, slices) -> np.ndarray:
+    """Probabilities [M, 2] of all images, each from the folds that hold it back."""
     labels, shares = np.array(slices.labels), np.zeros((len(slices), 2))
     for train, test in folds_of(slices, FOLDS):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=5000))
-        model.fit(features[train], labels[train])
-        shares[test] = model.predict_proba(features[test])
-    owner = np.unique(slices.patients, return_inverse=True)[1]
-    of_figure = [np.flatnonzero(owner == figure) for figure in range(owner.max() + 1)]
+        shares[test] = reader().fit(features[train], labels[train]).predict_proba(features[test])
+    return shares
 
-    def drawn(figures: np.ndarray) -> float:
-        chosen = np.concatenate([of_figure[figure] for figure in figures])
-        return auc(labels[chosen], shares[chosen])
 
-    ends = bootstrap(len(of_figure), drawn, repeats=1000).tolist()
-    return {"numbers": features.shape[1], "auc": auc(labels, shares), "auc_by_figure": ends}
+def judged(shares: np.ndarray, slices) -> list[float]:
+    """AUC, and its 95 % over figures."""
+    labels = np.array(slices.labels)
+
+    def value(drawn: np.ndarray) -> float:
+        return auc(labels[drawn], shares[drawn])
+
+    ends = common.interval(value, owners(slices), repeats=1000)
+    return [value(np.arange(len(labels))), *ends]
 
 
 def markdown(result: dict) -> str:
     rows = [row | {"words": WORDS[name]} for name, row in result["rows"].items()]
     made = common.origin(result, "`results/covid_ct.json`")
-    text = f"COVID-CT, {result['images']} training images, {FOLDS} folds, real. "
+    text = f"COVID-CT, real: {result['images']} training images, {result['val_images']} of val. "
     return "\n".join([*common.formatted(TABLE, rows), "", text + made])
 
 
 def measure(
     data: Path = DATA, weights: str = "IMAGENET1K_V1", out: Path = OUT
 ) -> Iterator[tuple[Path, dict]]:
-    slices = open_slices(data, "train")
+    train, val = (open_slices(data, part) for part in ("train", "val"))
     settings = {
-        "about": "COVID-CT's training images, real figures of two classes, in five folds",
-        "images": len(slices),
-        "figures": len(set(slices.patients)),
+        "about": "COVID-CT, real figures of two classes: folds of the training list, then val once",
+        "images": len(train),
+        "figures": len(set(train.patients)),
+        "val_images": len(val),
         "boxes": N,
         "strength": STRENGTH,
         "segmenter": models.ShippedWeights.SEGMENTER_CT.value,
         "weights": weights,
     }
-    if not common.complete(out, settings):
-        found = features_of(slices, weights)
-        yield out, settings | {"rows": {name: judge(x, slices) for name, x in found.items()}}
+    if common.complete(out, settings):
+        return
+    known, new = (features_of(part, weights) for part in (train, val))
+    rows = {}
+    for name, x in known.items():
+        shares = reader().fit(x, train.labels).predict_proba(new[name])
+        folds = judged(in_folds(x, train), train)
+        rows[name] = {"numbers": x.shape[1], "folds": folds, "val": judged(shares, val)}
+    yield out, settings | {"rows": rows}
 
 
 if __name__ == "__main__":

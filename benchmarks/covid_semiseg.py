@@ -1,8 +1,9 @@
 """What the preset semiseg reaches on real CT: 5-fold cross-validation on COVID-SemiSeg's 50 slices.
 
-Three models for each fold (see ARMS); the phantoms serve every fold. A model that is trained is
-found again in --runs, by the generator of the phantoms that it saw. Nothing is done where the file
-of results is there. Fills chapter 9 and README.md, which show no slice and hold no weight.
+The phantoms serve every fold; what they add is another question, see real_slices.py. A model that
+is trained is found again in --runs, by the generator of the phantoms that it saw. Nothing is done
+where the file of results is there. Fills chapter 9 and README.md, which show no slice and hold no
+weight.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ from common import origin, table
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from covidmask.config import PRESETS, TrainingConfig
+from covidmask.config import PRESETS
 from covidmask.datasets import LesionDataset, SemiSeg, mask_to_targets, write_phantoms
 from covidmask.datasets.augmentation import Augmented
 from covidmask.datasets.phantom_sets import GENERATOR
@@ -38,9 +39,6 @@ from covidmask.training.loop import make_fabric
 PRESET = PRESETS["semiseg"]
 FOLDS, FOLD_SEED = 5, 2020
 DATA = data_root()
-SHORT = replace(PRESET.segmenter, epochs=PRESET.segmenter.epochs // 2)
-ARMS = {"whole": "preset", "short": "half its epochs", "random": "half, without phantoms"}
-GAINS = {"what the epochs add": ("whole", "short"), "what phantoms add": ("short", "random")}
 REGIONS = ("infection", "GGO", "C")
 NAMED = {  # four ways to name lesion pixels
     "by_grey": "with names from grey: a found pixel above a limit is consolidation",
@@ -86,25 +84,20 @@ def phantoms_first(folder: Path, precision: str) -> dict:
     return trained(folder / PHANTOMS, precision, *case)
 
 
-def file_of(arm: str, fold: int) -> str:
-    return f"{arm}-{fold}{f'-{GENERATOR}' * (arm != 'random')}.safetensors"
+def file_of(fold: int) -> str:
+    return f"fold-{fold}-{GENERATOR}.safetensors"
 
 
-def one_fold(arm: str, fold: int, data: Path, folder: Path, precision: str) -> dict:
+def one_fold(fold: int, data: Path, folder: Path, precision: str) -> dict:
     """Train on four fifths, judge the fifth; nothing is chosen by looking at it."""
     torch.set_num_threads(1)
     chosen, train, test = parts(data, fold)
     torch.manual_seed(0)
-    if arm == "random":
-        model, training = lesion_mask_rcnn(PRESET.detector), longer(SHORT, len(train))
-    else:
-        model = load_segmenter(folder / PHANTOMS)
-        training = PRESET.segmenter if arm == "whole" else SHORT
-    weights = folder / file_of(arm, fold)
-    case = segmentation.train_segmenter, model, Augmented(train, PRESET.augment), training
+    weights, model = folder / file_of(fold), load_segmenter(folder / PHANTOMS)
+    case = segmentation.train_segmenter, model, Augmented(train, PRESET.augment), PRESET.segmenter
     cost = trained(weights, precision, *case)
-    print(f"{arm}, fold {fold + 1}: trained", flush=True)
-    where = {"arm": arm, "fold": fold, "training_slices": len(train), "test_slices": chosen}
+    print(f"fold {fold + 1}: trained", flush=True)
+    where = {"fold": fold, "training_slices": len(train), "test_slices": chosen}
     return where | cost | judge(load_segmenter(weights), train, test)
 
 
@@ -146,17 +139,6 @@ def judge(model: GeneralizedRCNN, train: LesionDataset, test: LesionDataset) -> 
     }
 
 
-def averaged(fold: int, data: Path, folder: Path) -> list:
-    """Counts of `Overlap` for the mean of the maps of all three models of a fold."""
-    torch.set_num_threads(1)
-    test = parts(data, fold)[2]
-    models = [load_segmenter(folder / file_of(arm, fold)) for arm in ARMS]
-    return [
-        overlap(sum(maps / len(ARMS) for maps, *_ in same), same[0][2][1])
-        for same in zip(*(fused(model, test) for model in models), strict=True)
-    ]
-
-
 def connected_regions(maps: Tensor) -> dict[str, Tensor]:
     """Instances made of fused maps as the true ones are of a mask; the mean of a map is a score."""
     found = mask_to_targets(fuse(maps), PRESET.detector.lesions, PRESET.min_area)
@@ -187,17 +169,8 @@ def name_dice(codes: np.ndarray, truth: np.ndarray) -> list[float]:
     return [float(np.nan_to_num(dice(codes == code, truth == code))) for code in (2, 3)]
 
 
-def longer(training: TrainingConfig, slices: int) -> TrainingConfig:
-    """`training` with the steps of the pre-training added, so that random weights cost as much."""
-    before = PRESET.pretraining
-    phantoms = PRESET.phantoms.lesion_patients[0] * PRESET.phantoms.slices_per_patient
-    steps = phantoms // before.batch_size * before.epochs
-    in_an_epoch = slices * PRESET.augment.copies // training.batch_size
-    return replace(training, epochs=training.epochs + round(steps / in_an_epoch))
-
-
 def tables(rows: list[dict], key: str = "overlap_mirrored") -> np.ndarray:
-    """All folds of one arm, [50, regions, 5]: each slice once, by a model that never saw it."""
+    """All folds, [50, regions, 5]: each slice once, by a model that never saw it."""
     return np.concatenate([np.array(row[key]) for row in rows])
 
 
@@ -207,7 +180,7 @@ def mean_dice(table: np.ndarray, name: str = "dice") -> np.ndarray:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Means over all slices of one arm, with 95 % intervals over slices: there are no patients."""
+    """Means over all slices, with 95 % intervals over slices: there are no patients."""
     table = tables(rows)
     result = {name: overlap_means(table[:, i]) for i, name in enumerate(REGIONS)}
     for name in ("dice", "dice_present"):
@@ -215,17 +188,6 @@ def summary(rows: list[dict]) -> dict:
         for region, low_high in zip(REGIONS, limits.T.tolist(), strict=True):
             result[region][f"{name}_interval"] = low_high
     return result
-
-
-def gains(more: list[dict], less: list[dict]) -> dict[str, list[float]]:
-    """What an arm adds to the mean Dice of each region: value, and a 95 % interval over slices."""
-    one, other = tables(more), tables(less)
-
-    def added(indices: np.ndarray) -> np.ndarray:
-        return mean_dice(one[indices]) - mean_dice(other[indices])
-
-    values = np.array([added(np.arange(len(one))), *bootstrap(len(one), added, repeats=2000)])
-    return dict(zip(REGIONS, values.T.tolist(), strict=True))
 
 
 def wrong_names(table: np.ndarray) -> float:
@@ -238,10 +200,10 @@ def slashed(values: Iterable[float]) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
 
 
-def cells(result: dict, arm: str) -> dict[str, str]:
-    """What chapter 9 says of one arm, by title."""
-    rows, cells, each = result[arm]["folds"], {}, " / ".join(REGIONS)
-    spread, means = "{:.2f} ({:.2f} to {:.2f})", result[arm]["all_mirrored"]
+def cells(result: dict) -> dict[str, str]:
+    """What chapter 9 says, by title."""
+    rows, cells, each = result["folds"], {}, " / ".join(REGIONS)
+    spread, means = "{:.2f} ({:.2f} to {:.2f})", result["all_mirrored"]
     for key, slices in (("dice", "all slices"), ("dice_present", "the {} that have it")):
         for name, v in means.items():
             title = f"mean Dice, {name}, {slices.format(v['present'])}"
@@ -251,7 +213,6 @@ def cells(result: dict, arm: str) -> dict[str, str]:
         "the same without the mirror image, all slices": mean_dice(tables(rows, "overlap")),
         "fold 1 alone, all its slices": mean_dice(tables(rows[:1])),
         "on the slices that a model trained on, mean of folds": known,
-        "mean of the maps of the three models": mean_dice(np.array(result["averaged"])),
     }.items():
         cells[f"{title}: {each}"] = slashed(dices)
     title = "of the lesion pixels that were found: share with the wrong of the two names"
@@ -259,7 +220,7 @@ def cells(result: dict, arm: str) -> dict[str, str]:
     for name, title in NAMED.items():
         dices = np.concatenate([row["named"][name] for row in rows]).mean(0)
         cells[f"mean Dice, GGO / C {title}"] = slashed(dices)
-    grey = [one for row in rows for one in row["grey"]]  # the same for all arms
+    grey = [one for row in rows for one in row["grey"]]
     values = [[one[i] for one in grey if one[i] is not None] for i in range(2)]
     title = "median grey value (0 to 1) of the true lesion in a slice, lowest to highest: GGO / C"
     cells[title] = " / ".join(f"{min(v):.2f} to {max(v):.2f}" for v in values)
@@ -271,29 +232,22 @@ def cells(result: dict, arm: str) -> dict[str, str]:
     ):
         values = [row[name] for row in rows]
         cells[title] = spread.format(np.mean(values), min(values), max(values))
-    before = {"steps": 0, "seconds": 0} if arm == "random" else result["pretraining"]
+    before = result["pretraining"]
     minutes = (np.mean([row["seconds"] for row in rows]) + before["seconds"]) / 60
     cells["one training"] = f"{rows[0]['steps'] + before['steps']:,} steps, {minutes:.0f} minutes"
     return cells
 
 
 def markdown(result: dict) -> str:
-    """The tables of chapter 9."""
-    columns = [cells(result, arm) for arm in ARMS]
-    body = [[title, *(column[title] for column in columns)] for title in columns[0]]
-    added = [
-        [name, *("{:+.2f} ({:+.2f} to {:+.2f})".format(*result["gain"][g][name]) for g in GAINS)]
-        for name in REGIONS
-    ]
-    lines = table(["50 real slices, five folds", *ARMS.values()], body)
-    lines += ["", *table(["mean Dice, all slices", *GAINS], added), ""]
+    """The table of chapter 9."""
+    lines = table(["50 real slices, five folds", "preset semiseg"], [*cells(result).items()])
     machine = f"{result['hardware']}, two trainings at a time with one thread each"
-    return "\n".join([*lines, origin(result, "`results/covid_semiseg.json`", machine)])
+    return "\n".join([*lines, "", origin(result, "`results/covid_semiseg.json`", machine)])
 
 
 def readme(result: dict) -> str:
     """What the README says."""
-    found = result["whole"]["all_mirrored"]
+    found = result["all_mirrored"]
     line = "{0}: {1[dice]:.2f} ({1[dice_interval][0]:.2f} to {1[dice_interval][1]:.2f})"
     text = "; ".join(line.format(name, values) for name, values in found.items())
     text += f"; C over the slices that have it: {found['C']['dice_present']:.2f}.\n\n"
@@ -309,7 +263,7 @@ def measure(
     out: Path = OUT,
     note: str = "",
 ) -> Iterator[tuple[Path, dict]]:
-    """Train and judge all arms of all folds.
+    """Train and judge all folds.
 
     Args:
         jobs: trainings at a time.
@@ -322,10 +276,7 @@ def measure(
     each, shared = range(FOLDS), {"data": data, "folder": runs}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         first = pool.submit(phantoms_first, runs, precision).result()
-        work = {arm: partial(one_fold, arm, precision=precision, **shared) for arm in ARMS}
-        begun = {arm: pool.map(function, each) for arm, function in work.items()}
-        by_arm = {arm: list(rows) for arm, rows in begun.items()}
-        together = sum(pool.map(partial(averaged, **shared), each), [])
+        rows = list(pool.map(partial(one_fold, precision=precision, **shared), each))
     result = {
         "about": "cross-validation on the 50 training slices of COVID-SemiSeg, real CT of "
         "COVID-19 patients; no patient ids, so folds may share patients",
@@ -333,11 +284,10 @@ def measure(
         **settings,
         "note": note,
         "pretraining": first,
-        "averaged": together,
-        "gain": {name: gains(*(by_arm[arm] for arm in pair)) for name, pair in GAINS.items()},
+        "all_mirrored": summary(rows),
+        "folds": rows,
     }
-    arms = {arm: {"all_mirrored": summary(rows), "folds": rows} for arm, rows in by_arm.items()}
-    yield out, result | arms
+    yield out, result
 
 
 if __name__ == "__main__":

@@ -36,38 +36,27 @@ def test_chapter_and_readme_show_the_results_file(benchmark, tmp_path):
 
 def test_intervals_follow_from_the_counts_of_each_slice(benchmark):
     """The stored ones came from scipy.stats.bootstrap."""
-    rows = RESULT["whole"]["folds"]
-    assert benchmark.summary(rows)["C"] == {
-        name: pytest.approx(value) for name, value in RESULT["whole"]["all_mirrored"]["C"].items()
+    stored = RESULT["all_mirrored"]["C"].items()
+    assert benchmark.summary(RESULT["folds"])["C"] == {
+        name: pytest.approx(value) for name, value in stored
     }
 
 
 def test_every_slice_is_judged_once_by_a_model_that_did_not_train_on_it(benchmark):
-    for arm in benchmark.ARMS:
-        rows = RESULT[arm]["folds"]
-        assert [row["test_slices"] for row in rows] == benchmark.folds(50)
-        assert all(row["training_slices"] + len(row["test_slices"]) == 50 for row in rows)
-        tested = sorted(i for row in rows for i in row["test_slices"])
-        assert tested == list(range(50))
+    rows = RESULT["folds"]
+    assert [row["test_slices"] for row in rows] == benchmark.folds(50)
+    assert all(row["training_slices"] + len(row["test_slices"]) == 50 for row in rows)
+    tested = sorted(i for row in rows for i in row["test_slices"])
+    assert tested == list(range(50))
 
 
 def test_means_follow_from_the_counts_of_each_slice(benchmark):
-    for arm in benchmark.ARMS:
-        table = benchmark.tables(RESULT[arm]["folds"])
-        for i, region in enumerate(benchmark.REGIONS):
-            stored = RESULT[arm]["all_mirrored"][region]
-            for measure, value in overlap_means(table[:, i]).items():
-                assert stored[measure] == pytest.approx(value)
-            assert stored["dice_interval"][0] < stored["dice"] < stored["dice_interval"][1]
-
-
-def test_gain_is_the_difference_of_the_two_arms(benchmark):
-    for name, pair in benchmark.GAINS.items():
-        for region in benchmark.REGIONS:
-            first, second = (RESULT[arm]["all_mirrored"][region]["dice"] for arm in pair)
-            value, low, high = RESULT["gain"][name][region]
-            assert value == pytest.approx(first - second)
-            assert low < value < high
+    table = benchmark.tables(RESULT["folds"])
+    for i, region in enumerate(benchmark.REGIONS):
+        stored = RESULT["all_mirrored"][region]
+        for measure, value in overlap_means(table[:, i]).items():
+            assert stored[measure] == pytest.approx(value)
+        assert stored["dice_interval"][0] < stored["dice"] < stored["dice_interval"][1]
 
 
 def test_wrong_names(benchmark):
@@ -100,28 +89,14 @@ def test_connected_regions(benchmark):
 
 
 def test_right_names_are_the_most_that_names_can_win(benchmark):
-    for arm in benchmark.ARMS:
-        for row in RESULT[arm]["folds"]:
-            table = np.array(row["overlap_mirrored"])[:, 1:]  # [slices, classes, 5]
-            network = [[overlap_means(part[None])["dice"] for part in one] for one in table]
-            best, grey = (np.array(row["named"][name]) for name in ("by_truth", "by_grey"))
-            assert (best >= np.array(network) - 1e-9).all()
-            assert (best.mean(0) >= grey.mean(0)).all()
-            one, own = (np.array(row["named"][name]) for name in ("outlines", "outlines_own"))
-            assert (own.sum(1) >= one.sum(1) - 1e-9).all()  # the best limit is the best for both
-
-
-def test_with_and_without_phantoms_as_many_steps_and_twice_the_epochs(benchmark):
-    for whole, short, random in zip(*(RESULT[a]["folds"] for a in benchmark.ARMS), strict=True):
-        assert whole["steps"] == 2 * short["steps"]
-        total = RESULT["pretraining"]["steps"] + short["steps"]
-        assert random["steps"] == pytest.approx(total, rel=0.05)
-
-
-def test_mean_of_the_models_is_on_the_same_slices(benchmark):
-    means, whole = (np.array(RESULT["averaged"]), benchmark.tables(RESULT["whole"]["folds"]))
-    assert means.shape == whole.shape
-    assert np.array_equal(means[:, :, 2:4], whole[:, :, 2:4])  # pixels of the truth, of the slice
+    for row in RESULT["folds"]:
+        table = np.array(row["overlap_mirrored"])[:, 1:]  # [slices, classes, 5]
+        network = [[overlap_means(part[None])["dice"] for part in one] for one in table]
+        best, grey = (np.array(row["named"][name]) for name in ("by_truth", "by_grey"))
+        assert (best >= np.array(network) - 1e-9).all()
+        assert (best.mean(0) >= grey.mean(0)).all()
+        one, own = (np.array(row["named"][name]) for name in ("outlines", "outlines_own"))
+        assert (own.sum(1) >= one.sum(1) - 1e-9).all()  # the best limit is the best for both
 
 
 def test_results_name_their_origin():
@@ -132,7 +107,6 @@ def test_results_name_their_origin():
         "date",
         "torch",
         "torchvision",
-        "note",
         "generator",
     ):
         assert RESULT[key], key
