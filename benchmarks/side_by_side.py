@@ -34,7 +34,7 @@ TABLE = (
 )  # fmt: skip
 REAL = (*CURVE, "mobilenet_v2")
 OUT = {name: common.RESULTS / f"side_by_side_{name}.json" for name in ("phantoms", "covid_ct")}
-TWIN = common.TWINS / "10_side_by_side.py"
+DATA, TWIN = data_root(), common.TWINS / "10_side_by_side.py"
 LOOKS, S_LOOKS = 9_000, 60_000  # S looks at 160 numbers, which costs next to nothing
 
 
@@ -121,7 +121,7 @@ def phantoms(jobs: int = 1, systems: tuple[str, ...] = (), out: Path = OUT["phan
 
 
 def covid_ct_val(
-    data: Path = data_root() / "covid-ct", jobs: int = 1, out: Path = OUT["covid_ct"]
+    data: Path = DATA / "covid-ct", jobs: int = 1, out: Path = OUT["covid_ct"]
 ) -> None:
     """The 118 images of val, by networks that learned the 425 of train."""
     parts = {f"{name}, {s}": (of_covid_ct, name, s, data) for s in SEEDS for name in REAL}
