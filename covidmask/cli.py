@@ -33,8 +33,8 @@ RANGES = {  # lowest and highest value -> options, and numbers of a preset; othe
     "max_size fpn_channels box_features box_batch box_detections rpn_batch rpn_train_proposals "
     "rpn_test_proposals",
     (1e-12, 1e6): "lr anchor_sizes anchor_ratios",
-    (0, 1): "score threshold mask_threshold average paste nms rpn_nms box_nms box_score rpn_positive "
-    "box_positive rpn_iou box_iou",
+    (0, 1): "score threshold mask_threshold average paste nms rpn_nms box_nms box_score "
+    "rpn_positive box_positive rpn_iou box_iou",
     (-1, 1): "classifier.score",
     (-1e6, 1e6): "window",
 }
