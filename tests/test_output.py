@@ -194,7 +194,8 @@ NUMBERS = {
 def test_numbers_that_no_option_can_have(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for option in NUMBERS[command].split():
-        real = "score threshold mask-threshold nms lr detector.rpn-nms segmenter.average".split()
+        real = ("score", "threshold", "mask-threshold", "nms", "lr", "detector.rpn-nms")
+        real += ("segmenter.average",)
         floats = ["nan", "inf", "-inf"] if option in real else []
         for value in (*floats, "-1", str(10**400)):
             assert main([*command.split(), f"--{option}={value}"]) == 2, (option, value)

@@ -270,7 +270,7 @@ def test_options_of_light_models():
 def table(name):
     """Rows of the table between two comments, without its head."""
     text = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", PAGE, re.S)[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    rows = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in text.splitlines()]
     return {first: rest for first, *rest in rows[2:]}
 
 

@@ -79,9 +79,9 @@ def test_masks_begin_where_asked(segmenter, monkeypatch, begin, right):
     monkeypatch.setattr(segmentation, "predict_lesions", lambda *a, **k: [(0, found, target)])
     result = evaluate_segmenter(segmenter, data, mask_threshold=begin, progress=False)
     for name in ("author_ap", "mask_ap"):
-        assert (result[name] == pytest.approx(1)) is right
+        assert bool(result[name] == pytest.approx(1)) is right
     dices = [result[f"dice_{name}"] for name in LESION_CLASSES["both"]]
-    assert (np.nanmin(dices) == pytest.approx(1)) is right
+    assert bool(np.nanmin(dices) == pytest.approx(1)) is right
 
 
 def test_mirrored_maps_are_the_mean_of_both(segmenter):
