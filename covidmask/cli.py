@@ -297,7 +297,7 @@ class EvaluateSegmenter(_EvaluateOptions):
     mask_threshold: float = 0.5
     """Pixels of a detection whose probability is above are its mask (released code: 0.622)."""
     nms: Annotated[float | None, _none("as in training", "FLOAT")] = None
-    """Of two boxes of a class with a larger IoU the better one stays (released code: 0.5)."""
+    """Of two boxes of a class with a larger IoU the better one stays (released scripts: 0.5)."""
     threshold: float = 0.5  # Pixels whose probability in the fused detections is above are lesion.
     mirror: bool = False  # Fuse detections with those of the mirror image: twice the time.
     min_area: Annotated[int | None, _none("as in training", "INT")] = None
