@@ -33,8 +33,8 @@ RANGES = {  # lowest and highest value -> options, and numbers of a preset; othe
     "max_size fpn_channels box_features box_batch box_detections rpn_batch rpn_train_proposals "
     "rpn_test_proposals",
     (1e-12, 1e6): "lr anchor_sizes anchor_ratios",
-    (0, 1): "score threshold average paste nms rpn_nms box_nms box_score rpn_positive "
-    "box_positive rpn_iou box_iou",
+    (0, 1): "score threshold mask_threshold average paste nms rpn_nms box_nms box_score "
+    "rpn_positive box_positive rpn_iou box_iou",
     (-1, 1): "classifier.score",
     (-1e6, 1e6): "window",
 }
@@ -294,6 +294,10 @@ class EvaluateSegmenter(_EvaluateOptions):
 
     score: float = 0.75
     """The released code's AP and Dice take detections that score above it; COCO's AP takes all."""
+    mask_threshold: float = 0.5
+    """Pixels of a detection whose probability is above are its mask (released code: 0.622)."""
+    nms: Annotated[float | None, _none("as in training", "FLOAT")] = None
+    """Of two boxes of a class with a larger IoU the better one stays (released scripts: 0.5)."""
     threshold: float = 0.5  # Pixels whose probability in the fused detections is above are lesion.
     mirror: bool = False  # Fuse detections with those of the mirror image: twice the time.
     min_area: Annotated[int | None, _none("as in training", "INT")] = None
@@ -304,7 +308,10 @@ class EvaluateSegmenter(_EvaluateOptions):
         model, area = models.load_segmenter(weights), self.min_area
         area = models.read_card(weights).get("min_area", 1) if area is None else area
         dataset = datasets.open_lesions(self.folder, self.split, model.config.lesions, area)
-        chosen = {"score": self.score, "threshold": self.threshold, "mirror": self.mirror}
+        if self.nms is not None:
+            model.roi_heads.nms_thresh = self.nms
+        names = ("score", "mask_threshold", "threshold", "mirror")
+        chosen = {name: getattr(self, name) for name in names}
         result = training.evaluate_segmenter(model, dataset, **chosen, **options)
         del result["table"]
         measured = {name: value for name, value in result.items() if isinstance(value, float)}
@@ -313,6 +320,7 @@ class EvaluateSegmenter(_EvaluateOptions):
         _table(f"Fused detections above {self.threshold:g}: means of slices", result["overlap"])
         (patients, whose), ap50 = _whose(dataset), f"mask AP50 {result['mask_ap50']:.3f}"
         result |= {"patients": patients, "split": self.split, "min_area": area} | chosen
+        result |= {"nms": model.roi_heads.nms_thresh}
         _report(f"Segmenter {weights} judged on {whose}: {ap50}", self.json, result)
 
 

@@ -1,6 +1,7 @@
 """Files in the format of the author's release, and one with a payload, for tests to read."""
 
 import os
+import re
 import sys
 import types
 
@@ -12,16 +13,12 @@ ANCHORS = ((4.0, 8.0), (0.5, 1.0, 2.0))
 
 def author_names(state):
     """Our names -> those of the released files."""
-    pairs = [
-        ("detector.", ""), ("rpn.head.conv.0.0", "rpn.head.conv"),
-        ("inner_blocks.0.0", "inner_blocks.0"), ("layer_blocks.0.0", "layer_blocks.0"),
-        ("mask_head.0.0", "mask_head.mask_fcn1"),
-    ]  # fmt: skip
     renamed = {}
     for name, tensor in state.items():
         name = name.replace("s.fc", "s2new.fc") if name.startswith("s.fc") else name
-        for new, old in pairs:
-            name = name.replace(new, old)
+        name = name.replace("detector.", "").replace("rpn.head.conv.0.0", "rpn.head.conv")
+        name = re.sub(r"((?:inner|layer)_blocks\.\d)\.0", r"\1", name)
+        name = re.sub(r"mask_head\.(\d)\.0", lambda m: f"mask_head.mask_fcn{int(m[1]) + 1}", name)
         renamed[name] = tensor.clone()
     return renamed
 

@@ -102,7 +102,7 @@ def weights(root, kind):
         ("train classifier", "--classifier.n-boxes --classifier-training.weight-decay 0.0001"),
         ("train classifier", "--segmenter {heads,heads_bn,full} --no-validation --log-dir"),
         ("evaluate", "segmenter classifier"),
-        ("evaluate segmenter", "--weights --split --json --score --threshold --mirror"),
+        ("evaluate segmenter", "--weights --split --json --score --threshold --mirror --nms"),
         ("evaluate classifier", "--weights --split --json"),
         ("fetch", "covid-semiseg covidx-ct cncb-lesions"),
         ("predict", "IMAGE --segmenter --classifier --out --score DICOM NIfTI"),

@@ -178,7 +178,7 @@ def test_values_that_are_empty(argv, option, tmp_path, monkeypatch, capsys):
 
 NUMBERS = {
     "predict a.png --out o": "score every series",
-    "evaluate segmenter": "score threshold min-area batch-size",
+    "evaluate segmenter": "score threshold mask-threshold nms min-area batch-size",
     "evaluate classifier": "batch-size",
     "train segmenter": "lr epochs seed workers memory batch-size segmenter.warmup detector.rpn-nms"
     " segmenter.average",
@@ -194,7 +194,8 @@ NUMBERS = {
 def test_numbers_that_no_option_can_have(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for option in NUMBERS[command].split():
-        real = ("score", "threshold", "lr", "detector.rpn-nms", "segmenter.average")
+        real = ("score", "threshold", "mask-threshold", "nms", "lr", "detector.rpn-nms")
+        real += ("segmenter.average",)
         floats = ["nan", "inf", "-inf"] if option in real else []
         for value in (*floats, "-1", str(10**400)):
             assert main([*command.split(), f"--{option}={value}"]) == 2, (option, value)

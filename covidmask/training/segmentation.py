@@ -22,7 +22,7 @@ from covidmask.errors import DataError, TrainingError
 from covidmask.files import some
 from covidmask.metrics import detection
 from covidmask.metrics.detection import IOU_THRESHOLDS, CocoAP, semantic_mask
-from covidmask.models.detector import detect, for_inference, same_size_groups
+from covidmask.models.detector import binary_masks, detect, for_inference, same_size_groups
 from covidmask.training.loop import fit, joined, make_fabric, not_finite, read_batches
 
 
@@ -110,6 +110,7 @@ def evaluate_segmenter(
     *,
     fabric: Fabric | None = None,
     score: float = 0.75,
+    mask_threshold: float = 0.5,
     threshold: float = 0.5,
     **options: Any,
 ) -> dict[str, Any]:
@@ -117,6 +118,8 @@ def evaluate_segmenter(
 
     Args:
         score: the released code's AP and Dice take detections that score above it; COCO's AP all.
+        mask_threshold: where the masks of detections begin, in both APs and Dice; see
+            `binary_masks`.
         threshold: pixels whose probability in the fused maps is above it are lesion; see `fuse`.
         options: `batch_size`, `mirror` and `progress` of `predict_lesions`.
 
@@ -127,14 +130,15 @@ def evaluate_segmenter(
         `overlap_means` of "infection" and of each class; `slices`, how many were judged; `table`,
         float64 [M, regions, 5], the `overlap` of each slice, in the order of the data set.
     """
-    for name, value in (("score", score), ("threshold", threshold)):
+    shares = {"score": score, "mask_threshold": mask_threshold, "threshold": threshold}
+    for name, value in shares.items():
         if not 0 <= value <= 1:
             raise DataError(f"{name} {value}: must be a number from 0 to 1")
     if bad := not_finite(model.state_dict()):  # they would detect nothing, without a word
         raise TrainingError(f"weights that are not finite: {some(bad)}; train the segmenter again")
     fabric = fabric or make_fabric()
     classes = model.classes
-    regions, coco = ("infection", *classes), CocoAP(classes)
+    regions, coco = ("infection", *classes), CocoAP(classes, mask_threshold)
     columns = [len(IOU_THRESHOLDS), len(classes), 5 * len(regions)]
     rows = torch.zeros(len(dataset), sum(columns), dtype=torch.float64)
     found = predict_lesions(model, dataset, fabric=fabric, fused=True, **options)
@@ -142,6 +146,7 @@ def evaluate_segmenter(
         coco.update([prediction], [target])
         kept = prediction["scores"] > score
         sure = {key: prediction[key][kept] for key in ("labels", "scores", "masks")}
+        sure["masks"] = binary_masks(sure, mask_threshold)
         painted = semantic_mask(sure, score)
         truth = semantic_mask({**target, "scores": torch.ones(len(target["labels"]))}, 0)
         row = [*detection.author_image_ap(sure, target)]

@@ -20,7 +20,7 @@ from covidmask.models.classifier import covid_ct_mask_net
 from covidmask.models.detector import detect, fuse, lesion_mask_rcnn
 from covidmask.models.ranked_boxes import propose
 from covidmask.models.weights import ShippedWeights, save_model
-from covidmask.training import loop
+from covidmask.training import loop, segmentation
 from covidmask.training.classification import evaluate_classifier, train_classifier
 from covidmask.training.loop import make_fabric
 from covidmask.training.segmentation import evaluate_segmenter, train_segmenter
@@ -65,6 +65,23 @@ def test_the_table_is_in_the_order_of_the_slices(segmenter):
     assert len(set(pixels)) == 2 and table[:, 0, 3].tolist() == pixels
     true = [int(target["masks"].any(0).sum()) for _, target in data.items]
     assert table[:, 0, 2].tolist() == true
+
+
+@pytest.mark.parametrize("begin, right", [(0.5, False), (0.622, True)])
+def test_masks_begin_where_asked(segmenter, monkeypatch, begin, right):
+    data = Mixed(1)
+    _, target = data.items[0]
+    shape = target["masks"].shape[1:]
+    found = {key: target[key] for key in ("boxes", "labels")}
+    found["scores"] = torch.full((len(target["labels"]),), 0.9)
+    found["masks"] = (0.6 + 0.3 * target["masks"].float())[:, None]  # a lesion, and all around it
+    found["maps"] = torch.zeros(2, *shape)
+    monkeypatch.setattr(segmentation, "predict_lesions", lambda *a, **k: [(0, found, target)])
+    result = evaluate_segmenter(segmenter, data, mask_threshold=begin, progress=False)
+    for name in ("author_ap", "mask_ap"):
+        assert bool(result[name] == pytest.approx(1)) is right
+    dices = [result[f"dice_{name}"] for name in LESION_CLASSES["both"]]
+    assert bool(np.nanmin(dices) == pytest.approx(1)) is right
 
 
 def test_mirrored_maps_are_the_mean_of_both(segmenter):
