@@ -2,7 +2,7 @@
 
 What trains on images sees every training slice as often as any other, in batches of one size, with
 Adam at a rate that falls along half a cosine; readers of frozen features are fitted to the end. The
-last weights count: no epoch is chosen.
+last weights count: no epoch is chosen. (COVNet sees scans, in batches of about so many slices.)
 """
 
 from __future__ import annotations

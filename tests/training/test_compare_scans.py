@@ -72,7 +72,7 @@ def test_each_trains_is_judged_and_comes_back(
     row = compare.row_of(name, [(train, test)], lesions["test"], **options)
     # of each class three patients with two slices: a step has two scans, or four slices
     assert len(history) == (3 * classes // 2 if name != "jcs" else 6 * classes // 4)
-    assert {"bce", "ce", "dice"} & set(history[0]) == {"bce", "ce", "dice"} or name != "jcs"
+    assert set(history[0]) >= ({"bce", "ce", "dice"} if name == "jcs" else {"bce"})
     assert row["trained"] == row["parameters"] > 1e7 and row["ms"] > 0 and row["seconds"] > 0
     again = load_system(tmp_path / "w.safetensors")
     if name == "jcs":
@@ -193,16 +193,15 @@ def test_a_scan_is_in_order_and_not_too_long():
 
 def test_numbers_of_scans_by_hand():
     # shares of class b of each slice; patient 1 of class a and patient 1 of class b are two
-    shares = np.array([0.1, 0.6, 0.6, 0.9, 0.2, 0.3, 0.55])
+    shares = np.array([0.1, 0.6, 0.6, 0.9, 0.2, 0.3, 0.56])
     labels, patients = [0, 0, 0, 1, 1, 1, 0], ["1", "1", "1", "1", "1", "2", "3"]
     slices = Listed([f"{i}.png" for i in range(7)], labels, patients, ("a", "b"))
     logits = torch.from_numpy(np.stack([1 - shares, shares], 1)).log()
     row = compare.judge(logits, slices)
-    # means: a1 1.3/3 right, b1 1.1/2 right, b2 0.3 wrong, a3 0.55 wrong (and equal to b1)
+    # means: a1 1.3/3 right, b1 1.1/2 right, b2 0.3 wrong, a3 0.56 wrong
     assert row["accuracy"] == pytest.approx(2 / 7) and row["n"] == 7 and row["scans"] == 4
     assert row["scan_accuracy"] == 0.5
-    # pairs (b, a): b1 > a1, b1 = a3, b2 < both
-    assert row["scan_auc"] == pytest.approx(1.5 / 4)
+    assert row["scan_auc"] == 0.25  # of four pairs (b, a) one is in order: b1 above a1
     low, high = row["scan_accuracy_interval"]
     assert 0 <= low < 0.5 < high <= 1
     # of four drawn from two right and two wrong, a share of 1/16 is all right: within 95 %
@@ -229,7 +228,7 @@ def test_intervals_of_scans_draw_scans():
 @pytest.mark.parametrize(
     "name, words",
     [("covnet+", "after [+] stands a classifier of torchvision's, as in covnet[+]resnet18"),
-     ("covnet+resnet0", "after [+] stands a classifier"), ("jcs+vgg11", "after [+] stands a ResNet"),
+     ("covnet+resnet0", "after [+] stands a classifier"), ("jcs+vgg11", "[+] stands a ResNet"),
      ("covnet+squeezenet1_0", "does not end in a linear layer")],
 )  # fmt: skip
 def test_backbones_that_will_not_do(name, words, folder, detector):
@@ -309,7 +308,7 @@ def test_classes_may_be_called_as_in_file_names(tmp_path):
      ("file,Normal,CP\nx_1.png,0.2\n", "line 2: 0.2, None; give a number"),
      ("file,Normal,CP\nx_1.png,-0.2,1\n", "line 2: -0.2, 1; give a number"),
      ("file,Normal,CP\nx_1.png,2,1\n", "line 2: 2, 1; give a number"),
-     ("file,Normal,CP\nx_1.png,0,0\n", "line 2: 0, 0; give a number from 0 to 1 for each class, not"),
+     ("file,Normal,CP\nx_1.png,0,0\n", "line 2: 0, 0; give a number from 0 to 1 for each"),
      ("file,class\nx_1.png,CP\nx_1.png,CP\n", r"slices there twice: 1 \(x_1.png\)"),
      ("file,class\nx_1.png,CP\nz.png,CP\n", r"slices not in the list: 1 \(z.png\)"),
      ("file,class\nx_1.png,CP\n", r"slices missing: 2 \(y_1.png, y_2.png\)"),
