@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime, timezone
+from functools import reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -374,14 +375,17 @@ class Compare(_OnData):
     Systems are heads, heads_bn and full (the three regimes of COVID-CT-Mask-Net), scores (S reads
     scores alone), faster (a detector without masks), maps and areas (a linear layer on the same
     detector's feature maps, or on counts and areas of its lesions), unet and fcn (segment, then
-    classify), and any classifier of torchvision's, or of timm's as timm/NAME; resnet18+lungs is
-    given the lungs, too. A second call does what OUT lacks. For example:
+    classify), jcs (both at once), covnet (reads up to 16 slices of a patient together), and any
+    classifier of torchvision's, or of timm's as timm/NAME; jcs+resnet50 or covnet+resnet18 names a
+    backbone, resnet18+lungs is given the lungs, too. A second call does what OUT lacks. Example:
     `covidmask compare --data data/covid-ct --systems heads maps mobilenet_v2 --out compare.json`
     """
 
     systems: tuple[str, ...] = ("heads", "maps", "areas", "resnet18")
     """In the order of the table."""
     seeds: tuple[int, ...] = (0,)  # Each system is trained once with each.
+    predictions: Annotated[tuple[str, ...], _none("none", "[NAME=FILE.csv [...]]")] = ()
+    """Rows made elsewhere, of all slices judged: columns file and class, or file and each class."""
     out: Annotated[Path, arg(metavar="FILE.json")] = Path("compare.json")
     """The table; FILE.csv and FILE.txt lie beside it."""
     train: str = "train"  # List to train on.
@@ -407,7 +411,7 @@ class Compare(_OnData):
         from covidmask.training import compare, loop
 
         root = self.folder
-        if not (self.systems and self.seeds):
+        if not ((self.systems or self.predictions) and self.seeds):
             raise CovidmaskError("--systems, --seeds: name one of each, or leave them out")
         if self.keep and self.folds:
             raise CovidmaskError("--keep: with --folds there are several models of each system")
@@ -420,6 +424,12 @@ class Compare(_OnData):
         if self.folds:
             pairs = compare.folds_of(train, self.folds)
             parts = [tuple(compare.part_of(train, part) for part in pair) for pair in pairs]
+        rows, judged = {}, reduce(compare.together, (part for _, part in parts))
+        for word in self.predictions:
+            name, _, file = word.partition("=")
+            if not (name and file) or f"{name} -" in rows:
+                raise CovidmaskError(f"--predictions {word}: write NAME=FILE.csv, each name once")
+            rows[f"{name} -"] = compare.row_of_file(Path(file), judged)
         lesions = dict.fromkeys(("train", "test"))
         for split in set(lesions) & set(datasets.lesion_splits(root)):
             area = PRESETS[self.preset].min_area
@@ -447,6 +457,8 @@ class Compare(_OnData):
         fabric = training.make_fabric(self.budget.precision, _device(self.device))
         options = {"budget": budget, "detector": detector, "lesions": lesions["train"]}
         table = compare.Table(self.out, facts)
+        for name, row in rows.items():
+            table.add(name, row)
         for seed, system in ((seed, system) for seed in self.seeds for system in self.systems):
             if (name := f"{system} {seed}") not in table.rows:
                 few = parts

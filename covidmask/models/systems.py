@@ -1,7 +1,7 @@
 """Other ways to classify a slice: the systems that COVID-CT-Mask-Net is compared with (Table 3).
 
-Each is a module from B images, float32 [3,H,W] in 0..1, to logits [B,classes], and can be built
-again from the plain values in its `settings`.
+Each is a module from B images, float32 [3,H,W] in 0..1, to logits [B,classes] (`ScanClassifier`
+from B scans), and can be built again from the plain values in its `settings`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.fcn import FCN, FCNHead
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.transforms import v2
 
 from covidmask.config import DetectorConfig
@@ -98,15 +99,98 @@ class ImageClassifier(nn.Module):
         )
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
+        return self.network(self.ready(images, self.training))
+
+    def ready(self, images: Sequence[Tensor], cut: bool) -> Tensor:
+        """Images of any size -> what the network reads, float [B,3,size,size]."""
         check_images(images)
         if self.lungs:
             images = [with_lungs(image) for image in images]
-        if self.training:
+        if cut:
             x = torch.stack([self.cut(image) for image in images])
         else:
             x = _square(images, self.size)  # [B, 3, size, size]
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return self.network(x)
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+class ScanClassifier(ImageClassifier):
+    """COVNet [LQX+20]: one network for all slices of a scan, and one answer for the scan.
+
+    The network's features of each slice, pooled over its pixels, are joined by their element-wise
+    maximum over the slices, which a linear layer reads. `model(scans)`: B scans, each a list of one
+    or more images, float32 [3,H,W] in 0..1 -> logits [B,classes]. Theirs is on a ResNet-50, and
+    looks at the segmented lungs; here any classifier of torchvision's will do whose last layer is
+    linear, and it looks at whole slices. Arguments are those of `ImageClassifier`.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], *args: Any, **options: Any) -> None:
+        super().__init__(name, classes, *args, **options)
+        self.settings["system"] = "covnet"
+        layers = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear)]
+        last = layers[-1] if layers else ""
+        self.linear = self.network.get_submodule(last)
+        if getattr(self.linear, "out_features", None) != len(classes):
+            raise DataError(f"covnet on {name}: does not end in a linear layer; choose resnet50")
+        parent, _, child = last.rpartition(".")
+        setattr(self.network.get_submodule(parent), child, nn.Identity())
+
+    def forward(self, scans: Sequence[Sequence[Tensor]]) -> Tensor:
+        if any(isinstance(scan, Tensor) or not len(scan) for scan in scans):
+            raise DataError(
+                "COVNet reads scans, each a list of slices, not slices one by one; judge it by "
+                "`covidmask compare`"
+            )
+        rows = super().forward([image for scan in scans for image in scan])  # [slices, width]
+        each = rows.split([len(scan) for scan in scans])
+        return self.linear(torch.stack([part.amax(0) for part in each]))
+
+
+class JointClassifier(ImageClassifier):
+    """One encoder that classifies a slice and segments its lesions, in the manner of JCS [WGM+20].
+
+    The class is read from the encoder's last map; a decoder, torchvision's feature pyramid, gives
+    the labels of the pixels at each of its four levels, and all are trained (deep supervision).
+    JCS has two encoders, Res2Net for the class and VGG-16 for the pixels, trained one after the
+    other and joined by feature fusion, decoder blocks of its own, and knows one kind of lesion.
+    Here both tasks share one ResNet of torchvision's and are learnt at once, nothing is fused, and
+    lesions are those of the masks.
+
+    Args:
+        lesions: their names. channels: width of the decoder. Others as in `ImageClassifier`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: Sequence[str],
+        lesions: Sequence[str],
+        size: int = 224,
+        weights: str | None = None,
+        channels: int = 64,
+    ) -> None:
+        super().__init__(name, classes, size, weights)
+        del self.settings["lungs"]
+        self.settings |= {"system": "jcs", "lesions": list(lesions), "channels": channels}
+        self.lesions, whole = tuple(lesions), self.network
+        if not isinstance(whole, torchvision.models.ResNet):
+            raise DataError(f"jcs on {name}: choose a ResNet of torchvision's, such as resnet18")
+        stages = [f"layer{i}" for i in (1, 2, 3, 4)]
+        widths = [whole.fc.in_features // part for part in (8, 4, 2, 1)]
+        self.body = IntermediateLayerGetter(whole, {stage: stage for stage in stages})
+        self.network = whole.fc  # the head
+        self.decoder = FeaturePyramidNetwork(widths, channels)
+        self.sides = nn.ModuleList(nn.Conv2d(channels, 1 + len(lesions), 1) for _ in stages)
+
+    def forward(self, images: Sequence[Tensor], pixels: bool = False) -> Tensor | list[Tensor]:
+        """Logits [B,classes]; or with `pixels` of each level, the finest first, those of pixels:
+        [B,1 + lesion classes,size,size], of whole slices (nothing is cut in training).
+        """
+        maps = self.body(self.ready(images, self.training and not pixels))
+        if not pixels:
+            return self.network(maps["layer4"].mean((2, 3)))
+        levels, shape = self.decoder(maps).values(), (self.size, self.size)
+        found = [side(level) for side, level in zip(self.sides, levels, strict=True)]
+        return [F.interpolate(logits, size=shape, mode="bilinear") for logits in found]
 
 
 def with_lungs(image: Tensor) -> Tensor:
@@ -249,6 +333,7 @@ class LinearReader(nn.Module):
 
 
 READERS = {kind.__name__: kind for kind in (PooledMaps, LesionAreas, SegmentedAreas)}
+TRAINED = {"covnet": ScanClassifier, "jcs": JointClassifier, None: ImageClassifier}
 
 
 def save_system(model: ImageClassifier | LinearReader, path: str | Path, **card: Any) -> Path:
@@ -279,7 +364,7 @@ def load_system(path: str | Path) -> ImageClassifier | LinearReader | CovidCTMas
                 part = lesion_mask_rcnn(config, masks=kind == "LesionAreas")
             model: nn.Module = LinearReader(READERS[kind](part), classes)
         else:
-            model = ImageClassifier(**settings)
+            model = TRAINED[settings.pop("system", None)](**settings)
         sizes = [s["size"] for s in (settings, settings.get("network", {})) if "size" in s]
         if not all(isinstance(size, int) and 1 <= size <= 8192 for size in sizes):
             raise ValueError(f"size {sizes}")

@@ -2,7 +2,7 @@
 
 What trains on images sees every training slice as often as any other, in batches of one size, with
 Adam at a rate that falls along half a cosine; readers of frozen features are fitted to the end. The
-last weights count: no epoch is chosen.
+last weights count: no epoch is chosen. (COVNet sees scans, in batches of about so many slices.)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from covidmask.config import ClassifierConfig, DetectorConfig, TrainingConfig, lesion_classes
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionDataset
+from covidmask.datasets.predictions import read_predictions
 from covidmask.errors import CovidmaskError, DataError, OutputError
 from covidmask.files import atomic_path, one_line
 from covidmask.metrics.classification import bootstrap, confusion, report
@@ -40,9 +41,11 @@ from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.systems import (
     SEGMENTERS,
     ImageClassifier,
+    JointClassifier,
     LesionAreas,
     LinearReader,
     PooledMaps,
+    ScanClassifier,
     Segmentation,
     SegmentedAreas,
     save_system,
@@ -50,9 +53,12 @@ from covidmask.models.systems import (
 from covidmask.models.weights import save_model
 from covidmask.training.classification import classification_loss, logits_of, train_classifier
 from covidmask.training.loop import fit, joined, make_fabric, read_batches
+from covidmask.training.scans import Scans, owners, scan_logits
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
 OURS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "areas", *SEGMENTERS)
+BACKBONES = {"covnet": "resnet50", "jcs": "resnet18"}  # what they stand on, unless told otherwise
+MASKS = ("faster", *SEGMENTERS, "jcs")  # learn here from slices with lesion masks
 CLASSIFIERS = set(torchvision.models.list_models(torchvision.models))
 TIMED = 16  # slices for the milliseconds of one
 
@@ -78,11 +84,6 @@ def part_of(dataset, chosen: Iterable[int]):
         if isinstance(values, list):
             setattr(part, name, [values[i] for i in chosen])
     return part
-
-
-def owners(slices: SliceImages) -> list[str]:
-    """Whose each slice is: in COVIDx-CT each class numbers its own patients."""
-    return [f"{label} {name}" for label, name in zip(slices.labels, slices.patients, strict=True)]
 
 
 def folds_of(slices: SliceImages, folds: int, seed: int = 0) -> Iterator[tuple[list, list]]:
@@ -116,6 +117,12 @@ def check_systems(names: Iterable[str]) -> None:
     """Raise `DataError` for what `train_system` does not know, before anything is trained."""
     for name in names:
         network, plus, extra = name.partition("+")
+        if network in BACKBONES:
+            kind = "ResNet" if network == "jcs" else "classifier"
+            if plus and (extra not in CLASSIFIERS or (network == "jcs" and "resne" not in extra)):
+                kind += f" of torchvision's, as in {network}+resnet18"
+                raise DataError(f"system {name!r}: after + stands a {kind}")
+            continue
         ours = network in OURS
         if plus and (ours or extra != "lungs"):
             raise DataError(
@@ -123,8 +130,8 @@ def check_systems(names: Iterable[str]) -> None:
             )
         if not ours and not network.startswith("timm/") and network not in CLASSIFIERS:
             raise DataError(
-                f"system {name!r}: choose among {', '.join(OURS)}, torchvision's classifiers such "
-                "as resnet18 or mobilenet_v2, and timm/NAME"
+                f"system {name!r}: choose among {', '.join((*OURS, *BACKBONES))}, torchvision's "
+                "classifiers such as resnet18 or mobilenet_v2, and timm/NAME"
             )
 
 
@@ -145,14 +152,18 @@ def train_system(
             here on `lesions`); `maps` (a linear layer on the detector's pooled feature maps);
             `areas` (on counts and areas of its lesions); `unet` or `fcn` (segmentation trained
             here on `lesions`, then a linear layer on areas); a classifier of torchvision's or
-            timm's, see `ImageClassifier`; `+lungs` after its name gives it the lungs, too.
+            timm's, see `ImageClassifier`; `+lungs` after its name gives it the lungs, too;
+            `covnet` (`ScanClassifier`: gives logits for scans; a step has as many as have about
+            `batch_size` slices); `jcs` (`JointClassifier`, pixels learnt from `lesions`); as in
+            `covnet+resnet18`, a backbone may follow either.
         detector: trained, of `lesion_mask_rcnn`; a copy is used.
         options: `fabric` and `progress` of `fit`.
     """
     torch.manual_seed(seed)
     classes, options = tuple(slices.classes), options | {"seed": seed}
     config = replace(budget.classifier, classes=classes)
-    if name in ("faster", *SEGMENTERS) and lesions is None:
+    network, _, extra = name.partition("+")
+    if network in MASKS and lesions is None:
         raise DataError(f"{name}: learns from slices with lesion masks, and there are none here")
     if name == "faster":
         detector = lesion_mask_rcnn(budget.detector, masks=False)
@@ -169,20 +180,35 @@ def train_system(
         features = (PooledMaps if name == "maps" else LesionAreas)(copy.deepcopy(detector))
         return _fitted(LinearReader(features, classes), slices, **options)
     if name in SEGMENTERS:
-        network = Segmentation(name, lesion_classes(lesions.lesions), budget.size)
-        train_segmentation(network, lesions, budget.lesion_training, **options)
-        return _fitted(LinearReader(SegmentedAreas(network), classes), slices, **options)
+        segmentation = Segmentation(name, lesion_classes(lesions.lesions), budget.size)
+        train_segmentation(segmentation, lesions, budget.lesion_training, **options)
+        return _fitted(LinearReader(SegmentedAreas(segmentation), classes), slices, **options)
     check_systems([name])
-    network, plus, _ = name.partition("+")
-    model = ImageClassifier(network, classes, budget.size, budget.weights, bool(plus))
-    how = budget.training
+    backbone, how, looks = extra or BACKBONES.get(network), budget.training, budget.size
     if budget.weights:
         how = replace(how, lr=how.lr * budget.gentle)
+    if network == "covnet":
+        model = ScanClassifier(backbone, classes, looks, budget.weights)
+        slices = Scans(slices)
+        each = sum(map(len, slices.members)) / len(slices)
+        at_once = min(round(how.batch_size / each), len(slices))
+        how, options = replace(how, batch_size=max(at_once, 1)), options | {"images": False}
+    elif network == "jcs":
+        names = lesion_classes(lesions.lesions)
+        model = JointClassifier(backbone, classes, names, looks, budget.weights)
+    else:
+        model = ImageClassifier(network, classes, looks, budget.weights, extra == "lungs")
 
     def losses(wrapped, items: list) -> dict[str, Tensor]:
         images, labels = zip(*items, strict=True)
         logits = wrapped(list(images))
-        return {"bce": classification_loss(logits, torch.tensor(labels, device=logits.device))}
+        found = {"bce": classification_loss(logits, torch.tensor(labels, device=logits.device))}
+        if network == "jcs":  # as many slices with masks, drawn by the seed of the step
+            drawn = [lesions[i] for i in torch.randint(len(lesions), (len(items),)).tolist()]
+            sides = wrapped([image.to(logits.device) for image, _ in drawn], pixels=True)
+            parts = [pixel_losses(side, [target for _, target in drawn]) for side in sides]
+            found |= {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+        return found
 
     try:
         fit(model, slices, losses, how, title=name, run={"system": model.settings}, **options)
@@ -200,19 +226,24 @@ def train_segmentation(
     """Train on items of `LesionSlices` by cross-entropy and soft Dice, as `Segmentation` says."""
 
     def losses(wrapped, items: list) -> dict[str, Tensor]:
-        logits = wrapped([image for image, _ in items])  # [B, 1 + classes, size, size]
-        truth = torch.stack([labels_of(target, network.size) for _, target in items])
-        truth = truth.to(logits.device)
-        shares = logits.softmax(1)[:, 1:]
-        true = F.one_hot(truth, logits.shape[1]).movedim(3, 1)[:, 1:].float()
-        both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
-        slack = 0.002 * truth[0].numel()
-        dice = (1 - (2 * both + slack) / (total + slack)).mean()
-        return {"ce": F.cross_entropy(logits, truth), "dice": dice}
+        logits = wrapped([image for image, _ in items])
+        return pixel_losses(logits, [target for _, target in items])
 
     network.requires_grad_(True)
     run = {"segmentation": network.settings}
     fit(network, lesions, losses, training, title=network.settings["name"], run=run, **options)
+
+
+def pixel_losses(logits: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Cross-entropy, and one minus the mean soft Dice, of logits [B,1 + classes,size,size]."""
+    truth = torch.stack([labels_of(target, logits.shape[-1]) for target in targets])
+    truth = truth.to(logits.device)
+    shares = logits.softmax(1)[:, 1:]
+    true = F.one_hot(truth, logits.shape[1]).movedim(3, 1)[:, 1:].float()
+    both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
+    slack = 0.002 * truth[0].numel()
+    dice = (1 - (2 * both + slack) / (total + slack)).mean()
+    return {"ce": F.cross_entropy(logits, truth), "dice": dice}
 
 
 def labels_of(target: dict[str, Tensor], size: int) -> Tensor:
@@ -256,35 +287,65 @@ def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(np.mean(parts))
 
 
-def judge(logits: Tensor, slices: SliceImages) -> dict[str, Any]:
-    """The numbers of a row, with 95 % intervals from resampling patients."""
+def judge(logits: Tensor, slices: SliceImages | Scans) -> dict[str, Any]:
+    """The numbers of a row, with 95 % intervals from resampling patients (by class: `owners`).
+
+    Where they have several slices, also `scans`, their number, and `scan_accuracy` and `scan_auc`
+    of the mean of the softmax over the slices of each; their intervals are from resampling scans.
+    Logits [M,C] of `Scans` have a row a scan: all numbers are of scans.
+    """
     labels, classes = np.array(slices.labels), len(slices.classes)
     shares = (logits.softmax(1)).numpy()
     predicted = logits.argmax(1).numpy()
     owner = np.unique(owners(slices), return_inverse=True)[1]
     slices_of = [np.flatnonzero(owner == patient) for patient in range(owner.max() + 1)]
-
-    def values(chosen: np.ndarray) -> list[float]:
-        right = (predicted[chosen] == labels[chosen]).mean()
-        return [right, auc(labels[chosen], shares[chosen])]
-
-    def of_patients(drawn: np.ndarray) -> list[float]:
-        return values(np.concatenate([slices_of[patient] for patient in drawn]))
-
-    ends = bootstrap(len(slices_of), of_patients, repeats=500).T.tolist()
     found = report(confusion(labels, predicted, classes))
     there = [k for k, count in enumerate(found["support"]) if count]  # other classes count nowhere
     pairs = [(found["sensitivity"][k], found["ppv"][k]) for k in there]
     f1 = [2 * s * p / (s + p) if s > 0 else 0.0 for s, p in pairs]
-    return {
+    row = {
         **{key: found[key] for key in ("accuracy", "sensitivity", "ppv", "n")},
         "f1": float(np.mean(f1)),
-        "auc": values(np.arange(len(labels)))[1],
-        "accuracy_interval": ends[0],
-        "auc_interval": ends[1],
+        **_with_intervals(labels, shares, predicted, slices_of),
         "predictions": "".join(map(str, predicted)) if classes < 10 else predicted.tolist(),
         "probabilities": np.round(shares[:, 1:].astype(float), 6).tolist(),
     }
+    if len(slices_of) < len(labels) or isinstance(slices, Scans):
+        means = np.stack([shares[own].mean(0) for own in slices_of])  # [scans, C]
+        whose = np.array([labels[own[0]] for own in slices_of])
+        found = _with_intervals(whose, means, means.argmax(1), np.arange(len(means))[:, None])
+        row |= {"scans": len(means)} | {f"scan_{key}": value for key, value in found.items()}
+    return row
+
+
+def _with_intervals(labels, shares, predicted, groups) -> dict[str, Any]:
+    """Accuracy and AUC of rows, and their intervals when groups, positions of rows, are drawn."""
+
+    def values(chosen: np.ndarray) -> list[float]:
+        right = (predicted[chosen] == labels[chosen]).mean()
+        return [float(right), auc(labels[chosen], shares[chosen])]
+
+    def of_drawn(drawn: np.ndarray) -> list[float]:
+        return values(np.concatenate([groups[group] for group in drawn]))
+
+    ends = bootstrap(len(groups), of_drawn, repeats=500).T.tolist()
+    both = values(np.arange(len(labels)))
+    names = ("accuracy", "auc", "accuracy_interval", "auc_interval")
+    return dict(zip(names, both + ends, strict=True))
+
+
+def row_of_file(path: Path, slices: SliceImages) -> dict[str, Any]:
+    """The row of predictions that were made elsewhere; see `read_predictions` for the CSV.
+
+    With classes alone there is no AUC (NaN), and the class of a scan is that of most of its slices.
+    """
+    shares, known = read_predictions(path, slices)
+    row = judge(torch.from_numpy(shares).log(), slices)
+    if not known:
+        del row["probabilities"]
+        row |= {key: np.nan for key in row if key.endswith("auc")}
+        row |= {key: [np.nan] * 2 for key in row if key.endswith("auc_interval")}
+    return row
 
 
 def row_of(
@@ -296,7 +357,8 @@ def row_of(
 ) -> dict[str, Any]:
     """Train on the first and judge on the second of each pair, all their test slices together.
 
-    Options are those of `train_system`. `keep`: file for the weights, of a single pair.
+    Options are those of `train_system`. `keep`: file for the weights, of a single pair. `ms` are
+    those of a slice, of `covnet` of a scan.
     """
     seconds, found, test = 0.0, [], None
     looking = {key: options[key] for key in ("fabric", "progress") if key in options}
@@ -304,9 +366,12 @@ def row_of(
         start = time.process_time()
         model = train_system(name, train, **options)
         seconds += time.process_time() - start
-        found.append(logits_of(model, part, **looking))
+        scans = isinstance(model, ScanClassifier)
+        found.append((scan_logits if scans else logits_of)(model, part, **looking))
         test = part if test is None else together(test, part)
-    images = [test[i][0] for i in range(min(TIMED, len(test)))]
+    if scans:  # no patient is in two parts, so the order is that of the logits
+        test = Scans(test)
+    images = [test[i][0] for i in range(min(2 if scans else TIMED, len(test)))]
     model.cpu().eval()
     with torch.no_grad():
         model(images[:1])  # the first call is slower
@@ -349,14 +414,16 @@ def truth_of(target: dict[str, Tensor]) -> np.ndarray:
 def dice_of(model: nn.Module, lesions: LesionDataset) -> dict[str, float]:
     """Mean Dice over slices of each region, of what finds lesions' pixels; else empty."""
     features, rows = getattr(model, "features", None), []
-    kind = features.network if isinstance(features, SegmentedAreas) else features
+    kind = features.network if isinstance(features, SegmentedAreas) else features or model
     names = getattr(kind, "lesions", getattr(getattr(kind, "detector", None), "classes", ()))
     if tuple(names) != lesion_classes(lesions.lesions):
         return {}  # it finds other lesions than these
-    if isinstance(features, SegmentedAreas):
+    if isinstance(kind, (Segmentation, JointClassifier)):
         for index in range(len(lesions)):
             image, target = lesions[index]
-            maps = features.network([image]).softmax(1)[:, 1:]
+            joint = isinstance(kind, JointClassifier)
+            logits = kind([image], pixels=True)[0] if joint else kind([image])
+            maps = logits.softmax(1)[:, 1:]
             maps = F.interpolate(maps, size=image.shape[1:], mode="bilinear")[0]
             rows.append(overlap(maps, truth_of(target)))
     elif isinstance(features, LesionAreas):
@@ -431,8 +498,9 @@ class Table:
     def text(self) -> str:
         """The table that people read: means over seeds would hide how far seeds lie apart."""
         table = self.frame()
-        for key in ("accuracy", "auc"):
+        for key in {"accuracy", "auc", "scan_accuracy", "scan_auc"} & set(table):
             ends = (table.pop(f"{key}_interval {i}") for i in (0, 1))
             rows = zip(table[key], *ends, strict=True)
-            table[key] = ["{:.3f} ({:.3f} to {:.3f})".format(*row) for row in rows]
+            texts = ["{:.3f} ({:.3f} to {:.3f})".format(*row) for row in rows]
+            table[key] = [text.replace("nan (nan to nan)", "") for text in texts]
         return table.to_string(float_format="{:.3f}".format, na_rep="")
