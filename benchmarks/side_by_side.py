@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import common
+import numpy as np
 import torch
 import tyro
 
@@ -30,7 +31,8 @@ SEEDS, SIZES, MIDDLE = (0, 1, 2), (30, 100, 300, 1000), 300  # training slices o
 IMAGENET = "IMAGENET1K_V1"
 CURVE = ("scores", "heads", "areas", "maps", "resnet18", f"mobilenet_v2 {IMAGENET}")
 TABLE = (
-    *CURVE, "heads_bn", "full", "faster", "unet", "fcn", "mobilenet_v3_small", "densenet169+lungs",
+    *CURVE, "heads_bn", "full", "faster", "unet", "fcn", "jcs", "covnet+resnet18",
+    "mobilenet_v3_small", "densenet169+lungs",
 )  # fmt: skip
 REAL = (*CURVE, "mobilenet_v2")
 OUT = {name: common.RESULTS / f"side_by_side_{name}.json" for name in ("phantoms", "covid_ct")}
@@ -136,6 +138,81 @@ def run(out: Path, facts: dict, parts: dict, jobs: int) -> None:
         common.save(path, source | result)
 
 
+def rows_of(result: dict) -> dict[tuple[str, str], list[dict]]:
+    """{(system, what it learned from): rows of its seeds}, of the keys "system, size, seed"."""
+    found: dict = {}
+    for key in sorted(result["parts"], key=lambda key: int(key.rsplit(", ", 1)[1])):
+        *of, _ = key.split(", ")
+        found.setdefault((of[0], of[-1]), []).append(result["parts"][key])
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean of the seeds, and from the lowest to the highest."""
+    if len(values) == 1:
+        return f"{values[0]:.3f} (one seed)"
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def line(system: str, rows: list[dict]) -> dict[str, str]:
+    """The cells of one system."""
+    name, _, weights = system.partition(" ")
+    row = rows[0]
+    cells = {
+        "system": f"`{name}`" + (", from ImageNet" if weights else ""),
+        "accuracy": spread([row["accuracy"] for row in rows]),
+        "AUC": spread([row["auc"] for row in rows]),
+        "F1": f"{np.mean([row['f1'] for row in rows]):.3f}",
+        "parameters": f"{row['parameters'] / 1e6:.2f} M",
+        "trained": f"{row['trained']:,}",
+        "minutes": f"{np.mean([row['seconds'] for row in rows]) / 60:.1f}",
+        "ms a slice": f"{np.median([row['ms'] for row in rows]):.0f}",
+    }
+    if "dice" in row:
+        cells["Dice, infection"] = f"{np.mean([row['dice']['infection'] for row in rows]):.3f}"
+    return cells
+
+
+def markdown(result: dict, key: str, about: str) -> str:
+    """The table of the systems that learned from `key`, the best first."""
+    rows = {name: found for (name, size), found in rows_of(result).items() if size in (key, name)}
+    best = sorted(rows, key=lambda name: -np.mean([row["auc"] for row in rows[name]]))
+    lines = [line(name, rows[name]) for name in best]
+    head = list(dict.fromkeys(title for cells in lines for title in cells))
+    body = [[cells.get(title, "") for title in head] for cells in lines]
+    file = f"`results/{OUT[result['name']].name}`"
+    return "\n".join([*common.table(head, body), "", f"{about} {common.origin(result, file)}"])
+
+
+def curve(result: dict) -> str:
+    """Lines of Python: accuracy of each seed, by system and slices of a class."""
+    lines = ["curve = {"]
+    for name in CURVE:
+        sizes = {size: rows for (who, size), rows in rows_of(result).items() if who == name}
+        lines.append(f'    "{name}": {{')
+        for size in sorted(sizes, key=int):
+            values = ", ".join(f"{row['accuracy']:.3f}" for row in sizes[size])
+            lines.append(f"        {size}: [{values}],")
+        lines.append("    },")
+    return "\n".join([*lines, "}", ""])
+
+
+PAGES = {
+    "phantoms": (str(MIDDLE), "Phantoms, 300 training slices of each class, mean of the seeds and "
+                 "their range. Minutes are those of a core."),
+    "covid_ct": ("", "COVID-CT, real: the 118 images of val, learned from the 425 of train."),
+}  # fmt: skip
+
+
+def page() -> None:
+    """Fill chapter 10 from the files of results."""
+    for name, (key, about) in PAGES.items():
+        if result := common.read(OUT[name]):
+            common.fill(TWIN, f"side_by_side_{name}", markdown(result | {"name": name}, key, about))
+    if result := common.read(OUT["phantoms"]):
+        common.replace_between(TWIN, ("# curve\n", "# end of curve\n"), curve(result))
+
+
 if __name__ == "__main__":
-    commands = {"phantoms": phantoms, "covid-ct": covid_ct_val}
+    commands = {"phantoms": phantoms, "covid-ct": covid_ct_val, "page": page}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
