@@ -29,7 +29,7 @@ from covidmask.config import PRESETS
 from covidmask.datasets import open_slices
 from covidmask.files import data_root
 from covidmask.models.ranked_boxes import Boxes, Columns
-from covidmask.models.systems import ImageClassifier, PooledMaps, _square
+from covidmask.models.systems import BoxMaps, ImageClassifier, PooledMaps, _square
 from covidmask.training.compare import auc, folds_of, owners
 
 OUT, DATA = common.RESULTS / "covid_ct.json", data_root() / "covid-ct"
@@ -43,7 +43,7 @@ WORDS = {
     "place": "and lesion class and place of each box",
     "grey": "and mean, spread, least and most grey in each box",
     "hidden": "what the box head makes of each box: mean and maximum over the boxes",
-    "inside": "feature maps inside each box: mean and maximum over the boxes",
+    "inside": "largest value of each map channel inside each box: the largest over the boxes",
     "light": "mean and greatest grey value of the whole image",
     "maps": "feature maps of the detector: mean and maximum over the image",
     "both": "score, deltas, class and place of the boxes, and those maps",
@@ -69,9 +69,8 @@ def grey_of(image: Tensor, places: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def looks(detector, image: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
-    """The N ranked boxes of an image: rows [N, 14] of named numbers, hidden [N, box_features],
-    and mean, maximum and spread of the feature maps inside each box, [N, 3 fpn_channels].
+def looks(detector, image: Tensor, config) -> tuple[Tensor, Tensor]:
+    """The N ranked boxes of an image: rows [N, 14] of named numbers, and hidden [N, box_features].
 
     `models.ranked_boxes` with the numbers that its rows leave out.
     """
@@ -87,9 +86,7 @@ def looks(detector, image: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.cat([columns(boxes), grey_of(image, place)], 1)  # [K, 14]
     heads, kept = detector.roi_heads, [proposals[0][ranking.roi]]
     hidden = heads.box_head(heads.box_roi_pool(features, kept, shapes))  # [K, box_features]
-    cut = heads.box_roi_pool(features, [ranking.box], shapes)  # [K, fpn_channels, 7, 7]
-    inside = torch.cat([cut.mean((2, 3)), cut.amax((2, 3)), cut.std((2, 3))], 1)
-    return tuple(models.pad_rows(part, config.n_boxes) for part in (rows, hidden, inside))
+    return models.pad_rows(rows, config.n_boxes), models.pad_rows(hidden, config.n_boxes)
 
 
 @torch.no_grad()
@@ -97,17 +94,17 @@ def features_of(slices, weights: str) -> dict[str, np.ndarray]:
     """The numbers of each row of the table, [M, F]."""
     detector = models.ShippedWeights.SEGMENTER_CT.load()
     config = replace(PRESETS["semiseg"].classifier, n_boxes=N)
-    maps, parts = PooledMaps(models.ShippedWeights.SEGMENTER_CT.load()).eval(), []
+    maps, inside, parts = PooledMaps(detector).eval(), BoxMaps(detector, config).eval(), []
     image_net = ImageClassifier("mobilenet_v2", slices.classes, weights=weights).eval()
     body = torchvision.models.MobileNet_V2_Weights[weights].transforms()
     for index in tqdm(range(len(slices)), desc="looking"):
         image = slices[index][0]
-        rows, hidden, inside = looks(detector, image, config)
+        rows, hidden = looks(detector, image, config)
         x = _square([image], 224)
         x = (x - torch.tensor(body.mean)[:, None, None]) / torch.tensor(body.std)[:, None, None]
         pooled = image_net.network.features(x).mean((2, 3))
         light = torch.stack([image.mean(), image.max()])
-        parts.append((rows, hidden, inside, light, maps([image])[0], pooled[0]))
+        parts.append((rows, hidden, inside([image])[0], light, maps([image])[0], pooled[0]))
     parts = (torch.stack(part).numpy() for part in zip(*parts, strict=True))
     rows, hidden, inside, light, maps, pooled = parts
 
@@ -123,7 +120,7 @@ def features_of(slices, weights: str) -> dict[str, np.ndarray]:
         "place": spread(10),
         "grey": spread(14),
         "hidden": np.concatenate([hidden.mean(1), hidden.max(1)], 1),
-        "inside": np.concatenate([inside.mean(1), inside.max(1)], 1),
+        "inside": inside,
         "light": light,
         "maps": maps,
         "both": np.concatenate([spread(10), maps], 1),

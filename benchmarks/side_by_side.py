@@ -29,7 +29,7 @@ from covidmask.training.loop import make_fabric
 
 SEEDS, SIZES, MIDDLE = (0, 1, 2), (30, 100, 300, 1000), 300  # training slices of each class
 IMAGENET = "IMAGENET1K_V1"
-CURVE = ("scores", "heads", "areas", "maps", "resnet18", f"mobilenet_v2 {IMAGENET}")
+CURVE = ("scores", "heads", "areas", "maps", "inside", "resnet18", f"mobilenet_v2 {IMAGENET}")
 TABLE = (
     *CURVE, "heads_bn", "full", "faster", "unet", "fcn", "jcs", "covnet+resnet18",
     "mobilenet_v3_small", "densenet169+lungs",

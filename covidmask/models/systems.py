@@ -20,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.fcn import FCN, FCNHead
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, roi_pool
 from torchvision.transforms import v2
 
-from covidmask.config import DetectorConfig
+from covidmask.config import ClassifierConfig, DetectorConfig
 from covidmask.datasets.lungs import find_lungs
 from covidmask.datasets.scans import LUNG_WINDOW
 from covidmask.errors import CheckpointError, DataError
@@ -38,6 +38,7 @@ from covidmask.models.detector import (
     lesion_mask_rcnn,
     same_size_groups,
 )
+from covidmask.models.ranked_boxes import propose, rank_boxes, run_box_head
 from covidmask.models.weights import _config, _read, load_classifier, load_state
 
 SEGMENTERS = ("unet", "fcn")
@@ -239,6 +240,35 @@ class PooledMaps(Features):
         return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.amax((2, 3)))], 1)
 
 
+class BoxMaps(Features):
+    """What N ranked boxes look at: the largest value of each map channel, over all of them.
+
+    `rows` has a row for each box and a column for each channel, in the place of score and deltas.
+    """
+
+    def __init__(self, detector: nn.Module, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.detector, self.config = detector.eval().requires_grad_(False), config
+        self.settings = {"detector": asdict(detector.config), "classifier": asdict(config)}
+        self.width = detector.backbone.out_channels * len(detector.strides)
+
+    def rows(self, images: list[Tensor]) -> list[Tensor]:  # images of one size -> [K, width] each
+        features, proposals, shapes = propose(self.detector, images)
+        found = *run_box_head(self.detector, features, proposals, shapes), proposals, shapes
+        coder, channels = self.detector.roi_heads.box_coder, self.detector.backbone.out_channels
+        boxes = [rank_boxes(*one, coder, self.config).box for one in zip(*found, strict=True)]
+        maps = [m for m in features.values() if m.shape[1] == channels]  # not the image itself
+        parts = [
+            roi_pool(m, boxes, 1, 1 / stride).flatten(1)
+            for m, stride in zip(maps, self.detector.strides, strict=True)
+        ]
+        return list(torch.cat(parts, 1).split([len(part) for part in boxes]))
+
+    def read(self, images: list[Tensor]) -> Tensor:
+        none = torch.zeros(1, self.width, device=images[0].device)  # where there is no box
+        return torch.stack([(r if len(r) else none).amax(0) for r in self.rows(images)])
+
+
 class LesionAreas(Features):
     """Of each lesion class: how many detections score above 0.5, mean and share of its map."""
 
@@ -332,7 +362,7 @@ class LinearReader(nn.Module):
             self.linear.bias.copy_(torch.from_numpy(bias))
 
 
-READERS = {kind.__name__: kind for kind in (PooledMaps, LesionAreas, SegmentedAreas)}
+READERS = {kind.__name__: kind for kind in (PooledMaps, BoxMaps, LesionAreas, SegmentedAreas)}
 TRAINED = {"covnet": ScanClassifier, "jcs": JointClassifier, None: ImageClassifier}
 
 
@@ -357,12 +387,15 @@ def load_system(path: str | Path) -> ImageClassifier | LinearReader | CovidCTMas
         settings = dict(header["settings"])
         if kind := settings.pop("features", None):
             classes = settings["classes"]
+            parts: list[Any] = []
             if "network" in settings:
-                part: nn.Module = Segmentation(**settings["network"])
+                parts = [Segmentation(**settings["network"])]
             else:
                 config = _config(DetectorConfig, settings["detector"])
-                part = lesion_mask_rcnn(config, masks=kind == "LesionAreas")
-            model: nn.Module = LinearReader(READERS[kind](part), classes)
+                parts = [lesion_mask_rcnn(config, masks=kind != "PooledMaps")]
+            if "classifier" in settings:
+                parts.append(_config(ClassifierConfig, settings["classifier"]))
+            model: nn.Module = LinearReader(READERS[kind](*parts), classes)
         else:
             model = TRAINED[settings.pop("system", None)](**settings)
         sizes = [s["size"] for s in (settings, settings.get("network", {})) if "size" in s]

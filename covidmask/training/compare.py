@@ -40,6 +40,7 @@ from covidmask.models.classifier import (
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.systems import (
     SEGMENTERS,
+    BoxMaps,
     ImageClassifier,
     JointClassifier,
     LesionAreas,
@@ -56,7 +57,7 @@ from covidmask.training.loop import fit, joined, make_fabric, read_batches
 from covidmask.training.scans import Scans, owners, scan_logits
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
-OURS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "areas", *SEGMENTERS)
+OURS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "inside", "areas", *SEGMENTERS)
 BACKBONES = {"covnet": "resnet50", "jcs": "resnet18"}  # what they stand on, unless told otherwise
 MASKS = ("faster", *SEGMENTERS, "jcs")  # learn here from slices with lesion masks
 CLASSIFIERS = set(torchvision.models.list_models(torchvision.models))
@@ -150,7 +151,8 @@ def train_system(
         name: `heads`, `heads_bn` or `full` (the paper's three regimes); `scores` (heads, but S
             reads the scores alone); `faster` (heads, on a detector without mask branch, trained
             here on `lesions`); `maps` (a linear layer on the detector's pooled feature maps);
-            `areas` (on counts and areas of its lesions); `unet` or `fcn` (segmentation trained
+            `inside` (on what of them lies in the ranked boxes); `areas` (on counts and areas of
+            its lesions); `unet` or `fcn` (segmentation trained
             here on `lesions`, then a linear layer on areas); a classifier of torchvision's or
             timm's, see `ImageClassifier`; `+lungs` after its name gives it the lungs, too;
             `covnet` (`ScanClassifier`: gives logits for scans; a step has as many as have about
@@ -176,8 +178,9 @@ def train_system(
         how = budget.s_training if regime == "heads" else budget.training
         train_classifier(model, slices, regime, how, **options)
         return model.eval()
-    if name in ("maps", "areas"):
-        features = (PooledMaps if name == "maps" else LesionAreas)(copy.deepcopy(detector))
+    if name in ("maps", "inside", "areas"):
+        parts = copy.deepcopy(detector), *([config] if name == "inside" else [])
+        features = {"maps": PooledMaps, "inside": BoxMaps, "areas": LesionAreas}[name](*parts)
         return _fitted(LinearReader(features, classes), slices, **options)
     if name in SEGMENTERS:
         segmentation = Segmentation(name, lesion_classes(lesions.lesions), budget.size)

@@ -13,7 +13,9 @@ from covidmask.config import PhantomConfig, TrainingConfig
 from covidmask.datasets import open_lesions, open_slices, write_phantoms
 from covidmask.errors import CheckpointError, DataError, OutputError
 from covidmask.models import fit_area_classifier, lesion_mask_rcnn, save_model
+from covidmask.models.ranked_boxes import propose, rank_boxes, run_box_head
 from covidmask.models.systems import (
+    BoxMaps,
     ImageClassifier,
     LinearReader,
     PooledMaps,
@@ -27,8 +29,8 @@ from covidmask.training.classification import logits_of
 pytest.importorskip("segmentation_models_pytorch", reason="covidmask[systems] is not installed")
 FIT = TrainingConfig(epochs=1, batch_size=4, lr=1e-3)
 BUDGET = compare.Budget(FIT, FIT, FIT, TINY_DETECTOR, TINY_CLASSIFIER, size=64)
-SYSTEMS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "areas", "unet", "fcn",
-           "resnet18", "mobilenet_v2+lungs", "timm/resnet10t")  # fmt: skip
+SYSTEMS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "inside", "areas", "unet",
+           "fcn", "resnet18", "mobilenet_v2+lungs", "timm/resnet10t")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,24 @@ def test_a_linear_reader_is_the_logistic_regression_that_it_was_fitted_to(folder
     # the mean and the maximum of each channel of the map, one slice at a time
     maps = detector.backbone(detector.transform([slices[0][0]])[0].tensors)["0"]
     torch.testing.assert_close(rows[0], torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)[0])
+
+
+def test_what_lies_inside_the_boxes(folder, detector):
+    """Each row holds the largest value of each channel of the map within its box."""
+    image = open_slices(folder, "train")[0][0]
+    with torch.no_grad():
+        (rows,) = BoxMaps(detector, TINY_CLASSIFIER).rows([image])
+        features, proposals, shapes = propose(detector, [image])
+        found = *run_box_head(detector, features, proposals, shapes), proposals, shapes
+        (one,) = zip(*found, strict=True)
+        boxes = rank_boxes(*one, detector.roi_heads.box_coder, TINY_CLASSIFIER).box
+    (name, maps), stride = next(iter(features.items())), detector.strides[0]
+    assert rows.shape == (len(boxes), TINY_DETECTOR.fpn_channels) and len(boxes) > 1
+    for row, (x1, y1, x2, y2) in zip(rows, (boxes / stride).round().int().tolist(), strict=True):
+        part = maps[0, :, y1 : y2 + 1, x1 : x2 + 1]
+        torch.testing.assert_close(row, part.amax((1, 2)), msg=name)
+    both = BoxMaps(detector, TINY_CLASSIFIER)([image, image[:, :48]])
+    torch.testing.assert_close(both[0], rows.amax(0))  # of several sizes, too
 
 
 def test_the_lungs_are_a_channel(folder):
