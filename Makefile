@@ -98,6 +98,8 @@ results: $(INSTALLED)
 	$(BIN)/python benchmarks/quick_preset.py
 	$(BIN)/python benchmarks/regimes.py
 	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python benchmarks/side_by_side.py phantoms
+	$(BIN)/python benchmarks/side_by_side.py page
 	$(if $(REAL),$(BIN)/python benchmarks/covid_semiseg.py --precision bf16-mixed --data "$(REAL)",\
 	  @echo "covid_semiseg.py and real_slices.py: left out, as no real slices are named: REAL=DIR")
 	$(if $(REAL),$(BIN)/python benchmarks/real_slices.py curve --jobs 2 --data "$(REAL)")

@@ -62,7 +62,7 @@ def covid_ct(data: Path) -> dict:
 
 def budget(preset, slices: int, size: int, weights: str | None) -> compare.Budget:
     """As many looks whether there are few slices or many."""
-    network = TrainingConfig(10, 16, 1e-3, weight_decay=1e-4, cosine=True)
+    network = TrainingConfig(10, min(16, slices), 1e-3, weight_decay=1e-4, cosine=True)
     if weights:
         network = replace(network, lr=5e-3)  # times `gentle`
     return compare.Budget(

@@ -11,6 +11,7 @@ from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
 from covidmask.config import PRESETS, PhantomConfig
 from covidmask.datasets.phantom_sets import write_semiseg_phantoms
+from covidmask.models import lesion_mask_rcnn
 from covidmask.models.weights import read_card
 from tools import shipped_weights
 
@@ -71,6 +72,34 @@ def test_quick_preset_seed_by_seed(benchmark, tmp_path, monkeypatch):
         *("S on 2 boxes", "ordinary classifier"),
         *("intensity threshold", "true lesion areas"),
     ]
+
+
+@pytest.mark.slow
+def test_every_system_side_by_side(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("segmentation_models_pytorch", reason="covidmask[systems] is not installed")
+    side, out = benchmark("side_by_side"), tmp_path / "out.json"
+    slices, lesions = side.common.quick_data(tmp_path / "phantoms")
+    there = {"train": slices["train"], "test": slices["test"], "lesions": lesions["train"]}
+    there |= {"lesions_test": lesions["test"], "detector": lesion_mask_rcnn(TINY_DETECTOR).eval()}
+    monkeypatch.setattr(side, "quick", lambda: there)
+    monkeypatch.setattr(side.common, "environment", source)
+    small = {"LOOKS": 12, "S_LOOKS": 12, "MIDDLE": 1, "SIZES": (1, 2), "SEEDS": (0, 1)}
+    for name, value in small.items():
+        monkeypatch.setattr(side, name, value)
+    side.phantoms(systems=("heads", "unet", "resnet18"), out=out)
+    result = side.common.read(out)
+    cases = "heads, 1", "heads, 2", "resnet18, 1", "resnet18, 2", "unet, 1"
+    assert set(result["parts"]) == {f"{name}, {seed}" for seed in (0, 1) for name in cases}
+    for name, row in result["parts"].items():
+        assert row["n"] == len(there["test"]) and "probabilities" not in row
+        assert ("dice" in row) == name.startswith("unet")
+    lines = side.markdown(result | {"name": "phantoms"}, "1", "About.").splitlines()
+    assert sorted(line.split("|")[1].strip() for line in lines[2:5]) == [
+        *("`heads`", "`resnet18`", "`unet`"),
+    ]
+    values = {}
+    exec(side.curve(result), values)
+    assert set(values["curve"]["heads"]) == {1, 2} and len(values["curve"]["heads"][1]) == 2
 
 
 @pytest.mark.slow

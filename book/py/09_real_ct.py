@@ -621,10 +621,8 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # - **Five-fold cross-validation.** The folds are fixed. Each slice is judged once, by a model that
 #   trained on the other four fifths. The threshold stays at 0.5; what else was chosen, and where, is
 #   said below the table.
-# - **Three models for each fold.** All begin with random weights; none of ImageNet are in them. The
-#   first follows the preset. The second takes half its epochs. The third has no phantoms and takes as
-#   many steps in all as the second, on real slices alone. The differences say what more epochs are
-#   worth, and what phantoms are. It is one seed each.
+# - **One model for each fold**, of one seed. All begin with random weights, learn phantoms first and
+#   then the real slices; no weights of ImageNet are in them.
 # - **Folds may share patients.** Without patient ids nothing can be done about it, and every number
 #   here may flatter for that reason. The same is true of the published split.
 # - **Empty masks.** The mean is over all slices, and a slice counts 0 where prediction and truth
@@ -678,11 +676,11 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # all 50 slices, so no fold is wholly untouched. The test slices of fold 1 took no part in the other
 # choices; those of the other folds are among the 40. Since then other thresholds, weights, names
 # from grey values and means of several models were tried on all folds, to see where the loss lies;
-# nothing was taken from that. The epochs were doubled because half of them left a model far from
-# perfect on the slices that it trained on; the first two folds with all epochs were looked at
-# before the other three were trained.
+# nothing was taken from that. The preset has twice the epochs that it had at first, because half of
+# them left a model far from perfect on the slices that it trained on. All of that was chosen with
+# earlier phantoms; with those of today the folds were judged once.
 #
-# Five things to take from it.
+# Three things to take from it.
 #
 # - **The place is found, the name is not.** The infection as a whole is found fairly well. Of the
 #   pixels that are rightly called lesion, many have the wrong one of the two names. Two rows of the
@@ -696,19 +694,13 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   slice, chosen by looking at its truth, better still (two more rows); but even then much of the
 #   consolidation has the wrong name. So its name is not in the grey values alone. (An exercise below
 #   tries such a limit.)
-# - **More models are no help.** The mean of the maps of all three models of a fold is no better than
-#   the best of them: all three tend to err in the same places.
 # - **Pixels, not instances.** The mask AP50 is low. Connected regions of a hand-drawn mask are poor
 #   instances where lesions merge: a gap of a few pixels decides whether one or three are true. Even
 #   connected regions of the fused mask, which are made as the true ones are, do little better.
-# - **Small sets need many steps, too.** Twice the epochs find the infection a little better, by more
-#   than the error, and the instances as well. What they add to GGO and consolidation is within the
-#   error. Forty slices are learned by random copies, and no copy is seen twice, so a model can go on
-#   for long before it knows its training slices by heart (the table has its Dice on them).
-# - **Phantoms do not help here.** None of the three intervals of *what phantoms add* leaves zero out:
-#   steps on random copies of the real slices are worth as much. (These phantoms were those of the
-#   commits below the table.) `--no-pretraining --epochs 25` skips the phantoms and takes about as
-#   many steps as the preset.
+# - **Phantoms first are no gain here.** What drawn chests add to few or many real slices is measured on
+#   the page [How the phantoms are made](phantoms_made.ipynb): with as many steps in all, real slices
+#   alone do as well. `--no-pretraining --epochs 25` skips the phantoms and takes about as many steps
+#   as the preset.
 #
 # No weights trained on these slices come with the package: their terms do not allow it. The command
 # above makes them.
@@ -738,64 +730,6 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #   in advance. Whether each row of the table followed that code, its source does not say.
 #
 # What the table does say: consolidation is hard for everyone, with so few slices.
-
-# %% [markdown]
-# ## Real images with a class
-#
-# Lesions are half of the method; the other half says what a slice *is*. COVID-CT
-# {cite:p}`Zhao2020dataset` is a set that anyone can get for that: `covidmask fetch covid-ct` brings 746
-# figures of two classes, cut out of preprints, with a published division. Look at what they are
-# before you train: *NonCOVID* is not healthy but tumours, other disease and some normal lungs;
-# windows, borders, letters and arrows differ from figure to figure; patients are known in part. (The
-# figures belong to the authors of the preprints, so no picture stands here.)
-#
-# Does the paper's vector say which of the two a figure is? Here `SEGMENTER_CT`, which has seen drawn
-# chests alone, looks at the training images. Each row gives other numbers of the same look to a
-# logistic regression. From top to bottom they know more and more about the image:
-#
-# <!-- covid_ct -->
-# | what a logistic regression reads | numbers | AUC (95 % over figures) |
-# |---|---|---|
-# | scores of the 64 boxes, in their order | 64 | 0.623 (0.561 to 0.686) |
-# | score and four deltas, in their order (the paper's vector) | 320 | 0.662 (0.606 to 0.717) |
-# | the same, as mean, spread and quantiles over the boxes | 25 | 0.661 (0.593 to 0.725) |
-# | and lesion class and place of each box | 50 | 0.648 (0.576 to 0.715) |
-# | and mean, spread, least and most grey in each box | 70 | 0.694 (0.628 to 0.764) |
-# | what the box head makes of each box: mean and maximum over the boxes | 256 | 0.676 (0.619 to 0.727) |
-# | feature maps of the detector: mean and maximum over the image | 384 | 0.831 (0.767 to 0.888) |
-# | MobileNetV2 of ImageNet, frozen: its pooled features | 1,280 | 0.824 (0.750 to 0.887) |
-#
-# COVID-CT, 425 training images, 5 folds, real. Command: `python benchmarks/covid_ct.py --data data/covid-ct`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 08b752e; all numbers in `results/covid_ct.json`.
-# <!-- /covid_ct -->
-#
-# (0.5 is a coin toss, 1 no error. Folds keep the panels of one figure together; neither the
-# validation nor the test images were looked at.)
-#
-# All rows that read boxes lie close together, and their intervals overlap: nothing here says that
-# deltas, order, place, grey values or the hidden layer of the box head are worth more than the
-# scores alone. The step that counts is to leave the boxes altogether: the maps *of the same
-# detector*, which has seen the same drawn chests, do far better, and as well as a network that knows
-# photographs. So the detector does see what tells these figures apart, and the boxes lose it: they
-# say where something looks like a lesion, and how sure the detector is, but not what the rest of
-# the image looks like. The smallest change that brings it back is to pool the maps and put them
-# beside the boxes, at the cost of the method's idea, which is that lesions decide.
-#
-# Be careful with the last two rows, though. Figures of the two classes come from different papers,
-# with their own windows, borders and letters, and a map sees those, too. Whether it is the disease
-# that tells them apart or the layout, no table of these images can say.
-#
-# The maps of a detector, $S$ itself on its ranked boxes, a detector that trains along, and ordinary
-# classifiers are one command away, on these images or on yours:
-#
-# ```bash
-# covidmask fetch covid-ct
-# covidmask compare --data data/covid-ct --folds 5 \
-#     --systems heads maps areas resnet18
-# covidmask train classifier --data data/covid-ct --regime heads \
-#     --out mine.safetensors
-# covidmask evaluate classifier --data data/covid-ct --split test \
-#     --weights mine.safetensors
-# ```
 
 # %% [markdown]
 # ## Hounsfield units and windows
