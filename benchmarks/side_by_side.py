@@ -185,10 +185,17 @@ def markdown(result: dict, key: str, about: str) -> str:
 
 
 def curve(result: dict) -> str:
-    """Lines of Python: accuracy of each seed, by system and slices of a class."""
-    lines = ["curve = {"]
+    """Lines of Python: accuracy of each seed, by system and slices of a class; what was trained."""
+    lines = ["trained = {  # system: parameters trained, mean accuracy"]
+    for (name, size), rows in rows_of(result).items():
+        if size == str(MIDDLE):
+            mean = np.mean([row["accuracy"] for row in rows])
+            lines.append(f'    "{name}": ({rows[0]["trained"]}, {mean:.3f}),')
+    lines += ["}", "curve = {"]
     for name in CURVE:
         sizes = {size: rows for (who, size), rows in rows_of(result).items() if who == name}
+        if not sizes:
+            continue
         lines.append(f'    "{name}": {{')
         for size in sorted(sizes, key=int):
             values = ", ".join(f"{row['accuracy']:.3f}" for row in sizes[size])
