@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 SECRETS = {  # what each tag of every file holds; nothing of it may be in an output
     "PatientName": "Secret^Person^Q",
@@ -104,3 +105,10 @@ def write_series(folder, count=5, *, distance=2.5, size=64, **options):
             **options,
         )
     return folder
+
+
+def write_image(path, array):
+    """Write [H, W], uint8 or floats in 0..1, as an 8-bit picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grey = array if array.dtype == np.uint8 else np.rint(255 * array).astype(np.uint8)
+    Image.fromarray(grey).save(path)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from author_files import author_file
 from PIL import Image
+from scan_files import write_image
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR, tiny_training
 
 from covidmask import config
@@ -24,7 +25,6 @@ from covidmask.config import PhantomConfig
 from covidmask.datasets.classes import open_slices, slice_splits
 from covidmask.datasets.lesions import lesion_splits, open_lesions
 from covidmask.datasets.patients import old_friend
-from covidmask.datasets.scans import write_image
 from covidmask.errors import CheckpointError, DataError
 from covidmask.models.weights import (
     WHOSE_SHIPPED,

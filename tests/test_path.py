@@ -9,11 +9,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from scan_files import write_image
 
 import covidmask
 from covidmask.cli import main
 from covidmask.datasets.patients import old_friend
-from covidmask.datasets.scans import write_image
 
 HOME = Path(covidmask.__file__).parent
 FILES = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scan_files import write_image
 from scipy import ndimage
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 
@@ -14,7 +15,6 @@ from covidmask.cli import main
 from covidmask.datasets.chest import draw
 from covidmask.datasets.lungs import crop_box, find_lungs
 from covidmask.datasets.patients import make_patient
-from covidmask.datasets.scans import write_image
 from covidmask.errors import CheckpointError
 from covidmask.files import weights_file
 from covidmask.models.classifier import covid_ct_mask_net

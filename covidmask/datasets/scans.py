@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from covidmask.datasets import medical
 from covidmask.datasets.medical import Slice
 from covidmask.errors import DataError
-from covidmask.files import LOCKED, atomic_path, check_finite, check_size, decoding, readable
+from covidmask.files import LOCKED, check_finite, check_size, decoding, readable
 
 LUNG_WINDOW = (-600.0, 1500.0)  # level, width in HU
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # what the public data sets hold, in order of preference
@@ -80,17 +80,6 @@ def read_mask(path: str | Path) -> np.ndarray:
         problem = f"is of mode {picture.mode}, colours, or holds codes outside 0..255"
         raise DataError(f"{path}: the mask {problem}; save it as a palette or 8-bit grey PNG")
     return mask.astype(np.uint8)
-
-
-def write_image(path: str | Path, array: np.ndarray) -> None:
-    """Write [H, W] grey or [H, W, 3] RGB, uint8 or floats in 0..1, as an 8-bit PNG, atomically."""
-    array = np.asarray(array)
-    if array.dtype != np.uint8:
-        if array.dtype.kind != "f" or not ((array >= 0) & (array <= 1)).all():  # NaN
-            raise DataError(f"{path}: would hold other values than uint8 or floats in 0..1")
-        array = np.rint(array * 255).astype(np.uint8)
-    with atomic_path(path) as temporary:
-        Image.fromarray(array).save(temporary, format="PNG")
 
 
 def _open(path: Path) -> Image.Image:

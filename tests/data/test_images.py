@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from covidmask.datasets import scans as images
-from covidmask.datasets.scans import read_image, read_mask, write_image
+from covidmask.datasets.scans import read_image, read_mask
 from covidmask.errors import DataError
 
 GREY = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)
@@ -262,31 +262,6 @@ def test_no_truncated_png_is_read(tmp_path_factory, cut):
     path.write_bytes(GOOD[:cut])
     with pytest.raises(DataError, match="cut.png"):
         read_image(path)
-
-
-def test_write_then_read(tmp_path):
-    codes = GREY.astype(np.uint8)
-    write_image(tmp_path / "new" / "codes.png", codes)
-    np.testing.assert_array_equal(read_mask(tmp_path / "new" / "codes.png"), codes)
-    write_image(tmp_path / "unit.png", codes / 255)
-    np.testing.assert_array_equal(read_mask(tmp_path / "unit.png"), codes)
-    write_image(tmp_path / "rgb.png", np.stack([codes] * 3, axis=-1))
-    np.testing.assert_allclose(read_image(tmp_path / "rgb.png"), codes / 255, atol=1e-7)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "rgb.png", "unit.png"]
-
-
-@pytest.mark.parametrize(
-    "name, array",
-    [
-        ("nan.png", np.full((10, 10), np.nan)),
-        ("bright.png", np.full((10, 10), 1.1)),
-        ("codes.png", np.zeros((10, 10), np.int64)),
-    ],
-)
-def test_what_cannot_be_written(tmp_path, name, array):
-    with pytest.raises(DataError, match=name):
-        write_image(tmp_path / name, array)
-    assert not list(tmp_path.iterdir())
 
 
 def test_dicom_is_known_without_suffix(tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from scan_files import write_image
 
 from covidmask.datasets.classes import SliceImages, class_statistics
 from covidmask.datasets.lesions import LesionSlices, lesion_statistics
-from covidmask.datasets.scans import write_image
 
 
 @pytest.fixture
