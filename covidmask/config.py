@@ -12,6 +12,7 @@ from typing import Literal
 from covidmask.errors import DataError
 
 IMAGE_CLASSES = ("Control", "Common pneumonia", "COVID-19")  # labels 0, 1, 2
+NAME_CLASSES = ("Normal", "CP", "NCP")  # how COVIDx-CT-1 calls them in file names
 # what the detector tells apart; label 0 is background
 LESION_CLASSES = {"both": ("GGO", "C"), "ggo": ("GGO",), "merged": ("lesion",)}
 

@@ -8,7 +8,6 @@ number comes from a generator keyed by explicit integers: the same arguments giv
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -309,17 +308,8 @@ def visible_lesions(patient: Patient, position: float) -> tuple[Lesion, ...]:
 
     Of a severe patient a fifth of it is enough.
     """
-    return tuple(_visible(patient, position))
-
-
-def shows_lesion(patient: Patient, position: float) -> bool:
-    """Whether a slice shows any of them; found without looking at the others."""
-    return any(True for _ in _visible(patient, position))
-
-
-def _visible(patient: Patient, position: float) -> Iterator[Lesion]:
     least = MIN_AREA / 5 if patient.severe else MIN_AREA
-    return (x for x in patient.lesions if visible_area(patient, x, position) >= least)
+    return tuple(x for x in patient.lesions if visible_area(patient, x, position) >= least)
 
 
 def _draw_tubes(grid: _Grid, z: float, thick: float) -> tuple[np.ndarray, np.ndarray]:
@@ -408,10 +398,7 @@ def draw(patient: Patient, position: float, size: int) -> tuple[np.ndarray, np.n
     vessel *= np.clip(level / 0.012, 0, 1)
     lumen = (1 - np.exp(-2.2 * lumen)) * (level > 0)
     mask = (level > 0).astype(np.uint8)
-    solid, filled = (
-        np.zeros_like(air),
-        np.zeros_like(air),
-    )  # shares: consolidation; its bronchi, too
+    solid, filled = np.zeros((2, *air.shape), air.dtype)  # shares: consolidation; its bronchi, too
     for lesion in visible_lesions(patient, position):
         box = grid.box(*lesion.centre[:2], 1.35 * max(lesion.radii[:2]) + 2 * lesion.rough)
         noise = medium[box] + 0.55 * fine[box] + 0.7 * coarse[box]

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from covidmask import files
-from covidmask.config import IMAGE_CLASSES
+from covidmask.config import IMAGE_CLASSES, NAME_CLASSES
 from covidmask.datasets.scans import IMAGE_SUFFIXES, read_image
 from covidmask.errors import DataError
 
-NAME_CLASSES = ("Normal", "CP", "NCP")  # how COVIDx-CT-1 calls labels 0, 1, 2 in file names
 _NAME = re.compile(r"([^_/\\]+)_([^_/\\]+)_([^_/\\]+)_([^_/\\]+)(\.\w+)")
 
 

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from covidmask import files
 from covidmask.config import LESION_CLASSES, lesion_classes
+from covidmask.datasets.chest import CONSOLIDATION, GGO
 from covidmask.datasets.classes import inside, locate
 from covidmask.datasets.scans import IMAGE_SUFFIXES, read_image, read_mask
 from covidmask.errors import DataError
 
-GGO, CONSOLIDATION = 2, 3  # mask codes; 0 is background, 1 is lung
 SliceAndMask = tuple[np.ndarray, np.ndarray]  # float32 [H, W] in 0..1; codes, uint8 [H, W]
 _SEMISEG = {
     "train": "TrainingSet/MultiClassInfection-Train",

@@ -33,9 +33,7 @@ def find_lungs(hu: np.ndarray) -> np.ndarray:
     if not count:
         return np.zeros(hu.shape, bool)
     body = dense == 1 + np.bincount(dense.ravel())[1:].argmax()  # and not the table
-    around = np.pad(~body, 1, constant_values=True)
-    around = (ndimage.label(around)[0] == 1)[1:-1, 1:-1]  # reaches the upper left corner
-    dark = ndimage.binary_opening((small < AIR) & ~around)
+    dark = ndimage.binary_opening((small < AIR) & ndimage.binary_fill_holes(body))
     parts, count = ndimage.label(dark)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     large = sizes >= TRACHEA * dark.size
@@ -46,29 +44,22 @@ def find_lungs(hu: np.ndarray) -> np.ndarray:
     radius = max(1, round(CLOSE * max(small.shape) / 2))
     disc = np.hypot(*np.ogrid[-radius : radius + 1, -radius : radius + 1]) <= radius
     margin = radius + 1
-    closed = np.zeros_like(lungs)
-    for side in _sides(lungs):  # one lung at a time, or the mediastinum would be closed over
+    closed, columns = np.zeros_like(lungs), np.flatnonzero(lungs.any(0))
+    right = np.arange(lungs.shape[1]) > (columns[0] + columns[-1]) // 2
+    # one lung at a time, or the mediastinum would be closed over
+    for side in (lungs & right, lungs & ~right):
         wide = np.pad(side, margin)
         filled = ndimage.binary_fill_holes(ndimage.binary_closing(wide, disc))
         closed |= filled[margin:-margin, margin:-margin]
-    grown = closed.repeat(step, 0).repeat(step, 1)[: hu.shape[0], : hu.shape[1]]
-    return grown
-
-
-def _sides(lungs: np.ndarray) -> list[np.ndarray]:
-    """The parts left and right of the middle of all of them."""
-    columns = np.flatnonzero(lungs.any(0))
-    middle = (columns[0] + columns[-1]) // 2
-    right = np.arange(lungs.shape[1]) > middle
-    return [lungs & right, lungs & ~right]
+    return closed.repeat(step, 0).repeat(step, 1)[: hu.shape[0], : hu.shape[1]]
 
 
 def crop_box(lungs: np.ndarray, margin: float = 0.03) -> tuple[slice, slice]:
     """Rows and columns that hold the lungs and a margin (of the longer side); all where none is."""
     if not lungs.any():
         return slice(0, lungs.shape[0]), slice(0, lungs.shape[1])
-    extra = round(margin * max(lungs.shape))
+    extra, (there,) = round(margin * max(lungs.shape)), ndimage.find_objects(np.uint8(lungs))
     return tuple(
-        slice(max(int(at[0]) - extra, 0), min(int(at[-1]) + 1 + extra, length))
-        for at, length in ((np.flatnonzero(lungs.any(1 - k)), lungs.shape[k]) for k in (0, 1))
+        slice(max(at.start - extra, 0), min(at.stop + extra, length))
+        for at, length in zip(there, lungs.shape, strict=True)
     )

@@ -23,14 +23,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from covidmask.config import PhantomConfig
-from covidmask.datasets.chest import draw, render, shows_lesion
+from covidmask.config import NAME_CLASSES, PhantomConfig
+from covidmask.datasets.chest import draw, render, visible_lesions
 from covidmask.datasets.patients import draw_positions, make_patient
 from covidmask.errors import DataError, OutputError
 from covidmask.files import SPLITS
 
 GENERATOR = 3  # raised whenever the same arguments give other phantoms
-CLASS_NAMES = ("Normal", "CP", "NCP")  # in file names of COVIDx-CT: labels 0, 1, 2
 MAX_SLICES = 12  # per patient in `write_phantoms`
 IN_PROCESS = 300 * 256**2  # pixels: for fewer, starting processes would take longer
 MAX_WORKERS = 61  # more processes than that Windows cannot wait for
@@ -80,7 +79,7 @@ def _write_patient(
         swap = rng.random(len(positions)) < 0.1
         taken = {p for p, swapped in zip(positions, swap, strict=True) if not swapped}
         free = (p for p in dict.fromkeys(anywhere) if p not in taken)  # a position is a file name
-        clear = (p for p in free if not shows_lesion(patient, p))
+        clear = (p for p in free if not visible_lesions(patient, p))
         pairs = zip(positions, swap, strict=True)
         positions = sorted(next(clear, p) if swapped else p for p, swapped in pairs)
     lines = []
@@ -92,7 +91,7 @@ def _write_patient(
             _save(mask, folder / kind / "mask" / str(number) / piece)
             lines.append(f"{number}_{piece}\n")
         else:
-            name = f"{CLASS_NAMES[label]}_{number}_1_{piece}"
+            name = f"{NAME_CLASSES[label]}_{number}_1_{piece}"
             _save(image, folder / kind / name)
             lines.append(f"{name} {label} 0 0 {size} {size}\n")
     return kind, split, lines
@@ -165,15 +164,7 @@ def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, MAX_WORKERS), spawn, start_worker) as pool:
-            # workers take over that Ctrl-C is held back; else each would die of it with a traceback
-            hold = getattr(signal, "pthread_sigmask", None)  # Windows has none
-            before = hold(signal.SIG_BLOCK, {signal.SIGINT}) if hold else ()
-            try:
-                results = pool.map(write, jobs, chunksize=4)
-            finally:
-                if hold:
-                    hold(signal.SIG_SETMASK, before)
-            done = list(bar(results))
+            done = list(bar(pool.map(write, jobs, chunksize=4)))
     for kind, split in product(("lesions", "slices"), SPLITS):
         lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
         _write_text(folder / kind / f"{split}.txt", "".join(lines))

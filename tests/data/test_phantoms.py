@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -466,20 +465,3 @@ def test_the_old_friend_is_in_no_data_set():
         job[3] for preset in PRESETS.values() for job in phantom_sets._jobs(preset.phantoms, 0)
     }
     assert FRIEND[0] not in seeds
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot hold Ctrl-C back")
-def test_ctrl_c_waits_until_the_processes_have_started(tmp_path, monkeypatch):
-    """A process that starts takes over what is held back."""
-    held = []
-
-    class Pool(phantom_sets.ProcessPoolExecutor):
-        def map(self, work, jobs, chunksize):
-            held.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-            return map(work, jobs)
-
-    monkeypatch.setattr(phantom_sets, "IN_PROCESS", 0)
-    monkeypatch.setattr(phantom_sets, "ProcessPoolExecutor", Pool)
-    write_phantoms(tmp_path / "set", SMALL, workers=2, progress=False)
-    assert held == [True]
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
