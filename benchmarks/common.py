@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import json
 import multiprocessing
@@ -24,7 +23,8 @@ import tyro
 from covidmask import datasets, metrics, training
 from covidmask.config import PRESETS, PhantomConfig
 from covidmask.datasets.phantom_sets import GENERATOR, start_worker
-from covidmask.files import SPLITS, atomic_path, phantoms_folder
+from covidmask.files import SPLITS, phantoms_folder, write_text
+from covidmask.training.compare import part_of  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TWINS = ROOT / "results", ROOT / "book" / "py"
@@ -158,11 +158,6 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
 def origin(result: dict, file: str, machine: str | None = None) -> str:
     """The line below a table that says how it came about."""
     machine = machine or f"{result['hardware']}, {result['threads']} thread(s)"
@@ -215,15 +210,6 @@ def quick_data(folder: Path, seed: int = 0) -> tuple[dict, dict]:
     slices = {split: datasets.SliceImages(root / "slices", split) for split in SPLITS}
     options = {"root": root / "lesions", "min_area": QUICK.min_area}
     return slices, {split: datasets.LesionSlices(split=split, **options) for split in SPLITS}
-
-
-def part_of(dataset, chosen: Iterable[int]):
-    """Some slices of a data set, whose lists have one entry for each slice."""
-    part = copy.copy(dataset)
-    for name, values in vars(dataset).items():
-        if isinstance(values, list):
-            setattr(part, name, [values[i] for i in chosen])
-    return part
 
 
 def interval(value: Callable, patients: Sequence[str], **options) -> list:

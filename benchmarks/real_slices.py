@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from segmenter_ct import CT, DrawnChests, Half, log
+from segmenter_ct import CT, DrawnChests, half_of, log
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops.misc import Conv2dNormActivation
@@ -35,6 +35,7 @@ from covidmask.config import AugmentConfig
 from covidmask.datasets.augmentation import Augmented
 from covidmask.datasets.lesions import LesionDataset, SemiSeg
 from covidmask.metrics.detection import overlap, overlap_means
+from covidmask.models.semantic import pixel_loss
 from covidmask.models.weights import SHIPPED, read_card
 
 BATCH, REGIONS = 8, ("infection", "GGO", "C")
@@ -103,11 +104,7 @@ def fit(
     for images, truth in tqdm(batches, total=steps, mininterval=10, disable=not progress):
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(images.contiguous(memory_format=torch.channels_last)).float()
-        shares, true = logits.softmax(1), F.one_hot(truth, 3).movedim(3, 1).float()
-        shares, true = (torch.cat([1 - m[:, :1], m[:, 1:]], 1) for m in (shares, true))
-        both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, 3]
-        slack = 0.002 * truth[0].numel()
-        loss = F.cross_entropy(logits, truth) + (1 - (2 * both + slack) / (total + slack)).mean()
+        loss = pixel_loss(logits, truth)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -149,7 +146,7 @@ def beside(
     torch.manual_seed(0)
     origin = common.environment()
     net = fit(UNet(), batches([drawn(different, size)], 0, steps), steps)
-    seconds, slices = time.perf_counter() - clock, Half(data, half)
+    seconds, slices = time.perf_counter() - clock, half_of(data, half)
     table = counts(net, slices, size)
     result = origin | {
         "generator": common.GENERATOR, "half": half, "steps": steps, "size": size,

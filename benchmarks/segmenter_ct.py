@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from common import RESULTS, ROOT, environment, interval
+from common import RESULTS, ROOT, environment, interval, part_of
 from numpy.random import default_rng
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -120,18 +120,10 @@ class DrawnChests(LesionDataset):
         return image[tuple(window)], mask[tuple(window)]
 
 
-class Half(LesionDataset):
+def half_of(data: Path, which: Literal["first", "second"]) -> LesionDataset:
     """The first or the last 25 slices of COVID-SemiSeg's 50, by number."""
-
-    def __init__(self, data: Path, which: Literal["first", "second"]) -> None:
-        self.whole = SemiSeg(data, "train", min_area=PRESET.min_area)
-        super().__init__(self.whole.lesions, PRESET.min_area)
-        order = sorted(range(len(self.whole)), key=lambda i: int(Path(self.whole.names[i]).stem))
-        self.chosen = order[:25] if which == "first" else order[25:]
-        self.names = self.patients = [self.whole.names[i] for i in self.chosen]
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.whole.read(self.chosen[index])
+    whole = SemiSeg(data, "train", min_area=PRESET.min_area)
+    return part_of(whole, range(25) if which == "first" else range(25, len(whole)))
 
 
 def train(
@@ -179,7 +171,7 @@ def mean(weights: tuple[Path, Path], out: Path) -> None:
 
 def judge(weights: Path, data: Path, half: Literal["first", "second"] = "first") -> None:
     """Mean Dice of infection, GGO and C over one half, fused maps with the mirrored slice."""
-    slices = Half(data, half)
+    slices = half_of(data, half)
     found = evaluate_segmenter(load_segmenter(weights), slices, mirror=True, progress=False)
     dice = {name: round(value["dice"], 4) for name, value in found["overlap"].items()}
     log({"data": f"COVID-SemiSeg, {half} 25", "weights": weights.name, "dice": dice})
@@ -278,7 +270,7 @@ def patches(data: Path, each: int = 40, epochs: int = 12) -> None:
     """
     drawn = DrawnChests(25, first=10_000_000)
     rng, stacks = default_rng(0), []
-    for image in (half.read(i)[0] for half in (Half(data, "first"), drawn) for i in range(25)):
+    for image in (half.read(i)[0] for half in (half_of(data, "first"), drawn) for i in range(25)):
         picture = F.interpolate(torch.from_numpy(image)[None, None], scale_factor=256 / len(image))
         windows = picture[0, 0].unfold(0, 64, 4).unfold(1, 64, 4).reshape(-1, 64, 64)
         windows = windows[(windows.mean((1, 2)) < 0.45) & (windows.amin((1, 2)) > 0)]
@@ -312,7 +304,7 @@ def ship(
     weights: Path, data: Path, half: Literal["first", "second"] = "second", out: Path = SHIPPED
 ) -> None:
     """Judge on one half, and put the file with its card among the shipped ones."""
-    slices, model = Half(data, half), load_segmenter(weights)
+    slices, model = half_of(data, half), load_segmenter(weights)
     looks = (RESULTS / "looks.jsonl").read_text(encoding="utf-8").splitlines()
     before = sum(f"{half} 25" in look or "both halves" in look for look in looks)
     table = evaluate_segmenter(model, slices, mirror=True, progress=False)["table"]

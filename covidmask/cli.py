@@ -691,9 +691,7 @@ def _report(sentence: str, path: Path | None, values: dict[str, Any]) -> None:
     if path is not None and _rank() == 0:
         # JSON has no NaN: null stands for it
         plain = json.loads(json.dumps(values), parse_constant=lambda name: None)
-        with files.atomic_path(path) as temporary:
-            text = json.dumps(plain, indent=2) + "\n"
-            temporary.write_text(text, encoding="utf-8", newline="\n")
+        files.write_text(path, json.dumps(plain, indent=2) + "\n")
     _say(sentence + ("" if path is None else f"; numbers in {path}"))
 
 

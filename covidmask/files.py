@@ -42,6 +42,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 by `atomic_path`, the same bytes on every system."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
 def is_there(path: str | Path) -> bool:
     """Whether there is such a file; a folder that may not be entered is an error, not a no."""
     with suppress(FileNotFoundError, NotADirectoryError):

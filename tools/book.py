@@ -24,7 +24,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tyro.conf import Positional
 
-from covidmask.files import atomic_path  # its __init__.py sets what the kernels inherit
+from covidmask.files import write_text  # its __init__.py sets what the kernels inherit
 
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing ends by the clock, since a busy machine may take ten times as long: a kernel may take a
@@ -106,11 +106,6 @@ def tidy(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode
         else:
             result.append(output)
     return result
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def digest(files: Iterable[Path]) -> str:

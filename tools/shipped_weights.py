@@ -27,6 +27,7 @@ from covidmask.config import IMAGE_CLASSES, PRESETS
 from covidmask.datasets.classes import SliceImages
 from covidmask.datasets.lesions import LesionSlices
 from covidmask.datasets.phantom_sets import GENERATOR, write_phantoms
+from covidmask.files import write_text
 from covidmask.metrics.detection import CocoAP
 from covidmask.models.detector import lesion_mask_rcnn
 from covidmask.models.weights import SHIPPED, load_classifier, load_segmenter, read_card, save_model
@@ -34,7 +35,7 @@ from covidmask.training.segmentation import predict_lesions, train_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import QUICK_DATA, environment, formatted, interval, judge, unseen, write_text  # noqa: E402
+from common import QUICK_DATA, environment, formatted, interval, judge, unseen  # noqa: E402
 from quick_preset import train_heads  # noqa: E402
 
 PAGE = ROOT / "book" / "weights.md"

@@ -13,7 +13,6 @@ __all__, __getattr__ = open_room(
         ),
         "classes": (
             "SliceImages",
-            "class_names",
             "class_statistics",
             "open_slices",
             "slice_splits",
@@ -29,10 +28,6 @@ __all__, __getattr__ = open_room(
             "open_lesions",
             "mask_to_targets",
             "split_by_patient",
-        ),
-        "lungs": (
-            "crop_box",
-            "find_lungs",
         ),
         "medical": (
             "PACKAGES",

@@ -114,9 +114,7 @@ def write_split(path: str | Path, entries: Sequence[SliceEntry]) -> None:
 
 
 def write_lines(path: str | Path, lines: Sequence[str]) -> None:
-    with files.atomic_path(path) as temporary:
-        text = "".join(f"{line}\n" for line in lines)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def locate(

@@ -81,8 +81,6 @@ def bootstrap(
     So many are drawn as there are, `repeats` times. `statistic` reads int64 [groups], the numbers
     of those drawn, and gives a number or an array; NaN is left out. Returns float64 [2, ...].
     """
-    if not 0 < level < 1 or repeats < 1:
-        raise ValueError(f"level {level}, repeats {repeats}: level is in 0..1, repeats at least 1")
     # scipy's bootstrap has no answer where a draw gives NaN, or where there is one group
     rng = np.random.default_rng(seed)
     draws = (rng.integers(groups, size=groups) for _ in range(repeats))

@@ -21,12 +21,9 @@ __all__, __getattr__ = open_room(
             "IMAGENET_MEAN",
             "IMAGENET_STD",
             "binary_masks",
-            "fpn_backbone",
             "lesion_mask_rcnn",
         ),
         "ranked_boxes": (
-            "Boxes",
-            "COLUMNS",
             "Columns",
             "author_padding",
             "encoded_rows",

@@ -35,10 +35,7 @@ class SemanticBranch(nn.Module):
         return self.fine(torch.cat([coarse, self.image(image)], dim=1))
 
     def loss(self, features: dict[str, Tensor], image_shapes, targets) -> Tensor:
-        """Cross-entropy of pixels, and one minus the mean soft Dice of each class and any lesion.
-
-        Dice is taken of each slice on its own: a small lesion counts as much as a large one.
-        """
+        """The `pixel_loss` of the labels that the masks of the targets give."""
         logits = self(features)
         side = _stride(logits, image_shapes)
         height, width = (side * length for length in logits.shape[-2:])
@@ -47,13 +44,7 @@ class SemanticBranch(nn.Module):
             for label, mask in zip(target["labels"], target["masks"], strict=True):
                 labels[: mask.shape[0], : mask.shape[1]][mask > 0] = label
         logits = F.interpolate(logits.float(), size=(height, width), mode="bilinear")
-        shares = logits.softmax(1)  # [B, classes, height, width]
-        true = F.one_hot(truth, logits.shape[1]).movedim(3, 1).float()
-        # class 0 gives way to its opposite, any lesion
-        shares, true = (torch.cat([1 - map[:, :1], map[:, 1:]], dim=1) for map in (shares, true))
-        both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
-        slack = 0.002 * height * width  # keeps it smooth where a slice has next to nothing
-        return F.cross_entropy(logits, truth) + (1 - (2 * both + slack) / (total + slack)).mean()
+        return pixel_loss(logits, truth)
 
     def probabilities(self, features: dict[str, Tensor], image_shapes) -> list[Tensor]:
         """For each image float32 [classes - 1, h, w]: its part of the padded map."""
@@ -61,6 +52,20 @@ class SemanticBranch(nn.Module):
         side = _stride(shares, image_shapes)
         parts = [[math.ceil(length / side) for length in shape] for shape in image_shapes]
         return [map[:, :h, :w] for map, (h, w) in zip(shares, parts, strict=True)]
+
+
+def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy of pixels, and one minus the mean soft Dice of each class and any lesion.
+
+    Dice is taken of each slice on its own: a small lesion counts as much as a large one. Logits are
+    float32 [B,classes,H,W], truth int64 [B,H,W]; class 0: none.
+    """
+    shares, true = logits.softmax(1), F.one_hot(truth, logits.shape[1]).movedim(3, 1).float()
+    # class 0 gives way to its opposite, any lesion
+    shares, true = (torch.cat([1 - map[:, :1], map[:, 1:]], dim=1) for map in (shares, true))
+    both, total = (shares * true).sum((2, 3)), (shares + true).sum((2, 3))  # [B, classes]
+    slack = 0.002 * truth[0].numel()  # keeps it smooth where a slice has next to nothing
+    return F.cross_entropy(logits, truth) + (1 - (2 * both + slack) / (total + slack)).mean()
 
 
 def _stride(map: Tensor, image_shapes) -> int:  # of the images, padded to multiples of 32
