@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from segmenter_ct import CT, DrawnChests, half_of, log
+from segmenter_ct import CT, REGIONS, DrawnChests, half_of, log, means
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops.misc import Conv2dNormActivation
@@ -34,11 +34,11 @@ from tqdm import tqdm
 from covidmask.config import AugmentConfig
 from covidmask.datasets.augmentation import Augmented
 from covidmask.datasets.lesions import LesionDataset, SemiSeg
-from covidmask.metrics.detection import overlap, overlap_means
+from covidmask.metrics.detection import overlap
 from covidmask.models.semantic import pixel_loss
 from covidmask.models.weights import SHIPPED, read_card
 
-BATCH, REGIONS = 8, ("infection", "GGO", "C")
+BATCH = 8
 SIZES, FOLDS = (5, 10, 20, 40), 5
 ARMS = {"random": "real alone", "first": "drawn first", "mixed": "drawn mixed in"}
 FIRST = 20_000_000  # of the chests: no other script draws these
@@ -156,16 +156,6 @@ def beside(
     common.write_text(BESIDE, json.dumps(result, indent=1) + "\n")
     log({"data": f"COVID-SemiSeg, {half} 25", "weights": "a U-Net", "dice": result["dice"]})
     page()
-
-
-def means(table: np.ndarray, patients: list[str]) -> dict[str, dict[str, float]]:
-    """Mean Dice over slices of each region, and its 95 %."""
-    result = {}
-    for k, name in enumerate(REGIONS):
-        value = partial(lambda chosen, k: overlap_means(table[chosen, k])["dice"], k=k)
-        low, high = common.interval(value, patients, repeats=1000)
-        result[name] = {"value": value(np.arange(len(table))), "low": low, "high": high}
-    return result
 
 
 def fold_of(whole: SemiSeg, fold: int) -> tuple[list[int], list[int]]:

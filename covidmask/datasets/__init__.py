@@ -5,12 +5,7 @@ from covidmask.rooms import open_room
 __all__, __getattr__ = open_room(
     __name__,
     {
-        "chest": (
-            "HEIGHT",
-            "Lesion",
-            "POSITIONS",
-            "render",
-        ),
+        "chest": ("HEIGHT", "Lesion", "POSITIONS", "render"),
         "classes": (
             "SliceImages",
             "class_statistics",
@@ -29,26 +24,9 @@ __all__, __getattr__ = open_room(
             "mask_to_targets",
             "split_by_patient",
         ),
-        "medical": (
-            "PACKAGES",
-            "hounsfield_to_unit",
-        ),
-        "patients": (
-            "FRIEND",
-            "make_patient",
-            "make_slice",
-            "old_friend",
-        ),
-        "phantom_sets": (
-            "phantom_mask",
-            "write_phantoms",
-            "write_semiseg_phantoms",
-        ),
-        "scans": (
-            "LUNG_WINDOW",
-            "find_scans",
-            "read_image",
-            "read_slices",
-        ),
+        "medical": ("PACKAGES", "hounsfield_to_unit"),
+        "patients": ("FRIEND", "make_patient", "make_slice", "old_friend"),
+        "phantom_sets": ("phantom_mask", "write_phantoms", "write_semiseg_phantoms"),
+        "scans": ("LUNG_WINDOW", "find_scans", "read_image", "read_slices"),
     },
 )
