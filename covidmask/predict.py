@@ -134,15 +134,14 @@ def predict(
         counts = {name: labels.count(label) for label, name in enumerate(lesion_classes, 1)}
         row |= {"lesions": len(labels)} | counts | {"lesion_pixels": pixels, "lesion_mm2": area}
         lung = None if lungs is None else int(lungs.sum())
-        share = (codes > 0)[lungs].mean(dtype=float) if lung else None
-        row |= {"lung_pixels": lung, "lung_share": None if share is None else float(share)}
+        share = float((codes > 0)[lungs].mean()) if lung else None
+        row |= {"lung_pixels": lung, "lung_share": share}
         row |= dict(zip(classes, p or [None] * len(classes), strict=True))
         row["likeliest"] = classes[p.index(max(p))] if p else None
         place = "" if row["position_mm"] is None else f" ({row['position_mm']:.1f} mm)"
         said = [f"{c} {row[c]:.3f}" for c in classes if p]
-        said += (
-            [] if lungs is None else ["no lung" if share is None else f"{share:.1%} of the lung"]
-        )
+        if lungs is not None:
+            said.append("no lung" if share is None else f"{share:.1%} of the lung")
         text = f"{', '.join(said)}; lesions above {score:g}: "
         tqdm.write(f"{_called(row)}{place}: {text}{len(labels)}, lesion pixels: {pixels:,}")
     summary = []
@@ -161,12 +160,10 @@ def predict(
             row |= {f"mean {c}": sum(p) / n if p else None, f"max {c}": max(p, default=None)}
         summary.append(row | {"note": CT_CAUTION if scan in apart else CAUTION})
         if n > 1:
-            text = ", ".join(f"{c} {row[f'share {c}']:.0%}" for c in classes if judged)
-            text = (
-                f"likeliest by slice: {text}"
-                if judged
-                else f"{called / max(lung, 1):.1%} of the lung"
-            )
+            text = f"{called / max(lung, 1):.1%} of the lung"
+            if judged:
+                shares = (f"{c} {row[f'share {c}']:.0%}" for c in classes)
+                text = f"likeliest by slice: {', '.join(shares)}"
             tqdm.write(f"{scan.name}: {text}; lesions in {ill} of {n} slices")
         if scan in apart and not lung:
             tqdm.write(f"Note: {scan.name}: no lung is found in any slice; are the values HU?")

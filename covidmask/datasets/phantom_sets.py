@@ -27,7 +27,7 @@ from covidmask.config import NAME_CLASSES, PhantomConfig
 from covidmask.datasets.chest import draw, render, visible_lesions
 from covidmask.datasets.patients import draw_positions, make_patient
 from covidmask.errors import DataError, OutputError
-from covidmask.files import SPLITS
+from covidmask.files import SPLITS, write_text
 
 GENERATOR = 3  # raised whenever the same arguments give other phantoms
 MAX_SLICES = 12  # per patient in `write_phantoms`
@@ -167,12 +167,7 @@ def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress
             done = list(bar(pool.map(write, jobs, chunksize=4)))
     for kind, split in product(("lesions", "slices"), SPLITS):
         lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
-        _write_text(folder / kind / f"{split}.txt", "".join(lines))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+        write_text(folder / kind / f"{split}.txt", "".join(lines))
 
 
 def _write_set(root: str | Path, settings: dict, fill: Callable[[Path], None]) -> Path:
@@ -195,7 +190,7 @@ def _write_set(root: str | Path, settings: dict, fill: Callable[[Path], None]) -
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise BrokenProcessPool  # a worker that imports a script without the guard
         fill(folder)
-        _write_text(folder / "phantoms.json", json.dumps(note, indent=2) + "\n")
+        write_text(folder / "phantoms.json", json.dumps(note, indent=2) + "\n")
         try:
             with suppress(FileNotFoundError):
                 home.rmdir()  # it is empty
