@@ -164,7 +164,15 @@ def _fill(folder: Path, config: PhantomConfig, seed: int, workers: int, progress
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, MAX_WORKERS), spawn, start_worker) as pool:
-            done = list(bar(pool.map(write, jobs, chunksize=4)))
+            # workers take over that Ctrl-C is held back; else each would die of it with a traceback
+            hold = getattr(signal, "pthread_sigmask", None)  # Windows has none
+            before = hold(signal.SIG_BLOCK, {signal.SIGINT}) if hold else ()
+            try:
+                results = pool.map(write, jobs, chunksize=4)
+            finally:
+                if hold:
+                    hold(signal.SIG_SETMASK, before)
+            done = list(bar(results))
     for kind, split in product(("lesions", "slices"), SPLITS):
         lines = [line for k, s, part in done if (k, s) == (kind, split) for line in part]
         write_text(folder / kind / f"{split}.txt", "".join(lines))
