@@ -103,7 +103,7 @@ def test_the_anatomy_is_the_same_at_every_size(seed, label):
     for code in range(4):
         assert (small_mask == code).mean() == pytest.approx((large_mask == code).mean(), abs=0.004)
     halved = large.reshape(128, 2, 128, 2).mean((1, 3))
-    assert np.corrcoef(small.ravel(), halved.ravel())[0, 1] > 0.97
+    assert np.corrcoef(small.ravel(), halved.ravel())[0, 1] > 0.95  # noise of a low dose
 
 
 def test_lesions_are_denser_than_the_lung_around_them_and_lung_than_air():
