@@ -107,14 +107,17 @@ def settings(preset, about: str) -> dict:
     return facts | {name: asdict(preset)[name] for name in ("segmenter", "classifier_training")}
 
 
-def phantoms(jobs: int = 1, systems: tuple[str, ...] = (), out: Path = OUT["phantoms"]) -> None:
+def phantoms(
+    jobs: int = 1, systems: tuple[str, ...] = (), curve: bool = True, out: Path = OUT["phantoms"]
+) -> None:
     """The table at 300 slices of each class, and the curve over 30 to 1,000.
 
     Args:
         systems: only these; a network of ImageNet is "NAME WEIGHTS" (a download).
+        curve: without it the table alone.
     """
     cases = [(name, MIDDLE) for name in TABLE]
-    cases += [(name, size) for name in CURVE for size in SIZES if size != MIDDLE]
+    cases += [(name, size) for name in CURVE for size in SIZES if curve and size != MIDDLE]
     chosen = [case for case in cases if not systems or case[0] in systems]
     parts = {f"{name}, {size}, {s}": (of_phantoms, name, size, s) for s in SEEDS
              for name, size in chosen}  # fmt: skip
@@ -123,10 +126,11 @@ def phantoms(jobs: int = 1, systems: tuple[str, ...] = (), out: Path = OUT["phan
 
 
 def covid_ct_val(
-    data: Path = DATA / "covid-ct", jobs: int = 1, out: Path = OUT["covid_ct"]
-) -> None:
+    data: Path = DATA / "covid-ct", jobs: int = 1, systems: tuple[str, ...] = REAL,
+    out: Path = OUT["covid_ct"],
+) -> None:  # fmt: skip
     """The 118 images of val, by networks that learned the 425 of train."""
-    parts = {f"{name}, {s}": (of_covid_ct, name, s, data) for s in SEEDS for name in REAL}
+    parts = {f"{name}, {s}": (of_covid_ct, name, s, data) for s in SEEDS for name in systems}
     about = "COVID-CT, real figures of two classes: 425 to train, val judged once, 192 pixels"
     run(out, settings(PRESETS["semiseg"], about), parts, jobs)
 
@@ -184,7 +188,7 @@ def markdown(result: dict, key: str, about: str) -> str:
     return "\n".join([*common.table(head, body), "", f"{about} {common.origin(result, file)}"])
 
 
-def curve(result: dict) -> str:
+def curve_lines(result: dict) -> str:
     """Lines of Python: accuracy of each seed, by system and slices of a class; what was trained."""
     lines = ["trained = {  # system: parameters trained, mean accuracy"]
     for (name, size), rows in rows_of(result).items():
@@ -217,7 +221,7 @@ def page() -> None:
         if result := common.read(OUT[name]):
             common.fill(TWIN, f"side_by_side_{name}", markdown(result | {"name": name}, key, about))
     if result := common.read(OUT["phantoms"]):
-        common.replace_between(TWIN, ("# curve\n", "# end of curve\n"), curve(result))
+        common.replace_between(TWIN, ("# curve\n", "# end of curve\n"), curve_lines(result))
 
 
 if __name__ == "__main__":

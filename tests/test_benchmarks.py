@@ -98,7 +98,7 @@ def test_every_system_side_by_side(benchmark, tmp_path, monkeypatch):
         *("`heads`", "`resnet18`", "`unet`"),
     ]
     values = {}
-    exec(side.curve(result), values)
+    exec(side.curve_lines(result), values)
     assert set(values["curve"]["heads"]) == {1, 2} and len(values["curve"]["heads"][1]) == 2
 
 
