@@ -195,6 +195,8 @@ def curve_lines(result: dict) -> str:
         if size == str(MIDDLE):
             mean = np.mean([row["accuracy"] for row in rows])
             lines.append(f'    "{name}": ({rows[0]["trained"]}, {mean:.3f}),')
+    if {size for _, size in rows_of(result)} == {str(MIDDLE)}:
+        return "\n".join([*lines, "}", ""])
     lines += ["}", "curve = {"]
     for name in CURVE:
         sizes = {size: rows for (who, size), rows in rows_of(result).items() if who == name}
