@@ -76,8 +76,9 @@ print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
 # %% [markdown]
-# The preset chooses the scale: image size, backbone and number of boxes, and the training settings
-# that suit them.
+# The preset chooses the scale (image size, backbone, number of boxes) and the settings that go with
+# it: learning rates, weight decay, and some IoU thresholds and losses of the detector. In `quick`
+# these are not the paper's; [chapter 3](03_segmenter.ipynb) puts many of them side by side.
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -285,14 +286,18 @@ for name, *probabilities in zip(IMAGE_CLASSES, few, all_slices, strict=True):
 
 # %% [markdown]
 # The three numbers need not sum to 1: each answers a yes-or-no question of its own. The prediction
-# is the largest of them. Our old friend has COVID-19, by construction. But a single slice proves
-# nothing, whether it is found or missed. That is why the report counts many slices, and gives an
-# interval.
+# is the largest of them. Our old friend has COVID-19, by construction, so you can see who is right.
+# Look also at how sure each of them is. The $S$ of few slices may be the surer one, although the
+# report above says how often it errs, so a probability near 1 does not make a good classifier. And
+# if a model misses our old friend in your run, do not be discouraged: it is worth asking why, and
+# worth saying so openly. Either way one slice proves nothing. That is why the report counts many
+# slices, and gives an interval.
 #
 # ## Exercises
 #
 # ```{exercise} Fewer boxes
 # :label: whole-path-fewer
+# :nonumber:
 # Train $S$ on the first 4 ranked boxes only. Does the accuracy suffer?
 # ```
 
@@ -333,6 +338,7 @@ print(f" 4 boxes: {accuracy_of_s(train_rows[:, :4], test_rows[:, :4]):.1%}")
 # %% [markdown]
 # ```{exercise} One number
 # :label: whole-path-one
+# :nonumber:
 # Use the best score of a slice and nothing else, in a logistic regression. Which classes does it
 # tell apart?
 # ```
@@ -354,10 +360,11 @@ for name, value in zip(IMAGE_CLASSES, of_one["sensitivity"], strict=True):
 print(f"accuracy {of_one['accuracy']:.1%}, of S {result['accuracy']:.1%}")
 
 # %% [markdown]
-# The best score says how sure the detector is that there is a lesion at all. Does it also tell the
-# two diseases apart? Look at their rows: if one is found and the other hardly at all, it does not.
-# The last line says whether $S$ could make use of the other numbers, too, with so few slices to learn
-# from.
+# The best score says how sure the detector is that there is a lesion at all. It hardly tells the
+# two diseases apart: in the run shown here the rule finds nearly all COVID-19, but calls most
+# common pneumonia something else. Now compare the accuracies in the last line. $S$ reads this
+# number and many more, and is right less often here. With so few slices to learn from, it could not
+# make good use of the rest. In [chapter 8](08_what_makes_it_work.ipynb) it gets more.
 
 # %% [markdown]
 # ````{solution-end}
@@ -366,6 +373,7 @@ print(f"accuracy {of_one['accuracy']:.1%}, of S {result['accuracy']:.1%}")
 # %% [markdown]
 # ```{exercise} Without the detector
 # :label: whole-path-random
+# :nonumber:
 # Give the detector random weights (`lesion_mask_rcnn(preset.detector).eval()`), rank the boxes
 # again, and train a fresh $S$. Does the detector matter, or would any boxes do?
 # ```

@@ -3,9 +3,9 @@
 #
 # [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/01_data.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/01_data.ipynb)
 #
-# Two data sets teach the two stages of COVID-CT-Mask-Net: lesion masks teach the detector, and slice
-# labels teach the classifier. What do they hold, and what do their labels hide? Much of what goes
-# wrong later starts here.
+# Two data sets teach the two stages of COVID-CT-Mask-Net: lesion masks teach the detector, and
+# slice labels teach the classifier. What do they hold, and what do their labels hide? Many later
+# problems have their origin here.
 #
 # **After it you can**
 #
@@ -193,7 +193,7 @@ plt.show()
 # water 0, soft tissue about 40, bone several hundred. A picture has room for 0 to 1. A *window* with
 # level $\ell$ and width $w$ chooses which HU it shows:
 #
-# $$ v = \mathrm{clip}\left(\frac{h - (\ell - w/2)}{w},\ 0,\ 1\right). $$
+# $$ v = \mathrm{clip}\left(\frac{\mathrm{HU} - (\ell - w/2)}{w},\ 0,\ 1\right). $$
 #
 # By hand, for the usual lung window (that of each phantom patient differs a little from it):
 
@@ -313,7 +313,7 @@ plt.show()
 # its neighbours and itself, again and again, and keep the background at 0. Numbers cannot leave their
 # component, so in the end each component carries one number: that of its first pixel.
 #
-# $$ n_{t+1}(p) = m(p) \cdot \max_{q \in N(p)} n_t(q), \qquad m(p) \in \{0, 1\}. $$
+# $$ n_{t+1}(p) = m(p) \cdot \max_{q \in \mathcal{N}(p)} n_t(q), \qquad m(p) \in \{0, 1\}. $$
 
 # %%
 ggo = torch.from_numpy(mask == 2)  # bool [H, W]
@@ -601,8 +601,8 @@ print(f"slices in which a class would be lost: {lost}")
 # exercises). We do not know how many slices of the real CNCB set are affected. One line would tell:
 # count the masks that hold code 3 and not code 2.
 #
-# The lesson is general. Look a code up; never infer it from what happens to be present. The package
-# reads codes, and refuses a mask with other values.
+# This holds for other data sets, too: look a code up, and do not infer it from the codes that
+# happen to be present. The package reads codes, and refuses a mask with other values.
 #
 # ## Few and small: Figure 1 of the paper
 #
@@ -833,9 +833,9 @@ for name, row in zip(IMAGE_CLASSES, PUBLIC_SCANS, strict=True):
     print(f"{name:18} {row[0]:9,} {row[1]:18} {row[2]:17}")
 
 # %% [markdown]
-# So the first slices of a scan are nearly always Normal. (The lists do not say how long a scan was, so
-# they cannot say the same of the last ones.) A model that recognises "this is above the lungs" has
-# learned something about the selection and nothing about a disease. Work on other data has found
+# So the first slices of a scan are nearly always Normal. (The lists do not say how long a scan was,
+# so they cannot say the same of the last ones.) A model that recognises "this is above the lungs"
+# has learned how slices were selected, and nothing about a disease. Work on other data has found
 # shortcuts of this kind {cite:p}`DeGrave2021,Roberts2021`.
 #
 # The lists alone are enough to profit from it. Each line holds the number of the slice and the box
@@ -1017,11 +1017,13 @@ assert by_position[0, 0] > max(0.5, by_position[0, 1])
 assert abs(by_position[1, 1] - 0.5) < 0.12
 
 # %% [markdown]
-# In plain words: with selected slices, position alone predicts the class better than guessing, although
-# it knows nothing about any lesion. With matched positions the same classifier is back near guessing.
-# When it is trained there, too, all that it can find is what lesions do to a thumbnail, and so to the
-# position that is read from it. A real scan also has slices above and below the lungs, where only
-# controls are left, so the gain from selected slices may be larger there.
+# In plain words: with selected slices, position alone predicts the class better than guessing,
+# although it knows nothing about any lesion. With matched positions the same classifier is back
+# near guessing. When it is trained there, too, all that it can find is what lesions do to a
+# thumbnail, and so to the position that is read from it. A real scan also has slices above and
+# below the lungs, where only controls are left, so the gain from selected slices may be larger
+# there. (Each of these numbers comes from one test set and has no interval, so look at large
+# differences only, here and below.)
 #
 # A real model sees more than the position. What does a logistic regression do that is given all 64 grey
 # values, with the lesions and the position in them?
@@ -1154,6 +1156,7 @@ plt.show()
 #
 # ```{exercise} Merged classes
 # :label: 01_data-merged
+# :nonumber:
 # In the mode `"merged"` GGO and consolidation are one class, joined before components are sought. How
 # many instances do the training phantoms lose by it, and in how many slices? Why?
 # ```
@@ -1186,6 +1189,7 @@ assert (merged <= as_two).all()
 # %% [markdown]
 # ```{exercise} Masks without lung
 # :label: 01_data-no-lung
+# :nonumber:
 # Set the lung of every test mask to background, as in a set that marks no lung, and apply
 # `labels_by_position`. In how many of the slices with a lesion is a class lost or misnamed?
 # ```
@@ -1218,6 +1222,7 @@ assert all_lost + misnamed == len(outcomes)
 # %% [markdown]
 # ```{exercise} How leaky?
 # :label: 01_data-leaky
+# :nonumber:
 # Draw a split by slice with 95 % of the slices in training. Is it less leaky than the one with 80 %?
 # Count the share of *held-out slices* whose patient is also in training, not the share of patients,
 # and say which of the two matters for the result.
@@ -1254,6 +1259,7 @@ for p in (0.5, 0.8, 0.95):
 # %% [markdown]
 # ```{exercise} Left and right
 # :label: 01_data-sides
+# :nonumber:
 # For the phantoms of common pneumonia and COVID-19 whose masks we have in `found`, count the lesions
 # in each half of the image. What share of the slices has lesions in both halves? Can a classifier
 # that is given only the number of lesions know the side?

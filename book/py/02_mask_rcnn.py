@@ -90,8 +90,9 @@ print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
 
 # %% [markdown]
-# The preset chooses the scale: image size, backbone and number of proposals, and the thresholds and
-# training settings that suit them.
+# The preset chooses the scale (image size, backbone, number of proposals) and the settings that go
+# with it. In `quick` the IoU thresholds, the $\beta$ of the box losses and the learning rate are
+# not the paper's.
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -574,7 +575,7 @@ assert torch.allclose(torch.cat(boxes_of), theirs, atol=1e-3)
 # area that both cover, divided by the area that at least one covers. It is 0 for boxes that are
 # apart and 1 for equal boxes, and it does not depend on the scale.
 #
-# $$\operatorname{IoU}(a, b) = \frac{|a \cap b|}{|a| + |b| - |a \cap b|}$$
+# $$\operatorname{IoU}(b, b') = \frac{|b \cap b'|}{|b| + |b'| - |b \cap b'|}$$
 
 
 # %%
@@ -1217,9 +1218,9 @@ for label, area, *values in zip(*columns, strict=True):
     print(f"{names[label]:3} {area:4.0f} px {line}")
 
 # %% [markdown]
-# Where a number falls from one stage to the next, the fitting box was there and went again: a
-# neighbour with a better score suppressed it, or a correction overshot. And "best" is a generous
-# measure, since it takes the truth to pick the box. Whether the *scores* pick the right boxes is what
+# Where a number falls from one stage to the next, a better box was there and got lost: a neighbour
+# with a better score suppressed it, or a correction overshot. And "best" is a generous measure,
+# since it takes the truth to pick the box. Whether the *scores* pick the right boxes is what
 # average precision measures, in [chapter 3](03_segmenter.ipynb).
 #
 # ## The mask head
@@ -1703,6 +1704,7 @@ for name, values in (
 #
 # ```{exercise} Lesions without an anchor
 # :label: 02-mask-rcnn-anchors
+# :nonumber:
 # Anchors must fit the lesions. Draw 20 COVID-19 phantoms, and for several sets of sizes compute the
 # share of lesions whose best anchor reaches the upper threshold of the RPN. Try sizes that are too
 # large, such as 32, 64 and 128 pixels, and too small.
@@ -1752,6 +1754,7 @@ assert shares[anchor_sizes] >= max(shares[(2, 4)], shares[(8, 16, 32)])
 # %% [markdown]
 # ```{exercise} The NMS threshold of the RPN
 # :label: 02-mask-rcnn-nms
+# :nonumber:
 # Filter the decoded boxes of our old friend with NMS thresholds of 0.1, 0.25, 0.5, 0.75 and 0.95.
 # How many proposals are left, and how many lesions do they reach with an IoU of at least 0.5?
 # ```
@@ -1787,6 +1790,7 @@ assert left[0] < left[-1]
 # %% [markdown]
 # ```{exercise} What one anchor sees
 # :label: 02-mask-rcnn-gradient
+# :nonumber:
 # Take the anchor with the best objectness on our old friend, and compute the gradient of its logit
 # with respect to the slice. Which pixels can change the logit at all? Draw the answer. Then count
 # the cells of the finest feature map that reach it.
@@ -1831,6 +1835,7 @@ plt.show()
 # %% [markdown]
 # ```{exercise} The sampling ratio
 # :label: 02-mask-rcnn-ratio
+# :nonumber:
 # Cut the best proposal out of the finest feature map with sampling ratios of 1, 2, 4 and 16. Take 16
 # as the truth. How much do you gain from one ratio to the next, and from which ratio on does it hardly
 # matter?
@@ -1863,6 +1868,7 @@ assert errors[0] > errors[2]
 # %% [markdown]
 # ```{exercise} Beta
 # :label: 02-mask-rcnn-beta
+# :nonumber:
 # Compute the box loss of the box head on the drawn RoIs above, with $\beta$ set to 0, 1/9 and 1 in
 # turn. What share of the deltas lies in the parabola? What does a large $\beta$ do to the gradients of
 # boxes that are nearly right?

@@ -18,7 +18,7 @@
 # **You need** the parts of Mask R-CNN from [chapter 2](02_mask_rcnn.ipynb), and the data of
 # [chapter 1](01_data.ipynb). The chapter runs without them. **Run time:** about 4 minutes on two
 # CPU cores in the preset `quick`, of which the training takes 3 (the first chapter that you run
-# draws the phantoms once, which takes about a minute more); 122 seconds on a GPU (H200) that other
+# draws the phantoms once, which takes a few minutes more); 122 seconds on a GPU (H200) that other
 # chapters used, too.
 #
 # ```{admonition} Synthetic data
@@ -180,7 +180,8 @@ for key, value in targets[0].items():
 # In *train mode* torchvision's detectors answer with losses, not with detections. There are five,
 # and training minimises their plain sum,
 #
-# $$L = L_\text{objectness} + L_\text{RPN box} + L_\text{class} + L_\text{box} + L_\text{mask}.$$
+# $$\mathcal{L} = \mathcal{L}_\text{objectness} + \mathcal{L}_\text{RPN box} + \mathcal{L}_\text{class} +
+# \mathcal{L}_\text{box} + \mathcal{L}_\text{mask}.$$
 #
 # | key | part | the question | form |
 # |---|---|---|---|
@@ -211,15 +212,15 @@ assert abs(losses["loss_objectness"].item() - math.log(2)) < 0.1
 
 # %% [markdown]
 # The backward pass gives each weight its gradient $g$, to which weight decay $\lambda$ adds
-# $\lambda w$. Adam {cite:p}`Kingma2015` divides a running mean $m$ of the gradients by the root of
+# $\lambda w$. Adam {cite:p}`Kingma2015` divides a running mean $u$ of the gradients by the root of
 # a running mean $v$ of their squares:
 #
-# $$w \leftarrow w - \alpha\, \frac{\hat m}{\sqrt{\hat v} + \epsilon}.$$
+# $$w \leftarrow w - \alpha\, \frac{\hat u}{\sqrt{\hat v} + \epsilon}.$$
 #
-# At the first step $\hat m = g$ and $\hat v = g^2$, so each weight moves by the learning rate
-# $\alpha$, however small its gradient is. The size of a loss does not set the size of the step, but
-# it still matters for the direction: where several losses share weights, as in the backbone, the
-# one with the larger gradient decides.
+# (The hats are for a correction of the first steps.) At the first step $\hat u = g$ and $\hat v =
+# g^2$, so each weight moves by the learning rate $\alpha$, however small its gradient is. The size
+# of a loss does not set the size of the step, but it still matters for the direction: where several
+# losses share weights, as in the backbone, the one with the larger gradient decides.
 
 # %%
 # a rate for this small experiment
@@ -243,8 +244,8 @@ print(f"typical gradient {gradient.abs().median():.0e}, move {move:.0e}")
 # %% [markdown]
 # Now we run these lines again and again, on the *same* batch. Its loss must fall fast, because the
 # network can learn a few slices by heart. If it does not, something is broken: perhaps the format
-# of the boxes, labels that start at 0, or a frozen weight. This test is worth a minute before any
-# long run.
+# of the boxes, labels that start at 0, or a frozen weight. Do this test before any long run; it
+# takes a minute.
 
 # %% mystnb={"image": {"alt": "A curve that falls steeply: the sum of the five losses of one batch over sixteen training steps."}, "figure": {"caption": "The loss of one batch, when we train on it again and again. It must fall; if it does not, look for the mistake before you train for hours. Synthetic data."}}
 practised, total_loss = [], "sum of the five losses"
@@ -418,8 +419,9 @@ plt.show()
 
 
 # %% [markdown]
-# Move the score threshold. A low one keeps more of the lesions, and much else besides; a high one
-# loses some of them. No single value is right, so a good measure has to look at all of them.
+# Move the score threshold. A low one keeps more of the lesions, but also more boxes on other
+# things; a high one loses some of them. No single value is right, so a good measure has to look at
+# all of them.
 
 
 # %%
@@ -897,7 +899,7 @@ plt.show()
 
 # %% [markdown]
 # One reason for the fall is simple: the lesions are small. Suppose a lesion is a disc of radius $r$
-# pixels, and its prediction is right but for one pixel all round. Then
+# pixels, and its prediction is one pixel too wide all round. Then
 #
 # $$\text{IoU} = \left(\frac{r}{r + 1}\right)^2.$$
 
@@ -939,7 +941,8 @@ for nms in (0.25, 0.5, 0.75):
 # %% [markdown]
 # Compare the rows. AP50 forgives duplicates that score low; where it falls, some of them score
 # above right detections of other lesions. AP over ten thresholds can even gain from more boxes:
-# where the first box of a lesion fits loosely, a second one may still match at a high IoU. The
+# where the first box of a lesion fits loosely, a second one may still match at a high IoU. (All
+# rows are one model on the same slices, so a difference of a few thousandths may be chance.) The
 # second column shows what the paper is after, which is more boxes for the classifier to rank.
 #
 # ## The released code's own AP
@@ -1116,10 +1119,10 @@ for name, value, draws in (
 #
 # ## Better than what?
 #
-# A number alone says little. We compare it first with the model that comes with the package, which
-# was trained by the same call on the same slices. If our own run went well, the two are alike. (In
-# the other presets this is the file that we have just saved.) `evaluate_segmenter` gives in one
-# call what we have built by hand.
+# To judge a number, you need something to compare it with. First we take the model that comes with
+# the package, which was trained by the same call on the same slices. If our own run went well, the
+# two are alike. (In the other presets this is the file that we have just saved.)
+# `evaluate_segmenter` gives in one call what we have built by hand.
 
 # %%
 shipped = trained_segmenter(PRESET, device, shipped=True)
@@ -1174,11 +1177,11 @@ for lesions, name in (("merged", "GGO or C"), ("ggo", "GGO alone")):
     assert detector > rule
 
 # %% [markdown]
-# The first line is unkind to both. Where a C lies inside a GGO, the two are one lesion there, so
-# one of the detector's two boxes counts as wrong; and the rule misses most of the C. The second
-# line asks only for what the rule can find. The detector is ahead in both. What the rule reaches
-# tells you how easy the slices are: it can find a GGO that stands alone, but it cannot tell one
-# from a vessel, a scar or dependent density of the same grey, and a real lung has more of these.
+# The first line is hard on both. Where a C lies inside a GGO, the two are one lesion there, so one
+# of the detector's two boxes counts as wrong; and the rule misses most of the C. The second line
+# asks only for what the rule can find. The detector is ahead in both. What the rule reaches tells
+# you how easy the slices are: it can find a GGO that stands alone, but it cannot tell one from a
+# vessel, a scar or dependent density of the same grey, and a real lung has more of these.
 #
 # ## Which lesions are missed?
 #
@@ -1249,13 +1252,14 @@ for threshold in (0.25, 0.5, 0.75):
 # that it has found something does not mean that the patient is ill. The next chapters build the
 # classifier from these very detections, the doubtful ones included.
 #
-# Nor is a slice a patient, and a phantom is no patient at all. For real CT all of these numbers
-# have to be measured again, on patients of other hospitals.
+# All of this is also about slices, and about phantoms. For real CT these numbers have to be
+# measured again, on patients of other hospitals.
 #
 # ## Exercises
 #
 # ```{exercise} AP at another threshold
 # :label: 03-segmenter-ap75
+# :nonumber:
 # Compute AP at mask IoU 0.75, for both classes, from the matrices in `tables`. Check the mean
 # against `coco["mask_ap75"]`.
 # ```
@@ -1278,6 +1282,7 @@ assert abs(np.mean(ap75) - coco["mask_ap75"]) < 1e-5
 # %% [markdown]
 # ```{exercise} Duplicates
 # :label: 03-segmenter-duplicates
+# :nonumber:
 # Switch NMS off (`nms_thresh = 1.0`) and judge the first 25 slices of `judged` again. What do
 # duplicates do to AP50? And what if each detection came twice, with the same score? Think before
 # you run it: AP sees only the order.
@@ -1320,9 +1325,10 @@ assert ap50(without) < ap50(with_nms) and ap50(twice) < ap50(with_nms)
 # %% [markdown]
 # ```{exercise} Where to cut a mask
 # :label: 03-segmenter-logit
+# :nonumber:
 # The paper says that a pixel is lesion if its logit is above 0. The released code cuts the raw
-# logit at 0.5. Which probability is that? Judge the first 25 slices with both cuts
-# (`CocoAP(classes, mask_threshold=...)`). Do masks grow or shrink?
+# logit at 0.5. What probability is that? Judge the first 25 slices with both cuts (`CocoAP(classes,
+# mask_threshold=...)`). Do masks grow or shrink?
 # ```
 
 # %% [markdown]
@@ -1352,6 +1358,7 @@ assert abs(cut - 0.622) < 1e-3 and sizes[cut] < sizes[0.5]
 # %% [markdown]
 # ```{exercise} Score threshold and Dice
 # :label: 03-segmenter-score
+# :nonumber:
 # Draw the mean Dice of each class against the score threshold. Is 0.75 a good choice here? On which
 # slices should you choose it?
 # ```
@@ -1386,6 +1393,7 @@ plt.show()
 # %% [markdown]
 # ```{exercise} What are the false positives?
 # :label: 03-segmenter-wrong
+# :nonumber:
 # Take the detections above 0.75 that match no lesion at IoU 0.5. How many are second boxes on a
 # lesion that is taken, how many a poor outline of a lesion of their class, how many the other
 # class, and how many no lesion at all?

@@ -827,8 +827,8 @@ plt.show()
 # - **They hold** how lesion-like the best places are, how fast that falls with rank, and how far
 #   each proposal was from the box that the detector wants. The last is at best a hint of shape and
 #   size, because size is measured against a proposal that we do not know.
-# - **They lack** the place, but for such traces. COVID-19 tends to lie at the periphery and in both
-#   lungs, and no row says so.
+# - **They lack** the place, apart from such traces. COVID-19 tends to lie at the periphery and in
+#   both lungs, and no row says so.
 # - **They lack** the lesion class. GGO and C share one ranking without a mark, though their mix
 #   differs between the diseases.
 #
@@ -999,7 +999,7 @@ print(tuple(nothing.shape), "not zero:", int(nothing.count_nonzero()))
 # %% [markdown]
 # ## Batches
 #
-# Training needs several slices at once. Does a slice get the same rows in company as alone? For
+# Training needs several slices at once. Does a slice get the same rows in a batch as alone? For
 # slices of one size, yes, up to rounding. The detector stays in eval mode, so batch normalisation
 # uses stored statistics and no slice sees its neighbours.
 
@@ -1074,7 +1074,7 @@ for name, part in groups.items():
 #
 # Ranking and NMS have no gradient either. They choose which rows exist and in what order; the
 # gradient then flows through the numbers in the chosen rows. In `bbox_pred`, for instance, the four
-# outputs of the background get exactly nothing:
+# outputs of the background get no gradient at all:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -1146,7 +1146,7 @@ for ax, matrix, name in zip(axes, together.cpu(), names, strict=True):
 plt.show()
 
 # %% [markdown]
-# Three slices may be lucky picks, so we take twenty new phantoms of each class. The last three
+# Three slices may not be typical, so we take twenty new phantoms of each class. The last three
 # columns are means over slices, with half the width of a 95 % interval.
 
 # %%
@@ -1175,9 +1175,9 @@ plt.show()
 
 # %% [markdown]
 # Compare the mean curves at rank 1, and how fast they fall: where they differ, there is a pattern
-# that $S$ can learn. Where the bands overlap, scores alone do not settle a slice. The table counts
-# the controls whose best box is above 0.05, and those in which a vessel or a scar looks so much
-# like a lesion that it scores above 0.5.
+# that $S$ can learn. Where the bands overlap, scores alone do not settle a slice. The table also
+# counts the controls whose best box scores above 0.05, and those in which something, perhaps a
+# vessel or a scar, looks so much like a lesion that it scores above 0.5.
 #
 # The deltas may differ between the classes as well. A positive mean says that the detector enlarges
 # the proposals of such slices, a negative one that it shrinks them. Where the intervals of two
@@ -1191,6 +1191,7 @@ plt.show()
 #
 # ```{exercise} Find the number
 # :label: ranked-boxes-index
+# :nonumber:
 # Position 17 of the vector, counted from 0: which rank (from 1, as in the figures), and which of
 # the five numbers? Write the function and its inverse, and check both on all positions.
 # ```
@@ -1225,6 +1226,7 @@ print("position 17: rank {}, {}".format(*meaning(17)))
 # %% [markdown]
 # ```{exercise} Move the whole slice
 # :label: ranked-boxes-shift
+# :nonumber:
 # Put the old friend on a black canvas twice as wide, a quarter of a slice from its left end, and
 # once more a quarter of a slice from its right end. Compare the ranked boxes of the two, decoded
 # and encoded.
@@ -1265,6 +1267,7 @@ assert abs(moved - size / 2) < 2
 # %% [markdown]
 # ```{exercise} Rows per lesion
 # :label: ranked-boxes-lesions
+# :nonumber:
 # For how many of the $N$ rows of the old friend does the centre of the box lie inside a lesion, at
 # NMS thresholds of 0.25 and of 0.75? How many different lesions get at least one row with a score
 # above 0.5? Which of the two thresholds makes better use of its rows?
@@ -1309,6 +1312,7 @@ for threshold in (0.25, 0.75):
 # %% [markdown]
 # ```{exercise} The author's rule, on average
 # :label: ranked-boxes-average
+# :nonumber:
 # Draw the author's padding 2,000 times for $K = 6$ and $N = 32$. How often is each box shown, on
 # average? Explain the result.
 # ```
@@ -1342,6 +1346,7 @@ assert (copies.mean(0) - expected).abs().max() < 0.5 and copies[:, -1].min() >= 
 # %% [markdown]
 # ```{exercise} A sixth number
 # :label: ranked-boxes-class
+# :nonumber:
 # The rows do not say whether a box is GGO or C. Compute the share of C among the first ten rows of
 # each of the sixty phantoms above, for each image class. Would a sixth column be worth a try?
 # ```
@@ -1378,7 +1383,8 @@ for c, name in enumerate(IMAGE_CLASSES):
 # 1. Each RoI gives one candidate per lesion class; the best $N$ become rows of score and encoded box.
 # 2. No score is too low, so a healthy slice has a ranking of its own.
 # 3. Decoded boxes serve NMS alone; a threshold of 0.75 lets one lesion fill several rows.
-# 4. Encoded boxes are of order 1 at any image size; they keep traces of the place at most, and no lesion class.
+# 4. Encoded boxes are of order 1 at any image size; they hold at most traces of the place, and do
+#    not name the lesion class.
 # 5. Gradients reach backbone and box head, never the RPN, and only the kept boxes need them.
 #
 # ## Further reading

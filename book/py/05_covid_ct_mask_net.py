@@ -875,12 +875,12 @@ print("share of |gradient| x spread:", ", ".join(shares))
 # How do you read this?
 #
 # - A positive value says that a higher score at these ranks would push the slice towards COVID-19,
-#   a negative one away from it. The first rank need not agree with the next: one strong box is what
-#   a common pneumonia has as well.
+#   a negative one away from it. The first rank need not agree with the next ones.
 # - The last line compares the score with the four deltas. It says how much each *could* do, because
 #   it adds up absolute values, and the effects of many deltas may cancel.
-# - All of this is one $S$ from one training. Another seed may give other signs, so a sign alone is
-#   no finding.
+# - All of this is one $S$ from one training (seed 0), and the rows of the classes are means over
+#   eight phantoms each, without an interval. Another seed may give other signs, so do not make a
+#   story of a sign.
 #
 # In our phantoms COVID-19 usually has many lesions on both sides, and common pneumonia one to
 # three. An $S$ that has learned to count boxes with high scores has found this rule of the
@@ -955,6 +955,7 @@ _ = ipywidgets.interact(show_mixture, k=slider)
 #
 # ```{exercise} Other sizes of S
 # :label: mask-net-size
+# :nonumber:
 # Compute the size of $S$ for $h = 1024$ and $N = 1, 16, 64, 256$. How small can a smaller $N$ alone
 # make $S$? Check one count with `ClassificationModule`.
 # ```
@@ -982,6 +983,7 @@ print(f"middle layer alone: {(1024 + 1) * 1024:,}")
 # %% [markdown]
 # ```{exercise} Rows in another order
 # :label: mask-net-order
+# :nonumber:
 # Shuffle the rows of our old friend twenty times. The boxes stay the same. What happens to the
 # three probabilities and to the predicted class?
 # ```
@@ -1019,6 +1021,7 @@ assert shuffled.std(0).max() > 0.01
 # %% [markdown]
 # ```{exercise} A linear layer in place of S
 # :label: mask-net-linear
+# :nonumber:
 # Does $S$ need its hidden layers? Draw some phantoms of each class, rank their boxes, and train a
 # fresh $S$ and a single linear layer from $5N$ to 3 on the first two thirds. Compare both on the
 # last third, and with the $S$ of the loaded model, which has seen many more phantoms.
@@ -1090,6 +1093,7 @@ print(f"{'loaded S':9} {count_parameters(model.s):10,} {'-':>27} {on_others(righ
 # %% [markdown]
 # ```{exercise} Parameters of batch normalisation
 # :label: mask-net-bn
+# :nonumber:
 # Count gamma and beta of all batch-norm layers of the paper's detector: two numbers a channel. The
 # released code picks what trains by looking for `bn` in a parameter's name. Which layers does that
 # miss, and how many parameters train in its heads + BN?
@@ -1127,7 +1131,8 @@ assert s_count + found == 2_409_859
 # 1. $S$ is three matrices and two ReLUs on $5N$ numbers; the position of a number tells its rank.
 # 2. Three sigmoids answer three yes-or-no questions, so the loss needs both of its terms.
 # 3. The classifier is a copy of the segmenter without masks, always in eval mode, and $S$.
-# 4. Table 1 of the paper mixes parameters with entries of the state dict; $S$ alone has 2,364,419.
+# 4. Table 1 of the paper mixes parameters with entries of the state dict; the module $S$ alone has
+#    2,364,419 parameters.
 # 5. The gradient shows which ranks move a trained $S$, but only near the input where it is taken.
 #
 # ## Further reading

@@ -18,7 +18,7 @@
 # **You need** the ranked boxes of [chapter 4](04_ranked_boxes.ipynb) and the module $S$ of [chapter
 # 5](05_covid_ct_mask_net.ipynb); the chapter runs alone. **Run time:** a few minutes on two CPU
 # cores in the preset `quick`. The first chapter that you run also draws the phantoms, once, which
-# takes a minute or two more.
+# takes a few minutes more.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -255,7 +255,7 @@ print(tuple(logits.shape), "logits: control, common pneumonia, COVID-19")
 # **Line 9: the loss.** With labels $y_{bk}$ as zeros and ones, logits $\hat{y}_{bk}$ and
 # probabilities $p_{bk} = \sigma(\hat{y}_{bk})$,
 #
-# $$L = -\frac{1}{3B} \sum_{b=1}^{B} \sum_{k=1}^{3}
+# $$\mathcal{L} = -\frac{1}{3B} \sum_{b=1}^{B} \sum_{k=1}^{3}
 # \left[ y_{bk} \log p_{bk} + (1 - y_{bk}) \log (1 - p_{bk}) \right].$$
 #
 # Algorithm 1 prints the first term alone. The released code has both, and so do we. In the last
@@ -274,7 +274,7 @@ assert torch.allclose(loss.float(), ours, rtol=1e-4)
 # $\beta_1$ and $\beta_2$; we keep $\beta$ for batch normalisation. Weight decay $\lambda$ is added
 # to the gradient:
 #
-# $$g_t = \nabla L + \lambda \theta, \quad u_t = \rho_1 u_{t-1} + (1 - \rho_1) g_t, \quad
+# $$g_t = \nabla \mathcal{L} + \lambda \theta, \quad u_t = \rho_1 u_{t-1} + (1 - \rho_1) g_t, \quad
 # v_t = \rho_2 v_{t-1} + (1 - \rho_2) g_t^2,$$
 # $$\theta_t = \theta_{t-1} - \alpha \,
 # \frac{u_t / (1 - \rho_1^t)}{\sqrt{v_t / (1 - \rho_2^t)} + \epsilon}.$$
@@ -552,10 +552,10 @@ print("the same as one line for each channel")
 # ### Why two numbers a channel can move a detector
 #
 # A straight line for each channel does not seem much. But a ReLU follows, and $\beta$ decides which
-# part of the map lies above its threshold. Shift it, and a channel that marks the edges of lesions
-# may begin to mark vessels too, or mark nothing at all. $\gamma$ decides how much the channel
-# counts for the layers behind it, and zero removes the channel. So heads + BN cannot learn new
-# filters, but in every layer it can choose among those that are there.
+# part of the map lies above its threshold. When it shifts, a channel that marks the edges of
+# lesions may begin to mark vessels, too, or mark nothing at all. $\gamma$ decides how much the
+# channel counts for the layers behind it, and zero removes the channel. So heads + BN cannot learn
+# new filters, but in every layer it can choose among those that are there.
 
 # %% mystnb={"image": {"alt": "The same feature map of a synthetic slice three times. The higher beta is, the more of the map is above zero and bright."}, "figure": {"caption": "One channel of the first layer after batch normalisation and ReLU, on our old friend, with three values of its beta. The filter is the same; what passes is not. Synthetic."}}
 with torch.no_grad():
@@ -619,9 +619,9 @@ assert change > 1e-3
 
 # %% [markdown]
 # With running statistics, the other slices change nothing beyond rounding. With the statistics of
-# the batch, the same slice gets different scores in each batch. For a diagnosis that would be
-# absurd: a patient's result must not depend on who is examined at the same time. Move the slider to
-# see batches of other sizes.
+# the batch, the same slice gets different scores in each batch. A diagnosis cannot work like that:
+# a patient's result must not depend on who is examined at the same time. Move the slider to see
+# batches of other sizes.
 
 
 # %%
@@ -994,11 +994,11 @@ plt.show()
 # of caution. The table is not quite consistent: an accuracy of 91.66 needs 92.10 for the controls
 # of heads + BN, as in the abstract, and not 91.10 (see [paper v code](paper_v_code.ipynb)). And the
 # numbers of the two tables cannot be compared: data, scale, learning rates and "full" all differ.
-# What the tables can share is the direction of an effect.
+# At most you can compare the direction of an effect.
 #
 # In the paper heads is far behind, and the other two are close to each other. Is this so in our
-# table, too? Where it is not, there are reasons that we can name, without knowing which of them
-# counts. The preset was tuned in "heads", which favours it. All phantoms come from one program, so
+# table, too? Where it is not, we can name possible reasons, but we do not know which of them
+# matter. The preset was tuned in "heads", which favours it. All phantoms come from one program, so
 # a frozen detector is at home on every slice. We take few large steps where the paper takes many
 # small ones. And with few seeds and so few patients there is room for chance.
 
@@ -1036,6 +1036,7 @@ else:
 #
 # ```{exercise} Let the statistics move
 # :label: 06-three-regimes-statistics
+# :nonumber:
 # Take the model that was trained in "heads". Let batch normalisation update its running statistics
 # on ten batches of training slices, without any gradient. What happens to the validation accuracy,
 # and why?
@@ -1081,9 +1082,10 @@ print(f"slices with another prediction: {other.float().mean():.1%}")
 # %% [markdown]
 # ```{exercise} Only gamma, or only beta
 # :label: 06-three-regimes-affine
+# :nonumber:
 # Keep the $S$ that was trained in "heads" fixed and let only $\gamma$, or only $\beta$, learn for
 # six steps on one batch of validation slices, at the preset's rate and at a tenth of it. Which
-# lowers the loss of this batch more? Does any of them lower it smoothly?
+# lowers the loss of this batch more? Does it fall smoothly in any of the four runs?
 # ```
 
 # %% [markdown]
@@ -1117,9 +1119,9 @@ for name, attribute in (("gamma", "weight"), ("beta", "bias")):
 
 # %% [markdown]
 # Adam's first step has the same size for both, but $\gamma$ is near one and $\beta$ near zero, so
-# the step changes $\beta$ more in relation to its size. Where a loss goes up and down even at a
-# tenth of the rate, think of the ranking: boxes that swap ranks make the rows jump, and the
-# gradient knows nothing of that.
+# the step changes $\beta$ more in relation to its size. In the run shown here no loss falls
+# smoothly. Where it goes up and down even at a tenth of the rate, think of the ranking: boxes that
+# swap ranks make the rows jump, and the gradient knows nothing of that.
 #
 # ````{solution-end}
 # ````
@@ -1127,6 +1129,7 @@ for name, attribute in (("gamma", "weight"), ("beta", "bias")):
 # %% [markdown]
 # ```{exercise} Ten times the rate
 # :label: 06-three-regimes-rate
+# :nonumber:
 # Train "full" for some steps at ten times the rate that the chapter used for it. How much do the
 # ranked boxes still differ between slices?
 # ```
@@ -1174,6 +1177,7 @@ print(f"loss if every probability is 1/3: {guess:.3f}")
 # %% [markdown]
 # ```{exercise} The loss as it is printed
 # :label: 06-three-regimes-positive
+# :nonumber:
 # Train two modules $S$ on the cached rows of the live slices: one with binary cross-entropy, one
 # with the positive term alone, $-\sum_k y_k \log \sigma(\hat{y}_k)$, as Algorithm 1 prints it.
 # Compare the probabilities.

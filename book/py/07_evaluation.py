@@ -18,7 +18,7 @@
 # **You need** [chapter 5](05_covid_ct_mask_net.ipynb) for what the model is, or [the whole
 # path](00_whole_path.ipynb). The chapter runs alone, with the weights that come with the package.
 # **Run time:** less than a minute on two CPU cores in the preset `quick`. The first chapter that
-# you run also draws the phantoms, once, which takes a minute or two more.
+# you run also draws the phantoms, once, which takes a few minutes more.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -146,11 +146,11 @@ plt.show()
 #
 # | name | formula | question that it answers |
 # |---|---|---|
-# | sensitivity (recall) | $TP / (TP + FN)$ | Of the slices of this class, which share is found? |
-# | PPV (precision) | $TP / (TP + FP)$ | Of the slices called this class, which share is of it? |
-# | specificity | $TN / (TN + FP)$ | Of the other slices, which share is left alone? |
+# | sensitivity (recall) | $TP / (TP + FN)$ | What share of the slices of this class is found? |
+# | PPV (precision) | $TP / (TP + FP)$ | What share of the slices called this class is of it? |
+# | specificity | $TN / (TN + FP)$ | What share of the other slices is not called this class? |
 # | F1 | $2\,TP / (2\,TP + FP + FN)$ | The harmonic mean of sensitivity and PPV. |
-# | accuracy | $\sum_c n_{cc} / \sum_{ij} n_{ij}$ | Of all slices, which share is right? |
+# | accuracy | $\sum_c n_{cc} / \sum_{ij} n_{ij}$ | What share of all slices is right? |
 #
 # Sensitivity reads along a row, PPV along a column. That is why sensitivity does not depend on how
 # many slices of each class the test set holds. PPV, F1 and accuracy do, and so does specificity,
@@ -189,9 +189,10 @@ print(f"accuracy {accuracy:.1%} on {len(test)} slices")
 # %% [markdown]
 # ## How sure? Wilson's interval
 #
-# A sensitivity of 80 % on 5 slices tells us less than one on 5,000. Suppose that each slice is
-# found with the same unknown probability $p$, independently. Of $n$ slices we have found the share
-# $\hat p$. Which values of $p$ are compatible with that? Those that are not too far from $\hat p$:
+# A sensitivity of 80 % on 5 slices tells us less than one of 80 % on 5,000. Suppose that each slice
+# is found with the same unknown probability $p$, independently. Of $n$ slices we have found the
+# share $\hat p$. Which values of $p$ are compatible with that? Those that are not too far from
+# $\hat p$:
 #
 # $$|\hat p - p| \le z \sqrt{\frac{p\,(1-p)}{n}}, \qquad z = 1.96 \text{ for } 95\,\%.$$
 #
@@ -621,8 +622,8 @@ for prevalence in (covid, 0.1, 0.05, 0.01):
 
 # %% [markdown]
 # One slice in five of the test set is COVID-19. Where one in a hundred is, the same model, with the
-# same sensitivity, would be wrong in about half of its alarms. A PPV without its prevalence says
-# little.
+# same sensitivity, would be wrong in about half of its alarms. So whenever you give a PPV, give the
+# prevalence with it.
 
 
 # %%
@@ -902,14 +903,14 @@ plt.show()
 #   differ in length, and many slices of a sick patient may show nothing.
 # - For common pneumonia and COVID-19, COVIDx-CT keeps only slices with visible lesions, and so do
 #   our phantoms. A real scan comes with all its slices, and nobody has picked those that show
-#   something.
+#   lesions.
 # - The paper and the released code report results for slices only, so there is no number for
 #   patients to compare with.
 #
 # ## Look at the errors
 #
-# A number hides what went wrong, so let us look at the most confident errors, those in which the
-# wrong class leads the true one by most.
+# The numbers do not show what went wrong, so let us look at the most confident errors, those in
+# which the wrong class leads the true one by most.
 
 # %% mystnb={"image": {"alt": "Drawn chest slices in the lung window that the model misread, six at most, each with its true and its predicted class and the three probabilities."}, "figure": {"caption": "The most confident errors. Below each title the probabilities of control, common pneumonia and COVID-19. Synthetic."}}
 wrong = torch.where(predictions != labels)[0]
@@ -1020,6 +1021,7 @@ else:
 #
 # ```{exercise} Does the interval keep its promise?
 # :label: evaluation-coverage
+# :nonumber:
 # An interval of 95 % should contain the true $p$ in 95 % of all experiments. Take $p = 0.9$ and
 # $n = 32$ (the COVID-19 cases of the smallest test set in Table 3). Simulate 10,000 experiments.
 # How often does Wilson's interval contain $p$, and how often does
@@ -1055,6 +1057,7 @@ assert kept.mean() > 0.93 > simple.mean()
 # %% [markdown]
 # ```{exercise} How many slices of a patient?
 # :label: evaluation-slices
+# :nonumber:
 # Classify each patient from 1, 2, ... of the slices, chosen at random, by the mean probability. How
 # does the accuracy over patients grow? What would you expect if all slices of a patient were the
 # same?
@@ -1098,6 +1101,7 @@ for used in range(1, preset.phantoms.slices_per_patient + 1):
 # %% [markdown]
 # ```{exercise} A threshold that was not tuned on the test set
 # :label: evaluation-threshold
+# :nonumber:
 # On the validation slices, find the largest threshold of the COVID-19 sigmoid at which at least
 # 90 % of the COVID-19 slices are found. Apply it to the test slices. Is the sensitivity there still
 # 90 %?
@@ -1131,10 +1135,10 @@ for name, scores, true in (
     )
 
 # %% [markdown]
-# The 90 % hold on the slices on which the threshold was chosen. On new patients they may hold or
-# not. The threshold rests on the COVID-19 slices of a few validation patients, and the test
-# patients are another sample, so the sensitivity there can be further from 90 % than either
-# interval suggests. Both intervals treat slices as independent, too.
+# The 90 % hold on the slices on which the threshold was chosen. On new patients they may not. The
+# threshold rests on the COVID-19 slices of a few validation patients, and the test patients are
+# another sample, so the sensitivity there can be further from 90 % than either interval suggests.
+# Both intervals treat slices as independent, too.
 
 # %% [markdown]
 # ````{solution-end}

@@ -19,8 +19,8 @@
 #
 # **You need** [chapter 4](04_ranked_boxes.ipynb) (ranked boxes) and [chapter
 # 5](05_covid_ct_mask_net.ipynb) (the module $S$). **Run time:** a minute or two on two CPU cores in
-# the preset `quick`. The first chapter that you run also draws the phantoms, once, which takes
-# about as long again.
+# the preset `quick`. The first chapter that you run also draws the phantoms, once, which takes a
+# few minutes more.
 #
 # ```{admonition} Synthetic data
 # :class: important
@@ -641,10 +641,11 @@ for (name, target), answer in zip(targets.items(), answers, strict=True):
     print(f"{name}: {probe.score(judge[:, :5], answer):.2f}")
 
 # %% [markdown]
-# An R2 near 0, or a share of right boxes near that of the commoner class, means that the row does
-# not contain the quantity. For the place, the encoding is meant to work in this way: deltas are
-# corrections, the same wherever the proposal lies. Where the probe fails, a wider row gives $S$
-# something new. Does $S$ use it?
+# An R2 near 0, or a share of right boxes near that of the commoner class, means that this probe
+# does not find the quantity in the row. Where it does better, the row holds a trace of it: here
+# perhaps of the class and of the area (one fit, no interval), and none of the place. For the place,
+# the encoding is meant to work in this way: deltas are corrections, the same wherever the proposal
+# lies. Where the probe fails, a wider row gives $S$ something new. Does $S$ use it?
 
 # %%
 for name in ("NMS 0.75", "NMS 0.25"):
@@ -658,8 +659,8 @@ for name in ("NMS 0.75", "NMS 0.25"):
         record(f"{what}, {name}", predicted)
 
 # %% [markdown]
-# Be careful if place seems to help: it *replaces* the deltas, so the gain may come from leaving
-# these out. With few slices $S$ can overfit them. Compare with "scores alone" above; the full run
+# Be careful if place seems to help: it *replaces* the deltas, so the gain may come from leaving the
+# deltas out, which $S$ can overfit with few slices. Compare with "scores alone" above; the full run
 # at the end has to decide.
 #
 # ## Simple rules
@@ -868,10 +869,10 @@ plt.show()
 #   the count of each lesion class? And how far are both from the last line, which has the true
 #   areas and counts?
 #
-# Does the lesion class help the rule but not $S$? (No rule here reads the place.) There would be a
-# reason. To count GGO and C separately, a network must multiply a score by a class code at every
-# rank, and learn this from few slices. The rule gets the counts ready made. In that case the class
-# of a box is worth having, and the way to use it may be a sum over boxes rather than one more
+# Does the lesion class help the rule but not $S$? (No rule here reads the place.) There is a
+# possible reason. To count GGO and C separately, a network must multiply a score by a class code at
+# every rank, and learn this from few slices. The rule gets the counts ready made. In that case the
+# class of a box is worth having, and the way to use it may be a sum over boxes rather than one more
 # column.
 #
 # ## Why phantoms mislead
@@ -898,6 +899,7 @@ plt.show()
 #
 # ```{exercise} Deltas, or their order?
 # :label: what-makes-order
+# :nonumber:
 # How much of the result of "deltas alone" is due to their order? Train $S$ on the deltas alone with
 # the ranks shuffled.
 # ```
@@ -927,6 +929,7 @@ print(f"deltas in any order:                 {mixed:.1%}")
 # %% [markdown]
 # ```{exercise} A difference and its interval
 # :label: what-makes-difference
+# :nonumber:
 # `results[name][1]` holds the predictions of a variant. Compute the difference in accuracy between
 # "no NMS" and the paper's vector, and its 95 % interval by resampling patients.
 # ```
@@ -970,6 +973,7 @@ print(f"only one of the two is right: {(gain != 0).sum()} of {len(gain)}")
 # %% [markdown]
 # ```{exercise} Which slices go wrong?
 # :label: what-makes-count
+# :nonumber:
 # If $S$ only counted lesions, it would fail on COVID-19 slices with few lesions and on pneumonia
 # slices with many. Does it?
 # ```
@@ -994,10 +998,11 @@ for label in (1, 2):
         print(f"{name:16} {text:18} {called:4.0%} of {here.sum()} slices")
 
 # %% [markdown]
-# If it only counted, a slice with one or two would rarely be called COVID-19, whichever class
-# it is of. As far as this is not so, the count in its scores is noisy, or $S$ does more than count.
-# The two lines with three or more may differ even for a mere counter, because COVID-19 slices have
-# more lesions there (see the bars above). Where a line rests on few slices, more cannot be said.
+# If $S$ only counted, it would rarely call a slice with one or two lesions COVID-19, whatever its
+# class. Where it does so more often, the count that it can read from the scores is noisy, or $S$
+# does more than count. The two lines with three or more may differ even for a mere counter, because
+# COVID-19 slices have more lesions there (see the bars above). Lines that rest on a dozen slices
+# cannot tell you more than this.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1006,6 +1011,7 @@ for label in (1, 2):
 # %% [markdown]
 # ```{exercise} Fewer patients
 # :label: what-makes-patients
+# :nonumber:
 # Train on a quarter of the patients, with as many steps as before. Which suffers more, $S$ or the
 # rule of two numbers?
 # ```
@@ -1052,8 +1058,8 @@ print(f"rule: {all_rule:.1%} and {rule.score(features['test'], truth):.1%}")
 # 2. How many boxes are useful depends on how many lesions a slice has, and phantoms have fewer
 #    than $N$.
 # 3. NMS and $N$ belong together: copies of boxes need room, single boxes do not.
-# 4. The row does not say of which class a box is, nor where it lies. A probe shows what is missing,
-#    and an ablation whether $S$ gains from it.
+# 4. The row names neither the class of a box nor its place. A probe shows what can be read from it
+#    all the same, and an ablation whether $S$ gains from it.
 # 5. A count and a logistic regression are the first thing to compare $S$ with, on any data.
 #
 # ## Further reading

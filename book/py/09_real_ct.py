@@ -21,8 +21,8 @@
 #
 # **You need** [chapter 3](03_segmenter.ipynb) (training and judging the segmenter) and [chapter
 # 5](05_covid_ct_mask_net.ipynb) (the classifier). **Run time:** about one minute on two CPU cores
-# in the preset `quick` (the first chapter that you run draws the phantoms once, which takes about a
-# minute more); 151 seconds on a GPU (H200) that other chapters used, too.
+# in the preset `quick` (the first chapter that you run draws the phantoms once, which takes a few
+# minutes more); 151 seconds on a GPU (H200) that other chapters used, too.
 #
 # ```{admonition} Synthetic data, unless you bring real slices
 # :class: important
@@ -127,13 +127,13 @@ EPOCHS = 4  # of fine-tuning
 #
 # What you must know before you use it:
 #
-# - **On whose terms.** The repository of Inf-Net allows non-commercial use only, of the slices and
-#   of anything derived from them. The site behind it has terms of its own. Read both; nothing in
-#   this book changes them.
+# - **Terms of use.** The repository of Inf-Net allows non-commercial use only, of the slices and of
+#   anything derived from them. The site behind it has terms of its own. Read both; nothing in this
+#   book changes them.
 # - **No Hounsfield units.** The slices are 8-bit JPEG, already windowed by someone.
 # - **Cropped** to the lungs, in many sizes.
-# - **Positive slices only.** Every patient had COVID-19. Nothing can be learned here about
-#   controls or about common pneumonia, so the classifier of chapter 5 cannot be judged on it.
+# - **Positive slices only.** Every patient had COVID-19. The set says nothing about controls or
+#   about common pneumonia, so the classifier of chapter 5 cannot be judged on it.
 # - **No patient ids.** Slices of one patient may stand on both sides of any split, also of the
 #   published one.
 #
@@ -167,7 +167,7 @@ for path in sorted(folder.parents[1].glob("*/*/*")):
     print(f"{where:48} {len(list(path.iterdir()))} files")
 
 # %% [markdown]
-# Two traps lie in the files, in the real ones as in these.
+# There are two traps in the files, in the real ones as well as in these.
 #
 # **The palette.** A mask is a picture of mode P: each pixel holds an index, and a palette gives the
 # index a colour for display. The index is the class: 0 background, 1 GGO, 2 consolidation. A common
@@ -326,9 +326,9 @@ plt.show()
 # ## One number for a mask: Dice
 #
 # Papers on this set report the *Dice* coefficient of the whole mask, not AP of instances. For the
-# predicted pixels $A$ and the true pixels $B$ of one slice,
+# predicted pixels $m$ and the true pixels $m'$ of one slice,
 #
-# $$ \mathrm{Dice}(A, B) = \frac{2\,|A \cap B|}{|A| + |B|}. $$
+# $$ \mathrm{Dice}(m, m') = \frac{2\,|m \cap m'|}{|m| + |m'|}. $$
 #
 # Mask R-CNN gives overlapping instances, each with a score and a soft mask. We fuse them: take
 # those above a score threshold, cut the soft masks at 0.5, and paint them in the order of rising
@@ -423,11 +423,11 @@ def show(names):
 show(scores)
 
 # %% [markdown]
-# The difference of the two rows is the domain gap. Between phantoms it has three causes: lesions of
-# other sizes, other windows, and cropping. Lungs, vessels and noise come from the same program in
-# both. **On real CT expect the shipped weights to be poor.** They have never seen a real vessel, a
-# real artefact or a real lesion. A model that does well on its own test split and poorly one
-# hospital further on is the rule rather than the exception {cite:p}`Roberts2021`.
+# The difference between the two rows is the domain gap. Between phantoms it has three causes:
+# lesions of other sizes, other windows, and cropping. Lungs, vessels and noise come from the same
+# program in both. **On real CT expect the shipped weights to be poor.** They have never seen a real
+# vessel, a real artefact or a real lesion. A model that does well on its own test split and poorly
+# at the next hospital is the rule rather than the exception {cite:p}`Roberts2021`.
 #
 # ## Fine-tuning
 #
@@ -461,7 +461,8 @@ print(f"{steps} steps of {settings.batch_size} slices each")
 show(scores)
 
 # %% [markdown]
-# The last two rows say what the shipped weights are worth as a start. Compare them with the second
+# The last two rows say what the shipped weights are worth as a start. Each comes from one short
+# training and has no interval, so a small difference means little. Compare them with the second
 # row, too, class by class: so short a training need not beat the weights that it began with, and
 # can lose in one class what it gains in another. On this page home and here are neighbours, because
 # one program drew both. **Do not expect the same of real slices.** Phantoms are not CT, and weights
@@ -587,24 +588,25 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # %% [markdown]
 # ## What the method reaches on real slices
 #
-# A minute of fine-tuning on small pictures shows the way and no more. The preset `semiseg` goes the
-# whole way. It trains on phantoms first, cropped to the lungs as the real slices are, and then on
+# A minute of fine-tuning on small pictures only shows how it is done. The preset `semiseg` does it
+# properly. It trains on phantoms first, cropped to the lungs as the real slices are, and then on
 # random copies of the real slices: turned, stretched, bent, mirrored, brighter or darker. Half of
 # the copies also get the lesions of another training slice, changed in their own way, as in
 # Copy-Paste {cite:p}`Ghiasi2021`: the same lesion in other lungs, so that the model learns lesions
 # and not slices. What is kept in the end is a running average of the weights.
 #
 # And the preset adds something that the paper does not have. Lesions of real CT fray and merge, so
-# that one reader's three lesions are another's one, and boxes suffer from that. A *semantic branch*
-# labels every pixel from the finest map of the pyramid, as in Panoptic FPN {cite:p}`Kirillov2019`, and
-# teaches the backbone with every pixel. Three parts of it matter:
+# one reader may draw three lesions where another draws one, and boxes suffer from that. A *semantic
+# branch* labels every pixel from the finest map of the pyramid, as in Panoptic FPN
+# {cite:p}`Kirillov2019`, and teaches the backbone with every pixel. Three parts of it matter:
 #
 # - **It sees the image.** The finest map has one value for 4 x 4 pixels. The image itself, at half its
 #   size, joins that map, as in the top level of a U-Net {cite:p}`Ronneberger2015`. It still has the
 #   borders, and the grey values that tell consolidation from ground glass.
-# - **Its loss is that of the judge.** Dice is taken of each slice and then averaged, so the soft Dice
-#   in the loss is, too. A small lesion then counts as much as a large one.
-# - **It is one voice of two.** Its probabilities and the fused instances are averaged, and so are
+# - **Its loss is close to the measure by which it is judged.** Dice is taken of each slice and then
+#   averaged, so the soft Dice in the loss is, too. A small lesion then counts as much as a large
+#   one.
+# - **It does not decide alone.** Its probabilities and the fused instances are averaged, and so are
 #   those of the slice and of its mirror image. A pixel is a lesion above 0.5.
 #
 # One command trains, and one judges:
@@ -682,25 +684,24 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #
 # Three things to take from it.
 #
-# - **The place is found, the name is not.** The infection as a whole is found fairly well. Of the
-#   pixels that are rightly called lesion, many have the wrong one of the two names. Two rows of the
-#   table say what that means. Had each found pixel its right name, both classes would gain, and
+# - **It finds the place better than the name.** The infection as a whole is found fairly well. Of
+#   the pixels that are rightly called lesion, many have the wrong one of the two names. Two rows of
+#   the table say what that means. Had each found pixel its right name, both classes would gain, and
 #   consolidation most. And names from one number are about as good as the network's: call a found
 #   pixel consolidation if it is brighter than a limit, which the training slices choose. With 40
 #   slices the network has learned hardly more about names than that. No limit is right for all:
 #   consolidation of one slice is darker than ground glass of another (the row of grey values), and
-#   someone had windowed the slices before they became JPEG.
-#   With the true outlines in place of ours such a limit does better, and the best limit of each
-#   slice, chosen by looking at its truth, better still (two more rows); but even then much of the
-#   consolidation has the wrong name. So its name is not in the grey values alone. (An exercise below
-#   tries such a limit.)
+#   someone had chosen a window before the slices became JPEG. With the true outlines in place of
+#   ours such a limit does better, and the best limit of each slice, chosen by looking at its truth,
+#   better still (two more rows); but even then much of the consolidation has the wrong name. So its
+#   name is not in the grey values alone. (An exercise below tries such a limit.)
 # - **Pixels, not instances.** The mask AP50 is low. Connected regions of a hand-drawn mask are poor
 #   instances where lesions merge: a gap of a few pixels decides whether one or three are true. Even
 #   connected regions of the fused mask, which are made as the true ones are, do little better.
-# - **Phantoms first are no gain here.** What drawn chests add to few or many real slices is measured on
-#   the page [How the phantoms are made](phantoms_made.ipynb): with as many steps in all, real slices
-#   alone do as well. `--no-pretraining --epochs 25` skips the phantoms and takes about as many steps
-#   as the preset.
+# - **Training on phantoms first did not help here.** What drawn chests add to few or many real
+#   slices is measured on the page [How the phantoms are made](phantoms_made.ipynb): with as many
+#   steps in all, real slices alone do as well. `--no-pretraining --epochs 25` skips the phantoms
+#   and takes about as many steps as the preset.
 #
 # No weights trained on these slices come with the package: their terms do not allow it. The command
 # above makes them.
@@ -725,9 +726,10 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # - **Another start.** All of these methods begin with weights trained on ImageNet, ours with phantoms
 #   or with nothing.
 # - **Another mean.** The evaluation code of Inf-Net (`EvaluationTool/main.m`) stretches each
-#   predicted map to 0 to 1, cuts it at 256 values, and averages Dice over slices *and over the cuts*.
-#   One good cut gives more than the average of all. `covidmask evaluate` cuts once, at a value chosen
-#   in advance. Whether each row of the table followed that code, its source does not say.
+#   predicted map to 0 to 1, cuts it at 256 values, and averages Dice over slices *and over the
+#   cuts*. A single good cut gives a higher number than the average of all. `covidmask evaluate`
+#   cuts once, at a value chosen in advance. Whether each row of the table followed that code, its
+#   source does not say.
 #
 # What the table does say: consolidation is hard for everyone, with so few slices.
 
@@ -736,13 +738,13 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #
 # A scanner does not write grey values of 0 to 1. It writes Hounsfield units (HU): air is -1000,
 # water 0, healthy lung about -800, soft tissue about 40, bone several hundred. A screen, and a
-# model, see them through a *window* with level $L$ and width $W$:
+# model, see them through a *window* with level $\ell$ and width $w$:
 #
-# $$ u = \mathrm{clip}\left(\frac{h - (L - W/2)}{W},\; 0,\; 1\right). $$
+# $$ v = \mathrm{clip}\left(\frac{\mathrm{HU} - (\ell - w/2)}{w},\; 0,\; 1\right). $$
 #
-# The lung window of this book has $L = -600$ and $W = 1500$, so it shows -1350 to 150 HU. A phantom
-# is [drawn in HU](phantoms_made.ipynb) and stored through nearly that window (its scanner may set it
-# a little higher or wider), so inside it we can go back, to within some tens of HU.
+# The lung window of this book has $\ell = -600$ and $w = 1500$, so it shows -1350 to 150 HU. A
+# phantom is [drawn in HU](phantoms_made.ipynb) and stored through nearly that window (its scanner
+# may set it a little higher or wider), so inside it we can go back, to within some tens of HU.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -830,9 +832,10 @@ _ = ipywidgets.interact(
 )
 
 # %% [markdown]
-# One slice proves nothing, so here are more of them. **The window is a part of the model:** with
-# weights, always note the window that they learned on. COVID-SemiSeg does not say which window made
-# its JPEGs, and a collection from many sources will hold several.
+# One slice proves nothing, so below is a mean over more of them (still few, and without an
+# interval). **The window is a part of the model:** with weights, always note the window that they
+# learned on. COVID-SemiSeg does not say which window made its JPEGs, and a collection from many
+# sources will hold several.
 
 # %%
 window_dice = {}
@@ -867,15 +870,16 @@ assert soft < window_dice["lung (-600, 1500)"]
 # command finds first, and [its card](weights.md) says what it reaches on real ones. It gives no
 # class probabilities, because no classifier of this book is right on real patients.
 #
-# Between the folder and the networks lie five steps, and each can go wrong in silence:
+# There are five steps between the folder and the networks, and each can go wrong without an error:
 #
 # 1. **Which files belong together.** A series is the files of one series identifier. Scouts, other
 #    planes and reports are left out, and counted. A folder with several series asks for `--series`.
 # 2. **In which order.** By position along the patient, never by file name; slice 1 is nearest the
 #    feet. Gaps and copies are reported.
-# 3. **Hounsfield units.** Scanners store integers $v$ with a slope and an intercept, $h =
-#    \text{slope} \cdot v + \text{intercept}$; a reader that forgets them sees everything 1,024 HU too
-#    bright, for example. Compressed files need a plug-in of pydicom's; the message names it.
+# 3. **Hounsfield units.** Scanners store integers with a slope and an intercept: $\mathrm{HU} =
+#    \text{slope} \cdot \text{integer} + \text{intercept}$. A reader that forgets them sees
+#    everything 1,024 HU too bright, for example. Compressed files need a plug-in of pydicom's; the
+#    message names it.
 # 4. **Which slices.** 32, evenly spaced, or `--slices 20-80`, `--slices all`, `--every 5`.
 # 5. **Whose name.** DICOM files carry names and dates. None of them reaches an output, nor does
 #    the name of a DICOM or NIfTI file: pictures are called `slice_0007_lesions.png`. PNG, JPEG and
@@ -1039,12 +1043,12 @@ plt.show()
 temporary.cleanup()
 
 # %% [markdown]
-# Slices of one patient can get different answers. Our old friend has COVID-19: not every slice need
-# say so, and the class with the most slices need not be the right one. Where no lesion is in sight,
-# "control" is right for the slice and wrong for the patient. A result for a patient needs a rule
-# over slices: the share of positive slices, or the mean over those that a radiologist, or a lesion
-# detector, picked. The paper has none, and its figures are per slice. That is why `summary.csv`
-# gives shares and means and no diagnosis of the volume.
+# Slices of one patient can get different answers. Our old friend has COVID-19: yet not every slice
+# shows it, and the class with the most slices need not be the right one. Where no lesion is in
+# sight, "control" is right for the slice and wrong for the patient. A result for a patient needs a
+# rule over slices: the share of positive slices, or the mean over those that a radiologist, or a
+# lesion detector, picked. The paper has none, and its figures are per slice. That is why
+# `summary.csv` gives shares and means and no diagnosis of the volume.
 #
 # ## The full scale
 #
@@ -1108,13 +1112,14 @@ temporary.cleanup()
 #   is no sensitivity of a test for patients.
 # - **The split may leak.** Without patient ids nobody can rule out that a neighbour of a test slice
 #   was in training.
-# - **Labels are opinions.** Where GGO ends, two radiologists disagree; a Dice near 1 would be a
-#   reason to be suspicious.
+# - **Labels depend on the reader.** Two radiologists disagree on where GGO ends, so a Dice near 1
+#   would be a reason to be suspicious.
 #
 # ## Exercises
 #
 # ```{exercise} Lying on the side
 # :label: real-ct-transposed
+# :nonumber:
 # Forget to transpose: give the shipped segmenter the test slices as they are stored, and transpose
 # its masks before you compare. What does the trap cost?
 # ```
@@ -1148,6 +1153,7 @@ print(f"upright {np.nanmean(upright_dice):.2f}, as stored {np.nanmean(lying_dice
 # %% [markdown]
 # ```{exercise} Whose mean?
 # :label: real-ct-empty
+# :nonumber:
 # Compute the mean Dice of consolidation for the fine-tuned model in three ways: leave slices out
 # that have none and where none is found, count them as 1, or pool the pixels of all slices into one
 # Dice. How far apart are they?
@@ -1174,8 +1180,7 @@ print(f"counted as 1 {np.nan_to_num(values, nan=1).mean():.2f}")
 print(f"pooled       {2 * both / total:.2f}")
 
 # %% [markdown]
-# The masks are the same each time. So nothing can be compared with a mean Dice whose rule is not
-# named.
+# The masks are the same each time. So compare a mean Dice only with one whose rule you know.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1184,6 +1189,7 @@ print(f"pooled       {2 * both / total:.2f}")
 # %% [markdown]
 # ```{exercise} Names from one number
 # :label: real-ct-names
+# :nonumber:
 # Take the lesion pixels that the fine-tuned model finds in the test slices, and forget its names.
 # Call a pixel consolidation if it is brighter than a limit. Choose the limit on the training slices,
 # with their true masks. Whose names are better, by the mean Dice of GGO and of consolidation?
@@ -1231,11 +1237,12 @@ for name, values in names.items():
     print(f"names {name:20} {ggo:.2f}  {consolidation:.2f}")
 
 # %% [markdown]
-# The last row gives the found lesion pixels their right names, and leaves those alone that are no
-# lesion: about the most that naming can win. What is missing to 1 then is the outline. On the real
-# slices of the table above the names of the network are no better than those of one number. Where
-# one number comes close to the network, the network has learned little about names, or there is
-# little more to know. Such a baseline takes minutes; put it beside every network that you report.
+# The last row gives the found lesion pixels their right names, and leaves alone those that are no
+# lesion: about the most that better names can gain. What is still missing to 1 is lost in the
+# outlines. On the real slices of the table above the names of the network are no better than those
+# of one number. Where one number comes close to the network, the network has learned little about
+# names, or there is little more to know. Such a baseline takes minutes; put it beside every network
+# that you report.
 
 # %% [markdown]
 # ````{solution-end}
@@ -1244,6 +1251,7 @@ for name, values in names.items():
 # %% [markdown]
 # ```{exercise} Too large for the anchors
 # :label: real-ct-anchors
+# :nonumber:
 # The RPN learns a box when an anchor overlaps it by more than a threshold, or is the best for it.
 # What share of the training lesions here has an anchor above the threshold (`rpn_iou[0]`), with the
 # preset's anchor sizes, and with sizes twice as large? Centre the anchor on the box.

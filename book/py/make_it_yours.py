@@ -6,7 +6,7 @@
 # You have read how the method works. Now you would like to try an idea of your own: another network
 # under the detector, one more number for each box, two classes instead of three. Where do you put
 # it, and how much of the package do you have to touch? For the six changes on this page the answer
-# is the same: you write a few lines in your own file, and touch nothing.
+# is the same: you write a few lines in your own file, and leave the package as it is.
 #
 # **After it you can**
 #
@@ -257,9 +257,9 @@ model = covid_ct_mask_net(segmenter, preset.classifier, s=DeepSet())
 try_out(model, train, held_out)
 
 # %% [markdown]
-# With three classes of equal size guessing is right in a third of the slices; a network that is new
-# may need more than these few epochs to leave that behind. The change works; whether it can be made
-# to help is another question.
+# With three classes of equal size guessing is right in a third of the slices; a new network may
+# need more than these few epochs to do better than that. The change works. Whether it can help is
+# another question, and this run is too short to answer it.
 #
 # The weights file keeps the *name* of a part that is yours, never its code: loading a file must not
 # run what a stranger wrote. So you pass the part again when you load the file, and an error reminds
@@ -353,8 +353,9 @@ with torch.no_grad():
 # %% [markdown]
 # ```{exercise} A longer box
 # :label: yours-elongation
+# :nonumber:
 # Add a column for how elongated a box is: the logarithm of height over width. What does it add that
-# $\Delta w$ and $\Delta h$ do not say already?
+# $\delta_w$ and $\delta_h$ do not say already?
 # ```
 
 # %% [markdown]
@@ -389,8 +390,9 @@ assert column.isfinite().all()
 # %% [markdown]
 # ```{exercise} Order
 # :label: yours-order
-# Shuffle the rows of a slice. Whose logits stay, those of the usual $S$ or those of `DeepSet`? Show
-# it for one slice, and say what `DeepSet` still knows of the ranks.
+# :nonumber:
+# Shuffle the rows of a slice. Which logits stay the same, those of the usual $S$ or those of
+# `DeepSet`? Show it for one slice, and say what `DeepSet` still knows of the ranks.
 # ```
 
 # %% [markdown]
@@ -419,6 +421,7 @@ assert changes[0] > 100 * changes[1]
 # %% [markdown]
 # ```{exercise} Is it the lesion or the rest?
 # :label: yours-merged
+# :nonumber:
 # Build the classifier on a detector with one lesion class (`lesions="merged"`, random weights), and
 # count which of its tensors have another shape than those of the detector with two.
 # ```

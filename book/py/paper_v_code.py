@@ -1058,8 +1058,8 @@ print(f"COVNet, test / (train + validation): {438 / (3000 + 370):.5f}")
 # %% [markdown]
 # For COVNet the printed ratio fits only if the validation images are added to the training images
 # (and the result is cut). The paper calls 7.06 a new state of the art. A ratio of test to train
-# says how little was used for training. How well the model generalises, it does not say: all splits
-# come from one source.
+# says how little was used for training. It does not say how well the model generalises, because all
+# splits come from one source.
 #
 # ### 34. Smaller slips
 #
@@ -1092,6 +1092,7 @@ for name, row, printed in (
 #
 # ```{exercise} How many ways to pad
 # :label: pvc-padding
+# :nonumber:
 # The author's rule draws $K - 1$ of $N - 2$ places. In how many ways can $K = 250$ boxes fill
 # $N = 256$ rows? How likely is it that two runs fill them alike?
 # ```
@@ -1118,7 +1119,8 @@ assert len(small) == math.comb(6 - 2, 3 - 1)
 # %% [markdown]
 # ```{exercise} Batch norms of the light models
 # :label: pvc-norms
-# Which share of the batch-norm parameters does the test for `bn` in the name miss in the light
+# :nonumber:
+# What share of the batch-norm parameters does the test for `bn` in the name miss in the light
 # models with ResNet-18, for each cut? Why does the share grow with the cut, or fall?
 # ```
 
@@ -1154,6 +1156,7 @@ assert lost == 256
 # %% [markdown]
 # ```{exercise} A table with an error
 # :label: pvc-table
+# :nonumber:
 # A paper reports, on 1,000 slices (500 control, 300 common pneumonia, 200 COVID-19), sensitivities
 # of 96.00, 90.00 and 85.00 % with PPVs of 94.12, 91.22 and 94.44 %, and an accuracy of 92.00 %.
 # Does it add up?
@@ -1188,7 +1191,8 @@ assert high < 1000
 # 3. A printed table can be checked with arithmetic: sensitivities fix counts, and counts must add
 #    up.
 # 4. Old commits are part of the record: one README explains three numbers of the paper.
-# 5. Released code lets others find such things. So release yours, with its lists and matrices.
+# 5. Released code lets others find such things. When you publish, release yours too, with its lists
+#    and matrices.
 #
 # ## Further reading
 #

@@ -23,9 +23,9 @@
 #
 # ```{admonition} Synthetic data, and one real slice
 # :class: important
-# All pictures are *phantoms*, but for one CT slice of an unknown patient, marked as real wherever
-# it is shown. It comes from the tests of the program [lungmask](https://github.com/JoHof/lungmask)
-# (Apache 2.0). Nothing here is for diagnosis.
+# All pictures are *phantoms*, except for one CT slice of an unknown patient, marked as real
+# wherever it is shown. It comes from the tests of the program
+# [lungmask](https://github.com/JoHof/lungmask) (Apache 2.0). Nothing here is for diagnosis.
 # ```
 
 # %% tags=["hide-input"]
@@ -266,10 +266,10 @@ for seed in range(PATIENT, PATIENT + 5):
 # ## Vessels and bronchi
 #
 # A lesion finder is fooled most easily by vessels: they are bright, and cut across they are round.
-# So the phantom grows trees. From each hilum start more than a dozen branches; each goes on nearly
-# straight, gives off a thinner one, and both do so again. Beside every second of the first branches
-# runs a bronchus: a tube of air with a wall. Some hundreds of short vessels fill the rest of each lung,
-# and a few scars and nodules are put in to be mistaken for lesions.
+# So the phantom grows trees. More than a dozen branches start from each hilum; each goes on nearly
+# straight, gives off a thinner one, and both do so again. A bronchus, a tube of air with a wall,
+# runs beside every second of the first branches. Some hundreds of short vessels fill the rest of
+# each lung, and a few scars and nodules are put in to be mistaken for lesions.
 
 # %%
 # rows: x, y, z of both ends, index of the radius, weight, bronchus?
@@ -315,7 +315,7 @@ plt.show()
 # Now we make the patient ill. A `Lesion` is an ellipsoid with a wavy, rough outline, cut off by the
 # pleura. **Ground-glass opacity** (GGO) raises the HU of the lung in which it lies; it adds. It is
 # a veil, and vessels stay visible behind it. **Consolidation** replaces the air by fluid and cells;
-# it sets the HU, and vessels drown in it.
+# it sets the HU, and vessels can no longer be seen in it.
 
 # %%
 AT = 0.6
@@ -366,7 +366,8 @@ for name in ("healthy", "ground glass", "crazy paving", "consolidation"):
     print(f"{name:14}{plain:5.0f} HU, vessels {more:3.0f} HU brighter")
 
 # %% [markdown]
-# In ground glass the vessels keep more than half of their contrast. In consolidation it is gone.
+# In ground glass the vessels keep more than half of their contrast. In consolidation nearly all of
+# it is gone.
 #
 # Four more signs come with some patients. *Contrast medium* makes blood nearly as bright as bone, and
 # the vessels with it. A *lobar pneumonia* fills a lobe and stops at the fissure, as if cut off.
@@ -454,9 +455,9 @@ for name, (label, severe) in COHORTS.items():
 
 # %% [markdown]
 # (GGO: its share of the lesion area, not of the foci. Depth: 0 is the edge of the lung, 1 its
-# innermost point. All columns but the first are means over slices with a lesion.) These rules are
-# what *we* put in, after the usual descriptions. A network that tells these classes apart has found
-# our rules again, and no more than that.
+# innermost point. All columns but the first are means over slices with a lesion, without
+# intervals.) These rules are what *we* put in, after the usual descriptions. A network that tells
+# these classes apart has found our rules again, and no more than that.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of four slices. Above: a control without lesions, a common pneumonia, a COVID-19 and a severe COVID-19 patient. Below the masks: lung grey, ground glass light blue, consolidation orange."}, "figure": {"caption": "A patient of each kind (above) and the mask that comes with the slice (below). Synthetic.", "name": "fig-made-cohorts"}}
 examples = {"control": (0, False)} | COHORTS
@@ -487,7 +488,7 @@ plt.show()
 # The paper says two things about its lesion masks {cite:p}`TerSarkisov2020`: the great majority of
 # slices have fewer than 5 regions of each class, and the great majority of regions are small, below
 # 2 % of the image for GGO and below 1 % for consolidation. The slices of COVID-19 patients that are
-# not severe were made to agree. Were they?
+# not severe were made to agree with this. Do they?
 
 
 # %%
@@ -559,9 +560,9 @@ plt.show()
 #
 # ## The scanner
 #
-# So far every pixel was exact. A scanner is not, and in `scan` it does four things. Its
-# *kernel* decides how much fine detail passes: `cutoff`, in cycles per image side, is where half of
-# it is left. It adds *noise*. Between the shoulders, where X-rays must pass a lot of bone,
+# So far every pixel was exact. A real scanner changes the picture, and `scan` does so in four ways.
+# Its *kernel* decides how much fine detail passes: `cutoff`, in cycles per image side, is where
+# half of it is left. It adds *noise*. Between the shoulders, where X-rays must pass a lot of bone,
 # *streaks* run across. And some patients move.
 
 
@@ -675,10 +676,10 @@ print(f"asked for {SHARP.noise} HU, in the lungs {in_lungs:.0f} HU")
 # ### Two hospitals, and pictures in papers
 #
 # `draw_scanner` draws the examination. Hospital 0 has middling kernels and dose; hospital 1 sharp
-# ones, less dose and another window. `published=True` is a third world: pictures cut out of papers,
-# in any window and contrast, stored as JPEG. `develop` makes the picture from HU. The table gives
-# the share of sharp kernels, and for the rest the range that holds the middle eight tenths (quality
-# 0: no JPEG).
+# ones, less dose and another window. `published=True` is a third source: pictures cut out of
+# papers, in any window and contrast, stored as JPEG. `develop` makes the picture from HU. The table
+# gives the share of sharp kernels, and for the rest the range that holds the middle eight tenths
+# (quality 0: no JPEG).
 
 # %%
 worlds = {
@@ -697,7 +698,7 @@ for name, options in worlds.items():
         print(f"{'{:.0f} to {:.0f}'.format(*tenths):>16}", end="")
     print()
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three rows of three pictures of the same lung. Hospital 0: soft and quiet. Hospital 1: sharper, noisier, more contrast. Published: brightness and contrast vary widely, some very noisy."}, "figure": {"caption": "The same part of the same patient by three scanners of each world. Synthetic.", "name": "fig-made-hospitals"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three rows of three pictures of the same lung. Hospital 0: soft and quiet. Hospital 1: sharper, noisier, more contrast. Published: brightness and contrast vary widely, some very noisy."}, "figure": {"caption": "The same part of the same patient by three scanners of each source. Synthetic.", "name": "fig-made-hospitals"}}
 fig, axes = plt.subplots(3, 3, figsize=(6.6, 6.6), layout="constrained")
 for row, (name, options) in zip(axes, worlds.items(), strict=True):
     for i, ax in enumerate(row):
@@ -708,9 +709,9 @@ for row, (name, options) in zip(axes, worlds.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# `SEGMENTER_CT` saw the third world, cut to the lungs, because real slices that are published with
-# masks often look like that: JPEG files in a window that nobody wrote down. The two hospitals are
-# for experiments on a change of domain: train in one, test in the other.
+# `SEGMENTER_CT` saw pictures of the third source, cut to the lungs, because real slices that are
+# published with masks often look like that: JPEG files in a window that nobody wrote down. The two
+# hospitals are for experiments on a change of domain: train in one, test in the other.
 #
 # ## Beside the real slice
 #
@@ -782,14 +783,14 @@ plt.show()
 #
 # ## What drawn chests are worth on real slices
 #
-# You have seen the faults. What do they cost a network? A test helps to answer that, by mean Dice.
-# As in the table of [chapter 9](09_real_ct.ipynb), a slice counts 0 where prediction and
-# truth share no pixel.
+# You have seen the faults. What do they cost a network? To find out, we train networks on drawn
+# chests and judge them on real slices, by mean Dice. As in the table of [chapter
+# 9](09_real_ct.ipynb), a slice counts 0 where prediction and truth share no pixel.
 #
-# `SEGMENTER_CT` learned from drawn chests alone. It was judged on real slices of
-# COVID-SemiSeg that took no part while the chests were improved ([its card](weights.md)). The table
-# sets a plain U-Net beside it, which is smaller and learned for a shorter time, also from drawn
-# chests alone. What the U-Net reaches is owed to the chests and to no special network.
+# `SEGMENTER_CT` learned from drawn chests alone. It was judged on real slices of COVID-SemiSeg that
+# took no part while the chests were improved ([its card](weights.md)). The table sets a plain U-Net
+# beside it, which is smaller and learned for a shorter time, also from drawn chests alone. So what
+# the U-Net reaches does not depend on a special network.
 #
 # <!-- unet_beside -->
 # | Drawn chests alone | Dice, infection | Dice, GGO | Dice, C |
@@ -837,14 +838,14 @@ plt.show()
 # half of the steps spent on drawings, it is a little worse. Only consolidation, which few real
 # slices show, may gain with five of them when drawings are mixed in: the interval just reaches 0.
 # Real slices, cut and turned and mixed at random, teach this network more than so many drawings do.
-# What the drawings are worth is the other case, in which you have no real slice at all:
-# `SEGMENTER_CT` in the table above has seen none. The curve does not say what happens when a
-# network first learns from drawings for as long as that one did.
+# The drawings are for the other case, in which you have no real slice at all: `SEGMENTER_CT` in the
+# table above has seen none. The curve does not say what happens when a network first learns from
+# drawings for as long as that one did.
 #
-# Finding lesions is one thing, naming the disease another. We trained $S$ on the ranked boxes of
+# Can the same network also help to name the disease? We trained $S$ on the ranked boxes of
 # `SEGMENTER_CT` in drawn patients of the three classes, and asked it about three real patients
-# (`python benchmarks/segmenter_ct.py classes`; `results/looks.jsonl`). It called the one with common
-# pneumonia healthy. So `covidmask predict` gives no class probabilities on scans.
+# (`python benchmarks/segmenter_ct.py classes`; `results/looks.jsonl`). It called the one with
+# common pneumonia healthy. So `covidmask predict` gives no class probabilities on scans.
 #
 # ## What a phantom cannot show
 #
@@ -862,16 +863,17 @@ plt.show()
 # - **Much of physics.** The noise is added after the fact and does not come from photons; the
 #   streaks are lines; there is no ring artefact, no beam hardening, no padding outside a circle.
 #
-# What phantoms are good for: exact truth, as much of it as you like, nobody's privacy, and one
-# thing changed at a time.
+# Phantoms are good for other things. Their truth is exact, you can have as many as you like, they
+# touch nobody's privacy, and you can change one thing at a time.
 #
 # ## Exercises
 
 # %% [markdown]
 # ```{exercise} The wrong window
 # :label: made-window
+# :nonumber:
 # A colleague sends you ground glass as a picture in the soft tissue window, level 40 and width 400.
-# Which share of the lesion `ggo` is still above black in it? And of `dense`?
+# What share of the lesion `ggo` is still above black in it? And of `dense`?
 # ```
 
 # %% [markdown]
@@ -896,6 +898,7 @@ for name in ("ground glass", "consolidation"):
 # %% [markdown]
 # ```{exercise} A mosaic of lesions
 # :label: made-own
+# :nonumber:
 # Put a halo into the right lung and a rind into the left one of the healthy patient, in one slice.
 # Print the area of each class as a share of both lungs.
 # ```
@@ -929,8 +932,9 @@ assert (codes[:, SIZE // 2 :] == GGO).any() and (codes[:, : SIZE // 2] == CONSOL
 # %% [markdown]
 # ```{exercise} Does averaging help?
 # :label: made-average
+# :nonumber:
 # Average blocks of 2 x 2 pixels of the noise of the sharp kernel, of the soft kernel, and of white
-# noise. By which factor does the standard deviation fall? Explain the order by the spectra.
+# noise. By what factor does the standard deviation fall? Explain the order by the spectra.
 # ```
 
 # %% [markdown]
@@ -955,6 +959,7 @@ for name, noise in grain.items():
 # %% [markdown]
 # ```{exercise} Give it away
 # :label: made-cheat
+# :nonumber:
 # Find a rule of one line, without any anatomy, that tells the drawn slice from the real one. Why
 # would a network that is trained on both, with the answer "drawn" or "real", learn nothing useful?
 # ```
@@ -982,8 +987,9 @@ assert scanned[0, 0] > -1500
 # ## What we learned
 #
 # 1. Hounsfield units give each tissue its number; a window decides which of them a picture keeps.
-# 2. An organ is a level, and the level of the lungs is the least of many; height changes them all.
-# 3. Ground glass adds to the lung and keeps its vessels; consolidation replaces it and drowns them.
+# 2. An organ is a level, and the level of the lungs is the smallest of many; height changes them
+#    all.
+# 3. Ground glass adds to the lung and keeps its vessels; consolidation replaces it and hides them.
 # 4. A scanner blurs, and adds noise with a spectrum of its own, more of it where the body absorbs
 #    more.
 # 5. A phantom shows whether a network learned our rules, and nothing about patients.
@@ -992,5 +998,5 @@ assert scanned[0, 0] > -1500
 #
 # How COVID-19 looks in CT is described in {cite:t}`Shi2020`; why models of it failed on patients,
 # in {cite:t}`Roberts2021` and {cite:t}`DeGrave2021`. The data that the phantoms stand in for are
-# those of {cite:t}`Zhang2020` and {cite:t}`Fan2020`. Real slices are met in [chapter
-# 9](09_real_ct.ipynb).
+# those of {cite:t}`Zhang2020` and {cite:t}`Fan2020`. [Chapter 9](09_real_ct.ipynb) turns to real
+# slices.
