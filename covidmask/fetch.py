@@ -58,7 +58,8 @@ class Fetch:
         out = self.out or data_root() / self.data_set
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)
-            counts = self._counts(out, [os.path.expanduser(source) for source in self.sources])
+            with public_sets.filling(self.data_set, out):
+                counts = self._counts(out, [os.path.expanduser(source) for source in self.sources])
         for note in notes:
             print(f"Note: {note.message}")
         part = self.allow_missing or (self.data_set == "covid-ct-md" and self.sources)

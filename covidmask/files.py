@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from covidmask.errors import DataError, OutputError
+from covidmask.errors import CovidmaskError, DataError, OutputError
 
 SPLITS = ("train", "val", "test")
 PACKAGES = "pydicom nibabel python-gdcm"  # the extra `medical`, by the names that pip knows
@@ -46,6 +47,18 @@ def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 by `atomic_path`, the same bytes on every system."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def room_in(folder: str | Path) -> Iterator[None]:
+    """Make a full disk an `OutputError` that names `folder`: no source is to blame for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        problem = f"{folder}: cannot be written ({os.strerror(error.errno)})"
+        raise OutputError(f"{problem}; make room on its disk, or choose another --out") from error
 
 
 def is_there(path: str | Path) -> bool:
@@ -108,7 +121,7 @@ def decoding(path: str | Path, problem: str, remedy: str) -> Iterator[None]:
     """Make one `DataError` of whatever a decoder raises: on broken bytes, each has its own ways."""
     try:
         yield
-    except DataError:
+    except CovidmaskError:
         raise
     except ModuleNotFoundError as error:
         raise DataError(

@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 
@@ -27,8 +27,8 @@ from covidmask.config import IMAGE_CLASSES
 from covidmask.datasets import classes
 from covidmask.datasets.lesions import LesionSlices, split_by_patient
 from covidmask.datasets.scans import IMAGE_SUFFIXES
-from covidmask.errors import DataError
-from covidmask.files import SPLITS, check_writable, decoding, one_line, read_lines, some
+from covidmask.errors import DataError, OutputError
+from covidmask.files import SPLITS, check_writable, decoding, one_line, read_lines, room_in, some
 
 TIMEOUT = (10.0, 20.0)  # seconds to connect, and between two packets
 RETRIES = 3
@@ -38,6 +38,41 @@ MAX_RATIO = 100  # unpacked to packed; pictures hardly shrink, a bomb shrinks a 
 SETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 Source = str | os.PathLike[str]
 Place = Callable[[PurePath], str | None]  # path of a file -> its path in a folder of ours
+
+
+@contextmanager
+def filling(name: str, out: Path) -> Iterator[None]:
+    """Fill `out` alone, and leave of a failure only what the next call goes on with.
+
+    Two at once would write into one partial archive, so the second is an `OutputError`. The system
+    takes the lock from a process that was killed: nobody has to remove a file.
+    """
+    data_set, terms, lock = SETS[name], out / "TERMS.txt", out / ".fetch.lock"
+    parts = (*data_set["files"].values(), *data_set.get("archives", {}).values())
+    paths = [out / data_set["below"] / file for part in parts for file in part]
+    ours = {f for p in paths for f in p.parents if out in f.parents or not f.exists()}
+    with ExitStack() as stack:
+        try:
+            import fcntl
+
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(lock, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # removed by who had it until just now
+                raise BlockingIOError
+        except BlockingIOError as error:
+            problem = "another `covidmask fetch` is filling this folder"
+            raise OutputError(f"{out}: {problem}; wait for it, or choose another --out") from error
+        except (ImportError, OSError):
+            pass  # Windows and some disks have no locks; what cannot be written is named later
+        useless = [lock] if terms.exists() else [lock, terms]
+        try:
+            yield
+            useless = [lock]
+        finally:
+            for remove in (*(p.unlink for p in useless), *(f.rmdir for f in sorted(ours)[::-1])):
+                with suppress(OSError):  # what is not empty stays
+                    remove()
 
 
 def fetch_files(
@@ -207,6 +242,8 @@ def lay_out_covid_ct(
         paths = {kind: out / f"Data-split/{kind}/{split}CT_{kind}.txt" for kind in labels}
         try:
             names[split] = [(w[0], kind) for kind in labels for _, w in read_lines(paths[kind])]
+            if odd := [n for n, _ in names[split] if Path(n).suffix.lower() not in IMAGE_SUFFIXES]:
+                raise DataError(f"{out}: the list {split} names {some(odd)}, no image; try again")
         except DataError:  # it has no sum: fetch it again the next time
             for path in paths.values():
                 path.unlink(missing_ok=True)
@@ -334,11 +371,14 @@ def download(base: Source, files: Mapping[str, str | None], out: Path) -> list[s
         try:
             zipped = name.endswith(".zip") and not local
             part = partial(_go_on, out / f"{name}.part") if zipped else http
-            source.fetch(name, downloader=part)
+            with room_in(out):
+                source.fetch(name, downloader=part)
+        except OutputError:
+            raise
         except (OSError, ValueError) as error:  # those of requests, too
             raise DataError(
                 f"{source.get_url(name)}: cannot be fetched ({one_line(error)}); check the "
-                "address, network and disk, try later, or name a folder with copies (see --help)"
+                "address and network, try later, or name a folder with copies (see --help)"
             ) from error
 
     wanted = [
@@ -385,7 +425,7 @@ def collect(sources: Sequence[Source], out: Path, place: Place) -> list[str]:
         for source in map(Path, sources):
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
             first = len(places)
-            with decoding(source, "cannot be taken in", "check it and the disk, or unpack it"):
+            with decoding(source, "cannot be taken in", "check or unpack it"), room_in(out):
                 for path, bring in tqdm(_files(source, out), "look", unit="file", disable=None):
                     goal = place(path)
                     if goal and not any((top / goal).exists() for top in (out, unfinished)):
@@ -406,7 +446,8 @@ def _files(source: Path, out: Path) -> Iterator[tuple[PurePath, Callable[[Path],
         for where, folders, files in os.walk(source.resolve()):
             folders[:] = sorted(f for f in folders if Path(where, f) != out.resolve())
             for path in (Path(where, file) for file in sorted(files)):
-                yield path, partial(_link, path)
+                if path.is_file():  # reading a pipe would block for ever
+                    yield path, partial(_link, path)
         return
     limit = max(MAX_RATIO * source.stat().st_size, 2**20)
     with zipfile.ZipFile(source) as archive:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import ops
-from torchvision.models import get_model
+from torchvision.models import get_model, get_model_weights
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -63,6 +64,23 @@ class FPNBackbone(nn.Module):
         return self.fpn(maps)
 
 
+def with_weights(name: str, weights: str | None) -> nn.Module:
+    """A network of torchvision's with weights of ImageNet, which torch hub keeps or downloads."""
+    if weights is None:
+        return get_model(name)
+    known = get_model_weights(name).verify(weights)
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(known.url).name)
+    try:
+        return get_model(name, weights=known)
+    except Exception as error:  # a copy can be damaged in many ways
+        problem = f"the weights cannot be downloaded from {known.url.split('/')[2]}"
+        remedy = f"check the network, or put a copy of {known.url} there (TORCH_HOME chooses where)"
+        if path.exists():
+            problem = "this copy of the weights cannot be read"
+            remedy = "delete it, so that it is downloaded again"
+        raise DataError(f"{path}: {problem} ({one_line(error)}); {remedy}") from error
+
+
 def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackbone:
     """Build the feature extractor that `config` names; its batch norm is trainable.
 
@@ -79,7 +97,7 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackb
             stages, widths = STAGES[name][: len(STAGES[name]) - cut], []
             if not 1 <= levels <= len(stages):
                 raise ValueError(f"it has 1 to {len(stages)} levels")
-            body, stages = get_model(name, weights=weights), stages[-levels:]
+            body, stages = with_weights(name, weights), stages[-levels:]
             body = getattr(body, "features", body)
             for stage in stages:
                 norms = [m for m in getattr(body, stage).modules() if isinstance(m, nn.BatchNorm2d)]
@@ -94,6 +112,8 @@ def fpn_backbone(config: DetectorConfig, weights: str | None = None) -> FPNBackb
             body = create_model(name, weights is not None, features_only=True, out_indices=which)
             strides, widths = body.feature_info.reduction(), body.feature_info.channels()
     except (ImportError, LookupError, ValueError, OSError, RuntimeError, AssertionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"backbone {name!r}, weights {weights}, levels {levels}, cut {cut}: {one_line(error)}; "
             f"choose {', '.join(STAGES)}, or a network of timm's, after `pip install timm`"

@@ -37,6 +37,7 @@ from covidmask.models.detector import (
     lesion_maps,
     lesion_mask_rcnn,
     same_size_groups,
+    with_weights,
 )
 from covidmask.models.ranked_boxes import propose, rank_boxes, run_box_head
 from covidmask.models.weights import _config, _read, load_classifier, load_state
@@ -84,15 +85,18 @@ class ImageClassifier(nn.Module):
             else:
                 self.network = torchvision.models.get_model(name, num_classes=len(classes))
                 if weights:
-                    theirs = torchvision.models.get_model(name, weights=weights).state_dict()
+                    theirs = with_weights(name, weights).state_dict()
                     own = self.network.state_dict()  # all but the head fits
                     theirs = {k: v for k, v in theirs.items() if v.shape == own[k].shape}
                     self.network.load_state_dict(theirs, strict=False)
         except (ImportError, LookupError, ValueError, OSError, RuntimeError) as error:
-            raise DataError(
-                f"classifier {name!r}, weights {weights}: {one_line(error)}; choose one of "
-                "torchvision, or timm/NAME after `pip install timm`, and weights that it has"
-            ) from error
+            if isinstance(error, DataError):
+                raise
+            remedy = "choose one of torchvision, or timm/NAME (`pip install timm`), and its weights"
+            if isinstance(error, OSError):  # torchvision's are named by `with_weights`
+                remedy = "check the network: timm gets them from huggingface.co"
+            problem = f"classifier {name!r}, weights {weights}: {one_line(error)}"
+            raise DataError(f"{problem}; {remedy}") from error
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
         self.cut = v2.Compose(

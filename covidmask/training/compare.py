@@ -59,6 +59,7 @@ from covidmask.training.segmentation import predict_lesions, train_segmenter
 
 OURS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "inside", "areas", *SEGMENTERS)
 BACKBONES = {"covnet": "resnet50", "jcs": "resnet18"}  # what they stand on, unless told otherwise
+SEEDLESS = ("maps", "inside", "areas")  # nothing in them is drawn: a fit to what is frozen
 MASKS = ("faster", *SEGMENTERS, "jcs")  # learn here from slices with lesion masks
 CLASSIFIERS = set(torchvision.models.list_models(torchvision.models))
 TIMED = 16  # slices for the milliseconds of one
@@ -109,7 +110,8 @@ def few(slices: SliceImages, per_class: int, seed: int) -> SliceImages:
     for label, name in enumerate(slices.classes):
         there = np.random.default_rng(seed).permutation(np.flatnonzero(labels == label))
         if len(there) < per_class:
-            raise DataError(f"{per_class} slices a class: of {name} there are {len(there)}")
+            problem = f"of {name} there are {len(there)} slices to train on; choose at most so many"
+            raise DataError(f"--per-class {per_class}: {problem}")
         chosen += there[:per_class].tolist()
     return part_of(slices, sorted(chosen))
 
@@ -178,7 +180,7 @@ def train_system(
         how = budget.s_training if regime == "heads" else budget.training
         train_classifier(model, slices, regime, how, **options)
         return model.eval()
-    if name in ("maps", "inside", "areas"):
+    if name in SEEDLESS:
         parts = copy.deepcopy(detector), *([config] if name == "inside" else [])
         features = {"maps": PooledMaps, "inside": BoxMaps, "areas": LesionAreas}[name](*parts)
         return _fitted(LinearReader(features, classes), slices, **options)

@@ -28,6 +28,7 @@ from covidmask.datasets.lesions import SemiSeg, open_lesions
 from covidmask.datasets.phantom_sets import write_semiseg_phantoms
 from covidmask.datasets.public_sets import collect, download
 from covidmask.errors import DataError, OutputError
+from covidmask.files import SPLITS
 
 PATHS = ("one.bin", "deep/two.bin", "deep/er/three.bin")
 
@@ -165,7 +166,7 @@ def test_a_disk_that_is_full(how, host, files, out, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(shutil, "move", full)
-    with pytest.raises(DataError, match="No space left.* check the address, network and disk"):
+    with pytest.raises(OutputError, match="/out: cannot be written .No space left.*; make room"):
         download(host.url if how == "download" else host.root, files, out)
     assert tree(out) == []
 
@@ -937,6 +938,60 @@ def test_an_archive_goes_on_where_the_connection_broke(fault, covid_ct, own_sums
     assert len(open_slices(out, "test")) == 2
 
 
+def test_two_at_once_do_not_meet_and_a_killed_one_blocks_nobody(covid_ct, own_sums, out, capsys):
+    code = "import pathlib, sys, time; from covidmask.datasets.public_sets import filling\n"
+    code += "with filling('covid-ct', pathlib.Path(sys.argv[1])):\n"
+    code += "    print('in', flush=True)\n    time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"in\n"
+        assert fetch_covid_ct(covid_ct, out) == 2
+        assert f"{out}: another `covidmask fetch` is filling this" in capsys.readouterr().err
+        assert tree(out) == [".fetch.lock"] and not covid_ct.requests
+    finally:
+        first.kill()
+        first.communicate()
+    assert fetch_covid_ct(covid_ct, out) == 0
+    assert len(open_slices(out, "test")) == 2 and not (out / ".fetch.lock").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--from",)], ids=["download", "unpack"])
+def test_a_disk_that_is_full_is_named(options, covid_ct, own_sums, out, capsys):
+    import resource  # no file may grow beyond 100,000 bytes, of archives with 400,000
+
+    noise = np.random.default_rng(0).bytes(200_000)
+    large = str(write_zip(out.parent / "large.zip", {"CT_COVID/a_b-p1.png": noise}))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert fetch_covid_ct(covid_ct, out, *options, *(large for _ in options)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert err.startswith(f"covidmask: error: {out}: cannot be written (File too large); make room")
+    assert err.count("\n") == 1 and "http" not in err
+
+
+def test_a_failure_leaves_only_what_the_next_call_goes_on_with(covid_ct, own_sums, out):
+    listed = "Data-split/COVID/trainCT_COVID.txt"
+    covid_ct.faults = {listed: 404}
+    lists = sorted(f"Data-split/{k}/{s}CT_{k}.txt" for k in ("COVID", "NonCOVID") for s in SPLITS)
+    assert main(["fetch", "covid-ct", "--source", "/nowhere", "--out", str(out / "deep")]) == 2
+    assert not out.exists()
+    assert fetch_covid_ct(covid_ct, out) == 2
+    assert set(tree(out)) < set(lists)
+    covid_ct.faults = {"Images-processed/CT_COVID.zip": ["short", 404, 404]}
+    assert fetch_covid_ct(covid_ct, out) == 2
+    left = [path for path in tree(out) if "NonCOVID.zip" not in path]
+    assert left == sorted([*lists, "Images-processed/CT_COVID.zip.part"])
+    assert fetch_covid_ct(covid_ct, out) == 0
+    assert (out / "TERMS.txt").exists() and not (out / "Images-processed").exists()
+    covid_ct.faults = {listed: 404}
+    (out / listed).unlink()
+    assert fetch_covid_ct(covid_ct, out) == 2
+    assert (out / "TERMS.txt").exists()  # of a folder that was whole
+
+
 def test_what_is_no_archive_is_not_kept(covid_ct, own_sums, out, capsys):
     path = "Images-processed/CT_COVID.zip"
     covid_ct.faults[path] = "wrong"
@@ -988,6 +1043,15 @@ def test_your_own_archive_stays_and_other_folders_give_nothing(covid_ct, own_sum
     assert fetch_covid_ct(covid_ct, out) == 0 and mine.exists()
 
 
+def test_a_pipe_among_your_files_does_not_block(covid_ct, own_sums, out, tmp_path, capsys):
+    os.makedirs(tmp_path / "CT_COVID")
+    os.mkfifo(tmp_path / "CT_COVID/a_b-p1.png")
+    command = f"fetch covid-ct --from {tmp_path} --source {covid_ct.url} --out {out}".split()
+    code = "import sys; from covidmask.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *command], timeout=200, capture_output=True)
+    assert done.returncode == 2 and b"are missing or damaged" in done.stderr
+
+
 def test_a_damaged_figure_and_a_cut_list_are_fetched_again(covid_ct, own_sums, out, capsys):
     assert fetch_covid_ct(covid_ct, out) == 0
     (out / "slices/1043.png").write_bytes(b"<html>")
@@ -996,6 +1060,10 @@ def test_a_damaged_figure_and_a_cut_list_are_fetched_again(covid_ct, own_sums, o
     listed = out / "Data-split/COVID/trainCT_COVID.txt"
     listed.write_text("", encoding="utf-8")
     assert fetch_covid_ct(covid_ct, out) == 2 and not listed.exists()
+    assert fetch_covid_ct(covid_ct, out) == 0
+    listed.write_text("<!DOCTYPE html>\n<p>Sign in</p>\n", encoding="utf-8")
+    assert fetch_covid_ct(covid_ct, out, "--allow-missing") == 2 and not listed.exists()
+    assert "the list train names 2 (<!DOCTYPE, <p>Sign), no image" in capsys.readouterr().err
     assert fetch_covid_ct(covid_ct, out) == 0
     listed.write_text("2020.01.24-p2-1%0.png\n", encoding="utf-8")
     capsys.readouterr()

@@ -1,10 +1,12 @@
 """Every system of `covidmask compare`, tiny: it trains, is judged, saved and read back."""
 
 import json
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from sklearn.metrics import roc_auc_score
 from tiny import TINY_CLASSIFIER, TINY_DETECTOR
 
@@ -162,7 +164,7 @@ def test_few_takes_as_many_of_each_class(folder):
     assert np.bincount(part.labels).tolist() == [4, 4, 4] and len(set(part.names)) == 12
     assert compare.few(slices, 4, seed=0).names == part.names
     assert compare.few(slices, 4, seed=1).names != part.names
-    with pytest.raises(DataError, match="100 slices a class: of Control there are 6"):
+    with pytest.raises(DataError, match="--per-class 100: of Control there are 6 slices"):
         compare.few(slices, 100, seed=0)
 
 
@@ -195,6 +197,66 @@ def test_a_table_grows_and_is_not_mixed(folder, detector, tmp_path, capsys):
     out.write_text("[]", encoding="utf-8")
     assert command(folder, weights, out) == 2
     assert "is no table" in capsys.readouterr().err
+
+
+def test_a_row_that_no_seed_changes_is_computed_once(
+    folder, detector, tmp_path, capsys, monkeypatch
+):
+    weights, out, trained = tmp_path / "d.safetensors", tmp_path / "t.json", []
+    save_model(detector, weights)
+
+    def counted(name, *args, **options):
+        trained.append(name)
+        return row_of(name, *args, **options)
+
+    row_of = compare.row_of
+    monkeypatch.setattr(compare, "row_of", counted)
+    seeds = ("--seeds", "0", "1", "--systems")
+    assert command(folder, weights, out, *seeds, "maps", "scores") == 0
+    assert trained == ["maps", "scores", "scores"]
+    assert "maps 1: the row of maps 0, since no seed changes it" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert rows["maps 0"] == rows["maps 1"] and list(rows)[2:] == ["maps 1", "scores 1"]
+    few = tmp_path / "few.json"  # here the seed draws the slices
+    assert command(folder, weights, few, *seeds, "maps", "--per-class", "4") == 0
+    assert trained[3:] == ["maps", "maps"]
+    assert command(folder, weights, tmp_path / "n.json", *seeds, "maps", "--per-class", "9") == 2
+    assert "error: --per-class 9: of Control there are 6 slices" in capsys.readouterr().err
+    assert (
+        command(folder, weights, tmp_path / "k.json", *seeds, "maps", "--keep", str(tmp_path / "k"))
+        == 0
+    )
+    assert sorted(path.name for path in (tmp_path / "k").iterdir()) == [
+        "maps-0.safetensors", "maps-1.safetensors"]  # fmt: skip
+
+
+def test_weights_that_cannot_be_downloaded_are_not_blamed_on_the_name(
+    folder, detector, tmp_path, capsys, monkeypatch
+):
+    weights = tmp_path / "d.safetensors"
+    save_model(detector, weights)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    options = ("--systems", "resnet18", "--weights-backbone", "IMAGENET1K_V1")
+    assert command(folder, weights, tmp_path / "t.json", *options) == 2
+    err, path = capsys.readouterr().err, tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
+    assert f"{path}: the weights cannot be downloaded from download.pytorch.org (<url" in err
+    assert "put a copy of https://download.pytorch.org/models/resnet18-f37072fd.pth there" in err
+    assert "TORCH_HOME" in err and "choose one of" not in err and err.count("covidmask:") == 1
+    with pytest.raises(DataError, match="cannot be downloaded from download.pytorch.org"):
+        lesion_mask_rcnn(compare.replace(TINY_DETECTOR, backbone="resnet18"), "IMAGENET1K_V1")
+    path.write_bytes(b"<html>")
+    assert command(folder, weights, tmp_path / "t.json", *options) == 2
+    assert f"{path}: this copy of the weights cannot be read" in capsys.readouterr().err
+    assert command(folder, weights, tmp_path / "t.json", *options[:-1], "NONE") == 2
+    assert "weights NONE: 'NONE'; choose one of torchvision" in capsys.readouterr().err
+    path.unlink()
+    torch.save(torchvision.models.resnet18().state_dict(), path)  # a copy works
+    assert command(folder, weights, tmp_path / "t.json", *options) == 0
 
 
 def test_folds_judge_every_training_slice(folder, detector, tmp_path):
