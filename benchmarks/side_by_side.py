@@ -170,8 +170,9 @@ def line(system: str, rows: list[dict]) -> dict[str, str]:
         "parameters": f"{row['parameters'] / 1e6:.2f} M",
         "trained": f"{row['trained']:,}",
         "minutes": f"{np.mean([row['seconds'] for row in rows]) / 60:.1f}",
-        "ms a slice": f"{np.median([row['ms'] for row in rows]):.0f}",
     }
+    if "scans" in row:
+        cells["accuracy, patients"] = f"{np.mean([row['scan_accuracy'] for row in rows]):.3f}"
     if "dice" in row:
         cells["Dice, infection"] = f"{np.mean([row['dice']['infection'] for row in rows]):.3f}"
     return cells
