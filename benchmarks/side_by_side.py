@@ -166,6 +166,7 @@ def line(system: str, rows: list[dict]) -> dict[str, str]:
         "system": f"`{name}`" + (", from ImageNet" if weights else ""),
         "accuracy": spread([row["accuracy"] for row in rows]),
         "AUC": spread([row["auc"] for row in rows]),
+        "AUC, 95 % by patient, first seed": "{:.3f} to {:.3f}".format(*row["auc_interval"]),
         "F1": f"{np.mean([row['f1'] for row in rows]):.3f}",
         "parameters": f"{row['parameters'] / 1e6:.2f} M",
         "trained": f"{row['trained']:,}",

@@ -362,7 +362,8 @@ plt.show()
 # | `covnet+resnet18` | all slices of a patient, joined by their maximum, as in COVNet {cite:p}`Li2020` |
 # | `resnet18`, `mobilenet_v2` | ordinary classifiers of a slice |
 #
-# AUC is the mean of one class against the rest, F1 the mean over classes. *Accuracy, patients* takes
+# AUC is the mean of one class against the rest, with an interval from drawing patients; F1 is the mean
+# over classes. *Accuracy, patients* takes
 # the mean of the probabilities over all slices of a patient; Dice is that of the lesions as a whole, for
 # systems that draw them.
 #
@@ -375,13 +376,13 @@ plt.show()
 # ```
 #
 # <!-- side_by_side_phantoms -->
-# | system | accuracy | AUC | F1 | parameters | trained | minutes | accuracy, patients | Dice, infection |
-# |---|---|---|---|---|---|---|---|---|
-# | `inside` | 0.773 (one seed) | 0.906 (one seed) | 0.771 | 1.34 M | 195 | 0.3 | 0.826 |  |
-# | `maps` | 0.745 (one seed) | 0.903 (one seed) | 0.744 | 0.73 M | 387 | 0.2 | 0.811 |  |
-# | `areas` | 0.756 (one seed) | 0.898 (one seed) | 0.756 | 1.33 M | 21 | 0.9 | 0.861 | 0.686 |
-# | `scores` | 0.753 (one seed) | 0.893 (one seed) | 0.758 | 1.27 M | 75,011 | 0.3 | 0.861 |  |
-# | `heads` | 0.678 (one seed) | 0.839 (one seed) | 0.680 | 1.30 M | 107,779 | 0.3 | 0.761 |  |
+# | system | accuracy | AUC | AUC, 95 % by patient, first seed | F1 | parameters | trained | minutes | accuracy, patients | Dice, infection |
+# |---|---|---|---|---|---|---|---|---|---|
+# | `inside` | 0.773 (one seed) | 0.906 (one seed) | 0.882 to 0.927 | 0.771 | 1.34 M | 195 | 0.3 | 0.826 |  |
+# | `maps` | 0.745 (one seed) | 0.903 (one seed) | 0.879 to 0.925 | 0.744 | 0.73 M | 387 | 0.2 | 0.811 |  |
+# | `areas` | 0.756 (one seed) | 0.898 (one seed) | 0.877 to 0.921 | 0.756 | 1.33 M | 21 | 0.9 | 0.861 | 0.686 |
+# | `scores` | 0.753 (one seed) | 0.893 (one seed) | 0.867 to 0.918 | 0.758 | 1.27 M | 75,011 | 0.3 | 0.861 |  |
+# | `heads` | 0.678 (one seed) | 0.839 (one seed) | 0.811 to 0.865 | 0.680 | 1.30 M | 107,779 | 0.3 | 0.761 |  |
 #
 # Phantoms, 300 training slices of each class, mean of the seeds and their range. Minutes are those of a core. Command: `python benchmarks/side_by_side.py phantoms --systems scores heads areas maps resnet18 mobilenet_v2 IMAGENET1K_V1 and python benchmarks/side_by_side.py phantoms --systems scores heads maps inside resnet18`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 37a75be and 373d80f; all numbers in `results/side_by_side_phantoms.json`.
 # <!-- /side_by_side_phantoms -->
@@ -429,13 +430,13 @@ plt.show()
 #
 # Its Table 3 {cite:p}`TerSarkisov2020`, for three classes of real slices. Only the first two rows share
 # a test list. The other two come from other papers, with other patients, and one of them has 90 test
-# images. How sure can an accuracy be on so few?
+# images. How sure can an accuracy be on so few? (Numbers of images are those that the paper prints.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
 table_3 = {  # model: COVID-19 sensitivity, accuracy (published, %), test
-    "heads + BN (the paper)": (90.80, 91.66, 21_191),
-    "COVIDNet-CT": (92.49, 97.57, 21_191),
+    "heads + BN (the paper)": (90.80, 91.66, 21_182),
+    "COVIDNet-CT": (92.49, 97.57, 21_182),
     "COVNet": (90.00, 89.04, 438),
     "ResNet-18": (81.30, 86.70, 90),
 }
@@ -508,9 +509,9 @@ for name, (sensitivity, accuracy, n) in table_3.items():
 # And a network that trains on these images, from weights of ImageNet, under the budget above:
 #
 # <!-- side_by_side_covid_ct -->
-# | system | accuracy | AUC | F1 | parameters | trained | minutes | accuracy, patients |
-# |---|---|---|---|---|---|---|---|
-# | `mobilenet_v2`, from ImageNet | 0.814 (one seed) | 0.906 (one seed) | 0.813 | 2.23 M | 2,226,434 | 6.5 | 0.912 |
+# | system | accuracy | AUC | AUC, 95 % by patient, first seed | F1 | parameters | trained | minutes | accuracy, patients |
+# |---|---|---|---|---|---|---|---|---|
+# | `mobilenet_v2`, from ImageNet | 0.797 (0.780 to 0.814) | 0.904 (0.903 to 0.906) | 0.831 to 0.964 | 0.796 | 2.23 M | 2,226,434 | 6.4 | 0.904 |
 #
 # COVID-CT, real: the 118 images of val, learned from the 425 of train. Command: `python benchmarks/side_by_side.py covid-ct --data data/covid-ct --systems mobilenet_v2 IMAGENET1K_V1`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 899cb3b; all numbers in `results/side_by_side_covid_ct.json`.
 # <!-- /side_by_side_covid_ct -->
