@@ -215,7 +215,8 @@ def curve_lines(result: dict) -> str:
 PAGES = {
     "phantoms": (str(MIDDLE), "Phantoms, 300 training slices of each class, mean of the seeds and "
                  "their range. Minutes are those of a core."),
-    "covid_ct": ("", "COVID-CT, real: the 118 images of val, learned from the 425 of train."),
+    "covid_ct": ("", "COVID-CT, real: the 118 images of val, learned from the 425 of train; "
+                 "as patients count source figures."),
 }  # fmt: skip
 
 
