@@ -513,7 +513,7 @@ for name, (sensitivity, accuracy, n) in table_3.items():
 # |---|---|---|---|---|---|---|---|---|
 # | `mobilenet_v2`, from ImageNet | 0.797 (0.780 to 0.814) | 0.904 (0.903 to 0.906) | 0.831 to 0.964 | 0.796 | 2.23 M | 2,226,434 | 6.4 | 0.904 |
 #
-# COVID-CT, real: the 118 images of val, learned from the 425 of train. Command: `python benchmarks/side_by_side.py covid-ct --data data/covid-ct --systems mobilenet_v2 IMAGENET1K_V1`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 899cb3b; all numbers in `results/side_by_side_covid_ct.json`.
+# COVID-CT, real: the 118 images of val, learned from the 425 of train; as patients count source figures. Command: `python benchmarks/side_by_side.py covid-ct --data data/covid-ct --systems mobilenet_v2 IMAGENET1K_V1`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 899cb3b; all numbers in `results/side_by_side_covid_ct.json`.
 # <!-- /side_by_side_covid_ct -->
 #
 # An ordinary classifier that starts from photographs and learns from 425 images is ahead of every row
