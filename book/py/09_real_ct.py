@@ -655,7 +655,7 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # | the same of the connected regions of the fused mask | 0.12 (0.07 to 0.19) |
 # | one training | 2,600 steps, 56 minutes |
 #
-# Command: `python benchmarks/covid_semiseg.py --data DIR --precision bf16-mixed`; x86_64, 2 cores, no GPU used, two trainings at a time with one thread each; torch 2.15.0+cu132; 2026-11-27; commit c0f79f2; all numbers in `results/covid_semiseg.json`. The first four folds and the phantoms were trained with other work beside them, so their minutes are too many.
+# Command: `python benchmarks/covid_semiseg.py --data DIR --precision bf16-mixed`; x86_64, 2 cores, no GPU used, two trainings at a time with one thread each; torch 2.15.0+cu132; 2026-11-27; commit 5f4f1ba; all numbers in `results/covid_semiseg.json`. The first four folds and the phantoms were trained with other work beside them, so their minutes are too many.
 # <!-- /covid_semiseg -->
 #
 # In brackets: 95 % intervals from resampling slices; for AP50 the lowest and the highest fold.

@@ -388,7 +388,7 @@ plt.show()
 # | `scores` | 0.753 (one seed) | 0.893 (one seed) | 0.867 to 0.918 | 0.758 | 1.27 M | 75,011 | 0.3 | 0.861 |  |
 # | `heads` | 0.678 (one seed) | 0.839 (one seed) | 0.811 to 0.865 | 0.680 | 1.30 M | 107,779 | 0.3 | 0.761 |  |
 #
-# Phantoms, 300 training slices of each class, mean of the seeds and their range. Minutes are those of a core. Command: `python benchmarks/side_by_side.py phantoms --systems scores heads areas maps resnet18 mobilenet_v2 IMAGENET1K_V1 and python benchmarks/side_by_side.py phantoms --systems scores heads maps inside resnet18 and python benchmarks/side_by_side.py phantoms --no-curve --systems resnet18 heads_bn full faster mobilenet_v2 IMAGENET1K_V1 covnet+resnet18 jcs unet`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 37a75be and 373d80f and 899cb3b; all numbers in `results/side_by_side_phantoms.json`.
+# Phantoms, 300 training slices of each class, mean of the seeds and their range. Minutes are those of a core. Command: `python benchmarks/side_by_side.py phantoms --systems scores heads areas maps resnet18 mobilenet_v2 IMAGENET1K_V1 and python benchmarks/side_by_side.py phantoms --systems scores heads maps inside resnet18 and python benchmarks/side_by_side.py phantoms --no-curve --systems resnet18 heads_bn full faster mobilenet_v2 IMAGENET1K_V1 covnet+resnet18 jcs unet`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 83fe655 and 25f9c58 and 9ad715e; all numbers in `results/side_by_side_phantoms.json`.
 # <!-- /side_by_side_phantoms -->
 
 # %% [markdown]
@@ -489,7 +489,7 @@ for name, (sensitivity, accuracy, n) in table_3.items():
 # | score, deltas, class and place of the boxes, and those maps | 434 | 0.827 (0.765 to 0.882) | 0.804 (0.698 to 0.884) |
 # | MobileNetV2 of ImageNet, frozen: its pooled features | 1,280 | 0.824 (0.756 to 0.887) | 0.775 (0.690 to 0.861) |
 #
-# COVID-CT, real: 425 training images, 118 of val. Command: `python benchmarks/covid_ct.py --data data/covid-ct`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit b6bb4d4; all numbers in `results/covid_ct.json`.
+# COVID-CT, real: 425 training images, 118 of val. Command: `python benchmarks/covid_ct.py --data data/covid-ct`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 03b75bb; all numbers in `results/covid_ct.json`.
 # <!-- /covid_ct -->
 #
 # (0.5 is a coin toss, 1 no error. Folds keep the panels of one source figure together. The rows were
@@ -519,7 +519,7 @@ for name, (sensitivity, accuracy, n) in table_3.items():
 # |---|---|---|---|---|---|---|---|---|
 # | `mobilenet_v2`, from ImageNet | 0.797 (0.780 to 0.814) | 0.904 (0.903 to 0.906) | 0.831 to 0.964 | 0.796 | 2.23 M | 2,226,434 | 6.4 | 0.904 |
 #
-# COVID-CT, real: the 118 images of val, learned from the 425 of train; as patients count source figures. Command: `python benchmarks/side_by_side.py covid-ct --data data/covid-ct --systems mobilenet_v2 IMAGENET1K_V1`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 899cb3b; all numbers in `results/side_by_side_covid_ct.json`.
+# COVID-CT, real: the 118 images of val, learned from the 425 of train; as patients count source figures. Command: `python benchmarks/side_by_side.py covid-ct --data data/covid-ct --systems mobilenet_v2 IMAGENET1K_V1`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 9ad715e; all numbers in `results/side_by_side_covid_ct.json`.
 # <!-- /side_by_side_covid_ct -->
 #
 # An ordinary classifier that starts from photographs and learns from 425 images is ahead of every row
