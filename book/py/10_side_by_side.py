@@ -167,7 +167,7 @@ for name, numbers in look(image).items():
 # slices, and the reader. Ours is a logistic regression, the plainest there is. If one summary wins,
 # it is not because something cleverer reads it.
 #
-# We take {math}`100` slices of each class to learn from, and judge test patients whom neither the
+# We take 100 slices of each class to learn from, and judge test patients whom neither the
 # detector nor the reader has met.
 
 # %%
