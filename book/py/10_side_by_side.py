@@ -528,36 +528,46 @@ for name, (sensitivity, accuracy, n) in table_3.items():
 #
 # ## From nothing to lesions and classes
 #
-# With the package installed, on Colab or at home: the images (some 90 MB), lesions drawn on all those
-# of one class, two systems trained and judged on val, and one of them on the published test list.
+# With the package installed, on Colab or at home: the images (some 90 MB), two systems trained and
+# judged on val, and one of them on the published test list. `SEGMENTER_CT` comes with the package; the
+# second line asks for its file.
 #
 # ```bash
 # covidmask fetch covid-ct
-# covidmask predict data/covid-ct/slices/CT_COVID --out lesions
-# covidmask compare --data data/covid-ct --split val --size 192 \
-#     --systems maps mobilenet_v2 --weights-backbone IMAGENET1K_V1 \
-#     --budget.epochs 20 --budget.lr 5e-3 --keep kept
+# CT=$(python -c "from covidmask.models import ShippedWeights as Shipped
+# print(Shipped.SEGMENTER_CT.path)")
+# covidmask compare --preset semiseg --weights "$CT" --size 192 \
+#     --data data/covid-ct --split val --systems maps mobilenet_v2 \
+#     --weights-backbone IMAGENET1K_V1 --budget.epochs 20 \
+#     --budget.lr 5e-3 --keep kept
 # covidmask evaluate classifier --data data/covid-ct --split test \
 #     --weights kept/mobilenet_v2-0.safetensors
 # ```
 #
-# The next cell does the heart of it in this notebook, where the images are there: the maps of
-# `SEGMENTER_CT`, a linear layer, and the validation list. (Its AUC is near that of the row of the maps
-# above, not the same: `LinearReader` shrinks its weights less.)
+# The next cell does the heart of it in this notebook, where the images are there: it draws the lesions
+# that `SEGMENTER_CT` finds in one of them, fits a linear layer to its maps, and judges that on the
+# validation list. (The AUC is near that of the row of the maps above, not the same: `LinearReader`
+# shrinks its weights less.)
 
-# %%
+# %% mystnb={"image": {"alt": "A real image of the reader's own copy with the lesions that SEGMENTER_CT finds."}, "figure": {"caption": "Lesions that `SEGMENTER_CT` finds in a training image. Shown in your own run only."}}
 if not Path(COVID_CT).is_dir():
     print("No real images here yet. Run `covidmask fetch covid-ct`")
     print("in a terminal, and then this cell again.")
 else:
     learn = open_slices(COVID_CT, "train")
     check = open_slices(COVID_CT, "val")
-    features = PooledMaps(ShippedWeights.SEGMENTER_CT.load())
+    drawn_alone = ShippedWeights.SEGMENTER_CT.load()
+    picture = learn[0][0]
+    with torch.no_grad():
+        found = drawn_alone([picture])[0]
+    _ = plotting.show_lesions(picture[0], found)
+    plt.show()
+    features = PooledMaps(drawn_alone)
     model = LinearReader(features, learn.classes).eval()
-    seen = torch.cat([features([learn[i][0]]) for i in range(len(learn))])
-    model.fit(seen, learn.labels)
-    logits = torch.cat([model([check[i][0]]) for i in range(len(check))])
-    found = judge(logits.detach(), check)
+    seen = [features([learn[i][0]]) for i in range(len(learn))]
+    model.fit(torch.cat(seen), learn.labels)
+    logits = [model([check[i][0]]) for i in range(len(check))]
+    found = judge(torch.cat(logits).detach(), check)
     low, high = found["auc_interval"]
     print(f"AUC {found['auc']:.3f} ({low:.3f} to {high:.3f}),")
     print(f"on {len(check)} real images")
