@@ -1,8 +1,8 @@
-"""Which parts of the ranked boxes carry the information? Chapter 8 of the book, at full scale.
+"""Which parts of the ranked boxes carry the information? Chapter 11 of the book, at full scale.
 
 The shipped segmenter looks once at each slice; module S is trained on variants of these rows, a few
 seeds each, and judged on patients of another data seed, on which nothing was tuned. All synthetic.
-Nothing is done where the file of results is there, of these phantoms and settings. Fills chapter 8.
+Nothing is done where the file of results is there, of these phantoms and settings. Fills chapter 11.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from covidmask.files import SPLITS
 from covidmask.training import train_s
 
 OUT = common.RESULTS / "ablations.json"
-TWIN = common.TWINS / "08_what_makes_it_work.py"
+TWIN = common.TWINS / "11_what_makes_it_work.py"
 N, FEW = QUICK.classifier.n_boxes, 2
 SCORE, DELTAS, LABEL, PLACE = (0,), (1, 2, 3, 4), (5, 6), (7, 8, 9, 10)  # columns of a wide row
 NMS = ("NMS 0.75", "NMS 0.25", "no NMS")
@@ -208,7 +208,7 @@ def predictions(
 
 
 def markdown(result: dict) -> str:
-    """The table of chapter 8."""
+    """The table of chapter 11."""
     lines = formatted(COLUMNS, [])
     for group, rows in groupby(result["variants"], lambda row: row["group"]):
         lines += [f"| **{group}** |" + " |" * (len(COLUMNS) - 1), *formatted(COLUMNS, rows)[2:]]

@@ -2,7 +2,7 @@
 
 The phantoms serve every fold; what they add is another question, see real_slices.py. A model that
 is trained is found again in --runs, by the generator of the phantoms that it saw. Nothing is done
-where the file of results is there. Fills chapter 9 and README.md, which show no slice and hold no
+where the file of results is there. Fills chapter 15 and README.md, which show no slice and hold no
 weight.
 """
 
@@ -48,7 +48,7 @@ NAMED = {  # four ways to name lesion pixels
 }
 PHANTOMS = f"phantoms-{GENERATOR}.safetensors"  # weights that saw phantoms alone
 OUT = common.RESULTS / "covid_semiseg.json"
-TWIN = common.TWINS / "09_real_ct.py"
+TWIN = common.TWINS / "15_real_lesions.py"
 
 
 def folds(count: int) -> list[list[int]]:
@@ -201,7 +201,7 @@ def slashed(values: Iterable[float]) -> str:
 
 
 def cells(result: dict) -> dict[str, str]:
-    """What chapter 9 says, by title."""
+    """What chapter 15 says, by title."""
     rows, cells, each = result["folds"], {}, " / ".join(REGIONS)
     spread, means = "{:.2f} ({:.2f} to {:.2f})", result["all_mirrored"]
     for key, slices in (("dice", "all slices"), ("dice_present", "the {} that have it")):
@@ -239,7 +239,7 @@ def cells(result: dict) -> dict[str, str]:
 
 
 def markdown(result: dict) -> str:
-    """The table of chapter 9."""
+    """The table of chapter 15."""
     lines = table(["50 real slices, five folds", "preset semiseg"], [*cells(result).items()])
     machine = f"{result['hardware']}, two trainings at a time with one thread each"
     return "\n".join([*lines, "", origin(result, "`results/covid_semiseg.json`", machine)])

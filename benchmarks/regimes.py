@@ -4,7 +4,7 @@ A short pilot picks one rate for each; two regimes run again with a gentler rate
 and heads with all its epochs, which its fixed ranked boxes make cheap. So that all of it takes half
 an hour on two cores, the regimes see every second training slice, in 3 epochs instead of the
 preset's 20; the pilot has one seed, and the runs have two. A second call does what the file of
-results lacks. Fills chapter 6.
+results lacks. Fills chapter 8.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from covidmask.datasets import LesionSlices
 from covidmask.models import REGIMES
 
 OUT = common.RESULTS / "regimes.json"
-TWIN = common.TWINS / "06_three_regimes.py"
+TWIN = common.TWINS / "08_three_regimes.py"
 NAMES = {"heads": "heads", "heads_bn": "heads + BN", "full": "full"}
 COLUMNS = {
     "regime (phantoms)": "{name}",

@@ -6,7 +6,7 @@
 A network that trains on images sees LOOKS slices, some of them many times where there are few: the
 budget does not grow with the data. Three seeds, each with its own draw of training slices. Nothing
 was tuned for a system. On COVID-CT all of train is learned, and val is judged once. What a file of
-results has is left alone. `page` fills chapter 10.
+results has is left alone. `page` fills chapter 12.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TABLE = (
 )  # fmt: skip
 REAL = (*CURVE, "mobilenet_v2")
 OUT = {name: common.RESULTS / f"side_by_side_{name}.json" for name in ("phantoms", "covid_ct")}
-DATA, TWIN = data_root(), common.TWINS / "10_side_by_side.py"
+DATA, TWIN = data_root(), common.TWINS / "12_side_by_side.py"
 LOOKS, S_LOOKS = 9_000, 60_000  # S looks at 160 numbers, which costs next to nothing
 
 
@@ -221,7 +221,7 @@ PAGES = {
 
 
 def page() -> None:
-    """Fill chapter 10 from the files of results."""
+    """Fill chapter 12 from the files of results."""
     for name, (key, about) in PAGES.items():
         if result := common.read(OUT[name]):
             common.fill(TWIN, f"side_by_side_{name}", markdown(result | {"name": name}, key, about))

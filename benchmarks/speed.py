@@ -1,7 +1,7 @@
 """How much faster than the released code's loops: both timed in turn, in one run, on one machine.
 
 The baseline is `released_loop.py`; weights are random, slices phantoms of 512 x 512. Writes the
-results of the device and fills book/fast.md, chapter 6 and README.md; --page only fills these.
+results of the device and fills book/fast.md, chapter 8 and README.md; --page only fills these.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from covidmask.models.detector import for_inference
 from covidmask.training.loop import make_fabric
 
 PAGE, README = common.ROOT / "book" / "fast.md", common.ROOT / "README.md"
-TWIN = common.TWINS / "06_three_regimes.py"
+TWIN = common.TWINS / "08_three_regimes.py"
 CODE_MARKS = ("# speed, from results/benchmarks.json\n", "# end of speed\n")
 PAPER = PRESETS["paper"]
 MODELS = {
@@ -327,7 +327,7 @@ def made(result: dict, file: str) -> str:
 
 
 def write() -> None:
-    """Fill the tables of the page, of chapter 6, with its code, and of README.md."""
+    """Fill the tables of the page, of chapter 8, with its code, and of README.md."""
     file = "results/benchmarks.json"
     cpu = common.read(RESULTS / "benchmarks.json")
     cuda = common.read(RESULTS / "benchmarks-cuda.json")

@@ -1,4 +1,4 @@
-"""Chapter 8 shows the numbers of the results file."""
+"""Chapter 11 shows the numbers of the results file."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Chapter 9 shows the results of benchmarks/covid_semiseg.py, and the file says what they are."""
+"""Chapter 15 shows the results of benchmarks/covid_semiseg.py, and the file says what they are."""
 
 import importlib
 import json

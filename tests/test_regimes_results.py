@@ -1,4 +1,4 @@
-"""Chapter 6 shows the results of benchmarks/regimes.py, and the file says where they came from."""
+"""Chapter 8 shows the results of benchmarks/regimes.py, and the file says where they came from."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def test_chapter_shows_the_results_file(benchmark, tmp_path):
     assert copy.read_text("utf-8") == benchmark.TWIN.read_text("utf-8"), (
         "run `python benchmarks/regimes.py --page`, then `make notebooks`"
     )
-    notebook = ROOT / "book" / "06_three_regimes.ipynb"
+    notebook = ROOT / "book" / "08_three_regimes.ipynb"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     assert any(table in "".join(cell["source"]) for cell in cells)
 

@@ -1,4 +1,4 @@
-"""Chapter 10 shows the results of benchmarks/side_by_side.py; each row can be made."""
+"""Chapter 12 shows the results of benchmarks/side_by_side.py; each row can be made."""
 
 import importlib
 import json

@@ -1,6 +1,6 @@
 """Build the book: run the chapters, write the notebooks, make the HTML; each has --help.
 
-A chapter is edited in its text twin, book/py/NAME.py; book/NAME.ipynb is made from it.
+A chapter is edited in its text twin, book/py/NAME.py; book/NAME.ipynb is its student edition.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from tyro.conf import Positional
 
 from covidmask.files import write_text  # its __init__.py sets what the kernels inherit
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.editions import ANSWERS, SETUP, counts, edition, tags
+
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing ends by the clock, since a busy machine may take ten times as long: a kernel may take a
 # day to start and to hand over a cell's output, and a cell as long as it likes.
@@ -39,11 +42,9 @@ def twins() -> list[Path]:
 
 
 def read_twin(path: Path) -> nbformat.NotebookNode:
-    """Read a twin as a notebook without outputs. Cell ids depend on the position alone."""
+    """Read a twin as a notebook without outputs."""
     notebook = jupytext.read(path, fmt="py:percent")
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
-    for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{number:03d}"  # random ids would change the file at each run
     notebook.nbformat, notebook.nbformat_minor = 4, 5  # the first version with cell ids
     return notebook
 
@@ -122,15 +123,45 @@ def holds(path: Path, text: str) -> bool:
     return path.exists() and path.read_text(encoding="utf-8") == text
 
 
-def run_chapter(twin: Path, target: Path) -> bool:
-    """Execute one chapter into `target`. On an error print it, write nothing, return False."""
+def run_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The code cells of a twin, or of its instructor edition, that come from the twin and run."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [c for c in code if c.source != SETUP and not tags(c) & {"starter", "wrong"}]
+
+
+def with_outputs(
+    twin: nbformat.NotebookNode, other: nbformat.NotebookNode, hidden: bool
+) -> nbformat.NotebookNode:
+    """Put the outputs of `other` into a twin; without `hidden`, `other` is a student edition.
+
+    Raises:
+        ValueError: their code differs.
+    """
+    pairs = [
+        [c for c in run_cells(n) if hidden or not tags(c) & {*ANSWERS, "check"}]
+        for n in (twin, other)
+    ]
+    if [cell.source for cell in pairs[0]] != [cell.source for cell in pairs[1]]:
+        raise ValueError("its code has changed, so run it")
+    for number, (cell, made) in enumerate(zip(*pairs, strict=True), 1):
+        cell.outputs, cell.execution_count = made.outputs, number
+    return twin
+
+
+def run_chapter(twin: Path, target: Path, which: str = "student") -> bool:
+    """Execute one chapter, solutions included, and write an edition of it with its outputs.
+
+    On an error print it, write nothing, return False.
+    """
     notebook = read_twin(twin)
     try:
-        execute(notebook, ROOT / "book", twin.stem)
-    except (CellExecutionError, TimeoutError, RuntimeError) as error:
+        whole = edition(notebook, twin.stem, "instructor")
+        execute(whole, ROOT / "book", twin.stem)
+        notebook = with_outputs(notebook, whole, hidden=True)
+    except (CellExecutionError, TimeoutError, RuntimeError, ValueError) as error:
         print(f"  {twin.stem} FAILED\n{error}", flush=True)
         return False
-    write_text(target, nbformat.writes(notebook) + "\n")
+    write_text(target, nbformat.writes(edition(notebook, twin.stem, which)) + "\n")
     return True
 
 
@@ -140,14 +171,18 @@ def keep(twin: Path, stored: Path, renamed: bool = False) -> bool:
     With `renamed`, changed code is taken on trust where there are as many code cells as before.
     """
     notebook, old = read_twin(twin), nbformat.read(stored, as_version=4)
-    pairs = [[c for c in n.cells if c.cell_type == "code"] for n in (notebook, old)]
-    same = [cell.source for cell in pairs[0]] == [cell.source for cell in pairs[1]]
-    if not same and not (renamed and len(pairs[0]) == len(pairs[1])):
-        print(f"  {twin.stem}: its code has changed, so run it", flush=True)
+    if renamed:
+        code = [[c for c in run_cells(n) if not tags(c) & {*ANSWERS, "check"}]
+                for n in (notebook, old)]  # fmt: skip
+        if len(code[0]) == len(code[1]):
+            for cell, before in zip(*code, strict=True):
+                before.source = cell.source
+    try:
+        notebook = with_outputs(notebook, old, hidden=False)
+    except ValueError as error:
+        print(f"  {twin.stem}: {error}", flush=True)
         return False
-    for cell, before in zip(*pairs, strict=True):
-        cell.outputs, cell.execution_count = before.outputs, before.execution_count
-    write_text(stored, nbformat.writes(notebook) + "\n")
+    write_text(stored, nbformat.writes(edition(notebook, twin.stem, "student")) + "\n")
     return True
 
 
@@ -192,7 +227,7 @@ def notebooks(
     """Twins -> book/*.ipynb, executed in place.
 
     Args:
-        only: these chapters alone, such as 04_ranked_boxes.
+        only: these chapters alone, such as 06_ranked_boxes.
         stored: run nothing, since only text has changed: the stored outputs stay.
         keep_outputs: with --stored: also where code was only renamed.
         changed: only where something has changed since such a run.
@@ -205,9 +240,49 @@ def notebooks(
 
 
 def execute_all() -> None:
-    """Twins -> _build/executed, only what has changed."""
+    """Twins -> pages in _build/executed, only what has changed."""
     folder = ROOT / "_build" / "executed"
-    run_chapters(folder, cache=folder)
+    run_chapters(folder, cache=folder, run=partial(run_chapter, which="page"))
+
+
+def editions(
+    out: Path = ROOT / "_build" / "course",
+    which: tuple[str, ...] = ("student", "instructor"),
+    only: tuple[str, ...] = (),
+) -> None:
+    """Twins, with the outputs stored in book/, -> OUT/EDITION/NAME.ipynb.
+
+    Args:
+        out: folder to fill.
+        which: of student, instructor and test, which plants wrong answers before each check.
+        only: these chapters alone.
+    """
+    for name in which:
+        shutil.rmtree(out / name, ignore_errors=True)
+        shutil.copytree(ROOT / "book" / "real", out / name / "real")  # read beside a notebook
+        for twin in twins():
+            if not only or twin.stem in only:
+                made = edition(stored_twin(twin), twin.stem, name)
+                write_text(out / name / f"{twin.stem}.ipynb", nbformat.writes(made) + "\n")
+    print(f"{out}: {', '.join(which)}")
+
+
+def count() -> None:
+    """Print what each chapter asks of its reader: code in view, words, exercises, questions."""
+    rows = {twin.stem: counts(read_twin(twin)) for twin in twins()}
+    titles = list(next(iter(rows.values())))
+    print(f"{'':20}" + "".join(f"{title:>15}" for title in titles))
+    for name, row in rows.items():
+        print(f"{name:20}" + "".join(f"{row[title]:15,}" for title in titles))
+
+
+def stored_twin(twin: Path) -> nbformat.NotebookNode:
+    """A twin with the outputs of book/NAME.ipynb; of solutions none are stored."""
+    stored = nbformat.read(ROOT / "book" / f"{twin.stem}.ipynb", as_version=4)
+    try:
+        return with_outputs(read_twin(twin), stored, hidden=False)
+    except ValueError as error:
+        sys.exit(f"{twin.stem}: {error}: `python tools/book.py notebooks --only {twin.stem}`")
 
 
 def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = False) -> None:
@@ -215,7 +290,7 @@ def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = Fals
 
     Args:
         out: folder to fill.
-        stored: from book/*.ipynb as they are, instead of _build/executed.
+        stored: with the outputs of book/*.ipynb, instead of _build/executed.
         strict: warnings are errors.
     """
     build = out.resolve() / "_build"
@@ -226,10 +301,15 @@ def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = Fals
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source)
     for twin in twins():
-        chapter = ROOT / ("book" if stored else "_build/executed") / f"{twin.stem}.ipynb"
+        target = source / "book" / f"{twin.stem}.ipynb"
+        if stored:
+            page = edition(stored_twin(twin), twin.stem, "page")
+            write_text(target, nbformat.writes(page) + "\n")
+            continue
+        chapter = ROOT / "_build" / "executed" / target.name
         if not chapter.exists():
             sys.exit(f"{chapter} is missing: run `python tools/book.py execute` first.")
-        shutil.copy(chapter, source / "book")
+        shutil.copy(chapter, target)
     key = digest(f for f in source.rglob("*") if f.is_file())
     if not strict and holds(stamp, key):
         print(f"{pages}: unchanged, not built again")
@@ -249,7 +329,13 @@ def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = Fals
 
 def main() -> None:
     """Read the command line."""
-    commands = {"notebooks": notebooks, "execute": execute_all, "html": html}
+    commands = {
+        "notebooks": notebooks,
+        "execute": execute_all,
+        "html": html,
+        "editions": editions,
+        "count": count,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
 

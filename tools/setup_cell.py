@@ -1,4 +1,4 @@
-# Set-up: installs covidmask only where it is absent, for example on Colab.
+# @title Set-up: installs covidmask where it is absent, for example on Colab
 import importlib.util
 import os
 import subprocess

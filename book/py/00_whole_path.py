@@ -1,7 +1,5 @@
 # %% [markdown]
-# # The whole path
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/00_whole_path.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/00_whole_path.ipynb)
+# # 0 · The whole path
 #
 # A slice of a chest CT goes in, and three numbers come out, one for each kind of patient. In this
 # chapter we walk that path once, from data to report, with a detector that is already trained. Each
@@ -23,30 +21,8 @@
 # number below is a result on patients, and nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import platform
 
 import ipywidgets
@@ -78,7 +54,7 @@ print(f"torchvision {torchvision.__version__}, Python {platform.python_version()
 # %% [markdown]
 # The preset chooses the scale (image size, backbone, number of boxes) and the settings that go with
 # it: learning rates, weight decay, and some IoU thresholds and losses of the detector. In `quick`
-# these are not the paper's; [chapter 3](03_segmenter.ipynb) puts many of them side by side.
+# these are not the paper's; [chapter 5](05_segmenter.ipynb) puts many of them side by side.
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -114,8 +90,7 @@ _ = plotting.show_slice(image, axes[0])
 _ = plotting.show_lesions(image, truth, axes[1])
 plt.show()
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 labels = truth["labels"].tolist()
 print("lesions:", ["GGO" if label == 1 else "C" for label in labels])
 
@@ -123,8 +98,8 @@ print("lesions:", ["GGO" if label == 1 else "C" for label in labels])
 # ## A detector looks at the slice
 #
 # Mask R-CNN {cite:p}`He2017` proposes boxes, calls each one background, GGO or C, corrects its
-# place, and draws a mask inside it. [Chapter 2](02_mask_rcnn.ipynb) takes it apart and
-# [chapter 3](03_segmenter.ipynb) trains it. Here we load a small one that was trained on other
+# place, and draws a mask inside it. [Chapter 2](02_region_proposals.ipynb) takes it apart and
+# [chapter 5](05_segmenter.ipynb) trains it. Here we load a small one that was trained on other
 # phantoms ([its card](weights.md)).
 #
 # A detector gives each of its boxes a score, and boxes with low scores are usually thrown away.
@@ -176,7 +151,7 @@ _ = ipywidgets.interact(
 # method keeps the $N$ best boxes, however low they score. Each becomes a row of five numbers,
 # $r = (s, \delta_x, \delta_y, \delta_w, \delta_h)$: its score, and how the network moved and
 # resized the proposal. The rows are sorted by score. These are the **ranked boxes**, and
-# [chapter 4](04_ranked_boxes.ipynb) builds them by hand.
+# [chapter 6](06_ranked_boxes.ipynb) builds them by hand.
 
 # %%
 # the detector and a fresh module S
@@ -197,7 +172,6 @@ plt.show()
 # To train and to judge, we draw phantoms of the three classes, each slice from another patient. The
 # detector needs to look at each of them only once: as long as its weights stay the same, so do the
 # ranked boxes of a slice.
-
 
 # %%
 def draw_class(label):
@@ -239,9 +213,9 @@ plt.show()
 # ## The classifier
 #
 # The module $S$ reads the $N \times 5$ numbers as one vector, passes them through two hidden layers,
-# and gives three logits. It is small: [chapter 5](05_covid_ct_mask_net.ipynb) builds it from three
+# and gives three logits. It is small: [chapter 7](07_covid_ct_mask_net.ipynb) builds it from three
 # matrices. Here we train $S$ alone, the regime that the paper calls "heads";
-# [chapter 6](06_three_regimes.ipynb) compares it with two others.
+# [chapter 8](08_three_regimes.ipynb) compares it with two others.
 
 # %%
 settings = preset.classifier_training
@@ -274,7 +248,7 @@ print(f"(95 %: {low:.1%} to {high:.1%})")
 
 # %% [markdown]
 # This $S$ has learned from few slices. The package brings one that has seen all training phantoms of
-# the preset; [chapter 7](07_evaluation.ipynb) judges it. What do the two say of our old friend?
+# the preset; [chapter 10](10_evaluation.ipynb) judges it. What do the two say of our old friend?
 
 # %%
 whole = load_classifier(ShippedWeights.CLASSIFIER_QUICK.path, device)
@@ -294,20 +268,15 @@ for name, *probabilities in zip(IMAGE_CLASSES, few, all_slices, strict=True):
 # slices, and gives an interval.
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Fewer boxes
 #
-# ```{exercise} Fewer boxes
-# :label: whole-path-fewer
-# :nonumber:
+# Kind: experiment, **
+#
 # Train $S$ on the first 4 ranked boxes only. Does the accuracy suffer?
-# ```
 
-# %% [markdown]
-# ````{solution-start} whole-path-fewer
-# :class: dropdown
-# ````
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 def accuracy_of_s(train, test):
     """Train a fresh S on these rows; return its accuracy on the others."""
@@ -324,31 +293,22 @@ every_box = accuracy_of_s(train_rows, test_rows)
 print(f"{n} boxes: {every_box:.1%}")
 print(f" 4 boxes: {accuracy_of_s(train_rows[:, :4], test_rows[:, :4]):.1%}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Before you trust the difference, compare the first number with the accuracy in the report. The boxes
 # are the same, and only the random weights from which $S$ starts are not. If four boxes change the
 # accuracy no more than that, you have seen chance at work. If they gain clearly more, there were too
-# many inputs for so few slices. [Chapter 8](08_what_makes_it_work.ipynb) asks the question with more
+# many inputs for so few slices. [Chapter 11](11_what_makes_it_work.ipynb) asks the question with more
 # slices.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} One number
-# :label: whole-path-one
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · One number
+#
+# Kind: experiment, **
+#
 # Use the best score of a slice and nothing else, in a logistic regression. Which classes does it
 # tell apart?
-# ```
 
-# %% [markdown]
-# ````{solution-start} whole-path-one
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 best_train = train_rows[:, 0, :1].numpy()
 best_test = test_rows[:, 0, :1].numpy()
@@ -359,31 +319,22 @@ for name, value in zip(IMAGE_CLASSES, of_one["sensitivity"], strict=True):
     print(f"{name:18} found {value:.0%}")
 print(f"accuracy {of_one['accuracy']:.1%}, of S {result['accuracy']:.1%}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The best score says how sure the detector is that there is a lesion at all. It hardly tells the
 # two diseases apart: in the run shown here the rule finds nearly all COVID-19, but calls most
 # common pneumonia something else. Now compare the accuracies in the last line. $S$ reads this
 # number and many more, and is right less often here. With so few slices to learn from, it could not
-# make good use of the rest. In [chapter 8](08_what_makes_it_work.ipynb) it gets more.
+# make good use of the rest. In [chapter 11](11_what_makes_it_work.ipynb) it gets more.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Without the detector
-# :label: whole-path-random
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Without the detector
+#
+# Kind: experiment, **
+#
 # Give the detector random weights (`lesion_mask_rcnn(preset.detector).eval()`), rank the boxes
 # again, and train a fresh $S$. Does the detector matter, or would any boxes do?
-# ```
 
-# %% [markdown]
-# ````{solution-start} whole-path-random
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 from covidmask.models import lesion_mask_rcnn
 
@@ -395,10 +346,6 @@ train = untrained[:, :split].flatten(0, 1)
 test = untrained[:, split:].flatten(0, 1)
 accuracy = accuracy_of_s(train, test)
 print(f"trained detector: {every_box:.1%}, random weights: {accuracy:.1%}")
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -414,3 +361,4 @@ print(f"trained detector: {every_box:.1%}, random weights: {accuracy:.1%}")
 # Mask R-CNN {cite:p}`He2017` and Faster R-CNN {cite:p}`Ren2015` describe the detector. The paper of
 # this book is {cite:t}`TerSarkisov2020`; the classification data are described by
 # {cite:t}`Gunraj2020`.
+

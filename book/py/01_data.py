@@ -1,7 +1,5 @@
 # %% [markdown]
-# # The data
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/01_data.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/01_data.ipynb)
+# # 1 · The data
 #
 # Two data sets teach the two stages of COVID-CT-Mask-Net: lesion masks teach the detector, and
 # slice labels teach the classifier. What do they hold, and what do their labels hide? Many later
@@ -27,30 +25,8 @@
 # here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import platform
 
 import ipywidgets
@@ -105,7 +81,7 @@ DATA = os.environ.get("COVIDMASK_DATA", "data")
 # | says | which pixels are lung, GGO, consolidation | control, common pneumonia or COVID-19 |
 # | costs | an expert draws outlines | one word for each slice |
 # | patients | COVID-19 only | all three classes |
-# | trains | the detector, [chapter 3](03_segmenter.ipynb) | the module S, [chapter 5](05_covid_ct_mask_net.ipynb) |
+# | trains | the detector, [chapter 5](05_segmenter.ipynb) | the module S, [chapter 7](07_covid_ct_mask_net.ipynb) |
 # | real source | CNCB {cite:p}`Zhang2020` | COVIDx-CT {cite:p}`Gunraj2020`, made from CNCB |
 # | on disk | `image/PATIENT/SLICE.png`, `mask/PATIENT/SLICE.png` | `CLASS_PATIENT_SCAN_SLICE.png` |
 #
@@ -119,8 +95,7 @@ least, folder = preset.min_area, root / "lesions"
 lesions = {s: LesionSlices(folder, s, min_area=least) for s in SPLITS}
 slices = {s: SliceImages(root / "slices", s) for s in SPLITS}
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print("phantoms          slices  patients")
 for split, dataset in lesions.items():
     people = len(set(dataset.patients))
@@ -197,8 +172,7 @@ plt.show()
 #
 # By hand, for the usual lung window (that of each phantom patient differs a little from it):
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 level, width = LUNG_WINDOW
 hu = np.array([-1000, -850, -600, 0, 40, 450], dtype=np.float32)
 by_hand = np.clip((hu - (level - width / 2)) / width, 0, 1)
@@ -214,7 +188,7 @@ print(f"one of 255 grey steps is {width / 255:.1f} HU")
 # Everything above the window becomes 1 and everything below becomes 0, and an 8-bit file keeps 256
 # steps. This cannot be undone. Both public sets come as PNG or JPEG pictures, so somebody has already
 # chosen the window; with another window, a model meets other grey values
-# ([chapter 9](09_real_ct.ipynb)).
+# ([chapter 15](15_real_lesions.ipynb)).
 #
 # Are grey values enough to find lesions? Here they are for each mask code, over the test slices of
 # the lesion set.
@@ -370,7 +344,6 @@ plt.show()
 # 2 C; 0 is the background), `masks` [K, H, W]. A box runs from the first pixel to the edge *behind*
 # the last, so that $x_2 - x_1$ is the width. Instances of fewer than `min_area` pixels are dropped.
 
-
 # %%
 def targets_by_hand(mask, min_area):
     boxes, labels, masks = [], [], [torch.zeros(0, *mask.shape)]
@@ -403,8 +376,7 @@ for key, value in mine.items():
 # The package has a function for this. It gives the same tensors, for our old friend and for every
 # test slice of the lesion set.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 indices = range(len(lesions["test"]))
 test_masks = [lesions["test"].read(i)[1] for i in indices]
 for one in (mask, *test_masks):
@@ -431,9 +403,7 @@ assert torch.equal(loose[:, 2:] + 1, target["boxes"][:, 2:])
 # together. With 4 neighbours (left, right, above, below) they do not. The released code uses 8, and
 # so do we. A diagonal line shows the difference:
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def cross_step(numbers, inside):
     """As `one_step`, with 4 neighbours: a row and a column of three."""
     across = max_pool2d(numbers[None], (1, 3), stride=1, padding=(0, 1))[0]
@@ -472,8 +442,7 @@ print("slices and classes in which they differ:", differ)
 # the image. A preset with smaller slices needs a smaller number. At height $H$, we keep an object with
 # more than $100\,(H/512)^2$ pixels:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for name in ("quick", "colab", "paper"):
     p = PRESETS[name]
     smallest = int(100 * (p.phantoms.size / 512) ** 2) + 1
@@ -483,7 +452,6 @@ for name in ("quick", "colab", "paper"):
 
 # %% [markdown]
 # What does the number do to our old friend? The slider shows which instances stay.
-
 
 # %%
 def draw_kept(min_area):
@@ -510,7 +478,6 @@ frame_slider(
 # %% [markdown]
 # The next cell does the same live, in a running notebook.
 
-
 # %% tags=["remove-output"]
 def live(min_area):
     draw_kept(min_area)
@@ -523,8 +490,7 @@ _ = ipywidgets.interact(live, min_area=slider)
 # %% [markdown]
 # And on the data set? Here is the share of regions that each value drops.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 areas, kinds = [], []
 for split in SPLITS:
     for i in range(len(lesions[split])):
@@ -556,9 +522,7 @@ for factor in (1, 2, 4, 8, 16):
 # label 1, the fourth label 2. That works as long as every class occurs. Let us write the rule down
 # and see when it fails.
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def labels_by_position(mask):
     """The label that the rule gives to codes 2 (GGO), 3 (C); None: lost."""
     present = np.unique(mask).tolist()
@@ -577,8 +541,7 @@ for codes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (0, 2, 3), (0, 2)):
 # pixels, the first lesion class takes the place of the lung and is lost. How many phantom slices are
 # affected?
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 wrong, lost, regions, total, with_lesion = 0, 0, 0, 0, 0
 for split in SPLITS:
     for i in range(len(lesions[split])):
@@ -597,7 +560,7 @@ print(f"slices in which a class would be lost: {lost}")
 
 # %% [markdown]
 # Every phantom slice shows lung, so nothing is lost here. In a set whose masks mark no lung, such as
-# COVID-SemiSeg in [chapter 9](09_real_ct.ipynb), the rule would fail for each lesion slice (see the
+# COVID-SemiSeg in [chapter 15](15_real_lesions.ipynb), the rule would fail for each lesion slice (see the
 # exercises). We do not know how many slices of the real CNCB set are affected. One line would tell:
 # count the masks that hold code 3 and not code 2.
 #
@@ -661,7 +624,7 @@ assert min(*few, *small) > 0.7
 
 # %% [markdown]
 # This has three consequences for the detector. Most anchors must be small ([chapter
-# 2](02_mask_rcnn.ipynb)). Most candidate boxes are background, so the samplers must look for the
+# 2](02_region_proposals.ipynb)). Most candidate boxes are background, so the samplers must look for the
 # positive ones. And a slice of a COVID-19 patient may show no lesion at all: the split is by patient,
 # so the paper's set has such slices, too, as its text says.
 #
@@ -671,8 +634,7 @@ assert min(*few, *small) > 0.7
 # by recognising the patient. So a split goes by patient: all slices of a patient land on one side.
 # The check is short, and every project should have one.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 groups = {f"lesion {s}": set(lesions[s].patients) for s in SPLITS}
 groups |= {f"class {s}": set(slices[s].patients) for s in SPLITS}
 for a in groups:
@@ -688,7 +650,6 @@ print("patients in two of", len(groups), "phantom groups: 0")
 # text files with one slice a line {cite:p}`Gunraj2020`. The name of a slice gives its class, patient
 # and scan, so everything below can be counted without a single image. If you have the three lists,
 # set the environment variable `COVIDMASK_SPLITS` to their folder, and the cell checks our numbers.
-
 
 # %%
 def counts_of(entries):
@@ -722,8 +683,7 @@ if folder:
     assert len(set.union(*people)) == sum(map(len, people))
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def row(values):
     return "".join(f"{value:12,.0f}" for value in values)
 
@@ -772,14 +732,13 @@ plt.show()
 # as large. In patients it looks different: the published list of these 3,000 slices names 608
 # patients, the test list 293.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print(f"test / training in slices:   {sum(n) / 3000:.2f}")
 print(f"test / training in patients: {sum(patients) / 608:.2f}")
 
 # %% [markdown]
 # Which ratio you want depends on the question. The slices of a scan are far from independent, so the
-# number of patients says more about how sure a result is ([chapter 7](07_evaluation.ipynb)).
+# number of patients says more about how sure a result is ([chapter 10](10_evaluation.ipynb)).
 #
 # The paper and the public lists differ in some numbers. We give both, and use the lists.
 #
@@ -803,7 +762,6 @@ print(f"test / training in patients: {sum(patients) / 608:.2f}")
 # select by. You can see it in the lists. Slices are numbered within a scan: how many scans begin at
 # number 0, and how many of those have no gap?
 
-
 # %%
 def whole_scans(entries):
     """For each class: scans, those from slice 0 on, those without a gap."""
@@ -826,8 +784,7 @@ if folder:
     every_entry = sum(public_lists.values(), [])
     np.testing.assert_array_equal(whole_scans(every_entry), PUBLIC_SCANS)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print("COVIDx-CT-1 lists      scans   start at slice 0   and have no gap")
 for name, row in zip(IMAGE_CLASSES, PUBLIC_SCANS, strict=True):
     print(f"{name:18} {row[0]:9,} {row[1]:18} {row[2]:17}")
@@ -842,7 +799,6 @@ for name, row in zip(IMAGE_CLASSES, PUBLIC_SCANS, strict=True):
 # around the body: five numbers, no pixel. A logistic regression on these numbers, their squares and
 # products learns Control or not on the training list. We judge it by *balanced accuracy*, the mean of
 # the two sensitivities; guessing gives 50 %. The next cell computes it where the lists are present.
-
 
 # %%
 def parabola():
@@ -983,7 +939,6 @@ for design, split in designs.items():
 # Control or other? It is a logistic regression on the position and its square, because the controls
 # have both ends.
 
-
 # %%
 def balanced_accuracies(features, make_model):
     """Train on each design, test on both: [trained on, tested on]."""
@@ -1028,7 +983,6 @@ assert abs(by_position[1, 1] - 0.5) < 0.12
 # A real model sees more than the position. What does a logistic regression do that is given all 64 grey
 # values, with the lesions and the position in them?
 
-
 # %%
 def all_greys(design, split, trained_on):
     return designs[design][split][1]  # [M, 64]
@@ -1064,8 +1018,7 @@ assert by_thumbnail[1, 1] > by_thumbnail[0, 1]
 #
 # $$ 1 - p^k - (1 - p)^k, \qquad p = 0.8. $$
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 patients_of = np.array(slices["train"].patients)
 by_patient = split_by_patient(patients_of.tolist(), (0.8, 0.2), seed=SEED)
 order = np.random.default_rng(SEED).permutation(len(patients_of))
@@ -1093,7 +1046,6 @@ print(f"expected by the formula: {expected:.0f}")
 #
 # What does that do to a result? Take the simplest model: find the training slice with the nearest
 # thumbnail, and copy its class.
-
 
 # %%
 def nearest(parts):
@@ -1150,23 +1102,19 @@ plt.show()
 # - Both sets come from one collection. Scanner, hospital and window may differ between classes in
 #   ways that nobody recorded, and a test split of the same collection cannot show it.
 # - The prevalence is that of the lists. In a clinic it is different, and predictive values change
-#   with it ([chapter 7](07_evaluation.ipynb)).
+#   with it ([chapter 10](10_evaluation.ipynb)).
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Merged classes
 #
-# ```{exercise} Merged classes
-# :label: 01_data-merged
-# :nonumber:
+# Kind: experiment, **
+#
 # In the mode `"merged"` GGO and consolidation are one class, joined before components are sought. How
 # many instances do the training phantoms lose by it, and in how many slices? Why?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 01_data-merged
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 masks = [lesions["train"].read(i)[1] for i in range(len(lesions["train"]))]
 as_two, merged = (
@@ -1178,28 +1126,19 @@ print(f", merged {merged.sum()}")
 print("slices with fewer instances:", int((merged < as_two).sum()))
 assert (merged <= as_two).all()
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A consolidation that touches GGO becomes one lesion with it. So you cannot compare the numbers of
 # instances of the two modes, nor their APs.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Masks without lung
-# :label: 01_data-no-lung
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Masks without lung
+#
+# Kind: experiment, **
+#
 # Set the lung of every test mask to background, as in a set that marks no lung, and apply
 # `labels_by_position`. In how many of the slices with a lesion is a class lost or misnamed?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 01_data-no-lung
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 without_lung = [np.where(m == 1, 0, m) for m in test_masks]
 outcomes = [labels_by_position(m) for m in without_lung]
@@ -1211,29 +1150,20 @@ print(f"no lesion left: {all_lost}", end="; ")
 print(f"GGO lost and consolidation called GGO: {misnamed}")
 assert all_lost + misnamed == len(outcomes)
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # In all of them. A slice with one class of lesion looks healthy, and in a slice with both, the
 # consolidation takes the name of the lost GGO.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} How leaky?
-# :label: 01_data-leaky
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · How leaky?
+#
+# Kind: experiment, **
+#
 # Draw a split by slice with 95 % of the slices in training. Is it less leaky than the one with 80 %?
 # Count the share of *held-out slices* whose patient is also in training, not the share of patients,
 # and say which of the two matters for the result.
-# ```
 
-# %% [markdown]
-# ````{solution-start} 01_data-leaky
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 for p in (0.5, 0.8, 0.95):
     parts = order[: int(p * len(order))], order[int(p * len(order)) :]
@@ -1246,31 +1176,22 @@ for p in (0.5, 0.8, 0.95):
     print(f"held-out slices of known patients {known:.0%}", end=", ")
     print(f"accuracy {right:.0%}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # With 95 % in training, fewer patients have slices on both sides, because few have any held-out slice
 # at all. But nearly every held-out slice has a relative in training, and this is the share that
 # matters: the split is no less leaky. (Chance moves the last accuracy most, because it rests on the
 # fewest slices.)
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Left and right
-# :label: 01_data-sides
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · Left and right
+#
+# Kind: experiment, **
+#
 # For the phantoms of common pneumonia and COVID-19 whose masks we have in `found`, count the lesions
 # in each half of the image. What share of the slices has lesions in both halves? Can a classifier
 # that is given only the number of lesions know the side?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 01_data-sides
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 for label in (1, 2):
     sides = []
@@ -1287,14 +1208,10 @@ for label in (1, 2):
     print(f"right and left lung {right:.1f} and {left:.1f};", end=" ")
     print(f"both lungs in {both:.0%} of {len(sides)} slices")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # We drew the diseases so that they differ in number and in side. The number of lesions does not say
-# on which side they are. Does the vector that $S$ reads? [Chapter 4](04_ranked_boxes.ipynb) builds
+# on which side they are. Does the vector that $S$ reads? [Chapter 6](06_ranked_boxes.ipynb) builds
 # that vector; look there for the position of a box.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1311,4 +1228,5 @@ for label in (1, 2):
 # {cite:t}`Zhao2020scans` and {cite:t}`Zhao2020relation` describe what COVID-19 looks like on CT.
 # {cite:t}`Roberts2021` review what goes wrong with data in models for COVID-19, and
 # {cite:t}`DeGrave2021` show shortcuts in X-ray models. {cite:t}`Fan2020` published the small set with
-# masks that [chapter 9](09_real_ct.ipynb) uses.
+# masks that [chapter 15](15_real_lesions.ipynb) uses.
+

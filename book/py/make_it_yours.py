@@ -1,8 +1,6 @@
 # %% [markdown]
 # # Make it yours
 #
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/make_it_yours.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/make_it_yours.ipynb)
-#
 # You have read how the method works. Now you would like to try an idea of your own: another network
 # under the detector, one more number for each box, two classes instead of three. Where do you put
 # it, and how much of the package do you have to touch? For the six changes on this page the answer
@@ -15,7 +13,7 @@
 # - train on a data set with other classes, of images or of lesions;
 # - save what you built, and load it again.
 #
-# **You need** [chapter 4](04_ranked_boxes.ipynb) and [chapter 5](05_covid_ct_mask_net.ipynb). The
+# **You need** [chapter 6](06_ranked_boxes.ipynb) and [chapter 7](07_covid_ct_mask_net.ipynb). The
 # page runs alone. **Run time:** about two minutes on two CPU cores in the preset `quick`.
 #
 # ```{admonition} Synthetic data
@@ -25,30 +23,8 @@
 # diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %% tags=["hide-input"]
+# %% tags=["fold"]
+# @title TODO say what this does
 import os
 import tempfile
 from dataclasses import replace
@@ -92,7 +68,8 @@ EPOCHS = 10
 # %% [markdown]
 # Six places are open. The figure shows where they stand on the way from a slice to its classes.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Five boxes in a row, joined by arrows: data set, detector, ranked boxes, S, classes. Numbers 1 to 6 mark what can be replaced: 1 the columns of the ranked boxes, 2 the backbone of the detector, 3 the image classes of the data set, 4 S, 5 the lesion classes of the data set, 6 the whole detector."}, "figure": {"caption": "The six places where you can put something of your own. The numbers are those of the sections below.", "name": "fig-yours-places"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Five boxes in a row, joined by arrows: data set, detector, ranked boxes, S, classes. Numbers 1 to 6 mark what can be replaced: 1 the columns of the ranked boxes, 2 the backbone of the detector, 3 the image classes of the data set, 4 S, 5 the lesion classes of the data set, 6 the whole detector."}, "figure": {"caption": "The six places where you can put something of your own. The numbers are those of the sections below.", "name": "fig-yours-places"}}
+# @title TODO say what this does
 fig, ax = plt.subplots(figsize=(7.4, 1.7), layout="constrained")
 parts = {
     "data set": "3  image classes\n5  lesion classes",
@@ -127,7 +104,8 @@ slices = {split: SliceImages(root / "slices", split) for split in splits}
 short = replace(preset.classifier_training, epochs=EPOCHS)
 
 
-# %% tags=["hide-input"]
+# %% tags=["fold"]
+# @title TODO say what this does
 class Every(Subset):
     """Every so many slices of a data set, with what the training asks for."""
 
@@ -159,7 +137,6 @@ try_out(covid_ct_mask_net(segmenter, preset.classifier), train, held_out)
 # one image, best first, and gives one number for each. `boxes.place` holds the corners as shares
 # of the image; `boxes.score`, `boxes.deltas` and `boxes.label` are there, too.
 
-
 # %%
 def from_middle(boxes):
     middle = (boxes.place[:, :2] + boxes.place[:, 2:]) / 2  # [K, 2]
@@ -183,8 +160,7 @@ try_out(model, train, held_out)
 # `levels` says how many of its last maps feed the pyramid. Here the weights are random; for
 # ImageNet weights add `weights="IMAGENET1K_V1"`, or `weights="pretrained"` for a network of timm.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 grey, _mask = make_slice(seed=1, label=2, size=128)
 image = torch.from_numpy(grey).repeat(3, 1, 1)  # [3, 128, 128]
 for name in ("resnet18", "mobilenet_v2", "resnet10t"):  # the last is timm's
@@ -202,7 +178,6 @@ for name in ("resnet18", "mobilenet_v2", "resnet10t"):  # the last is timm's
 #
 # A data set brings its classes. What the training asks for is `classes`, and for each slice a
 # label, a name and a patient. Here the question is only whether a slice shows COVID-19.
-
 
 # %%
 class CovidOrNot(Dataset):
@@ -235,7 +210,6 @@ try_out(model, CovidOrNot(train), CovidOrNot(held_out))
 #
 # $S$ reads its rows in order, so it can learn what the first row means and what the tenth. This one
 # cannot: it looks at each box alone and takes the mean over the boxes, so their order is lost.
-
 
 # %%
 class DeepSet(nn.Module):
@@ -284,7 +258,6 @@ with tempfile.TemporaryDirectory() as folder:
 # background, 1 lung, and your classes are 2, 3, ... in their order. Boxes, labels and instances
 # follow. These two lesions are discs, bright and dark.
 
-
 # %%
 class Discs(LesionDataset):
     names = patients = [f"disc {i}" for i in range(4)]
@@ -310,7 +283,8 @@ print(f"{len(discs)} slices, {len(steps)} steps")
 print("classes", detector.classes)
 print("labels of the first slice:", discs[0][1]["labels"].tolist())
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A grey square with a bright and a dark disc, each in its box; the bright one is labelled nodule, the dark one cyst."}, "figure": {"caption": "The first slice of the data set of discs, with boxes and classes made from its mask.", "name": "fig-yours-discs"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "A grey square with a bright and a dark disc, each in its box; the bright one is labelled nodule, the dark one cyst."}, "figure": {"caption": "The first slice of the data set of discs, with boxes and classes made from its mask.", "name": "fig-yours-discs"}}
+# @title TODO say what this does
 ax = plotting.show_lesions(*discs[0], plotting.get_ax(3.4, 3.4), classes=detector.classes)
 plt.show()
 
@@ -320,8 +294,7 @@ plt.show()
 # Any two-stage detector of torchvision can be ranked, with masks or without, whatever it was
 # trained to find. Here is a Faster R-CNN with MobileNetV3, untrained.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 mine = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
     weights=None,
     weights_backbone=None,
@@ -350,21 +323,15 @@ with torch.no_grad():
 #
 # ## Exercises
 
-# %% [markdown]
-# ```{exercise} A longer box
-# :label: yours-elongation
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · A longer box
+#
+# Kind: experiment, **
+#
 # Add a column for how elongated a box is: the logarithm of height over width. What does it add that
 # $\delta_w$ and $\delta_h$ do not say already?
-# ```
 
-# %% [markdown]
-# ````{solution-start} yours-elongation
-# :class: dropdown
-# ````
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 def elongation(boxes):
     sides = (boxes.place[:, 2:] - boxes.place[:, :2]).clamp(min=1e-3)  # [K, 2], width and height
@@ -379,28 +346,19 @@ with torch.no_grad():
 print(f"from {column.min():.2f} to {column.max():.2f}")
 assert column.isfinite().all()
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The deltas say how the box differs from its proposal; what the proposal looked like is not in the
 # row. The elongation of the final box is new to $S$.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Order
-# :label: yours-order
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Order
+#
+# Kind: experiment, **
+#
 # Shuffle the rows of a slice. Which logits stay the same, those of the usual $S$ or those of
 # `DeepSet`? Show it for one slice, and say what `DeepSet` still knows of the ranks.
-# ```
 
-# %% [markdown]
-# ````{solution-start} yours-order
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 usual, free = (covid_ct_mask_net(segmenter, preset.classifier, s=s) for s in (None, DeepSet()))
 with torch.no_grad():
@@ -410,28 +368,19 @@ with torch.no_grad():
 print(f"S changes by {changes[0]:.3f}, DeepSet by {changes[1]:.6f}")
 assert changes[0] > 100 * changes[1]
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Only the usual $S$ notices. Each row still holds its score, though, so `DeepSet` knows which boxes
 # scored high; it has lost the order, not the scores.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Is it the lesion or the rest?
-# :label: yours-merged
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Is it the lesion or the rest?
+#
+# Kind: experiment, **
+#
 # Build the classifier on a detector with one lesion class (`lesions="merged"`, random weights), and
 # count which of its tensors have another shape than those of the detector with two.
-# ```
 
-# %% [markdown]
-# ````{solution-start} yours-merged
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 merged = lesion_mask_rcnn(replace(preset.detector, lesions="merged"))
 shapes = {name: value.shape for name, value in merged.state_dict().items()}
@@ -441,13 +390,9 @@ other = [
 print("\n".join(other))
 assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Logits, deltas and masks have one class fewer, in weight and bias; backbone, RPN and the two hidden
 # layers of the box head are the same. So the rows keep their five columns, and $S$ its shape.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -457,9 +402,10 @@ assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
 # 3. A data set brings its classes, of images or of lesions.
 # 4. A weights file names your parts and never holds their code; you pass them when you load it.
 # 5. A short run shows that a change works. Whether it helps is a question for several seeds,
-#    intervals and patients that nobody has looked at ([chapter 7](07_evaluation.ipynb)).
+#    intervals and patients that nobody has looked at ([chapter 10](10_evaluation.ipynb)).
 #
 # ## Further reading
 #
 # The method is {cite:t}`TerSarkisov2020`, the detector {cite:t}`He2017`, the pyramid under it
 # {cite:t}`Lin2017`.
+

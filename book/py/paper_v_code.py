@@ -1,8 +1,6 @@
 # %% [markdown]
 # # Paper v code
 #
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/paper_v_code.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/paper_v_code.ipynb)
-#
 # Where do the paper and its released code differ, and which of the two does this book follow? A
 # method section has a few pages, a repository has thousands of lines, so small differences are
 # normal. This page lists those that we found, so that you need not find them again if you build on
@@ -15,7 +13,7 @@
 # - check a published table with counts and arithmetic alone;
 # - read code for what it does rather than for what its names promise.
 #
-# **You need** [chapter 4](04_ranked_boxes.ipynb) and [chapter 5](05_covid_ct_mask_net.ipynb) for
+# **You need** [chapter 6](06_ranked_boxes.ipynb) and [chapter 7](07_covid_ct_mask_net.ipynb) for
 # the terms; the [glossary](glossary.md) has them as well. The page runs alone. **Run time:** about
 # 20 seconds on two CPU cores in the preset `quick`; 46 seconds on a GPU (H200) that other chapters
 # used, too.
@@ -26,30 +24,8 @@
 # All other numbers are published ones, or counts and arithmetic. Nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import argparse
 import math
 import platform
@@ -142,8 +118,7 @@ picture = torch.from_numpy(image).expand(3, -1, -1).to(device)  # [3, S, S]
 #   100 slices of 20 patients.
 # - **Here**: the lists. They are the only version that can be checked.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for source, train, rest in (
     ("text", 500, 150),
     ("Table 1", 600, 150),
@@ -162,8 +137,7 @@ print("patients in the lists:", 130 + 20)
 # - **Lists**: 61,782 train, 21,036 validate, 21,191 test.
 # - **Here**: the lists.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 lists = {"train": 61_782, "validation": 21_036, "test": 21_191}
 total = sum(lists.values())
 for split, slices in lists.items():
@@ -187,8 +161,7 @@ print(f"{3000 / lists['train']:.2%} of train, {3000 / total:.2%} of all")
 # [05c8fdc](https://github.com/AlexTS1980/COVID-CT-Mask-Net/blob/05c8fdc2f9effe19940809117a7115f621de2f1a/README.md))
 # explains the paper's number. It prints the confusion matrix of the model in the paper.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # rows: true class; columns: predicted class
 old_readme = np.array([[8703, 738, 9], [406, 6767, 213], [14, 386, 3946]])
 merged = np.array([[9236, 188, 26], [116, 7150, 129], [20, 298, 4028]])
@@ -225,9 +198,7 @@ print(f"with the nine {low:.2%} (all wrong) to {high:.2%} (all right)")
 # As long as a mask holds all four values, both agree. Our own four lines with the same rule show
 # when they do not.
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def names_by_position(mask):
     """Mask code -> class, by the rule of the released reader."""
     codes = np.unique(mask)[2:]
@@ -264,8 +235,7 @@ for text, codes in (
 # - **Here**: `min_area`, a setting: 101 in the preset `paper`, as in the code. Slices without a
 #   lesion take part: their anchors and RoIs all teach "background".
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 toy = np.zeros((512, 512), dtype=np.uint8)
 toy[10:20, 10:20] = 2  # 100 pixels
 toy[100:101, 100:201] = 2  # 101 pixels
@@ -282,8 +252,7 @@ print(f"100 pixels are {100 / 512**2:.3%} of a slice")
 #   whose shorter side is brought to 512 with the shape kept.
 # - **Here**: the shape is always kept.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for height, width in ((512, 512), (360, 480)):
     blank = torch.zeros(3, height, width)
     train_size = tuple(v2.Resize((512, 512))(blank).shape[1:])
@@ -305,9 +274,7 @@ for height, width in ((512, 512), (360, 480)):
 # - **Here**: we count parameters, and say which. The list has each printed number with the rule
 #   that gives it, or with "none".
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def entries(module):  # all numbers of the state dict
     return sum(tensor.numel() for tensor in module.state_dict().values())
 
@@ -346,8 +313,7 @@ for name, millions, rule, count in (
 # counts a mask branch, which the classifier never runs. 2.36M is the module $S$ alone, without any
 # batch norm. Two different rules give 2.25M, so we cannot say which was meant:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 heads = detector.roi_heads
 parts = detector.rpn.head, heads.box_head, heads.box_predictor
 three = sum(map(count_parameters, parts))
@@ -389,8 +355,7 @@ _ = ax.set(
 _ = ax.legend()
 plt.show()
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 zero = torch.zeros(1)
 for beta, name in (
     (0.0, "L1"),
@@ -410,8 +375,7 @@ for beta, name in (
 #   one).
 # - **Here**: the same anchors, one tuple for each map. torchvision insists on that.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 config = DetectorConfig()
 sizes, ratios = config.anchor_sizes, config.anchor_ratios
 anchors = AnchorGenerator((sizes,), (ratios,)).cell_anchors[0]  # [30, 4]
@@ -436,8 +400,7 @@ for (ratio, size), (_, top, _, bottom) in zip(pairs, anchors, strict=True):
 #
 # It sounds like the same order. In 32 bits it is not: strong logits round to the same probability.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 strong = torch.tensor([18.0, 20.0, 22.0, 25.0])
 print("logits", strong.tolist())
 print("different probabilities:", len(strong.sigmoid().unique()))
@@ -451,7 +414,7 @@ print("different probabilities:", len(strong.sigmoid().unique()))
 #   with a *score* above a threshold.
 # - **Code**: a softmax over background and lesions (one label each, so multi-class); and positive
 #   RoIs are those whose *IoU* with a true box is at least 0.75, negative ones those below 0.5.
-# - **Here**: as in the code. [Chapter 2](02_mask_rcnn.ipynb) shows both.
+# - **Here**: as in the code. [Chapter 2](02_region_proposals.ipynb) shows both.
 #
 # ### 13. Where a mask begins
 #
@@ -526,8 +489,7 @@ plt.show()
 #
 # The count of 2.36M in the paper can be turned around: which $N$ fits it?
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 wide = 1024
 for layers in (1, 2):
     rest = wide + (layers - 1) * (wide * wide + wide) + 3 * wide + 3
@@ -547,8 +509,7 @@ for layers in (1, 2):
 # - **Here**: each box is repeated equally often (`even_padding`). The author's rule is there too
 #   (`author_padding`), with a generator that can be seeded. No box at all gives zeros.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print("even:   ", even_padding(3, 8).tolist())
 for seed in range(3):
     generator = torch.Generator().manual_seed(seed)
@@ -556,7 +517,6 @@ for seed in range(3):
 
 # %% [markdown]
 # Which box fills which row? The slider changes how many boxes are left.
-
 
 # %%
 def draw_padding(kept, total):
@@ -609,7 +569,6 @@ frame_slider(
 
 # %% [markdown]
 # The next cell needs a running notebook: a slider for any number of boxes.
-
 
 # %% tags=["remove-output"]
 def show_padding(kept):
@@ -682,9 +641,7 @@ assert len(kept.unique()) <= len(kept)
 # The difference is not small. With the printed loss a wrong class can score as high as it likes,
 # and the optimum is to say "yes" to everything.
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def printed_loss(logits, labels):
     """Line 9 of Algorithm 1 as printed."""
     return -(F.one_hot(labels, 3) * F.logsigmoid(logits)).sum(dim=1).mean()
@@ -712,7 +669,7 @@ print("gradient of the printed loss for the two wrong classes:", wrong)
 # - **Code**: at the commit that we read there is one: $S$ + BN. An older commit
 #   ([1a46e4a](https://github.com/AlexTS1980/COVID-CT-Mask-Net/tree/1a46e4a1ca83948bba3991a0e14215f73add6b59))
 #   still has the option `--update_type` with all three names.
-# - **Here**: all three ([chapter 6](06_three_regimes.ipynb)).
+# - **Here**: all three ([chapter 8](08_three_regimes.ipynb)).
 #
 # ### 21. Training mode or evaluation mode
 #
@@ -746,8 +703,7 @@ _ = model.eval()
 #   classifier's loss reaches the RPN's head, so it cannot change.
 # - **Here**: the same.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 trained = set_regime(model, "full")
 logits = model([picture])
 classification_loss(logits, torch.tensor([2], device=device)).backward()
@@ -770,8 +726,7 @@ model.zero_grad(set_to_none=True)
 #   downsample branches are called `downsample.1`, and are missed.
 # - **Here**: every batch norm, found by its type.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 set_regime(large, "heads_bn")
 named = dict(large.named_parameters())
 trains = {name for name, p in named.items() if p.requires_grad}
@@ -800,8 +755,7 @@ print("for example", missed[0].removeprefix("detector."))
 #   validation builds a graph that nobody uses, which costs memory and time.
 # - **Here**: validation runs in evaluation mode without a graph.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 norm = torch.nn.BatchNorm2d(1)
 with torch.no_grad():
     norm(torch.full((1, 1, 2, 2), 5.0))
@@ -821,8 +775,7 @@ print(f"after one more in evaluation mode: {norm.running_mean.item():.1f}")
 # - **Here**: a seed is an argument, and a resumed run gives the same bits as one that was not
 #   interrupted.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 last_index = 9  # the tenth epoch, counted from 0
 saved = last_index + 1  # "epoch" in the file
 print("epochs run:", list(range(saved))[-3:])
@@ -838,8 +791,7 @@ print("then, after resuming:", [saved + 1, saved + 2])
 # - **Here**: commands in this book are run by its tests. `covidmask convert` reads the author's
 #   files without running anything in them and writes safetensors.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 parser = argparse.ArgumentParser()
 declared = """
 backbone_name truncation device model_name rpn_nms_th mask_type start_epoch
@@ -872,9 +824,7 @@ for words in (evaluate, train):
 #
 # Three toy images show that the rules differ in both directions.
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def instances(boxes, labels, scores=None, size=48):
     """Rectangular lesions as torchvision's dictionary."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
@@ -928,8 +878,7 @@ for name, (found, target) in cases.items():
 # - **Here**: we quote both, with their source. The weights that the repository offers are those of
 #   the later models.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for name, matrix in {"paper (old README)": old_readme, **readme}.items():
     numbers = report(matrix)
     print(
@@ -943,7 +892,6 @@ for name, matrix in {"paper (old README)": old_readme, **readme}.items():
 # The rest needs no code of the author, only arithmetic on what is printed. The paper prints
 # percentages with two digits, and a class has thousands of slices, so a percentage nearly fixes a
 # count.
-
 
 # %%
 def counts_for(percent, total):
@@ -969,8 +917,7 @@ def accuracies_for(percents, sizes=listed):
 # - **Here**: 92.10 % is right. Only it fits the accuracy, and it is what the old README's matrix
 #   gives.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for control in (92.10, 91.10):
     low, high = accuracies_for((control, 91.62, 90.80))
     print(f"controls {control:.2f}: accuracy {low:.2f} to {high:.2f}")
@@ -995,8 +942,7 @@ for name, row, printed in (
 # - **Check**: a class with $TP$ hits and precision PPV was predicted $TP / \text{PPV}$ times. Every
 #   slice gets one prediction, so the three numbers must add up to the number of test slices.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 table_2 = {  # (sensitivity, PPV) of control, common pneumonia, COVID-19
     "heads": ((82.37, 83.38), (71.13, 67.70), (76.30, 81.13)),
     # 92.10: see item 30
@@ -1043,8 +989,7 @@ print("PPV of the old README:", [f"{value:.2%}" for value in old["ppv"]])
 # - **Paper**: 7.06 for this work, 0.353 for COVIDNet-CT, 0.129 for COVNet, 0.17 for ResNet18.
 # - **Check**: it is test divided by train.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for name, test_size, train_size, printed in (
     ("COVID-CT-Mask-Net", 21182, 3000, 7.06),
     ("COVIDNet-CT", 21182, 60000, 0.353),
@@ -1068,8 +1013,7 @@ print(f"COVNet, test / (train + validation): {438 / (3000 + 370):.5f}")
 # - README: the light ResNet-34 model has the same number, 92.89 %, for controls and for the
 #   accuracy.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for name, row, printed in (
     ("ResNet-34 cut 1", (92.89, 91.70, 91.76), 92.89),
     ("ResNet-18 cut 1", (96.98, 91.63, 91.35), 93.95),
@@ -1089,47 +1033,34 @@ for name, row, printed in (
 # | 20 to 22 regimes and modes, 24 epochs and batches, 25 validation | 28 AP, 30 to 34 tables | 12 two words |
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · How many ways to pad
 #
-# ```{exercise} How many ways to pad
-# :label: pvc-padding
-# :nonumber:
+# Kind: experiment, **
+#
 # The author's rule draws $K - 1$ of $N - 2$ places. In how many ways can $K = 250$ boxes fill
 # $N = 256$ rows? How likely is it that two runs fill them alike?
-# ```
 
-# %% [markdown]
-# ````{solution-start} pvc-padding
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 ways = math.comb(256 - 2, 250 - 1)
 print(f"{ways:,} ways, so two runs agree with a probability of 1 in {ways:,}")
 small = {tuple(author_padding(3, 6, torch.Generator().manual_seed(s)).tolist()) for s in range(200)}
 assert len(small) == math.comb(6 - 2, 3 - 1)
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Six missing boxes are enough to make the result of a slice unrepeatable.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Batch norms of the light models
-# :label: pvc-norms
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Batch norms of the light models
+#
+# Kind: experiment, **
+#
 # What share of the batch-norm parameters does the test for `bn` in the name miss in the light
 # models with ResNet-18, for each cut? Why does the share grow with the cut, or fall?
-# ```
 
-# %% [markdown]
-# ````{solution-start} pvc-norms
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 for cut in (0, 1, 2):
     light = lesion_mask_rcnn(DetectorConfig(backbone="resnet18", cut=cut), masks=False)
@@ -1144,30 +1075,21 @@ for cut in (0, 1, 2):
     )
 assert lost == 256
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Each of layers 2, 3 and 4 begins with one downsample branch, and its batch norm is as wide as the
 # layer. A cut removes whole layers, so it removes their downsample branch and their other batch
 # norms together; the first layers, which have none, weigh more in what is left.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} A table with an error
-# :label: pvc-table
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · A table with an error
+#
+# Kind: experiment, **
+#
 # A paper reports, on 1,000 slices (500 control, 300 common pneumonia, 200 COVID-19), sensitivities
 # of 96.00, 90.00 and 85.00 % with PPVs of 94.12, 91.22 and 94.44 %, and an accuracy of 92.00 %.
 # Does it add up?
-# ```
 
-# %% [markdown]
-# ````{solution-start} pvc-table
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 sizes = np.array([500, 300, 200])
 low, high = accuracies_for((96.0, 90.0, 85.0), sizes)
@@ -1176,12 +1098,8 @@ low, high = predictions_for(((96.0, 94.12), (90.0, 91.22), (85.0, 94.44)), sizes
 print(f"predictions {low} to {high}, not 1,000")
 assert high < 1000
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The sensitivities and the accuracy agree. The PPVs leave some slices without a prediction.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1200,3 +1118,4 @@ assert high < 1000
 # {cite:t}`Zhang2020`. Mask R-CNN is described by {cite:t}`He2017`, batch normalisation by
 # {cite:t}`Ioffe2015`, COCO's AP by {cite:t}`Lin2014`. On what studies of this kind should report,
 # read {cite:t}`Roberts2021`.
+

@@ -1,8 +1,6 @@
 # %% [markdown]
 # # How the phantoms are made
 #
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/phantoms_made.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/phantoms_made.ipynb)
-#
 # Below are two slices of a chest. One comes from a hospital. The other shows nobody: it was drawn
 # by formulas. You will see at once which is which. But what gives the drawn one away, and which of
 # its faults matter to a network that has to find lesions?
@@ -28,30 +26,8 @@
 # [lungmask](https://github.com/JoHof/lungmask) (Apache 2.0). Nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %% tags=["hide-input"]
+# %% tags=["fold"]
+# @title TODO say what this does
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -89,28 +65,6 @@ SIZE = 512  # pixels per side
 PATIENT = 7  # seed of the healthy patient
 REAL = Path("real/slice.dcm")  # beside this notebook
 
-# %% tags=["hide-input"]
-real = None
-if not REAL.is_file():
-    print(f"There is no {REAL} here, so the real slice is left out of the figures.")
-elif importlib.util.find_spec("pydicom") is None:
-    print(f"`pip install {PACKAGES}` brings pydicom, which reads the real slice. Left out.")
-else:
-    import pydicom
-
-    dicom = pydicom.dcmread(REAL)
-    real = dicom.pixel_array * float(dicom.RescaleSlope) + float(dicom.RescaleIntercept)
-    real = real.astype(np.float32)  # [512, 512], HU
-    print(f"real slice: {real.shape}, {real.min():.0f} to {real.max():.0f} HU")
-
-
-def show(ax, hu, title="", window=LUNG_WINDOW, part=np.s_[:, :]):
-    """A slice in HU through a window, without axes."""
-    ax.imshow(hounsfield_to_unit(hu[part], window), cmap="gray", vmin=0, vmax=1)
-    ax.set_title(title, fontsize=9)
-    ax.axis("off")
-
-
 # %%
 healthy = make_patient(PATIENT, label=0)
 # HU, and a mask: 0 outside, 1 lung, 2 ground glass, 3 consolidation
@@ -123,7 +77,8 @@ SOFT = replace(SHARP, cutoff=100, edge=0.05)
 scanned = scan(hu, SOFT, default_rng(0))
 print(f"drawn slice: {hu.shape}, {hu.min():.0f} to {hu.max():.0f} HU")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A drawn chest slice beside a real one in the lung window. Both show two dark lungs with bright vessels, a heart, a spine and ribs. The drawn one is a smooth oval whose ribs are dashes in a ring, with a heart of one grey and a curved table below; the real one has an irregular outline, a white heart, fine vessels everywhere, and is cut off by a circle."}, "figure": {"caption": "A drawn slice, and a real one where the file is there. Lung window: level -600 HU, width 1500 HU.", "name": "fig-made-pair"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "A drawn chest slice beside a real one in the lung window. Both show two dark lungs with bright vessels, a heart, a spine and ribs. The drawn one is a smooth oval whose ribs are dashes in a ring, with a heart of one grey and a curved table below; the real one has an irregular outline, a white heart, fine vessels everywhere, and is cut off by a circle."}, "figure": {"caption": "A drawn slice, and a real one where the file is there. Lung window: level -600 HU, width 1500 HU.", "name": "fig-made-pair"}}
+# @title TODO say what this does
 pair = {"drawn": scanned} | ({"real": real} if real is not None else {})
 fig, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
 for ax in axes:
@@ -147,7 +102,8 @@ plt.show()
 # the scanner. The phantom is painted in these numbers. `draw` returns them before any scanner has
 # touched them.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Above, a bar for each tissue along the HU axis: air, lung, ground glass, fat, water, soft tissue, consolidation and bone. Below, the histogram of the drawn slice has peaks at air, lung, fat and soft tissue. The lung window spans -1350 to 150 HU, the soft tissue window -160 to 240 HU."}, "figure": {"caption": "Usual ranges of tissues (above), and how often each value occurs in the drawn slice (below, logarithmic), with two windows.", "name": "fig-made-hu"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Above, a bar for each tissue along the HU axis: air, lung, ground glass, fat, water, soft tissue, consolidation and bone. Below, the histogram of the drawn slice has peaks at air, lung, fat and soft tissue. The lung window spans -1350 to 150 HU, the soft tissue window -160 to 240 HU."}, "figure": {"caption": "Usual ranges of tissues (above), and how often each value occurs in the drawn slice (below, logarithmic), with two windows.", "name": "fig-made-hu"}}
+# @title TODO say what this does
 SOFT_WINDOW = (40, 400)  # level, width
 ranges = {
     "air": (-1000, -970),
@@ -189,7 +145,8 @@ for name, window in {"lung": LUNG_WINDOW, "soft tissue": (40, 400)}.items():
     lost = ((grey == 0) | (grey == 1)).mean()
     print(f"{name:11} window: {lost:3.0%} of the lung is black or white")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "The drawn slice twice. In the lung window vessels show in grey lungs and the heart is white. In the soft tissue window the lungs are black, and heart, muscle, fat and bone differ."}, "figure": {"caption": "One drawn slice through two windows.", "name": "fig-made-windows"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "The drawn slice twice. In the lung window vessels show in grey lungs and the heart is white. In the soft tissue window the lungs are black, and heart, muscle, fat and bone differ."}, "figure": {"caption": "One drawn slice through two windows.", "name": "fig-made-windows"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 2, figsize=(6, 2.8), layout="constrained")
 show(axes[0], scanned, "lung window")
 show(axes[1], scanned, "soft tissue window", SOFT_WINDOW)
@@ -201,7 +158,6 @@ plt.show()
 # How do you draw a lung? Not as an outline. Each organ has a *level*: a number at each place,
 # positive inside, zero at the edge, about the distance to it. The level of "in the chest and not in
 # the heart" is then the smaller of two levels. Here are a chest, a heart and a spine:
-
 
 # %%
 y, x = (np.mgrid[:256, :256] + 0.5) / 256 - 0.5  # in image sides
@@ -218,7 +174,8 @@ cover = np.clip(0.5 + lung / 0.007, 0, 1)  # share of a pixel that is lung
 print(f"lung: {cover.mean():.1%} of the picture")
 print(f"pixels at the edge: {(cover % 1 > 0).mean():.1%}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels: the level of an oval chest with contour lines; the level of the lungs, which has a hole for heart and spine; the cover, white inside the lungs and black outside with a soft edge."}, "figure": {"caption": "The level of the chest, the level of the lungs (the least of all), and the share of each pixel that they cover. The thick line is the edge, level 0.", "name": "fig-made-levels"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Three panels: the level of an oval chest with contour lines; the level of the lungs, which has a hole for heart and spine; the cover, white inside the lungs and black outside with a soft edge."}, "figure": {"caption": "The level of the chest, the level of the lungs (the least of all), and the share of each pixel that they cover. The thick line is the edge, level 0.", "name": "fig-made-levels"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
 for ax, field, name in zip(
     axes,
@@ -241,7 +198,8 @@ plt.show()
 # height: a position from 0 (apex) to 1 (base) says how wide the chest is there, whether the trachea
 # has divided yet, how much of the heart shows, how far the liver has come up.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Six drawn slices from apex to base. The lungs begin small between shoulder blades, the trachea appears as a black disc and divides, the heart grows, and at the base the liver takes the place of the right lung."}, "figure": {"caption": "One drawn patient from apex (0.1) to base (0.85). As in every CT the patient's right is on the left. Synthetic.", "name": "fig-made-heights"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Six drawn slices from apex to base. The lungs begin small between shoulder blades, the trachea appears as a black disc and divides, the heart grows, and at the base the liver takes the place of the right lung."}, "figure": {"caption": "One drawn patient from apex (0.1) to base (0.85). As in every CT the patient's right is on the left. Synthetic.", "name": "fig-made-heights"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 6, figsize=(12, 2.3), layout="constrained")
 for ax, position in zip(axes, (0.1, 0.25, 0.4, 0.55, 0.7, 0.85), strict=True):
     show(ax, draw(healthy, position, 256)[0], f"position {position}")
@@ -253,8 +211,7 @@ plt.show()
 # band of denser lung at the back where blood settles, emphysema, fluid in the chest, and contrast
 # medium in the blood of about three patients in ten. All come from the seed.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 names = ("lung_hu", "gravity", "heart", "fat", "dome", "contrast")
 print("patient " + "".join(f"{name:>10}" for name in names))
 for seed in range(PATIENT, PATIENT + 5):
@@ -282,7 +239,8 @@ for thickness in (0.001, 0.008):  # of the slice, in image sides
     share = (values > -500)[mask == 1].mean()
     print(f"thickness {thickness}: {share:.1%} of the lung above -500 HU")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: all segments of one patient from the front, two trees that fan out from the middle, bronchi in orange dashes near the hila. Middle and right: part of one lung in a thin and in a thick slice; in the thin one vessels are short and sharp, in the thick one longer and paler."}, "figure": {"caption": "The trees from the front (bronchi orange), and the same part of a lung in a thin (0.1 % of the image side) and in a thick slice (0.8 %). Synthetic.", "name": "fig-made-vessels"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Left: all segments of one patient from the front, two trees that fan out from the middle, bronchi in orange dashes near the hila. Middle and right: part of one lung in a thin and in a thick slice; in the thin one vessels are short and sharp, in the thick one longer and paler."}, "figure": {"caption": "The trees from the front (bronchi orange), and the same part of a lung in a thin (0.1 % of the image side) and in a thick slice (0.8 %). Synthetic.", "name": "fig-made-vessels"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
 for chosen, colour, line in (
     (0, "#404040", "-"),
@@ -336,7 +294,8 @@ lesions = {
     "rind below the pleura": [replace(ggo, radii=(0.3,) * 3, rind=0.03)],
 }
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Eight pictures of the same lung: healthy; a grey veil with vessels in it; the same veil with a fine bright net; a white patch; a white patch with dark branches; a veil with a white core; a veil with a white ring; a grey band along the chest wall."}, "figure": {"caption": "One healthy lung, and the same lung with seven lesions. Only the lesion changes. Synthetic.", "name": "fig-made-lesions"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Eight pictures of the same lung: healthy; a grey veil with vessels in it; the same veil with a fine bright net; a white patch; a white patch with dark branches; a veil with a white core; a veil with a white ring; a grey band along the chest wall."}, "figure": {"caption": "One healthy lung, and the same lung with seven lesions. Only the lesion changes. Synthetic.", "name": "fig-made-lesions"}}
+# @title TODO say what this does
 drawn = {
     name: draw(replace(healthy, lesions=tuple(each)), AT, SIZE) for name, each in lesions.items()
 }
@@ -375,7 +334,6 @@ for name in ("healthy", "ground glass", "crazy paving", "consolidation"):
 # a *curve below the pleura* is a thin line beside the chest wall, as some patients with COVID-19
 # have it. The last two are tubes, as vessels are, and in no mask.
 
-
 # %%
 def with_tubes(patient, start, end, kind):
     """The patient with more tubes, from `start` to `end` [n, 3]."""
@@ -400,7 +358,8 @@ signs = {
     "curve below the pleura": with_tubes(healthy, line[:-1], line[1:], 1),
 }
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four pictures. A whole slice in the soft tissue window, whose heart and aorta are white; part of a lung whose back half is white up to a sharp, nearly straight edge, with dark branches in it; a cluster of short lines with round ends; a thin bright curve beside the chest wall."}, "figure": {"caption": "The same patient with contrast medium (soft tissue window) and with three more signs (lung window). Synthetic.", "name": "fig-made-signs"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Four pictures. A whole slice in the soft tissue window, whose heart and aorta are white; part of a lung whose back half is white up to a sharp, nearly straight edge, with dark branches in it; a cluster of short lines with round ends; a thin bright curve beside the chest wall."}, "figure": {"caption": "The same patient with contrast medium (soft tissue window) and with three more signs (lung window). Synthetic.", "name": "fig-made-signs"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.8), layout="constrained")
 for ax, (name, patient) in zip(axes, signs.items(), strict=True):
     given = patient.contrast > 0
@@ -425,7 +384,6 @@ plt.show()
 #   COVID-SemiSeg.
 #
 # Three slices each of forty patients show what comes out.
-
 
 # %%
 def look_at(codes):
@@ -459,7 +417,8 @@ for name, (label, severe) in COHORTS.items():
 # intervals.) These rules are what *we* put in, after the usual descriptions. A network that tells
 # these classes apart has found our rules again, and no more than that.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of four slices. Above: a control without lesions, a common pneumonia, a COVID-19 and a severe COVID-19 patient. Below the masks: lung grey, ground glass light blue, consolidation orange."}, "figure": {"caption": "A patient of each kind (above) and the mask that comes with the slice (below). Synthetic.", "name": "fig-made-cohorts"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Two rows of four slices. Above: a control without lesions, a common pneumonia, a COVID-19 and a severe COVID-19 patient. Below the masks: lung grey, ground glass light blue, consolidation orange."}, "figure": {"caption": "A patient of each kind (above) and the mask that comes with the slice (below). Synthetic.", "name": "fig-made-cohorts"}}
+# @title TODO say what this does
 examples = {"control": (0, False)} | COHORTS
 fig, axes = plt.subplots(2, 4, figsize=(10.5, 5.4), layout="constrained")
 for (above, below), (name, (label, severe)) in zip(axes.T, examples.items(), strict=True):
@@ -490,7 +449,6 @@ plt.show()
 # 2 % of the image for GGO and below 1 % for consolidation. The slices of COVID-19 patients that are
 # not severe were made to agree with this. Do they?
 
-
 # %%
 def region_areas(codes, code):
     """Area of each connected region, % of the image; corners connect."""
@@ -520,7 +478,8 @@ for (severe, code), each in areas.items():
     print(f"{name:12}{few:7.0%}{small.mean():9.0%}{area:9.0%}", end="")
     print(f"{every.max():8.1f} %")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two histograms of the area of lesion regions on a logarithmic axis, ground glass in blue and consolidation in hatched orange. Left, usual patients: most of them lie left of the lines at 1 and 2 percent. Right, severe patients: areas spread from less than a hundredth of a percent to about ten percent."}, "figure": {"caption": "Areas of lesion regions of usual and severe COVID-19 patients. Dashed: 2 % (GGO), dotted: 1 % (consolidation), below which the paper's Figure 1 has the great majority. Synthetic.", "name": "fig-made-areas"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Two histograms of the area of lesion regions on a logarithmic axis, ground glass in blue and consolidation in hatched orange. Left, usual patients: most of them lie left of the lines at 1 and 2 percent. Right, severe patients: areas spread from less than a hundredth of a percent to about ten percent."}, "figure": {"caption": "Areas of lesion regions of usual and severe COVID-19 patients. Dashed: 2 % (GGO), dotted: 1 % (consolidation), below which the paper's Figure 1 has the great majority. Synthetic.", "name": "fig-made-areas"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
 bins = np.geomspace(0.002, 20, 33)
 for ax, severe in zip(axes, (False, True), strict=True):
@@ -565,7 +524,6 @@ plt.show()
 # half of it is left. It adds *noise*. Between the shoulders, where X-rays must pass a lot of bone,
 # *streaks* run across. And some patients move.
 
-
 # %%
 def zoom(scanner=SHARP, **changes):
     return scan(hu, replace(scanner, **changes), default_rng(1))
@@ -583,7 +541,8 @@ steps = {
 worst = replace(SHARP, streak=1)
 streaky = scan(apex, worst, default_rng(1), shoulders=0.64)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Eight pictures. Part of a lung without a scanner, blurred by a soft kernel, crisp with a sharp kernel, with weak noise, with strong noise, doubled by motion; then a whole slice at the apex with horizontal streaks between the shoulders, and a part of it."}, "figure": {"caption": "What the scanner does to a part of a lung, and streaks at the height of the shoulders (right, below). Synthetic.", "name": "fig-made-scanner"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Eight pictures. Part of a lung without a scanner, blurred by a soft kernel, crisp with a sharp kernel, with weak noise, with strong noise, doubled by motion; then a whole slice at the apex with horizontal streaks between the shoulders, and a part of it."}, "figure": {"caption": "What the scanner does to a part of a lung, and streaks at the height of the shoulders (right, below). Synthetic.", "name": "fig-made-scanner"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(2, 4, figsize=(10, 5.3), layout="constrained")
 for ax in axes.flat:
     ax.axis("off")
@@ -605,7 +564,6 @@ plt.show()
 # projection, whose filter weakens slow changes and lifts fast ones, until the kernel cuts them off.
 # A Fourier transform shows this: it splits a patch into waves, and we ask how much power the waves
 # of each length have.
-
 
 # %%
 def spectrum(patch, rings=20):
@@ -632,7 +590,8 @@ for name, (frequency, power) in spectra.items():
     mean = (frequency * power).sum()
     print(f"{name:12} mean frequency {mean:.2f} cycles per pixel")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: power against frequency; soft kernel peaks at a low frequency and falls to nothing, sharp kernel peaks later and reaches further, white noise is flat. Right: standard deviation of the noise in each row of the slice, larger in the middle rows, where the body is."}, "figure": {"caption": "Left: the noise power of two kernels, and of white noise for comparison. Right: the noise in each row of the slice. Synthetic.", "name": "fig-made-noise"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Left: power against frequency; soft kernel peaks at a low frequency and falls to nothing, sharp kernel peaks later and reaches further, white noise is flat. Right: standard deviation of the noise in each row of the slice, larger in the middle rows, where the body is."}, "figure": {"caption": "Left: the noise power of two kernels, and of white noise for comparison. Right: the noise in each row of the slice. Synthetic.", "name": "fig-made-noise"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
 looks = zip(
     ("-", "--", ":"),
@@ -698,7 +657,8 @@ for name, options in worlds.items():
         print(f"{'{:.0f} to {:.0f}'.format(*tenths):>16}", end="")
     print()
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three rows of three pictures of the same lung. Hospital 0: soft and quiet. Hospital 1: sharper, noisier, more contrast. Published: brightness and contrast vary widely, some very noisy."}, "figure": {"caption": "The same part of the same patient by three scanners of each source. Synthetic.", "name": "fig-made-hospitals"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Three rows of three pictures of the same lung. Hospital 0: soft and quiet. Hospital 1: sharper, noisier, more contrast. Published: brightness and contrast vary widely, some very noisy."}, "figure": {"caption": "The same part of the same patient by three scanners of each source. Synthetic.", "name": "fig-made-hospitals"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(3, 3, figsize=(6.6, 6.6), layout="constrained")
 for row, (name, options) in zip(axes, worlds.items(), strict=True):
     for i, ax in enumerate(row):
@@ -735,7 +695,8 @@ for name, values in inside.items():
     mean = (frequency * power).sum()
     print(f"{blood:7.0f}{air[name].std():7.1f}{mean:7.2f}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: distribution of HU in the lungs. The drawn lung has one narrow peak; the real one a wider peak, further right. Right: noise spectra of a patch of air for both, which are much alike."}, "figure": {"caption": "HU in the lungs (left) and the noise spectrum in air (right), drawn, and real where the file is there.", "name": "fig-made-compare"}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Left: distribution of HU in the lungs. The drawn lung has one narrow peak; the real one a wider peak, further right. Right: noise spectra of a patch of air for both, which are much alike."}, "figure": {"caption": "HU in the lungs (left) and the noise spectrum in air (right), drawn, and real where the file is there.", "name": "fig-made-compare"}}
+# @title TODO say what this does
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 looks = {"drawn": (plotting.BLUE, "-"), "real": (plotting.VERMILLION, "--")}
 for name, values in inside.items():
@@ -785,7 +746,7 @@ plt.show()
 #
 # You have seen the faults. What do they cost a network? To find out, we train networks on drawn
 # chests and judge them on real slices, by mean Dice. As in the table of [chapter
-# 9](09_real_ct.ipynb), a slice counts 0 where prediction and truth share no pixel.
+# 15](15_real_lesions.ipynb), a slice counts 0 where prediction and truth share no pixel.
 #
 # `SEGMENTER_CT` learned from drawn chests alone. It was judged on real slices of COVID-SemiSeg that
 # took no part while the chests were improved ([its card](weights.md)). The table sets a plain U-Net
@@ -868,47 +829,34 @@ plt.show()
 #
 # ## Exercises
 
-# %% [markdown]
-# ```{exercise} The wrong window
-# :label: made-window
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · The wrong window
+#
+# Kind: experiment, **
+#
 # A colleague sends you ground glass as a picture in the soft tissue window, level 40 and width 400.
 # What share of the lesion `ggo` is still above black in it? And of `dense`?
-# ```
 
-# %% [markdown]
-# ````{solution-start} made-window
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 for name in ("ground glass", "consolidation"):
     values, codes = drawn[name]
     seen = hounsfield_to_unit(values, (40, 400))[codes >= GGO] > 0
     print(f"{name}: {seen.mean():.0%} of its pixels are not black")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Of the veil only the vessels remain. No later processing brings it back, so look at the window
 # before you look for ground glass.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} A mosaic of lesions
-# :label: made-own
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · A mosaic of lesions
+#
+# Kind: experiment, **
+#
 # Put a halo into the right lung and a rind into the left one of the healthy patient, in one slice.
 # Print the area of each class as a share of both lungs.
-# ```
 
-# %% [markdown]
-# ````{solution-start} made-own
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 rind = replace(
     ggo,
@@ -922,66 +870,47 @@ for code, name in ((GGO, "ground glass"), (CONSOLIDATION, "consolidation")):
     print(f"{name}: {(codes == code).sum() / (codes > 0).sum():.1%} of both lungs")
 assert (codes[:, SIZE // 2 :] == GGO).any() and (codes[:, : SIZE // 2] == CONSOLIDATION).any()
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A positive `x` is the left lung, on the right of the picture. Consolidation stands after the
 # ground glass in the tuple: what is drawn later lies on top.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} Does averaging help?
-# :label: made-average
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Does averaging help?
+#
+# Kind: experiment, **
+#
 # Average blocks of 2 x 2 pixels of the noise of the sharp kernel, of the soft kernel, and of white
 # noise. By what factor does the standard deviation fall? Explain the order by the spectra.
-# ```
 
-# %% [markdown]
-# ````{solution-start} made-average
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 for name, noise in grain.items():
     blocks = noise.reshape(SIZE // 2, 2, SIZE // 2, 2).mean(axis=(1, 3))
     print(f"{name:12} {noise.std() / blocks.std():.2f} times less noise")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # White noise is independent from pixel to pixel, so four pixels give a factor of 2. In the noise of a
 # scanner neighbouring pixels are alike, the more so the softer the kernel, and averaging what is
 # alike changes little.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} Give it away
-# :label: made-cheat
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · Give it away
+#
+# Kind: experiment, **
+#
 # Find a rule of one line, without any anatomy, that tells the drawn slice from the real one. Why
 # would a network that is trained on both, with the answer "drawn" or "real", learn nothing useful?
-# ```
 
-# %% [markdown]
-# ````{solution-start} made-cheat
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 for name, picture in pair.items():
     print(f"{name}: the upper left pixel is {picture[0, 0]:.0f} HU")
 assert scanned[0, 0] > -1500
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The scanner writes -2048 outside its circle, where it has measured nothing. The corner alone gives
 # the answer away, and a network takes the easiest way. That is how networks learned to tell COVID-19
 # by the hospital {cite:p}`DeGrave2021`.
-#
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -998,5 +927,6 @@ assert scanned[0, 0] > -1500
 #
 # How COVID-19 looks in CT is described in {cite:t}`Shi2020`; why models of it failed on patients,
 # in {cite:t}`Roberts2021` and {cite:t}`DeGrave2021`. The data that the phantoms stand in for are
-# those of {cite:t}`Zhang2020` and {cite:t}`Fan2020`. [Chapter 9](09_real_ct.ipynb) turns to real
+# those of {cite:t}`Zhang2020` and {cite:t}`Fan2020`. [Chapter 15](15_real_lesions.ipynb) turns to real
 # slices.
+

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # one that draws its data and computes statistics, one that loads the shipped weights
-CHAPTERS = ("01_data", "04_ranked_boxes")
+CHAPTERS = ("01_data", "06_ranked_boxes")
 RUN = """
 import sys, nbformat
 from nbclient import NotebookClient

@@ -1,4 +1,4 @@
-"""Chapter 9 runs on real slices where a reader has them, and its page shows none."""
+"""Chapter 15 runs on real slices where a reader has them, and its page shows none."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 
 def test_the_stored_outputs_come_from_phantoms():
-    notebook = nbformat.read(ROOT / "book" / "09_real_ct.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "book" / "15_real_lesions.ipynb", as_version=4)
     text = printed(notebook)
     assert f"This run uses {PHANTOM_WORDS}" in text
     assert REAL_WORDS not in text
@@ -34,7 +34,7 @@ def test_the_stored_outputs_come_from_phantoms():
 def test_the_chapter_runs_on_real_slices(tmp_path, monkeypatch):
     source = Path(REAL) / "covid-semiseg"
     monkeypatch.setenv("COVIDMASK_SEMISEG", str(source))
-    notebook = read_twin(ROOT / "book" / "py" / "09_real_ct.py")
+    notebook = read_twin(ROOT / "book" / "py" / "15_real_lesions.py")
     execute(notebook, tmp_path, "09")  # an error in a cell is raised; the outputs stay in memory
     text = printed(notebook)
     assert f"This run uses {REAL_WORDS}" in text

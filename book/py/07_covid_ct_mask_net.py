@@ -1,7 +1,5 @@
 # %% [markdown]
-# # COVID-CT-Mask-Net
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/05_covid_ct_mask_net.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/05_covid_ct_mask_net.ipynb)
+# # 7 · COVID-CT-Mask-Net
 #
 # The detector turns a slice into ranked boxes, and the module $S$ turns the ranked boxes into a
 # class. What is $S$ made of, how do detector and $S$ become one model, and how large is it?
@@ -14,8 +12,8 @@
 # - recount Table 1 of the paper and say which rule gives which published number;
 # - read off the gradient which ranks move the COVID-19 logit.
 #
-# **You need** the ranked boxes of [chapter 4](04_ranked_boxes.ipynb); the detector is the one of
-# [chapter 2](02_mask_rcnn.ipynb), trained in [chapter 3](03_segmenter.ipynb). The chapter runs
+# **You need** the ranked boxes of [chapter 6](06_ranked_boxes.ipynb); the detector is the one of
+# [chapter 2](02_region_proposals.ipynb), trained in [chapter 5](05_segmenter.ipynb). The chapter runs
 # alone, with weights that come with the package. **Run time:** about 20 seconds on two CPU cores in
 # the preset `quick`; 44 seconds on a GPU (H200) that other chapters used, too.
 #
@@ -25,30 +23,8 @@
 # number below is a result on patients, and nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import platform
 
 import ipywidgets
@@ -98,8 +74,7 @@ print(f"torchvision {torchvision.__version__}, Python {platform.python_version()
 PRESET = "quick"  # or "colab", "paper"
 SEED = 0
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 preset = PRESETS[PRESET]
 size = preset.phantoms.size
 n, hidden = preset.classifier.n_boxes, preset.classifier.hidden
@@ -110,7 +85,7 @@ print(f"hidden layers {hidden} wide")
 # ## The model on one page
 #
 # `trained_classifier` loads a detector with an $S$ that was trained on its ranked boxes (regime
-# "heads", [chapter 6](06_three_regimes.ipynb)). The picture shows what Figure 3 of the paper shows
+# "heads", [chapter 8](08_three_regimes.ipynb)). The picture shows what Figure 3 of the paper shows
 # {cite:p}`TerSarkisov2020`. It is drawn from the loaded modules, so every shape in it is a shape of
 # this model.
 
@@ -126,7 +101,7 @@ SVG(data=model_diagram(model))
 # - The proposals are needed to decode boxes, and decoded boxes are needed for NMS. But $S$ gets the
 #   *encoded* deltas.
 # - No path leads from the masks to the classes. The masks train the backbone in
-#   [chapter 3](03_segmenter.ipynb); after that they are not used.
+#   [chapter 5](05_segmenter.ipynb); after that they are not used.
 #
 # ## Slices for this chapter
 #
@@ -184,8 +159,7 @@ plt.show()
 # $5i$, its four deltas follow, and each position has its own column in $W_1$. So $S$ can ask for
 # "the score of rank 10".
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 x = friend_rows.flatten(1)  # [1, 5N]
 for rank in (0, n // 2, n - 1):
     assert torch.equal(x[0, 5 * rank : 5 * rank + 5], friend_rows[0, rank])
@@ -222,7 +196,6 @@ for n_out, n_in in zip(outputs, inputs, strict=True):
 # The forward pass takes four lines. PyTorch's `nn.Linear` keeps $W$ as [out, in], hence the
 # transpose.
 
-
 # %%
 def s_by_hand(rows, matrices, biases):
     """float32 [B, N, 5] -> logits [B, 3]."""
@@ -236,8 +209,7 @@ def s_by_hand(rows, matrices, biases):
 # The package's `ClassificationModule` gives the same with the same weights. We check it first with
 # the random ones from above, then with the trained ones of the loaded model.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 fresh = ClassificationModule(n, hidden).to(device)
 layers = (fresh.fc_scores, fresh.fc_scores_2, fresh.fc_scores_img)
 with torch.no_grad():
@@ -386,8 +358,7 @@ print(f"{'sum':27} {positive.sum():15.3f} {negative.sum():14.3f}")
 #
 # The mean over slices and classes is the package's `classification_loss`:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 truth = F.one_hot(labels, 3).float().to(device)  # [24, 3]
 p = probabilities[1:]
 by_hand = -(truth * p.log() + (1 - truth) * (1 - p).log()).mean()
@@ -403,7 +374,6 @@ print("classification loss: the same by hand and by the package")
 #
 # Let us try it. Sixty random matrices get random labels, so there is nothing to find and $S$ can
 # only memorise. Two copies of $S$ start from the same weights and train with the same optimiser.
-
 
 # %%
 def toy_training(both, steps=100):
@@ -481,8 +451,7 @@ assert both_terms[1] > positive_alone[1]
 #
 # The middle one is 0 for every wrong class.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 z = torch.tensor([0.5, 1.0, -0.5], requires_grad=True)
 one_hot = torch.tensor([0.0, 0.0, 1.0])
 both = F.binary_cross_entropy_with_logits(z, one_hot, reduction="sum")
@@ -523,8 +492,7 @@ assert count_parameters(assembled) == expected
 # The weights are equal but lie in different memory, so training one model does not change the
 # other.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 source = dict(segmenter.named_parameters())
 for name, copied in assembled.detector.named_parameters():
     assert torch.equal(copied, source[name])
@@ -568,8 +536,7 @@ print(
 # the same answer. As in the released code, the detector therefore stays in eval mode, even while
 # the classifier trains. `CovidCTMaskNet.train` sees to that.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 _ = assembled.train()
 modes = {"S": assembled.s.training, "detector": assembled.detector.training}
 print("in train mode after .train():", modes)
@@ -608,9 +575,7 @@ for mode in ("eval", "train"):
 # |S| = (5N + 1) h + (h + 1) h + (h + 1) \cdot 3 .
 # $$
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def s_parameters(n, h):
     return (5 * n + 1) * h + (h + 1) * h + (h + 1) * 3
 
@@ -627,9 +592,7 @@ for name, other in PRESETS.items():
 # the author's light models, ResNet-18 with its last layer cut off. We build them on PyTorch's
 # `meta` device, which knows shapes but holds no numbers, and so takes no memory.
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def parts_of(detector_config, config):
     """Parameters of segmenter and S by part."""
     with torch.device("meta"):
@@ -698,9 +661,7 @@ plt.show()
 # normalisation and its step counters; we call its numbers *entries*. The published numbers mix the
 # two, and most of those with two decimals are cut rather than rounded.
 
-
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 def entries(module):
     return sum(tensor.numel() for tensor in module.state_dict().values())
 
@@ -750,8 +711,7 @@ for name, millions, rule, count in published:
 #
 # Counted the same way throughout, as parameters, and for the classifier without masks:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 rpn = count_parameters(paper_model.detector.rpn)
 whole = count_parameters(paper_model)
 heads_bn = sum(p.numel() for p in set_regime(paper_model, "heads_bn"))
@@ -762,8 +722,7 @@ print(f"trains in heads: S            {s_count:12,}")
 print(f"trains in heads + BN          {heads_bn:12,}")
 print(f"gets a gradient in full       {whole - rpn:12,}   (without RPN)")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 roi_heads = paper_model.detector.roi_heads
 box_heads = count_parameters(roi_heads.box_head)
 box_heads += count_parameters(roi_heads.box_predictor)
@@ -783,8 +742,7 @@ print(f"those and all values of BN          {with_bn / 1e6:.4f}")
 # The last column of Table 1 is headed "Train/Test" but holds test/train. COVID-CT-Mask-Net trains
 # on 3,000 slices, and each confusion matrix in the README of the released code sums to 21,191:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print(f"test / train {21_191 / 3_000:.2f} (printed 7.06)")
 print(f"train / test {3_000 / 21_191:.2f}")
 print(f"COVNet: 438 / 3,000 = {438 / 3_000:.3f} (printed 0.129)")
@@ -792,7 +750,7 @@ print(f"COVNet: 438 / 3,000 = {438 / 3_000:.3f} (printed 0.129)")
 # %% [markdown]
 # A large ratio says that the test set is large. It does not say that a model generalises. For that
 # it matters whose slices the test set holds, and these come from the same source as those for
-# training ([chapter 7](07_evaluation.ipynb)).
+# training ([chapter 10](10_evaluation.ipynb)).
 #
 # ## What does S look at?
 #
@@ -803,7 +761,6 @@ print(f"COVNet: 438 / 3,000 = {438 / 3_000:.3f} (printed 0.129)")
 # $$
 # \frac{\partial z_2}{\partial x} = W_3[2] \; D_2 \; W_2 \; D_1 \; W_1 \; \in \mathbb{R}^{5N} .
 # $$
-
 
 # %%
 def slope_by_hand(rows, matrices, biases, k=2):
@@ -885,7 +842,7 @@ print("share of |gradient| x spread:", ", ".join(shares))
 # In our phantoms COVID-19 usually has many lesions on both sides, and common pneumonia one to
 # three. An $S$ that has learned to count boxes with high scores has found this rule of the
 # phantoms, and nothing about patients. And a gradient is local: it says what a small change would
-# do, not why the slice got its class. [Chapter 8](08_what_makes_it_work.ipynb) removes scores and
+# do, not why the slice got its class. [Chapter 11](11_what_makes_it_work.ipynb) removes scores and
 # deltas and trains anew, which is the stronger test.
 #
 # ### Turn the knob
@@ -940,7 +897,6 @@ frame_slider(
 #
 # The next cell needs a running notebook. It shows the same for any number of boxes.
 
-
 # %% tags=["remove-output"]
 def show_mixture(k):
     _ = draw_mixture(k)
@@ -952,20 +908,16 @@ _ = ipywidgets.interact(show_mixture, k=slider)
 
 # %% [markdown]
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Other sizes of S
 #
-# ```{exercise} Other sizes of S
-# :label: mask-net-size
-# :nonumber:
+# Kind: experiment, **
+#
 # Compute the size of $S$ for $h = 1024$ and $N = 1, 16, 64, 256$. How small can a smaller $N$ alone
 # make $S$? Check one count with `ClassificationModule`.
-# ```
 
-# %% [markdown]
-# ````{solution-start} mask-net-size
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 for boxes in (1, 16, 64, 256):
     print(f"N = {boxes:3}: {s_parameters(boxes, 1024):9,}")
@@ -973,27 +925,18 @@ with torch.device("meta"):
     assert count_parameters(ClassificationModule(64, 1024)) == s_parameters(64, 1024)
 print(f"middle layer alone: {(1024 + 1) * 1024:,}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The middle layer does not depend on $N$, so $S$ stays above a million. A smaller $h$ saves more.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Rows in another order
-# :label: mask-net-order
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Rows in another order
+#
+# Kind: experiment, **
+#
 # Shuffle the rows of our old friend twenty times. The boxes stay the same. What happens to the
 # three probabilities and to the predicted class?
-# ```
 
-# %% [markdown]
-# ````{solution-start} mask-net-order
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 generator = torch.Generator().manual_seed(SEED)
 orders = [torch.randperm(n, generator=generator).to(device) for _ in range(20)]
@@ -1009,31 +952,21 @@ print(
 )
 assert shuffled.std(0).max() > 0.01
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # $S$ was trained on ranked rows, so it has no use for shuffled ones. Whether the order *helps* is
 # another question: it takes an $S$ that was trained on shuffled rows, as in [chapter
-# 8](08_what_makes_it_work.ipynb).
+# 11](11_what_makes_it_work.ipynb).
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} A linear layer in place of S
-# :label: mask-net-linear
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · A linear layer in place of S
+#
+# Kind: experiment, **
+#
 # Does $S$ need its hidden layers? Draw some phantoms of each class, rank their boxes, and train a
 # fresh $S$ and a single linear layer from $5N$ to 3 on the first two thirds. Compare both on the
 # last third, and with the $S$ of the loaded model, which has seen many more phantoms.
-# ```
 
-# %% [markdown]
-# ````{solution-start} mask-net-linear
-# :class: dropdown
-# ````
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 class Linear(nn.Module):
     """float32 [B, N, 5] -> logits [B, 3]."""
@@ -1081,30 +1014,21 @@ with torch.no_grad():
     right = (model.s(drawn_rows.to(device)).argmax(1).cpu() == drawn_labels).float()
 print(f"{'loaded S':9} {count_parameters(model.s):10,} {'-':>27} {on_others(right)}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A module that is right on all its training phantoms but not on others has memorised them. The
 # intervals show how little so few phantoms can decide between the linear layer and $S$. The loaded
 # $S$ is as large as the fresh one, but it has seen more phantoms.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Parameters of batch normalisation
-# :label: mask-net-bn
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · Parameters of batch normalisation
+#
+# Kind: experiment, **
+#
 # Count gamma and beta of all batch-norm layers of the paper's detector: two numbers a channel. The
 # released code picks what trains by looking for `bn` in a parameter's name. Which layers does that
 # miss, and how many parameters train in its heads + BN?
-# ```
 
-# %% [markdown]
-# ````{solution-start} mask-net-bn
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 layers = [m for m in paper_model.detector.modules() if isinstance(m, nn.BatchNorm2d)]
 by_hand = sum(2 * layer.num_features for layer in layers)
@@ -1117,13 +1041,9 @@ print(f"missed: {len(missed)} parameter tensors, such as {missed[0]}")
 print(f"heads + BN: {s_count + found:,} by name, {s_count + by_hand:,} with all")
 assert s_count + found == 2_409_859
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The batch norms in the shortcut branches are called `downsample.1`, so a search for `bn` misses
 # them. The package trains them in `heads_bn`.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1141,3 +1061,4 @@ assert s_count + found == 2_409_859
 # {cite:t}`He2017`; batch normalisation, {cite:t}`Ioffe2015`; the residual networks with their
 # shortcut branches, {cite:t}`He2016`. {cite:t}`Gunraj2020` train one network on whole slices
 # instead.
+

@@ -1,7 +1,5 @@
 # %% [markdown]
-# # From detections to a feature vector
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/04_ranked_boxes.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/04_ranked_boxes.ipynb)
+# # 6 · From detections to a feature vector
 #
 # A detector returns a list of boxes, long for one slice and empty for another. A classifier reads a
 # vector whose length never changes. How does such a list become one vector of fixed length that
@@ -15,8 +13,8 @@
 # - say what the vector leaves out;
 # - tell which weights of the detector a loss on the vector can reach.
 #
-# **You need** [chapter 2](02_mask_rcnn.ipynb) (proposals, RoIs, box head) and a look at [chapter
-# 3](03_segmenter.ipynb) (non-maximum suppression). The notebook runs alone. **Run time:** about 20
+# **You need** [chapter 2](02_region_proposals.ipynb) (proposals, RoIs, box head) and a look at [chapter
+# 5](05_segmenter.ipynb) (non-maximum suppression). The notebook runs alone. **Run time:** about 20
 # seconds on two CPU cores in the preset `quick`; 41 seconds on a GPU (H200) that other chapters
 # used, too.
 #
@@ -26,30 +24,8 @@
 # number below is a result on patients, and nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import math
 import platform
 from dataclasses import replace
@@ -109,12 +85,11 @@ SEED = 0
 # %% [markdown]
 # ## The question
 #
-# We load the trained detector of [chapter 3](03_segmenter.ipynb) and put the classifier of the
+# We load the trained detector of [chapter 5](05_segmenter.ipynb) and put the classifier of the
 # paper {cite:p}`TerSarkisov2020` on top of it. What this chapter needs from the settings is $N$,
 # the number of boxes that a slice keeps.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 preset = PRESETS[PRESET]
 config = preset.classifier
 segmenter = trained_segmenter(PRESET, device, shipped=True)
@@ -229,8 +204,7 @@ for i in most.tolist():
 # From here on we treat "RoI 7 as GGO" and "RoI 7 as C" as two candidates. Flattening row by row
 # puts them side by side. A toy table shows the order, which we need to find our way back:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 toy = [[f"RoI {i} as {name}" for name in ("GGO", "C")] for i in range(3)]
 for place, candidate in enumerate(np.array(toy).flatten()):
     number, code = place // 2, place % 2 + 1
@@ -274,7 +248,6 @@ print(f"positions {2 * torn} and {2 * torn + 1} of {2 * p}")
 # $$b_x = p_x + p_w\,\delta_x / 10, \qquad
 # b_w = p_w\,\exp\bigl(\min(\delta_w / 5,\ \log(1000/16))\bigr)$$
 
-
 # %%
 CODER_WEIGHTS = torch.tensor([10.0, 10.0, 5.0, 5.0], device=device)
 CLAMP = math.log(1000 / 16)
@@ -304,8 +277,7 @@ def decode(deltas, proposals):
 # We check three things on made-up boxes: decoding undoes encoding; the code stays the same when
 # proposal and box move together or grow together; and the safeguard holds.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # a proposal of 20 x 10 pixels
 small = torch.tensor([[10.0, 10.0, 30.0, 20.0]], device=device)
 # twice as wide, further right
@@ -379,8 +351,7 @@ plt.show()
 # threshold to $-0.01$. A softmax is never negative, so every candidate passes. (Why not 0? The
 # comparison is strict, and a very small probability is rounded to 0.)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 index = index[scores[index] > config.score]
 print("dropped by the threshold:", int((scores <= config.score).sum()))
 
@@ -445,7 +416,6 @@ plt.show()
 # above a threshold. It compares decoded boxes, because two boxes at opposite ends of the slice may
 # have the same deltas.
 
-
 # %%
 def nms_by_hand(boxes, scores, threshold):
     """Positions of the boxes that stay, best first."""
@@ -481,7 +451,6 @@ print(f"{len(index)} candidates, {len(survivors)} survive")
 # is 0.5, which leaves fewer boxes per object. Move the slider and watch two numbers: how many boxes
 # survive in all, and how many of the $N$ best have a score above 0.5. White outlines are the true
 # lesions.
-
 
 # %%
 # 0 background, 1 lung, 2 GGO, 3 consolidation
@@ -560,7 +529,7 @@ _ = ipywidgets.interact(
 # part of the curve hints at how much lesion there is. The paper reports that overlapping boxes with
 # high scores raise the sensitivity for COVID-19, at some cost in accuracy
 # {cite:p}`TerSarkisov2020`. It prints no numbers for other thresholds;
-# [chapter 8](08_what_makes_it_work.ipynb) makes the comparison on phantoms. Here is what the
+# [chapter 11](11_what_makes_it_work.ipynb) makes the comparison on phantoms. Here is what the
 # threshold does to the curves.
 
 # %% mystnb={"image": {"alt": "Two panels with scores by rank for the three slices, at the NMS thresholds 0.25 and 0.75; curves that start high stay high for more ranks at 0.75."}, "figure": {"caption": "Scores by rank of the three slices at two NMS thresholds. Copies stretch the part with high scores. Synthetic."}}
@@ -715,7 +684,6 @@ for name, values in (("encoded", encoded), ("decoded", decoded)):
 # test this on phantoms with *one* GGO each, at a place and of a size that we choose. First comes
 # the same patient twice, with the lesion in one lung and in the other.
 
-
 # %%
 def one_lesion(seed, x, y, radius):
     """A control with one GGO; x, y, radius in image sides from the middle."""
@@ -832,7 +800,7 @@ plt.show()
 # - **They lack** the lesion class. GGO and C share one ranking without a mark, though their mix
 #   differs between the diseases.
 #
-# The paper works with exactly these rows. [Chapter 8](08_what_makes_it_work.ipynb) adds what is
+# The paper works with exactly these rows. [Chapter 11](11_what_makes_it_work.ipynb) adds what is
 # missing and measures whether it helps.
 #
 # ## Step 7: one vector
@@ -841,8 +809,7 @@ plt.show()
 # position $5i + j$. So it is the order by score that gives each input of the classifier a fixed
 # meaning, such as "the score at rank 3" or "the width delta at rank 3".
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # enough boxes survived; the next section deals with fewer
 assert len(rows) == n
 vector = rows.flatten()  # [5N]
@@ -853,8 +820,7 @@ print(tuple(rows.shape), "->", tuple(vector.shape))
 # Now we compare our vector with the package's, and with what arrives at the first layer of the
 # module $S$. A hook catches the input of that layer.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 caught = []
 hook = model.s.fc_scores.register_forward_pre_hook(
     lambda layer, inputs: caught.append(inputs[0])
@@ -913,8 +879,7 @@ print(
 # **Even padding**, the package's default: row $i$ shows box $\lfloor iK/N \rfloor$. Each box is
 # shown $\lfloor N/K \rfloor$ or $\lceil N/K \rceil$ times. By hand, for 3 boxes and 8 rows:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print([i * 3 // 8 for i in range(8)])
 assert even_padding(3, 8).tolist() == [i * 3 // 8 for i in range(8)]
 
@@ -928,7 +893,6 @@ assert (by_hand[1:, 0] <= by_hand[:-1, 0]).all()  # the scores still fall
 # random, sort them, and let the next box start at each. Every box is used and the order stays. But
 # the draw is made afresh at every call, even at inference, so the same slice gives another vector
 # each time. The package offers this rule with a generator that you pass.
-
 
 # %% mystnb={"image": {"alt": "Three strips of coloured runs, one cell per row of the vector, each run labelled with its box number. Even padding has runs of nearly equal length; the two random draws have runs of very different lengths."}, "figure": {"caption": "Which box fills which row when there are fewer boxes than rows: even padding, and two draws of the author's random rule. Synthetic."}}
 def start_of_runs(which):
@@ -989,8 +953,7 @@ assert not torch.equal(fills["author, seed 1"], fills["author, seed 2"])
 # And what if there is no box at all? The released code fails on such a slice. The package gives
 # zeros: score 0 and no shift. To see this we need a threshold that no score passes:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 impossible = replace(config, score=2.0)
 with torch.no_grad():
     nothing = ranked_boxes(detector, [friend], impossible)
@@ -1034,8 +997,7 @@ print(f"package {(grouped - rows)[:, 0].abs().max():.0e}")
 # %% [markdown]
 # So the package sorts a batch by size and runs each group on its own:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 sizes = [(3, size, size), (3, size, size + size // 4), (3, size, size)]
 print("groups:", same_size_groups([torch.empty(shape) for shape in sizes]))
 
@@ -1045,8 +1007,7 @@ print("groups:", same_size_groups([torch.empty(shape) for shape in sizes]))
 # When we train more than $S$, the loss of the classifier must reach the detector through the rows.
 # Which weights does it reach? We sum all rows of the old friend and run backwards.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 _ = set_regime(model, "full")  # every weight may learn
 model.zero_grad()
 model.ranked_boxes([friend]).sum().backward()
@@ -1076,8 +1037,7 @@ for name, part in groups.items():
 # gradient then flows through the numbers in the chosen rows. In `bbox_pred`, for instance, the four
 # outputs of the background get no gradient at all:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # per class
 reach = heads.box_predictor.bbox_pred.weight.grad.reshape(3, -1)
 reach = reach.abs().amax(dim=1)
@@ -1090,7 +1050,6 @@ print("background deltas:", "some" if reach[0] > 0 else "no", "gradient")
 # proposals, and runs backwards through all of them. At full scale that is 1,000 RoIs for at most
 # 256 rows. The choice needs no gradient, so we can choose first without one, then run the box head
 # once more on the chosen RoIs alone, and differentiate that. Here are both ways:
-
 
 # %%
 def plain_way():
@@ -1131,7 +1090,7 @@ model.zero_grad()
 
 # %% [markdown]
 # The package takes the short way whenever a gradient is needed, and
-# [chapter 6](06_three_regimes.ipynb) trains with it.
+# [chapter 8](08_three_regimes.ipynb) trains with it.
 #
 # ## Three slices as S sees them
 #
@@ -1182,26 +1141,22 @@ plt.show()
 # The deltas may differ between the classes as well. A positive mean says that the detector enlarges
 # the proposals of such slices, a negative one that it shrinks them. Where the intervals of two
 # classes overlap widely, twenty slices cannot tell them apart. How much $S$ gets from scores and
-# how much from deltas is a question for [chapter 8](08_what_makes_it_work.ipynb).
+# how much from deltas is a question for [chapter 11](11_what_makes_it_work.ipynb).
 #
 # Keep in mind that these are slices. In the real data every sick slice was chosen because it shows
 # lesions {cite:p}`Gunraj2020`, and the vector knows nothing about the patient around it.
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Find the number
 #
-# ```{exercise} Find the number
-# :label: ranked-boxes-index
-# :nonumber:
+# Kind: experiment, **
+#
 # Position 17 of the vector, counted from 0: which rank (from 1, as in the figures), and which of
 # the five numbers? Write the function and its inverse, and check both on all positions.
-# ```
 
-# %% [markdown]
-# ````{solution-start} ranked-boxes-index
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 
 
@@ -1219,25 +1174,16 @@ assert all(position_of(*meaning(i)) == i for i in range(5 * n))
 assert vector[17] == rows[3, 2]
 print("position 17: rank {}, {}".format(*meaning(17)))
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Move the whole slice
-# :label: ranked-boxes-shift
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Move the whole slice
+#
+# Kind: experiment, **
+#
 # Put the old friend on a black canvas twice as wide, a quarter of a slice from its left end, and
 # once more a quarter of a slice from its right end. Compare the ranked boxes of the two, decoded
 # and encoded.
-# ```
 
-# %% [markdown]
-# ````{solution-start} ranked-boxes-shift
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 
 
@@ -1255,30 +1201,22 @@ print(f"encoded: median difference {(rows_r - rows_l).abs().median():.0e}")
 print(f"to the control, for comparison: {(rows_l - together[0]).abs().median():.2f}")
 assert abs(moved - size / 2) < 2
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A convolution treats every place alike, so the features move with the slice, and so do proposals
 # and boxes. The code of a box against its proposal stays the same. The shift is a multiple of the
 # stride; otherwise the features would be sampled elsewhere and the rows would change a little. A
 # few rows far down may swap places, because their scores are almost equal.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} Rows per lesion
-# :label: ranked-boxes-lesions
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Rows per lesion
+#
+# Kind: experiment, **
+#
 # For how many of the $N$ rows of the old friend does the centre of the box lie inside a lesion, at
 # NMS thresholds of 0.25 and of 0.75? How many different lesions get at least one row with a score
 # above 0.5? Which of the two thresholds makes better use of its rows?
-# ```
 
-# %% [markdown]
-# ````{solution-start} ranked-boxes-lesions
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 from scipy.ndimage import label as regions
 
@@ -1301,28 +1239,20 @@ for threshold in (0.25, 0.75):
         f"{len(sure)} of {count} lesions with a score above 0.5"
     )
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A higher threshold lets more rows repeat what is known, and a lower one leaves more rows for other
 # places. Neither is better in itself: it depends on what $S$ makes of them, and on how large $N$
 # is.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} The author's rule, on average
-# :label: ranked-boxes-average
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · The author's rule, on average
+#
+# Kind: experiment, **
+#
 # Draw the author's padding 2,000 times for $K = 6$ and $N = 32$. How often is each box shown, on
 # average? Explain the result.
-# ```
 
-# %% [markdown]
-# ````{solution-start} ranked-boxes-average
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 generator = torch.Generator().manual_seed(SEED)
 copies = torch.stack(
@@ -1335,28 +1265,20 @@ expected = torch.full((6,), 31 / 6)
 expected[-1] += 1
 assert (copies.mean(0) - expected).abs().max() < 0.5 and copies[:, -1].min() >= 2
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Five random starts cut the $N - 1$ places into six pieces of equal mean length, $31/6$, and the
 # last box gets one row more, because no box may start at the last place. So even padding does about
 # what the author's rule does on average, without leaving anything to chance.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} A sixth number
-# :label: ranked-boxes-class
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 5 · A sixth number
+#
+# Kind: experiment, **
+#
 # The rows do not say whether a box is GGO or C. Compute the share of C among the first ten rows of
 # each of the sixty phantoms above, for each image class. Would a sixth column be worth a try?
-# ```
 
-# %% [markdown]
-# ````{solution-start} ranked-boxes-class
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 shares = []
 for picture in sample:
@@ -1369,13 +1291,10 @@ for c, name in enumerate(IMAGE_CLASSES):
         f"quartiles {np.quantile(share, 0.25):.0%} to {np.quantile(share, 0.75):.0%} (phantoms)"
     )
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Look at the quartiles before you compare the means: where those of two classes overlap, this share
 # alone does not tell them apart. And a share is only a coarse summary. Whether $S$ makes more of
-# the class of each row is tested in [chapter 8](08_what_makes_it_work.ipynb).
-#
-# ````{solution-end}
-# ````
+# the class of each row is tested in [chapter 11](11_what_makes_it_work.ipynb).
 
 # %% [markdown]
 # ## What we learned
@@ -1391,4 +1310,5 @@ for c, name in enumerate(IMAGE_CLASSES):
 #
 # The construction is section 3.2 of {cite:t}`TerSarkisov2020`. Proposals, box encoding and both
 # forms of joint training are in {cite:t}`Ren2015`, RoIAlign in {cite:t}`He2017`. In [chapter
-# 5](05_covid_ct_mask_net.ipynb) $S$ reads the vector.
+# 7](07_covid_ct_mask_net.ipynb) $S$ reads the vector.
+

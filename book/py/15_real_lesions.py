@@ -1,7 +1,5 @@
 # %% [markdown]
-# # Real CT
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/09_real_ct.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/09_real_ct.ipynb)
+# # 15 · Real CT
 #
 # Every chapter so far ran on phantoms. How does the method do on real CT? We read a small public set
 # of labelled slices, see what a model from another domain does on it, fine-tune for a minute, and
@@ -19,8 +17,8 @@
 # - run the method at full scale on the CNCB masks and COVIDx-CT, on one GPU or several;
 # - say what these data cannot show.
 #
-# **You need** [chapter 3](03_segmenter.ipynb) (training and judging the segmenter) and [chapter
-# 5](05_covid_ct_mask_net.ipynb) (the classifier). **Run time:** about one minute on two CPU cores
+# **You need** [chapter 5](05_segmenter.ipynb) (training and judging the segmenter) and [chapter
+# 7](07_covid_ct_mask_net.ipynb) (the classifier). **Run time:** about one minute on two CPU cores
 # in the preset `quick` (the first chapter that you run draws the phantoms once, which takes a few
 # minutes more); 151 seconds on a GPU (H200) that other chapters used, too.
 #
@@ -31,30 +29,8 @@
 # real slices instead. Nothing here is for diagnosis either way.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import csv
 import io
 import platform
@@ -133,7 +109,7 @@ EPOCHS = 4  # of fine-tuning
 # - **No Hounsfield units.** The slices are 8-bit JPEG, already windowed by someone.
 # - **Cropped** to the lungs, in many sizes.
 # - **Positive slices only.** Every patient had COVID-19. The set says nothing about controls or
-#   about common pneumonia, so the classifier of chapter 5 cannot be judged on it.
+#   about common pneumonia, so the classifier of chapter 7 cannot be judged on it.
 # - **No patient ids.** Slices of one patient may stand on both sides of any split, also of the
 #   published one.
 #
@@ -155,8 +131,7 @@ EPOCHS = 4  # of fine-tuning
 # up to half a lung, pictures in as many windows and contrasts as papers print, cropped to the
 # lungs, 8-bit JPEG, palette masks, stored as the real files are.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 preset = PRESETS[PRESET]
 size = 2 * preset.phantoms.size  # before cropping
 phantom_root = f"{DATA}/semiseg-phantoms-{PRESET}"
@@ -173,8 +148,7 @@ for path in sorted(folder.parents[1].glob("*/*/*")):
 # index a colour for display. The index is the class: 0 background, 1 GGO, 2 consolidation. A common
 # line of code, `convert("L")`, replaces the indices by the brightness of their colours.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 stored = Image.open(folder / "GT" / "1.png")
 print("mode", stored.mode)
 print("indices       ", np.unique(np.asarray(stored)).tolist())
@@ -203,8 +177,7 @@ plt.show()
 # `SemiSeg` reads the indices, turns both upright, and maps the indices to this book's codes, 2 for
 # GGO and 3 for consolidation. By hand it is three lines.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 indices = np.asarray(stored).T  # [H, W], upright
 by_hand = np.array([0, 2, 3], dtype=np.uint8)[indices]
 assert np.array_equal(by_hand, codes)
@@ -355,7 +328,6 @@ assert np.array_equal(painted, semantic_mask(found, 0.5))
 # slice that has no consolidation, and in which none is found? Dice is 0/0 there. We leave such
 # slices out. If consolidation is found where there is none, Dice is 0 and counts. (An exercise below
 # shows how much this decision moves the mean.)
-
 
 # %%
 def dice_of(painted, truth):
@@ -536,7 +508,6 @@ plt.show()
 # The score threshold is a knob like any other. Turn it for the fine-tuned model. Scores can be low
 # after so short a training: if nothing is painted, turn it down.
 
-
 # %%
 shown, shown_target = test[len(test) // 2]
 with torch.no_grad():
@@ -574,7 +545,6 @@ frame_slider(
 
 # %% [markdown]
 # With a running notebook you can choose any threshold:
-
 
 # %% tags=["remove-output"]
 def look(threshold):
@@ -739,8 +709,7 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # phantom is [drawn in HU](phantoms_made.ipynb) and stored through nearly that window (its scanner
 # may set it a little higher or wider), so inside it we can go back, to within some tens of HU.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 level, width = LUNG_WINDOW
 friend, friend_mask = old_friend(preset.phantoms.size)
 low = level - width / 2  # HU that are black
@@ -761,7 +730,6 @@ print(f"black below {low:g}, white above {low + width:g} HU")
 # %% [markdown]
 # Change the window. GGO, at some -700 to -300 HU, vanishes in a window for soft tissue, and so does
 # the whole lung.
-
 
 # %%
 WINDOWS = {
@@ -809,7 +777,6 @@ frame_slider(
 
 # %% [markdown]
 # With a running notebook you can set level and width:
-
 
 # %% tags=["remove-output"]
 def look_through(level, width):
@@ -882,59 +849,6 @@ assert soft < window_dice["lung (-600, 1500)"]
 # To see it work without a patient's file, we write our old friend's whole chest as a DICOM series,
 # with file names in disorder and a name in the tags.
 
-# %%
-friend_patient = make_patient(*FRIEND)
-positions = POSITIONS[::7]  # 0 is the apex of the lungs, 1 the base
-size = preset.phantoms.size
-drawn = [render(friend_patient, position, size) for position in positions]
-stack = np.stack([image for image, _ in drawn])  # [slices, H, W], from apex
-lesion_share = np.array([(mask >= 2).mean() for _, mask in drawn])
-stack_hu = np.round(stack * width + low).astype(np.int16)  # the same, in HU
-temporary = tempfile.TemporaryDirectory()
-series = Path(temporary.name) / "Doe_Jane"
-HAS_PYDICOM = importlib.util.find_spec("pydicom") is not None
-
-
-def write_dicom(path, hu, height, series_id):
-    """A slice as a scanner writes it; `height` in mm, up to the head."""
-    import pydicom
-    from pydicom import uid
-
-    meta = pydicom.dataset.FileMetaDataset()
-    meta.MediaStorageSOPClassUID = uid.CTImageStorage
-    meta.MediaStorageSOPInstanceUID = uid.generate_uid()
-    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    scan = pydicom.Dataset()
-    scan.file_meta = meta
-    scan.PatientName, scan.SeriesInstanceUID = "Doe^Jane", series_id
-    scan.ImagePositionPatient = [0, 0, height]
-    scan.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    scan.PixelSpacing = [3, 3]  # mm
-    scan.Rows, scan.Columns = hu.shape
-    scan.SamplesPerPixel, scan.PhotometricInterpretation = 1, "MONOCHROME2"
-    scan.BitsAllocated = scan.BitsStored = 16
-    scan.HighBit, scan.PixelRepresentation = 15, 0
-    scan.RescaleSlope, scan.RescaleIntercept = 1, -1350
-    scan.PixelData = (hu + 1350).astype(np.uint16).tobytes()
-    scan.save_as(path, enforce_file_format=True)
-
-
-if not HAS_PYDICOM:
-    print(f"Skipped: `pip install {PACKAGES}` brings pydicom.")
-else:
-    from pydicom.uid import generate_uid
-
-    series.mkdir()
-    series_id = generate_uid()
-    names = np.random.default_rng(SEED).permutation(len(stack))
-    for i, name in enumerate(names):
-        path, height = series / f"IM{name:04d}", -250 * positions[i]
-        write_dicom(path, stack_hu[i], height, series_id)
-    (scan,), notes = find_scans([series])
-    again = np.stack(list(read_slices(scan.slices)))  # from the feet up
-    assert np.abs(again[::-1] - stack).max() < 1 / width  # rounded
-    print(f"{len(again)} slices came back in order; notes: {notes}")
-
 # %% [markdown]
 # Now the whole command, called from Python. Its outputs are a picture of each slice and two tables:
 # `predictions.csv` with a row for each slice, and `summary.csv` with a row for each volume.
@@ -967,22 +881,6 @@ if HAS_PYDICOM:
 # %% [markdown]
 # A NIfTI file holds the whole scan. Its axes run from left to right, to the front and to the head,
 # in whatever order its affine says; the reader turns them so that the same slices come out.
-
-# %%
-if importlib.util.find_spec("nibabel") is None:
-    print(f"Skipped: `pip install {PACKAGES}` brings nibabel.")
-else:
-    import nibabel
-
-    # the file's axes run to the right, to the front and to the head; ours
-    # to the left of the patient, to the back and to the feet: all reversed
-    volume = stack_hu.transpose(2, 1, 0)[::-1, ::-1, ::-1]
-    path = Path(temporary.name) / "friend.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path)
-    (scan,), _notes = find_scans([path])
-    again = np.stack(list(read_slices(scan.slices)))
-    assert np.abs(again[::-1] - stack).max() < 1 / width
-    print(f"{len(again)} slices in one NIfTI file, read back one by one")
 
 # %% [markdown]
 # ## A scan is many slices
@@ -1109,20 +1007,16 @@ temporary.cleanup()
 #   would be a reason to be suspicious.
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Lying on the side
 #
-# ```{exercise} Lying on the side
-# :label: real-ct-transposed
-# :nonumber:
+# Kind: experiment, **
+#
 # Forget to transpose: give the shipped segmenter the test slices as they are stored, and transpose
 # its masks before you compare. What does the trap cost?
-# ```
 
-# %% [markdown]
-# ````{solution-start} real-ct-transposed
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 upright_dice, lying_dice = [], []
 for index in test_indices[:16]:
@@ -1135,29 +1029,20 @@ for index in test_indices[:16]:
 print(f"{KIND}, {len(upright_dice)} slices, mean Dice of infection")
 print(f"upright {np.nanmean(upright_dice):.2f}, as stored {np.nanmean(lying_dice):.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A lesion looks much the same lying on its side, and the chest around it does not. Whatever the
 # trap costs here, nothing fails and nothing warns: the number is all that you would see of it.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Whose mean?
-# :label: real-ct-empty
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Whose mean?
+#
+# Kind: experiment, **
+#
 # Compute the mean Dice of consolidation for the fine-tuned model in three ways: leave slices out
 # that have none and where none is found, count them as 1, or pool the pixels of all slices into one
 # Dice. How far apart are they?
-# ```
 
-# %% [markdown]
-# ````{solution-start} real-ct-empty
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 threshold = scores["fine-tuned from shipped weights"][0]
 values, both, total = [], 0, 0
@@ -1172,29 +1057,19 @@ print(f"left out     {np.nanmean(values):.2f}")
 print(f"counted as 1 {np.nan_to_num(values, nan=1).mean():.2f}")
 print(f"pooled       {2 * both / total:.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The masks are the same each time. So compare a mean Dice only with one whose rule you know.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Names from one number
-# :label: real-ct-names
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Names from one number
+#
+# Kind: experiment, **
+#
 # Take the lesion pixels that the fine-tuned model finds in the test slices, and forget its names.
 # Call a pixel consolidation if it is brighter than a limit. Choose the limit on the training slices,
 # with their true masks. Whose names are better, by the mean Dice of GGO and of consolidation?
-# ```
 
-# %% [markdown]
-# ````{solution-start} real-ct-names
-# :class: dropdown
-# ````
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 def name_by_grey(lesion, grey, limit):
     """Codes [H, W]: 2 (GGO) or 3 (consolidation) in the lesion, 0 elsewhere."""
@@ -1229,7 +1104,7 @@ for name, values in names.items():
     ggo, consolidation = np.nanmean(values, axis=0)
     print(f"names {name:20} {ggo:.2f}  {consolidation:.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The last row gives the found lesion pixels their right names, and leaves alone those that are no
 # lesion: about the most that better names can gain. What is still missing to 1 is lost in the
 # outlines. On the real slices of the table above the names of the network are no better than those
@@ -1237,25 +1112,16 @@ for name, values in names.items():
 # names, or there is little more to know. Such a baseline takes minutes; put it beside every network
 # that you report.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Too large for the anchors
-# :label: real-ct-anchors
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · Too large for the anchors
+#
+# Kind: experiment, **
+#
 # The RPN learns a box when an anchor overlaps it by more than a threshold, or is the best for it.
 # What share of the training lesions here has an anchor above the threshold (`rpn_iou[0]`), with the
 # preset's anchor sizes, and with sizes twice as large? Centre the anchor on the box.
-# ```
 
-# %% [markdown]
-# ````{solution-start} real-ct-anchors
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 sides = []
 for image, target in train:
@@ -1272,15 +1138,11 @@ for factor in (1, 2):
     share = (best > preset.detector.rpn_iou[0]).float().mean()
     print(f"sizes x {factor}: {share:.0%} of {len(sides)} lesions have an anchor  ({KIND})")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # This is the best case: real anchors stand on a grid and miss the centre. Larger sizes win where many
 # lesions outgrow the anchors, and lose where as many are small. The change is one line,
 # `replace(preset.detector, anchor_sizes=...)`; the shipped weights still load, because the number
 # of anchors stays the same, though each output now means another size.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1298,3 +1160,4 @@ for factor in (1, 2):
 # {cite:t}`Gunraj2020` COVIDx-CT. {cite:t}`Roberts2021` list what goes wrong when such models meet
 # real patients; {cite:t}`DeGrave2021` show models that learned the source of a picture.
 # {cite:t}`Aleem2020` use Mask R-CNN for the same lesions.
+

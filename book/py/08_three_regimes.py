@@ -1,7 +1,5 @@
 # %% [markdown]
-# # Three training regimes
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/06_three_regimes.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/06_three_regimes.ipynb)
+# # 8 · Three training regimes
 #
 # A trained detector, its ranked boxes and the module $S$ make the classifier. What happens when
 # only $S$ learns, when batch normalisation learns too, and when everything does? The paper trains
@@ -15,8 +13,8 @@
 # - train $S$ alone at the price of one pass of the detector;
 # - read a comparison of regimes with its intervals, and measure what a detector forgets.
 #
-# **You need** the ranked boxes of [chapter 4](04_ranked_boxes.ipynb) and the module $S$ of [chapter
-# 5](05_covid_ct_mask_net.ipynb); the chapter runs alone. **Run time:** a few minutes on two CPU
+# **You need** the ranked boxes of [chapter 6](06_ranked_boxes.ipynb) and the module $S$ of [chapter
+# 7](07_covid_ct_mask_net.ipynb); the chapter runs alone. **Run time:** a few minutes on two CPU
 # cores in the preset `quick`. The first chapter that you run also draws the phantoms, once, which
 # takes a few minutes more.
 #
@@ -27,30 +25,8 @@
 # result on patients, and nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import copy
 import platform
 from dataclasses import replace
@@ -113,7 +89,7 @@ DATA = os.environ.get("COVIDMASK_DATA", "data")
 
 # %% [markdown]
 # All regimes start from the same two things: the trained segmenter of
-# [chapter 3](03_segmenter.ipynb) without its mask branch, and an $S$ with random weights. `fresh`
+# [chapter 5](05_segmenter.ipynb) without its mask branch, and an $S$ with random weights. `fresh`
 # puts a new copy together, always with the same random $S$.
 
 # %%
@@ -203,7 +179,6 @@ plt.show()
 # the batch. The package derives the order of an epoch from the seed and the number of the epoch, so
 # that a run can be repeated and resumed. `pick` makes a data set of a few slices.
 
-
 # %%
 def pick(dataset, indices):
     """The slices with these numbers, as a data set of their own."""
@@ -230,8 +205,7 @@ labels = torch.tensor([batch[i][1] for i in order], device=device)  # [B]
 # runs, no detection loss is computed, and batch normalisation uses its running statistics. The
 # rows carry a gradient, because the $\gamma$ and $\beta$ before them learn.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 model = fresh()
 parameters = set_regime(model, "heads_bn")
 rows = model.ranked_boxes(images)  # [B, N, 5]
@@ -240,8 +214,7 @@ print(tuple(rows.shape), "requires a gradient:", rows.requires_grad)
 # %% [markdown]
 # **Line 8: $S$.** Two hidden layers with ReLU and one linear layer.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 first, second = model.s.fc_scores, model.s.fc_scores_2
 last = model.s.fc_scores_img
 x = rows.flatten(1)  # [B, 5N]
@@ -302,8 +275,7 @@ for theta, gradient in zip(parameters, gradients, strict=True):
 # weight decay nearly cancel, rounding decides the sign of their sum, and Adam turns even that into
 # a step of size $\alpha$.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 package = fresh()
 _ = train_classifier(
     package,
@@ -376,8 +348,7 @@ def one_step(regime, images, labels, rate):
     return model, before
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 few = slice(0, min(8, len(images)))
 stepped, changed = {}, {}
 for regime in REGIMES:
@@ -424,8 +395,7 @@ print("on the optimiser's list, without a gradient:", ", ".join(unreached))
 # `None`. To a gradient of zero it adds the weight decay and divides the sum by its own size: the
 # parameter moves by $\alpha$ towards zero.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for gradient in (None, torch.zeros(1)):
     theta = torch.ones(1, requires_grad=True)
     theta.grad = gradient
@@ -479,8 +449,7 @@ for part, values in sizes.items():
 # How many parameters does each regime train? We count for the preset `quick` and for the paper's
 # model: ResNet-50, $N = 256$, $S$ with two layers of 1024.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print(f"{'':8}", *(f"{title:>11}" for title in (*REGIMES, "of it S")))
 for name in ("quick", "paper"):
     detector = lesion_mask_rcnn(PRESETS[name].detector)
@@ -498,8 +467,7 @@ assert counts[:2] == [2_364_419, 2_417_539]
 # name of a parameter, but the batch-norm layers on the shortcuts of ResNet are called
 # `downsample.1`, and so it misses them. Here is what its rule finds in the paper's model:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 parameters = sized.named_parameters()
 found = [p for n, p in parameters if n.startswith("s.") or "bn" in n]
 by_name = sum(p.numel() for p in found)
@@ -534,8 +502,7 @@ assert by_name == 2_409_859 and by_name + missed == 2_417_539
 # for each channel: $y = a_c x + d_c$ with $a_c = \gamma_c / \sqrt{\sigma_c^2 + \epsilon}$ and
 # $d_c = \beta_c - a_c \mu_c$. We check this on the first layer, with our old friend.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 body = fresh().detector.backbone.body
 with torch.no_grad():
     picture = segmenter.transform([friend])[0].tensors  # [1, 3, H, W]
@@ -582,7 +549,6 @@ plt.show()
 # training mode, and put our old friend into batches with other slices. The function returns the
 # friend's scores, best first.
 
-
 # %%
 def friend_scores(companions, statistics):
     """Scores of the old friend by rank [N], in a batch with others.
@@ -622,7 +588,6 @@ assert change > 1e-3
 # the batch, the same slice gets different scores in each batch. A diagnosis cannot work like that:
 # a patient's result must not depend on who is examined at the same time. Move the slider to see
 # batches of other sizes.
-
 
 # %%
 def draw_company(size):
@@ -666,7 +631,6 @@ frame_slider(
 
 # %% [markdown]
 # The next cell draws the same for any size; it needs a running notebook.
-
 
 # %% tags=["remove-output"]
 def show_company(size):
@@ -744,8 +708,7 @@ for regime in REGIMES:
 # same rows in each epoch. They can be computed once and kept, and the package does so without being
 # asked. Here is what the hook has counted:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 steps = len(history["full"])
 assert passes["heads"] == len(live)
 assert passes["heads_bn"] == passes["full"] == steps * training.batch_size
@@ -760,7 +723,7 @@ print(f"saved: {1 - total / whole:.0%}")
 # With $E$ epochs the saving is about $1 - 1/E$. That is why the other chapters use "heads": one can
 # try many modules $S$ on rows that were computed once. The other two regimes must run the detector
 # at every step and keep the activations of the backbone for the backward pass. (They differentiate
-# only the $N$ RoIs that are ranked; see [chapter 4](04_ranked_boxes.ipynb).)
+# only the $N$ RoIs that are ranked; see [chapter 6](06_ranked_boxes.ipynb).)
 #
 # ### What the regimes do to the old friend
 #
@@ -800,7 +763,6 @@ plt.show()
 #
 # To measure it, we put the mask branch of the segmenter back beside the changed box branch and
 # evaluate on lesion slices of patients that no model has trained on.
-
 
 # %%
 def with_masks(model):
@@ -1005,7 +967,7 @@ plt.show()
 # %% [markdown]
 # ## For the next chapters
 #
-# Chapters 5 and 7 need a classifier trained in "heads" with the whole schedule. The package ships
+# Chapters 7 and 10 need a classifier trained in "heads" with the whole schedule. The package ships
 # one for the preset `quick`. In another preset this cell trains it and writes it where they look.
 
 # %%
@@ -1025,7 +987,7 @@ else:
     _ = save_model(
         model,
         file,
-        trained_by="book/06_three_regimes",
+        trained_by="book/08_three_regimes",
         regime="heads",
         seed=SEED,
     )
@@ -1033,21 +995,17 @@ else:
 
 # %% [markdown]
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Let the statistics move
 #
-# ```{exercise} Let the statistics move
-# :label: 06-three-regimes-statistics
-# :nonumber:
+# Kind: experiment, **
+#
 # Take the model that was trained in "heads". Let batch normalisation update its running statistics
 # on ten batches of training slices, without any gradient. What happens to the validation accuracy,
 # and why?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 06-three-regimes-statistics
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 model = copy.deepcopy(models["heads"])
 frozen = evaluate_classifier(model, held_out, progress=False)
@@ -1070,30 +1028,22 @@ print(f"with frozen statistics  {frozen['accuracy']:.1%}")
 print(f"with updated statistics {updated['accuracy']:.1%}")
 print(f"slices with another prediction: {other.float().mean():.1%}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # No weight has changed, only means and variances. They came from slices of COVID-19 patients; now
 # they come from slices of all three classes. Each channel is shifted and scaled, so the rows
 # change, and $S$ was trained on the old ones. Look at the predictions and not at the accuracy
 # alone: it can stay the same, or even rise, while many slices get another class.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} Only gamma, or only beta
-# :label: 06-three-regimes-affine
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Only gamma, or only beta
+#
+# Kind: experiment, **
+#
 # Keep the $S$ that was trained in "heads" fixed and let only $\gamma$, or only $\beta$, learn for
 # six steps on one batch of validation slices, at the preset's rate and at a tenth of it. Which
 # lowers the loss of this batch more? Does it fall smoothly in any of the four runs?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 06-three-regimes-affine
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 total = len(slices["val"])
 some_slices = pick(slices["val"], range(0, total, total // 15))
@@ -1117,30 +1067,21 @@ for name, attribute in (("gamma", "weight"), ("beta", "bias")):
             adam.step()
         print(f"only {name:5} at {step_size:g}: {' '.join(losses)}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Adam's first step has the same size for both, but $\gamma$ is near one and $\beta$ near zero, so
 # the step changes $\beta$ more in relation to its size. In the run shown here no loss falls
 # smoothly. Where it goes up and down even at a tenth of the rate, think of the ranking: boxes that
 # swap ranks make the rows jump, and the gradient knows nothing of that.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} Ten times the rate
-# :label: 06-three-regimes-rate
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Ten times the rate
+#
+# Kind: experiment, **
+#
 # Train "full" for some steps at ten times the rate that the chapter used for it. How much do the
 # ranked boxes still differ between slices?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 06-three-regimes-rate
-# :class: dropdown
-# ````
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 def spread(model):
     """Mean standard deviation of the ranked boxes over 16 slices."""
@@ -1166,29 +1107,21 @@ third = torch.tensor(1 / 3)
 guess = -(third * third.log() + 2 * third * (1 - third).log())
 print(f"loss if every probability is 1/3: {guess:.3f}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # If the spread falls, all slices look alike to $S$, and the best that it can do is to give each
 # class its share, one third. In a longer run you would notice it by a loss that stays near that of
 # "always 1/3"; after ten steps the loss of one batch says little.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} The loss as it is printed
-# :label: 06-three-regimes-positive
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · The loss as it is printed
+#
+# Kind: experiment, **
+#
 # Train two modules $S$ on the cached rows of the live slices: one with binary cross-entropy, one
 # with the positive term alone, $-\sum_k y_k \log \sigma(\hat{y}_k)$, as Algorithm 1 prints it.
 # Compare the probabilities.
-# ```
 
-# %% [markdown]
-# ````{solution-start} 06-three-regimes-positive
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 cached = cache_ranked_boxes(models["heads"], live, progress=False)
 cached = cached.to(device)  # [M, N, 5]
@@ -1217,14 +1150,11 @@ for name, function in losses.items():
     print(f"{name:14} loss {loss.item():.3f}, ", end="")
     print(f"above 0.5: {above:.0%}, accuracy here {right:.0%}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The positive term is lowest when *every* logit is large, because nothing punishes a wrong class. A
 # module that has learned its slices with both terms has about one third of its outputs above one
 # half, since each slice has one class of three. (Both are evaluated on their own training slices
 # here.)
-#
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1247,3 +1177,4 @@ for name, function in losses.items():
 # {cite:t}`Kingma2015` is Adam; the size of its steps is the subject of their section 2.1.
 # {cite:t}`Ren2015` trains the RPN and the detector that reads its proposals, and discusses why the
 # proposals' coordinates get no gradient. {cite:t}`He2017` is the detector that we change here.
+

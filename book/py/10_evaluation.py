@@ -1,7 +1,5 @@
 # %% [markdown]
-# # Evaluation
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/07_evaluation.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/07_evaluation.ipynb)
+# # 10 · Evaluation
 #
 # How good is the classifier, and how sure are we? One pass over the test slices gives three
 # probabilities for each slice. Everything in this chapter is counted from that one table, first by
@@ -15,7 +13,7 @@
 # - say how PPV and accuracy change with the mix of classes, and choose a threshold;
 # - say what a good test result does not show.
 #
-# **You need** [chapter 5](05_covid_ct_mask_net.ipynb) for what the model is, or [the whole
+# **You need** [chapter 7](07_covid_ct_mask_net.ipynb) for what the model is, or [the whole
 # path](00_whole_path.ipynb). The chapter runs alone, with the weights that come with the package.
 # **Run time:** less than a minute on two CPU cores in the preset `quick`. The first chapter that
 # you run also draws the phantoms, once, which takes a few minutes more.
@@ -27,30 +25,8 @@
 # paper and of the released code are quoted with their source. Nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import platform
 from statistics import NormalDist
 
@@ -85,8 +61,7 @@ PRESET = "quick"  # or "colab", "paper"
 SEED = 0
 DATA = os.environ.get("COVIDMASK_DATA", "data")
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 preset = PRESETS[PRESET]
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
 test = SliceImages(root / "slices", "test")
@@ -99,7 +74,7 @@ for name, slices, patients in zip(
 # %% [markdown]
 # ## One pass over the test slices
 #
-# The model is the one that [chapter 6](06_three_regimes.ipynb) calls "heads": a trained detector
+# The model is the one that [chapter 8](08_three_regimes.ipynb) calls "heads": a trained detector
 # that stays as it is, and a module $S$ trained on its ranked boxes. It has seen none of these
 # patients. Each class has its own sigmoid, so the three probabilities of a slice need not sum to 1.
 # The largest one decides.
@@ -204,7 +179,6 @@ print(f"accuracy {accuracy:.1%} on {len(test)} slices")
 # The common shortcut $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$ puts $\hat p$ under the root
 # where $p$ belongs. At $\hat p = 1$ it has no width at all, while Wilson's interval still does.
 
-
 # %%
 def wilson_by_hand(successes, total, level=0.95):
     """Both ends of Wilson's interval, as fractions."""
@@ -246,7 +220,6 @@ print(f"{len(names)} patients, {len(test) / len(names):.1f} slices each")
 # %% [markdown]
 # Then we draw as many patients as there are, with replacement, and add their matrices. We do this
 # 1,000 times. The middle 95 % of the results is the interval.
-
 
 # %%
 def draws(matrices, repeats, seed):
@@ -345,8 +318,7 @@ assert 0.7 < effect < k + 1
 # 72 each. We know of no published correlation there, so let us try some values, for the accuracy of
 # 95.64 % that the released code reports.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 slices, patients, share = 21191, 293, 0.9564
 print(f"{slices / patients:.0f} slices a patient")
 print("correlation  design effect  independent slices  half width (points)")
@@ -414,8 +386,7 @@ plt.show()
 # a COVID-19 sensitivity and an accuracy for each {cite:p}`TerSarkisov2020`. It is good to publish
 # matrices: everybody can compute from them what the authors did not.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 published = {
     "merged masks": [[9236, 188, 26], [116, 7150, 129], [20, 298, 4028]],
     "two masks": [[9158, 278, 14], [204, 7030, 161], [15, 251, 4080]],
@@ -487,8 +458,7 @@ for name, *cells, ours in lines:
 # first two a slice. So let us compute an interval for each number. The counts are not printed; we
 # take the whole numbers nearest to the printed shares.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # test cases, COVID-19 cases, COVID-19 sensitivity %, accuracy %
 table_3 = {  # the paper prints 21,182 slices
     "COVID-CT-Mask-Net": (21182, 4346, 90.80, 91.66),
@@ -565,8 +535,7 @@ plt.show()
 # Change the mix, and the accuracy changes with the same model. Here is what it does to the paper's
 # own comparison of regimes.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 mix = np.array([9450, 7395, 4346]) / 21191  # COVIDx-CT-1, test
 printed = {
     "heads + BN (control 92.10, as in the abstract)": [92.10, 91.62, 90.80],
@@ -590,7 +559,6 @@ for name, values in printed.items():
 #
 # The formula keeps the ratio of controls to common pneumonia as it is in the test set.
 
-
 # %%
 def rates(matrix):
     """Sensitivity, false positive rate and share of COVID-19."""
@@ -611,8 +579,7 @@ for matrix in (counts, published["two masks"]):
     value = ppv_at(covid, found, false_alarms)
     assert abs(value - report(matrix)["ppv"][2]) < 1e-6
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 found, false_alarms, covid = rates(published["two masks"])
 print("two masks, published:")
 print(f"sensitivity {found:.2%}, false positive rate {false_alarms:.2%}")
@@ -624,7 +591,6 @@ for prevalence in (covid, 0.1, 0.05, 0.01):
 # One slice in five of the test set is COVID-19. Where one in a hundred is, the same model, with the
 # same sensitivity, would be wrong in about half of its alarms. So whenever you give a PPV, give the
 # prevalence with it.
-
 
 # %%
 def draw_prevalence(prevalence):
@@ -672,7 +638,6 @@ frame_slider(
 
 # %% [markdown]
 # The next cell needs a running notebook: a slider for any prevalence.
-
 
 # %% tags=["remove-output"]
 def show_prevalence(prevalence):
@@ -799,7 +764,6 @@ frame_slider(
 
 # %% [markdown]
 # The next cell needs a running notebook: a slider for any threshold.
-
 
 # %% tags=["remove-output"]
 def show_threshold(threshold):
@@ -1018,22 +982,18 @@ else:
 #   {cite:p}`Roberts2021`.
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Does the interval keep its promise?
 #
-# ```{exercise} Does the interval keep its promise?
-# :label: evaluation-coverage
-# :nonumber:
+# Kind: experiment, **
+#
 # An interval of 95 % should contain the true $p$ in 95 % of all experiments. Take $p = 0.9$ and
 # $n = 32$ (the COVID-19 cases of the smallest test set in Table 3). Simulate 10,000 experiments.
 # How often does Wilson's interval contain $p$, and how often does
 # $\hat p \pm 1.96 \sqrt{\hat p (1 - \hat p) / n}$?
-# ```
 
-# %% [markdown]
-# ````{solution-start} evaluation-coverage
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 p, n = 0.9, 32
 successes = np.random.default_rng(SEED).binomial(n, p, size=10_000)
@@ -1046,29 +1006,20 @@ kept = (ends[:, 0] <= p) & (p <= ends[:, 1])
 print(f"Wilson {kept.mean():.1%}, shortcut {simple.mean():.1%}")
 assert kept.mean() > 0.93 > simple.mean()
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Near 0 or 1 and with few slices, the shortcut contains $p$ less often than it promises, by several
 # percentage points.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} How many slices of a patient?
-# :label: evaluation-slices
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · How many slices of a patient?
+#
+# Kind: experiment, **
+#
 # Classify each patient from 1, 2, ... of the slices, chosen at random, by the mean probability. How
 # does the accuracy over patients grow? What would you expect if all slices of a patient were the
 # same?
-# ```
 
-# %% [markdown]
-# ````{solution-start} evaluation-slices
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 generator = torch.Generator().manual_seed(SEED)
 for used in range(1, preset.phantoms.slices_per_patient + 1):
@@ -1090,29 +1041,20 @@ for used in range(1, preset.phantoms.slices_per_patient + 1):
     mean = torch.stack(shares).mean()
     print(f"{used} slices a patient: {mean:.1%} of patients (phantoms)")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # If all slices of a patient were the same, the accuracy would not grow at all, and the design
 # effect would be the number of slices.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} A threshold that was not tuned on the test set
-# :label: evaluation-threshold
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · A threshold that was not tuned on the test set
+#
+# Kind: experiment, **
+#
 # On the validation slices, find the largest threshold of the COVID-19 sigmoid at which at least
 # 90 % of the COVID-19 slices are found. Apply it to the test slices. Is the sensitivity there still
 # 90 %?
-# ```
 
-# %% [markdown]
-# ````{solution-start} evaluation-threshold
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 validation = SliceImages(root / "slices", "val")
 on_validation = evaluate_classifier(model, validation, progress=False)
@@ -1134,15 +1076,11 @@ for name, scores, true in (
         f"({low:.1%} to {high:.1%}), specificity {spared:.1%}"
     )
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The 90 % hold on the slices on which the threshold was chosen. On new patients they may not. The
 # threshold rests on the COVID-19 slices of a few validation patients, and the test patients are
 # another sample, so the sensitivity there can be further from 90 % than either interval suggests.
 # Both intervals treat slices as independent, too.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1160,3 +1098,4 @@ for name, scores, true in (
 # {cite:t}`Roberts2021` list what goes wrong in studies like these, {cite:t}`DeGrave2021` show how a
 # model takes a shortcut. The test split is that of {cite:t}`Gunraj2020`, the published tables are
 # those of {cite:t}`TerSarkisov2020`.
+

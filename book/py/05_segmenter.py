@@ -1,7 +1,5 @@
 # %% [markdown]
-# # Training and judging the segmenter
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/03_segmenter.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/03_segmenter.ipynb)
+# # 5 · Training and judging the segmenter
 #
 # How do you train the detector, and how can you tell whether it is any good? In this chapter you
 # train Mask R-CNN from random weights and watch it learn. Then we take apart the numbers by which a
@@ -15,7 +13,7 @@
 # - say why two numbers called "AP" may not be compared;
 # - report a result with an interval and a baseline, and say which lesions are missed.
 #
-# **You need** the parts of Mask R-CNN from [chapter 2](02_mask_rcnn.ipynb), and the data of
+# **You need** the parts of Mask R-CNN from [chapter 2](02_region_proposals.ipynb), and the data of
 # [chapter 1](01_data.ipynb). The chapter runs without them. **Run time:** about 4 minutes on two
 # CPU cores in the preset `quick`, of which the training takes 3 (the first chapter that you run
 # draws the phantoms once, which takes a few minutes more); 122 seconds on a GPU (H200) that other
@@ -28,30 +26,8 @@
 # on patients, and nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import copy
 import math
 import platform
@@ -124,8 +100,7 @@ SHARE_OF_EPOCHS = 0.8
 # The lesion set is split by patient. Neighbouring slices of one patient look alike, so a slice in
 # the training part would give away its neighbour in the test part.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 preset = PRESETS[PRESET]
 classes = LESION_CLASSES[preset.detector.lesions]
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
@@ -166,8 +141,7 @@ plt.show()
 # One batch is a list of images and a list of targets. A target holds a box, a label and a mask for
 # each lesion of its slice. They are lists because slices have different numbers of lesions.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 items = [train[i] for i in range(20) if len(train[i][1]["labels"])]
 items = items[: preset.segmenter.batch_size]
 images = [image.to(device) for image, _ in items]
@@ -268,8 +242,7 @@ plt.show()
 # processes, and stops if a loss is not finite. Here are the settings of the paper's released code
 # and ours.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 paper = PRESETS["paper"]
 rows = [
     ("backbone", lambda p: f"{p.detector.backbone}, cut {p.detector.cut}"),
@@ -319,13 +292,12 @@ print(f"{len(history)} steps, {size:,} parameters")
 # that come with the package, trained by the same call for all epochs. In the other presets they
 # take what you have just trained.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 if PRESET == "quick":
     print("preset quick: the other chapters load the package's weights")
 else:
     file = weights_file("segmenter", PRESET)
-    note = {"trained_by": "book/03_segmenter", "seed": SEED}
+    note = {"trained_by": "book/05_segmenter", "seed": SEED}
     _ = save_model(segmenter, file, **note, steps=len(history))
     print(f"saved for the other chapters as {file.name}")
 
@@ -361,8 +333,7 @@ plt.show()
 # statistics. The released code computes the validation losses in train mode, so its validation
 # slices change the model a little. We show this on a copy.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 copied = copy.deepcopy(segmenter)
 buffers = copied.named_buffers()
 statistics = {name: b.clone() for name, b in buffers if "running" in name}
@@ -389,7 +360,6 @@ assert after_eval == 0 and after_train > 0
 # In eval mode the detector answers with boxes, labels, scores and masks. It keeps all boxes with
 # scores above 0.05, many of them doubtful. A reader wants fewer boxes, and so chooses a *score
 # threshold*. The paper draws and counts what scores above 0.75.
-
 
 # %%
 @torch.no_grad()
@@ -422,7 +392,6 @@ plt.show()
 # Move the score threshold. A low one keeps more of the lesions, but also more boxes on other
 # things; a high one loses some of them. No single value is right, so a good measure has to look at
 # all of them.
-
 
 # %%
 def zoom(ax, mask):
@@ -463,7 +432,6 @@ frame_slider(
 # %% [markdown]
 # With a running notebook you can choose any value:
 
-
 # %% tags=["remove-output"]
 def live_scores(threshold):
     """Draw into the widget."""
@@ -486,7 +454,6 @@ _ = ipywidgets.interact(
 #
 # NMS takes the box with the best score, removes all others whose IoU with it is above a threshold,
 # takes the best of what is left, and so on.
-
 
 # %%
 def box_overlap(box, others):
@@ -514,7 +481,6 @@ def nms_by_hand(boxes, scores, threshold):
 # To try it out we need the boxes *before* NMS. Backbone and RPN do not know the threshold of the
 # last stage, so we compute features and proposals once, and then run only the RoI heads, as often
 # as we like. Nothing has to be trained again. A threshold of 1 removes nothing.
-
 
 # %%
 @torch.no_grad()
@@ -551,7 +517,6 @@ for threshold in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
 # above 0.75, and a pixel of its mask if the logit is above 0, that is, a probability above 0.5. We
 # remake it on phantoms, with our old friend on top. Below come the judged slice whose C lies
 # deepest in a GGO, and the one with the most GGO and no C. We put the truth first.
-
 
 # %%
 def deepest(target):
@@ -602,7 +567,6 @@ plt.show()
 # Slide through more thresholds. The score threshold is low here (0.25), so that you see what NMS
 # takes away.
 
-
 # %%
 def draw_nms(nms):
     """Our old friend at one NMS threshold, scores above 0.25."""
@@ -623,7 +587,6 @@ frame_slider(
 
 # %% [markdown]
 # With a running notebook you can choose any value:
-
 
 # %% tags=["remove-output"]
 def live_nms(nms):
@@ -652,8 +615,7 @@ _ = ipywidgets.interact(
 # We can test the first two without any model. Suppose we had a perfect detector, whose boxes are
 # the true ones. How many lesions would NMS remove?
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 total = sum(len(target["labels"]) for target in true)
 print(f"perfect boxes of {total} lesions: how many does NMS remove?")
 for threshold in (0.1, 0.25, 0.5, 0.75):
@@ -672,7 +634,7 @@ for threshold in (0.1, 0.25, 0.5, 0.75):
 # separate regions, and their boxes hardly overlap. On real slices, where large lesions run into
 # each other, it may be otherwise. The counts for all classes together answer the second: there are
 # such lesions, and NMS per class keeps them. The third argument is about the classifier, and
-# [chapter 4](04_ranked_boxes.ipynb) takes it up. What the threshold does to the quality of a
+# [chapter 6](06_ranked_boxes.ipynb) takes it up. What the threshold does to the quality of a
 # *detector* we can find out once we have a measure for it.
 #
 # ## Average precision by hand
@@ -775,7 +737,6 @@ plt.show()
 # where a recall that is never reached gives 0. Only the *order* of the scores matters, not their
 # values.
 
-
 # %%
 def average_precision(hits, n_targets):
     """AP by COCO's 101 recalls; hits bool [K] in falling score."""
@@ -793,8 +754,7 @@ def average_precision(hits, n_targets):
 # Here is a table that you can check on paper: six detections, four of them right, and five true
 # lesions.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 hits = np.array([1, 1, 0, 1, 0, 1], dtype=bool)
 print("rank       ", *[f"{k:5}" for k in range(1, 7)])
 print("right      ", *[f"{'yes' if hit else 'no':>5}" for hit in hits])
@@ -807,7 +767,6 @@ assert math.isclose(average_precision(hits, 5), on_paper)
 
 # %% [markdown]
 # Now the judged slices. The IoU matrices hold all that we need, so we compute them once.
-
 
 # %%
 def overlaps(pairs, label):
@@ -903,8 +862,7 @@ plt.show()
 #
 # $$\text{IoU} = \left(\frac{r}{r + 1}\right)^2.$$
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for r in (2, 3, 5, 10, 20, 40):
     iou = (r / (r + 1)) ** 2
     print(f"radius {r:2} pixels, one pixel too wide: IoU {iou:.2f}")
@@ -960,7 +918,6 @@ for nms in (0.25, 0.5, 0.75):
 #
 # The result is the mean over *slices*. COCO makes one list of all slices, and takes the mean over
 # classes.
-
 
 # %%
 def image_ap_by_hand(prediction, target, threshold=0.5):
@@ -1079,7 +1036,6 @@ for name, column in zip(classes, dices.T, strict=True):
 # draw whole *patients*, because slices of one patient resemble each other. Matching happens inside
 # a slice, so it is done once; each draw only sorts and counts.
 
-
 # %%
 def bootstrap(tables, dices, repeats=200, seed=0):
     """AP50 and mean Dice of each draw of patients, two arrays [repeats]."""
@@ -1142,7 +1098,6 @@ assert abs(live["mask_ap50"] - shipped["mask_ap50"]) < 0.15
 # bright as soft tissue, so much of it is out of the rule's reach, and we compare a second time, on
 # GGO alone. To be fair, we choose the two thresholds of the rule on training slices, and judge it
 # on the same slices as the detector.
-
 
 # %%
 def judge_rule(dataset, low, high):
@@ -1256,44 +1211,31 @@ for threshold in (0.25, 0.5, 0.75):
 # measured again, on patients of other hospitals.
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · AP at another threshold
 #
-# ```{exercise} AP at another threshold
-# :label: 03-segmenter-ap75
-# :nonumber:
+# Kind: experiment, **
+#
 # Compute AP at mask IoU 0.75, for both classes, from the matrices in `tables`. Check the mean
 # against `coco["mask_ap75"]`.
-# ```
 
-# %% [markdown]
-# ````{solution-start} 03-segmenter-ap75
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 ap75 = [average_precision(ranked_hits(t, 0.75)[0], n_true[name]) for name, t in tables.items()]
 print(f"AP75 by hand {np.mean(ap75):.6f}, CocoAP {coco['mask_ap75']:.6f}")
 assert abs(np.mean(ap75) - coco["mask_ap75"]) < 1e-5
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Duplicates
-# :label: 03-segmenter-duplicates
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Duplicates
+#
+# Kind: experiment, **
+#
 # Switch NMS off (`nms_thresh = 1.0`) and judge the first 25 slices of `judged` again. What do
 # duplicates do to AP50? And what if each detection came twice, with the same score? Think before
 # you run it: AP sees only the order.
-# ```
 
-# %% [markdown]
-# ````{solution-start} 03-segmenter-duplicates
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 part = Subset(test, judged.indices[:25])
 
@@ -1314,29 +1256,20 @@ print(f"AP50 with NMS 0.75 {ap50(with_nms):.3f}, without NMS {ap50(without):.3f}
 print(f"AP50 if each detection came twice, with the same score: {ap50(twice):.3f}")
 assert ap50(without) < ap50(with_nms) and ap50(twice) < ap50(with_nms)
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A duplicate is a wrong detection. It hurts when it stands above right ones in the list, so copies
 # with high scores cost most. Without NMS, each lesion gets many boxes with high scores.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Where to cut a mask
-# :label: 03-segmenter-logit
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Where to cut a mask
+#
+# Kind: experiment, **
+#
 # The paper says that a pixel is lesion if its logit is above 0. The released code cuts the raw
 # logit at 0.5. What probability is that? Judge the first 25 slices with both cuts (`CocoAP(classes,
 # mask_threshold=...)`). Do masks grow or shrink?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 03-segmenter-logit
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 cut = 1 / (1 + math.exp(-0.5))
 part = Subset(test, judged.indices[:25])
@@ -1351,24 +1284,15 @@ for threshold in (0.5, cut):
 print(f"the masks have {sizes[cut] / sizes[0.5]:.0%} of their area at 0.5")
 assert abs(cut - 0.622) < 1e-3 and sizes[cut] < sizes[0.5]
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Score threshold and Dice
-# :label: 03-segmenter-score
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · Score threshold and Dice
+#
+# Kind: experiment, **
+#
 # Draw the mean Dice of each class against the score threshold. Is 0.75 a good choice here? On which
 # slices should you choose it?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 03-segmenter-score
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true} mystnb={"image": {"alt": "Mean Dice against the score threshold for GGO and C, one curve for each."}, "figure": {"caption": "Dice depends on the score threshold. Phantoms, synthetic."}}
+# %% tags=["solution"] mystnb={"image": {"alt": "Mean Dice against the score threshold for GGO and C, one curve for each."}, "figure": {"caption": "Dice depends on the score threshold. Phantoms, synthetic."}}
 # @title Solution
 cuts = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95])
 means = np.array([np.nanmean(slice_dice(pairs[:50], score), axis=0) for score in cuts])
@@ -1381,30 +1305,21 @@ _ = ax.set(xlabel="Score threshold (no unit)", ylabel="Mean Dice (no unit)", yli
 _ = ax.legend()
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Where a curve is flat, the choice hardly matters: painting in the order of rising score lets the
 # best box win anyway. Choose such a threshold on validation patients. If you choose it on the very
 # slices that you report, the result looks better than it is.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} What are the false positives?
-# :label: 03-segmenter-wrong
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 5 · What are the false positives?
+#
+# Kind: experiment, **
+#
 # Take the detections above 0.75 that match no lesion at IoU 0.5. How many are second boxes on a
 # lesion that is taken, how many a poor outline of a lesion of their class, how many the other
 # class, and how many no lesion at all?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 03-segmenter-wrong
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 kinds = {"right": 0, "second box": 0, "poor outline": 0, "other class": 0, "no lesion": 0}
 for label, table in enumerate(tables.values(), start=1):
@@ -1432,14 +1347,10 @@ wrong = max(list(kinds)[1:], key=kinds.get)
 print(f"most frequent among the wrong ones: {wrong}")
 assert sum(kinds.values()) == sum(len(p["scores"]) for p in confident)
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Second boxes are what NMS at 0.75 lets pass: two boxes of one lesion often overlap by less than
 # that. Detections on no lesion sit on look-alikes, such as vessels and scars. Bear in mind that all
 # these slices are of patients with lesions.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1457,3 +1368,4 @@ assert sum(kinds.values()) == sum(len(p["scores"]) for p in confident)
 # segmentation by Dice. {cite:t}`Aleem2020` train Mask R-CNN on COVID-19 CT with several backbones.
 # The paper of this book is {cite:t}`TerSarkisov2020`. What goes wrong when such models are judged
 # is collected by {cite:t}`Roberts2021`.
+

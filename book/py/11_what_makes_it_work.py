@@ -1,7 +1,5 @@
 # %% [markdown]
-# # What makes it work?
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/08_what_makes_it_work.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/08_what_makes_it_work.ipynb)
+# # 11 · What makes it work?
 #
 # A slice becomes $N$ ranked boxes of five numbers each, and $S$ reads them all. Which of these
 # numbers does $S$ need? We take parts away, add others, and see what happens to the accuracy. The
@@ -17,8 +15,8 @@
 # - compare a network with rules of one or two numbers;
 # - say why a finding on phantoms may fail on patients.
 #
-# **You need** [chapter 4](04_ranked_boxes.ipynb) (ranked boxes) and [chapter
-# 5](05_covid_ct_mask_net.ipynb) (the module $S$). **Run time:** a minute or two on two CPU cores in
+# **You need** [chapter 6](06_ranked_boxes.ipynb) (ranked boxes) and [chapter
+# 7](07_covid_ct_mask_net.ipynb) (the module $S$). **Run time:** a minute or two on two CPU cores in
 # the preset `quick`. The first chapter that you run also draws the phantoms, once, which takes a
 # few minutes more.
 #
@@ -29,30 +27,8 @@
 # diagnosis. This chapter asks what a method uses, and the answer depends strongly on the data.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import platform
 from dataclasses import replace
 
@@ -117,8 +93,7 @@ detector = trained_segmenter(PRESET, device, shipped=True).eval()
 root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
 slices = {split: SliceImages(root / "slices", split) for split in PATIENTS}
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 chosen, labels = {}, {}
 for split, dataset in slices.items():
     first = [[], [], []]  # patients of each class, in the order of the list
@@ -155,8 +130,7 @@ for split, dataset in slices.items():
 #
 # Let us build such rows for our old friend.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 friend, friend_mask = old_friend(preset.phantoms.size)
 picture = torch.from_numpy(friend).expand(3, -1, -1).to(device)  # [3, H, W]
 with torch.no_grad():
@@ -167,7 +141,7 @@ print("logits per proposal:", logits[0].shape[1])
 print("deltas per proposal:", deltas[0].shape[1])
 
 # %% [markdown]
-# `rank_boxes` chooses and orders, as chapter 4 builds it by hand. It returns the proposal, the
+# `rank_boxes` chooses and orders, as chapter 6 builds it by hand. It returns the proposal, the
 # class, the score and the decoded box of each winner.
 
 # %%
@@ -192,8 +166,7 @@ centre = (upper_left + lower_right) / 2 / side  # [K, 2]
 size = (lower_right - upper_left) / side  # [K, 2]
 wide = torch.cat([rows, kind, centre, size], dim=1)  # [K, 11]
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # [N, 11]; if there were fewer than N boxes, pad_rows would repeat some
 padded = pad_rows(wide, N)
 with torch.no_grad():
@@ -210,7 +183,6 @@ print("their first 5 columns are the package's ranked boxes")
 # dropped, because no overlap exceeds 1.
 #
 # Move the slider and watch which boxes take the first places.
-
 
 # %%
 def ranked_at(nms, n=N, score=config.score):
@@ -291,7 +263,6 @@ frame_slider(
 # %% [markdown]
 # With a running notebook you can choose any threshold:
 
-
 # %% tags=["remove-output"]
 def look(nms):
     """Draw and show, for the slider."""
@@ -307,7 +278,6 @@ _ = ipywidgets.interact(look, nms=ipywidgets.FloatSlider(0.75, min=0.05, max=1, 
 # One pass of the detector is enough for several settings, because NMS and the score threshold come
 # after it. The released code's score threshold lies below 0 and removes nothing; 0.05 is a usual
 # value for a detector.
-
 
 # %%
 SETTINGS = {
@@ -451,7 +421,6 @@ record(f"score and deltas, N = {N}", predict_with_s(vectors(kept[PAPER])))
 # slice, in training and in testing. The same numbers are there; what is lost is which rank each of
 # them had.
 
-
 # %%
 generator = torch.Generator().manual_seed(SEED)
 
@@ -490,8 +459,7 @@ for n in [n for n in (1, 2, 4, 8, 16) if n < N]:
 # a slice has, so let us count them. Phantoms have masks even where none is in the files:
 # `phantom_mask` draws the mask of a slice again from its name.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # drawing takes a moment, so a quarter of the training slices is enough
 drawn = {"train": chosen["train"][::4], "test": chosen["test"]}
 size = preset.phantoms.size
@@ -668,7 +636,6 @@ for name in ("NMS 0.75", "NMS 0.25"):
 # Does a network with a hundred thousand weights beat a simple rule? We fit logistic regressions to
 # one or two numbers from the same rankings: the best score, and the number of scores above 0.5. For
 # comparison we also give a logistic regression what no method has, the *true* lesions.
-
 
 # %%
 def simple(parts, split):
@@ -896,20 +863,16 @@ plt.show()
 # {cite:t}`Roberts2021` find problems of design in most models that they review.
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Deltas, or their order?
 #
-# ```{exercise} Deltas, or their order?
-# :label: what-makes-order
-# :nonumber:
+# Kind: experiment, **
+#
 # How much of the result of "deltas alone" is due to their order? Train $S$ on the deltas alone with
 # the ranks shuffled.
-# ```
 
-# %% [markdown]
-# ````{solution-start} what-makes-order
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 only_deltas = vectors(kept[PAPER], ("deltas",))
 ordered = predict_with_s(only_deltas) == labels["test"]
@@ -918,28 +881,19 @@ ordered, mixed = ordered.float().mean(), mixed.float().mean()
 print(f"deltas in the order of their scores: {ordered:.1%}")
 print(f"deltas in any order:                 {mixed:.1%}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The difference is what the order adds. If the second line is still well above one third, then
 # deltas of boxes on lesions differ from deltas of boxes on nothing.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} A difference and its interval
-# :label: what-makes-difference
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · A difference and its interval
+#
+# Kind: experiment, **
+#
 # `results[name][1]` holds the predictions of a variant. Compute the difference in accuracy between
 # "no NMS" and the paper's vector, and its 95 % interval by resampling patients.
-# ```
 
-# %% [markdown]
-# ````{solution-start} what-makes-difference
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 right = {
     name: (results[name][1] == labels["test"]).numpy().astype(float)
@@ -962,28 +916,19 @@ low, high = np.quantile(drawn_gains, [0.025, 0.975])
 print(f"difference {gain.mean():+.1%}, 95 %: {low:+.1%} to {high:+.1%}")
 print(f"only one of the two is right: {(gain != 0).sum()} of {len(gain)}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Only the slices on which the two disagree count. Many slices are easy for both or hard for both,
 # which is why the paired interval is usually narrower than two Wilson intervals suggest.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Which slices go wrong?
-# :label: what-makes-count
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Which slices go wrong?
+#
+# Kind: experiment, **
+#
 # If $S$ only counted lesions, it would fail on COVID-19 slices with few lesions and on pneumonia
 # slices with many. Does it?
-# ```
 
-# %% [markdown]
-# ````{solution-start} what-makes-count
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 predicted = results[f"score and deltas, N = {N}"][1].numpy()
 print("called COVID-19 by S (phantoms)")
@@ -997,31 +942,22 @@ for label in (1, 2):
         name = IMAGE_CLASSES[label]
         print(f"{name:16} {text:18} {called:4.0%} of {here.sum()} slices")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # If $S$ only counted, it would rarely call a slice with one or two lesions COVID-19, whatever its
 # class. Where it does so more often, the count that it can read from the scores is noisy, or $S$
 # does more than count. The two lines with three or more may differ even for a mere counter, because
 # COVID-19 slices have more lesions there (see the bars above). Lines that rest on a dozen slices
 # cannot tell you more than this.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Fewer patients
-# :label: what-makes-patients
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · Fewer patients
+#
+# Kind: experiment, **
+#
 # Train on a quarter of the patients, with as many steps as before. Which suffers more, $S$ or the
 # rule of two numbers?
-# ```
 
-# %% [markdown]
-# ````{solution-start} what-makes-patients
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 patients = [slices["train"].patients[i] for i in chosen["train"]]
 fourth_patients = set(list(dict.fromkeys(patients))[::4])
@@ -1042,14 +978,10 @@ print(f"S:    {all_s:.1%} and {few_s:.1%}")
 all_rule = results["rule: best score and count"][0] / len(truth)
 print(f"rule: {all_rule:.1%} and {rule.score(features['test'], truth):.1%}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # You would expect $S$ to suffer more: it has to find in the slices what the rule was given, the two
 # numbers that matter, and the rule has only a handful of weights to fit. Small differences mean
 # little here, because both have one run on few test patients.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1067,3 +999,4 @@ print(f"rule: {all_rule:.1%} and {rule.score(features['test'], truth):.1%}")
 # The vector and the reason for NMS at 0.75 are in section 3.2 of {cite:t}`TerSarkisov2020`.
 # {cite:t}`DeGrave2021` and {cite:t}`Roberts2021` show how models of COVID-19 learn something else
 # than the disease. The bootstrap is due to {cite:t}`Efron1979`.
+

@@ -1,7 +1,5 @@
 # %% [markdown]
-# # Mask R-CNN from the inside
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/02_mask_rcnn.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/02_mask_rcnn.ipynb)
+# # 2 · Mask R-CNN from the inside
 #
 # How does a network turn a slice into boxes and masks, and what exactly is it trained on? In this
 # chapter we take a trained detector apart. We build each part again from plain tensors, and each
@@ -25,30 +23,8 @@
 # number below is a result on patients, and nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %%
+# %% tags=["fold"]
+# @title Imports and versions
 import copy
 import math
 import platform
@@ -139,7 +115,7 @@ for label, box, area in zip(*columns, strict=True):
 #   question is about a lesion.
 # - **Candidates that are not lesions.** On a healthy slice a good semantic map is empty. Mask R-CNN
 #   still proposes boxes there, and says how much each looks like a lesion. The classifier of this
-#   book reads them ([chapter 4](04_ranked_boxes.ipynb)).
+#   book reads them ([chapter 6](06_ranked_boxes.ipynb)).
 # - **Overlap.** A consolidation inside a GGO is a second box within the first.
 # - **Many training examples in one slice.** The network is trained on small regions of slices, and
 #   each slice holds hundreds of them. The paper counts on this to train with few slices
@@ -151,7 +127,8 @@ for label, box, area in zip(*columns, strict=True):
 # The network works in two stages. The first looks everywhere and proposes boxes; the second looks
 # closely at each proposal and decides.
 
-# %% mystnb={"image": {"alt": "Flow chart: slice, backbone with feature pyramid, region proposal network, proposals, RoIAlign, box head and mask head, with the five losses in dashed frames below."}, "figure": {"caption": "Mask R-CNN. Solid frames are parts of the network, dashed frames its five losses. The proposals are passed on as plain numbers (dashed arrow): no gradient flows back through them."}} tags=["hide-input"]
+# %% tags=["fold"] mystnb={"image": {"alt": "Flow chart: slice, backbone with feature pyramid, region proposal network, proposals, RoIAlign, box head and mask head, with the five losses in dashed frames below."}, "figure": {"caption": "Mask R-CNN. Solid frames are parts of the network, dashed frames its five losses. The proposals are passed on as plain numbers (dashed arrow): no gradient flows back through them."}}
+# @title TODO say what this does
 fig, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
 
 
@@ -205,8 +182,7 @@ detector = trained_segmenter(PRESET, device, shipped=True)
 friend = torch.from_numpy(image).expand(3, -1, -1).to(device)
 truth = {name: value.to(device) for name, value in target.items()}
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for name, module in detector.named_children():
     count = sum(p.numel() for p in module.parameters())
     print(f"{name:10} {count:9,} parameters")
@@ -238,8 +214,7 @@ assert torch.allclose(batch.tensors[0], standardised, atol=1e-5)
 # pixels of the slice are pixels of the network's image. On other slices the boxes are scaled along
 # with the image, and back at the end.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 height, width = batch.image_sizes[0]
 assert (height, width) == image.shape
 print(f"slice {tuple(friend.shape)} -> batch {tuple(batch.tensors.shape)}")
@@ -258,7 +233,6 @@ print(f"slice {tuple(friend.shape)} -> batch {tuple(batch.tensors.shape)}")
 # The paper's ResNet-50 gives four maps, of strides 4, 8, 16 and 32. The light models, of which the
 # preset `quick` is one, use a single map, and then the FPN is just two convolutions. The code below
 # handles both.
-
 
 # %%
 def feature_pyramid(maps, fpn):
@@ -286,8 +260,7 @@ with torch.no_grad():
 for own, theirs in zip(by_hand, features.values(), strict=True):
     assert torch.allclose(own, theirs, atol=1e-4)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 maps = list(features.values())
 strides = [height // level.shape[-2] for level in maps]
 for stage, level, stride in zip(stages, maps, strides, strict=True):
@@ -297,7 +270,6 @@ for stage, level, stride in zip(stages, maps, strides, strict=True):
 # %% [markdown]
 # What is in such a map? The channels have no names. Training shaped them all together, into whatever
 # helps the heads below. We look at those that vary most inside the lungs.
-
 
 # %% mystnb={"image": {"alt": "The synthetic chest slice and seven coarse maps of it; different maps are bright at different places."}, "figure": {"caption": "Our old friend and the seven channels of its finest feature map that vary most inside the lungs. One cell is one stride wide. Each channel has its own scale of colours, from its least to its largest value in the lungs. Synthetic."}}
 finest, stride = maps[0][0].cpu(), strides[0]  # [c, h, w]
@@ -340,7 +312,6 @@ plt.show()
 # torchvision centres the box on 0 and rounds each half side to a whole pixel. `round` here means
 # "half to even", as in PyTorch: 0.5 becomes 0, and 1.5 becomes 2.
 
-
 # %%
 def cell_anchors(sizes, ratios):
     """The anchors of a cell, x1, y1, x2, y2 around (0, 0): [a, 4]."""
@@ -360,8 +331,7 @@ assert torch.equal(cell, generator.cell_anchors[0].to(device))
 # %% [markdown]
 # Rounding is coarse for anchors of two or four pixels. Look at the sizes that come out:
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 anchor_sizes = config.anchor_sizes
 sides = (cell[:, 2:] - cell[:, :2]).int()
 sides = sides.reshape(-1, len(anchor_sizes), 2).tolist()
@@ -382,7 +352,6 @@ print(f"{int((cell[:, 3] == cell[:, 1]).sum())} have no height")
 # $(j \cdot \text{stride}, i \cdot \text{stride})$, which is its corner and not its middle. Cells
 # come row by row, with the anchors of one cell together. The maps follow one another, finest first.
 
-
 # %%
 def grid_anchors(cell, rows, columns, stride):
     """[a, 4] at one cell -> [rows * columns * a, 4] over the slice."""
@@ -401,8 +370,7 @@ anchors_of = [
 anchors = torch.cat(anchors_of)  # [A, 4]
 assert torch.equal(anchors, generator(batch, maps)[0])
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 for level, own, stride in zip(maps, anchors_of, strides, strict=True):
     rows, columns = level.shape[-2:]
     print(f"stride {stride}: {rows} x {columns} cells", end=" ")
@@ -412,7 +380,6 @@ for level, own, stride in zip(maps, anchors_of, strides, strict=True):
 # Here are the anchors of one cell, the one nearest to the middle of the largest lesion. Move the
 # slider from one size to the next. Anchors may reach over the border of the slice; nothing is cut
 # yet.
-
 
 # %%
 def draw_boxes(boxes, ax, **style):
@@ -477,7 +444,6 @@ frame_slider(
 # %% [markdown]
 # The same with a live control; it needs a running notebook.
 
-
 # %% tags=["remove-output"]
 def show_anchors(size):
     """Draw and show, for the slider."""
@@ -504,7 +470,6 @@ _ = ipywidgets.interact(
 # cells first, then the anchors of a cell. So the axes are swapped before the maps are flattened. If
 # you forget this, the boxes still look plausible, and the mistake is hard to notice.
 
-
 # %%
 def rpn_outputs(maps, head):
     """Logits [n] and deltas [n, 4] of each map, in the order of anchors."""
@@ -530,8 +495,7 @@ first = torch.stack([their_logits[0][0, a, 0, 1] for a in range(len(cell))])
 ours = logits_of[0][len(cell) : 2 * len(cell)]
 assert torch.allclose(ours, first, atol=1e-5)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 outputs = their_logits, logits_of, deltas_of
 for each in zip(*outputs, strict=True):
     theirs, logits, deltas = (tuple(tensor.shape) for tensor in each)
@@ -549,7 +513,6 @@ for each in zip(*outputs, strict=True):
 # exponential keeps the sides positive. The RPN uses its deltas as they are; the box head will divide
 # its own by weights $(10, 10, 5, 5)$, so the function takes weights. Large $\delta_w$ and $\delta_h$
 # are cut at $\ln(1000/16)$, since an exponential can overflow.
-
 
 # %%
 def decode(anchors, deltas, weights=(1.0, 1.0, 1.0, 1.0)):
@@ -577,7 +540,6 @@ assert torch.allclose(torch.cat(boxes_of), theirs, atol=1e-3)
 #
 # $$\operatorname{IoU}(b, b') = \frac{|b \cap b'|}{|b| + |b'| - |b \cap b'|}$$
 
-
 # %%
 def iou(a, b):
     """Boxes [K, 4] and [N, 4] -> IoU of each pair [K, N]."""
@@ -602,7 +564,6 @@ assert torch.allclose(overlap, theirs, atol=1e-6)
 # *Non-maximum suppression* (NMS) thins them out: take the best box, drop every box that overlaps it
 # by more than a threshold, take the best of those that are left, and so on.
 
-
 # %%
 def nms(boxes, scores, threshold):
     """Boxes [n, 4] and scores [n] -> indices of those kept, best first."""
@@ -617,14 +578,13 @@ def nms(boxes, scores, threshold):
 
 # %% [markdown]
 # The threshold of the paper, 0.75, is high: boxes may overlap a great deal before one has to go.
-# [Chapter 3](03_segmenter.ipynb) shows what that does to detections.
+# [Chapter 5](05_segmenter.ipynb) shows what that does to detections.
 #
 # ### Proposals
 #
 # Now the filter that turns thousands of boxes into proposals, map by map: keep the best by
 # objectness, cut them at the border of the slice, apply NMS. Then merge the maps, and keep the best
 # again.
-
 
 # %%
 def filter_proposals(boxes_of, logits_of, most):
@@ -680,7 +640,6 @@ plt.show()
 # How many proposals does it take to find every lesion? Move the slider. The title counts the
 # lesions that overlap some proposal by an IoU of at least 0.5.
 
-
 # %%
 def draw_proposals(count):
     """The best proposals and the true boxes of our old friend."""
@@ -708,7 +667,6 @@ frame_slider(
 
 # %% [markdown]
 # The same with a live control; it needs a running notebook.
-
 
 # %% tags=["remove-output"]
 def show_proposals(count):
@@ -780,7 +738,6 @@ assert lines == 0
 #
 # There is an extra rule: for each lesion, the anchor that fits best gets the label 1 as well, however
 # poor the fit. Otherwise the network would never learn a lesion that no anchor fits.
-
 
 # %%
 def label_anchors(anchors, boxes, high, low):
@@ -882,7 +839,6 @@ assert best_512.min() < threshold
 # number of anchors in each slice, of which at most a share (`rpn_positive`) are lesion and the rest
 # background. A slice with small lesions may have too few lesion anchors to reach that share.
 
-
 # %%
 def sample(labels, count, share):
     """Draw indices of positive (label >= 1) and negative (0) entries."""
@@ -914,7 +870,6 @@ print(f"our old friend: {len(positive)} lesion, {len(negative)} background")
 #
 # The anchors without height would divide by zero here. But they never count as lesion, because some
 # other anchor always overlaps the lesion more.
-
 
 # %%
 def encode(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
@@ -958,8 +913,7 @@ assert (anchors[positive, 3] > anchors[positive, 1]).all()
 #
 # We try it on a small map whose values we can read.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 # [1, 8, 8], values 0 .. 9
 small = (torch.arange(64).reshape(1, 8, 8) * 7 % 10).float()
 x, y = 2.25, 3.5
@@ -978,7 +932,6 @@ print(f"around ({x}, {y}): {v00} {v01} / {v10} {v11}, value {value}")
 # This code follows two details of torchvision. A RoI is at least one cell wide and high. And the
 # value of cell $j$ sits at $j$, not in the cell's middle at $j + \tfrac12$ (`aligned=False`); the
 # anchors above follow the same rule.
-
 
 # %%
 def bilinear(feature, y, x):
@@ -1046,7 +999,6 @@ plt.show()
 # stride 4. So a box with $\sqrt{wh}$ below 112 pixels reads the finest of the paper's four maps. By
 # Figure 1 of the paper most regions of GGO cover less than 2 % of the slice, which at 512 pixels
 # is a square of 72: nearly all lesions read that one map. With a single map there is no choice.
-
 
 # %%
 def level_of(box):
@@ -1131,8 +1083,7 @@ with torch.no_grad():
 assert torch.allclose(class_logits, theirs[0], atol=1e-4)
 assert torch.allclose(box_deltas, theirs[1], atol=1e-4)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print(f"one RoI: {tuple(pooled.shape[1:])}", end=" ")
 print(f"-> {pooled[0].numel():,} -> {x.shape[1]} numbers")
 numbers = class_logits.shape[1], box_deltas.shape[1]
@@ -1221,7 +1172,7 @@ for label, area, *values in zip(*columns, strict=True):
 # Where a number falls from one stage to the next, a better box was there and got lost: a neighbour
 # with a better score suppressed it, or a correction overshot. And "best" is a generous measure,
 # since it takes the truth to pick the box. Whether the *scores* pick the right boxes is what
-# average precision measures, in [chapter 3](03_segmenter.ipynb).
+# average precision measures, in [chapter 5](05_segmenter.ipynb).
 #
 # ## The mask head
 #
@@ -1247,8 +1198,7 @@ with torch.no_grad():
     theirs = heads.mask_predictor(heads.mask_head(cut))
 assert torch.allclose(mask_logits, theirs, atol=1e-4)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 print(f"one RoI: {tuple(cut.shape[1:])} -> {tuple(mask_logits.shape[1:])}")
 
 # %% [markdown]
@@ -1257,7 +1207,6 @@ print(f"one RoI: {tuple(cut.shape[1:])} -> {tuple(mask_logits.shape[1:])}")
 # A 28x28 mask must be stretched over its box. torchvision first surrounds it with one row of zeros
 # on each side and enlarges the box by as much, so that the mask may fade out across the border. Then
 # the box is cut to whole pixels, and the mask is resized into it.
-
 
 # %%
 def paste(probability, box):
@@ -1357,7 +1306,6 @@ for name, value in losses.items():
 # For $\beta = 0$ it is the plain L1 loss. ($\beta$ is torchvision's name, and has nothing to do with
 # batch normalisation.) Far from 0 the size of the gradient is 1 and does not grow, so a single wild
 # box cannot dominate. Near 0 the gradient fades out, so that good boxes settle.
-
 
 # %%
 def binary_cross_entropy(logits, targets):
@@ -1578,8 +1526,7 @@ print(f"{int(is_lesion.sum())} of them with deltas and a mask to learn")
 # The chart at the top says that no gradient flows through the proposals. We can check it with the
 # model's own five losses: a parameter on which a loss does not depend gets `None` for a gradient.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 parts = {
     "backbone": [student.backbone],
     "RPN head": [student.rpn.head],
@@ -1629,7 +1576,7 @@ for name in losses:
 # %% [markdown]
 # The samples of RoIs differ as well, because other features give other proposals. So the table says
 # that the two differ, not that one is better. It is one reason why a trained detector is run in
-# `eval` mode, and why [chapter 5](05_covid_ct_mask_net.ipynb) is careful about what batch
+# `eval` mode, and why [chapter 7](07_covid_ct_mask_net.ipynb) is careful about what batch
 # normalisation does while the classifier trains.
 #
 # Our detector itself has not changed, because only the copy saw the slice in `train` mode.
@@ -1697,25 +1644,21 @@ for name, values in (
 # Some of their slices show no lesion (the released code skips those in training, ours does not), but
 # the detector has never been trained on a healthy patient. Still, it proposes boxes on the control as
 # it does everywhere. So every slice has a list of boxes with scores, and
-# [chapter 4](04_ranked_boxes.ipynb) turns it into a vector.
+# [chapter 6](06_ranked_boxes.ipynb) turns it into a vector.
 
 # %% [markdown]
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Lesions without an anchor
 #
-# ```{exercise} Lesions without an anchor
-# :label: 02-mask-rcnn-anchors
-# :nonumber:
+# Kind: experiment, **
+#
 # Anchors must fit the lesions. Draw 20 COVID-19 phantoms, and for several sets of sizes compute the
 # share of lesions whose best anchor reaches the upper threshold of the RPN. Try sizes that are too
 # large, such as 32, 64 and 128 pixels, and too small.
-# ```
 
-# %% [markdown]
-# ````{solution-start} 02-mask-rcnn-anchors
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 true_boxes = []
 for seed in range(5000, 5020):
@@ -1743,28 +1686,20 @@ for sizes in (
     print(f"of {len(best)} lesions reach the threshold")
 assert shares[anchor_sizes] >= max(shares[(2, 4)], shares[(8, 16, 32)])
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # Compare the first row with the third to see what sizes 2 and 4 add, and with the last to see what
 # finer steps would bring. Lesions below the threshold are not lost, because the extra rule gives each
 # at least one anchor. But a poor anchor has much to correct, and it is one example among hundreds.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} The NMS threshold of the RPN
-# :label: 02-mask-rcnn-nms
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · The NMS threshold of the RPN
+#
+# Kind: experiment, **
+#
 # Filter the decoded boxes of our old friend with NMS thresholds of 0.1, 0.25, 0.5, 0.75 and 0.95.
 # How many proposals are left, and how many lesions do they reach with an IoU of at least 0.5?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 02-mask-rcnn-nms
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 with torch.no_grad():
     logits_e, deltas_e = rpn_outputs(maps, detector.rpn.head)
@@ -1780,28 +1715,20 @@ for threshold in (0.1, 0.25, 0.5, 0.75, 0.95):
     print(f"{reached} of {len(truth['boxes'])} lesions")
 assert left[0] < left[-1]
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # A low threshold leaves few boxes. It may also lose a lesion, for example a consolidation inside a
 # GGO, or the better fitting of two boxes when the other has the better logit.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} What one anchor sees
-# :label: 02-mask-rcnn-gradient
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · What one anchor sees
+#
+# Kind: experiment, **
+#
 # Take the anchor with the best objectness on our old friend, and compute the gradient of its logit
 # with respect to the slice. Which pixels can change the logit at all? Draw the answer. Then count
 # the cells of the finest feature map that reach it.
-# ```
 
-# %% [markdown]
-# ````{solution-start} 02-mask-rcnn-gradient
-# :class: dropdown
-# ````
-
-# %% mystnb={"image": {"alt": "The synthetic slice with a heat map of the size of the gradient, and a frame around one anchor."}, "figure": {"caption": "Which pixels the best anchor (frame) listens to: size of the gradient of its logit, relative to the largest. Synthetic."}} cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"] mystnb={"image": {"alt": "The synthetic slice with a heat map of the size of the gradient, and a frame around one anchor."}, "figure": {"caption": "Which pixels the best anchor (frame) listens to: size of the gradient of its logit, relative to the largest. Synthetic."}}
 # @title Solution
 pixels = friend.clone().requires_grad_(True)
 batch_g, _ = detector.transform([pixels])
@@ -1825,28 +1752,20 @@ _ = ax.set_title(f"{cells} cells and {share:.0%} of the pixels reach it")
 _ = ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The 3x3 convolution of the RPN reads at most nine cells. But those nine see much more of the slice
 # than the anchor covers, and the surroundings can help to tell a lesion from a vessel.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} The sampling ratio
-# :label: 02-mask-rcnn-ratio
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 4 · The sampling ratio
+#
+# Kind: experiment, **
+#
 # Cut the best proposal out of the finest feature map with sampling ratios of 1, 2, 4 and 16. Take 16
 # as the truth. How much do you gain from one ratio to the next, and from which ratio on does it hardly
 # matter?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 02-mask-rcnn-ratio
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 inputs = maps[0][0], proposals[0], 7, strides[0]
 fine = roi_align(*inputs, ratio=16)
@@ -1857,29 +1776,21 @@ for ratio in (1, 2, 4):
     print(f"ratio {ratio}: {100 * errors[-1]:.2f} % away")
 assert errors[0] > errors[2]
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The bins of a small RoI are narrower than a cell, and between two cells the interpolated map is
 # nearly a straight line, so a few points do almost as well as many. More points pay off for large
 # boxes on fine maps, whose bins are several cells wide.
-#
-# ````{solution-end}
-# ````
 
-# %% [markdown]
-# ```{exercise} Beta
-# :label: 02-mask-rcnn-beta
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 5 · Beta
+#
+# Kind: experiment, **
+#
 # Compute the box loss of the box head on the drawn RoIs above, with $\beta$ set to 0, 1/9 and 1 in
 # turn. What share of the deltas lies in the parabola? What does a large $\beta$ do to the gradients of
 # boxes that are nearly right?
-# ```
 
-# %% [markdown]
-# ````{solution-start} 02-mask-rcnn-beta
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 error = (deltas - goal).detach().requires_grad_(True)  # [lesions, 4]
 for beta in (0, 1 / 9, 1):
@@ -1889,13 +1800,10 @@ for beta in (0, 1 / 9, 1):
     print(f"beta {beta:.2f}: loss {loss:.3f}, {inside:.0%} in the", end=" ")
     print(f"parabola, gradient {slope.norm():.3f}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # In the parabola the gradient is $e / \beta$ instead of 1. With $\beta = 1$, the released code's
 # choice for the box head, a delta that is off by 0.1 pulls ten times less than under L1. Remember the
 # weights of the coder: for a shift, 0.1 is a hundredth of the proposal's width.
-#
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -1914,4 +1822,5 @@ for beta in (0, 1 / 9, 1):
 #   [paper v code](paper_v_code.ipynb) lists where the released code differs.
 # - {cite:t}`Aleem2020` also take Mask R-CNN to lung slices; {cite:t}`Ronneberger2015` and
 #   {cite:t}`Long2015` are the semantic networks to compare with.
-# - [Chapter 3](03_segmenter.ipynb) trains this detector from random weights and judges it.
+# - [Chapter 5](05_segmenter.ipynb) trains this detector from random weights and judges it.
+

@@ -1,7 +1,5 @@
 # %% [markdown]
-# # Side by side
-#
-# [Open in Colab](https://colab.research.google.com/github/repository_not_set/covidmask/blob/main/book/10_side_by_side.ipynb) · [Download this notebook](https://github.com/repository_not_set/covidmask/raw/main/book/10_side_by_side.ipynb)
+# # 12 · Side by side
 #
 # The paper says that a list of ranked boxes tells what disease a slice shows, as well as or better
 # than an ordinary classifier, and from little data. So far this book has compared the method with
@@ -15,8 +13,8 @@
 # - read a curve of accuracy against training data, and check a claim about "little data" with it;
 # - go from nothing to lesions and classes on real images, and say what the result can mean.
 #
-# **You need** [chapter 4](04_ranked_boxes.ipynb) (ranked boxes), [chapter
-# 5](05_covid_ct_mask_net.ipynb) (module $S$) and [chapter 7](07_evaluation.ipynb) (intervals).
+# **You need** [chapter 6](06_ranked_boxes.ipynb) (ranked boxes), [chapter
+# 7](07_covid_ct_mask_net.ipynb) (module $S$) and [chapter 10](10_evaluation.ipynb) (intervals).
 # **Run time:** about two minutes on two CPU cores in the preset `quick`.
 #
 # ```{admonition} Synthetic data, and some real figures
@@ -25,30 +23,8 @@
 # COVID-CT are about real figures of papers, and say so. Nothing here is for diagnosis.
 # ```
 
-# %% tags=["hide-input"]
-# Set-up: installs covidmask only where it is absent, for example on Colab.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("covidmask") is None:
-    repository = os.environ.get(
-        "COVIDMASK_REPOSITORY", "https://github.com/repository_not_set/covidmask"
-    )
-    if "repository_not_set" in repository:
-        raise RuntimeError(
-            "This copy of the book does not know its repository yet: "
-            "set the environment variable COVIDMASK_REPOSITORY to its address."
-        )
-    if Path(repository).is_dir():
-        repository = Path(repository).resolve().as_uri()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{repository}"]
-    subprocess.run(command, check=True)
-    importlib.invalidate_caches()
-
-# %% tags=["hide-input"]
+# %% tags=["fold"]
+# @title TODO say what this does
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -97,7 +73,8 @@ EVERY = 2  # judge every second test slice
 # each place in the slice a few dozen numbers that say what it looks like there. Everything else is
 # made of them. The boxes are its answers to the question "is there a lesion here?".
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three panels of one synthetic slice. Left: the slice with its detections. Middle: one channel of a feature map, brightest where lesions are. Right: the scores of the ranked boxes, falling from left to right."}, "figure": {"caption": "Our old friend, looked at once: what the detector finds (left), the channel of its finest feature map that answers most to lesions (middle), and all that a list of scores keeps (right). Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Three panels of one synthetic slice. Left: the slice with its detections. Middle: one channel of a feature map, brightest where lesions are. Right: the scores of the ranked boxes, falling from left to right."}, "figure": {"caption": "Our old friend, looked at once: what the detector finds (left), the channel of its finest feature map that answers most to lesions (middle), and all that a list of scores keeps (right). Synthetic."}}
+# @title TODO say what this does
 # Draws one look: the boxes, a feature map, the scores.
 preset = PRESETS[PRESET]
 detector = trained_segmenter(PRESET, device, shipped=True).eval()
@@ -204,7 +181,7 @@ for name, x in known.items():
 
 # %% [markdown]
 # How far can such numbers be off because we happened to judge these patients? We draw *patients* with
-# replacement, as in [chapter 7](07_evaluation.ipynb). To compare two readers we take the **difference**
+# replacement, as in [chapter 10](10_evaluation.ipynb). To compare two readers we take the **difference**
 # on the same slices: its interval is narrower than the two intervals side by side suggest. (What
 # another draw of training slices would change comes next.)
 
@@ -239,8 +216,7 @@ for name in ("scores", "maps"):
 # The package has this, too. `PooledMaps` is the look without boxes, and `LinearReader` puts a linear
 # layer behind it. Its features are those that we made by hand.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 maps_reader = LinearReader(PooledMaps(detector), IMAGE_CLASSES).eval()
 theirs = maps_reader.features([test[0][0].to(device)])[0].cpu()
 assert torch.allclose(theirs, torch.from_numpy(new["maps"][0]), atol=1e-5)
@@ -284,7 +260,8 @@ for row, per_class in enumerate(SIZES):
             right_now = share_right(x, new[name], some)
             curves[name][row, number] = right_now
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three curves of the share of slices right over 5, 10, 20 and 50 training slices of each class. Scores and maps lie above ranked boxes; bars show the spread over ten draws."}, "figure": {"caption": "Share of the test slices right, over training slices of each class: mean of ten draws, bars from the lowest to the highest. Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Three curves of the share of slices right over 5, 10, 20 and 50 training slices of each class. Scores and maps lie above ranked boxes; bars show the spread over ten draws."}, "figure": {"caption": "Share of the test slices right, over training slices of each class: mean of ten draws, bars from the lowest to the highest. Synthetic."}}
+# @title TODO say what this does
 # Draws the three curves.
 fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
 looks = (
@@ -324,9 +301,9 @@ plt.show()
 # where they are with five to ten.
 #
 # Length alone is not the reason, as the maps are nearly as long. One that fits: the deltas say how a box
-# was moved from its proposal. That is not worthless ([chapter 8](08_what_makes_it_work.ipynb) tries $S$
+# was moved from its proposal. That is not worthless ([chapter 11](11_what_makes_it_work.ipynb) tries $S$
 # on deltas alone), but most of it has little to do with the class, and a reader must first learn to
-# leave four numbers out of five nearly alone. With the 6,300 training slices of chapter 8, $S$ on the
+# leave four numbers out of five nearly alone. With the 6,300 training slices of chapter 11, $S$ on the
 # vector and $S$ on the scores are no longer clearly apart. (The bars show how ten draws differ; they
 # leave out that other patients would differ, too.)
 
@@ -352,7 +329,7 @@ plt.show()
 #
 # | name | what it is |
 # |---|---|
-# | `heads` | the paper's vector and $S$, the detector frozen ([chapter 6](06_three_regimes.ipynb)) |
+# | `heads` | the paper's vector and $S$, the detector frozen ([chapter 8](08_three_regimes.ipynb)) |
 # | `scores` | $S$ as in `heads`, on the scores alone |
 # | `maps` | a linear layer on the pooled maps, as above |
 # | `inside` | a linear layer on the largest value of each map channel inside the ranked boxes |
@@ -398,7 +375,8 @@ plt.show()
 # Does it take many parameters? The next figure sets the same accuracies over the number that were
 # trained. (Its axis does not begin at 0.)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Points: accuracy of each system over the number of parameters that it trains, from some twenty to more than ten million, on a logarithmic axis."}, "figure": {"caption": "Accuracy with 300 training slices of each class, against the parameters that were trained for it. Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Points: accuracy of each system over the number of parameters that it trains, from some twenty to more than ten million, on a logarithmic axis."}, "figure": {"caption": "Accuracy with 300 training slices of each class, against the parameters that were trained for it. Synthetic."}}
+# @title TODO say what this does
 # Draws accuracy over the parameters trained; the numbers are those of
 # results/side_by_side_phantoms.json.
 # curve
@@ -438,8 +416,7 @@ plt.show()
 # a test list. The other two come from other papers, with other patients, and one of them has 90 test
 # images. How sure can an accuracy be on so few? (Numbers of images are those that the paper prints.)
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% tags=["nbval-check-output"]
 table_3 = {  # model: COVID-19 sensitivity, accuracy (published, %), test
     "heads + BN (the paper)": (90.80, 91.66, 21_182),
     "COVIDNet-CT": (92.49, 97.57, 21_182),
@@ -598,20 +575,16 @@ else:
 # - **A class is not a diagnosis**, and these slices were picked because they show something.
 #
 # ## Exercises
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 1 · Both together
 #
-# ```{exercise} Both together
-# :label: side-by-side-both
-# :nonumber:
+# Kind: experiment, **
+#
 # Give the logistic regression the ranked boxes *and* the maps. Does it do better than with the maps
 # alone? Use the interval of the difference.
-# ```
 
-# %% [markdown]
-# ````{solution-start} side-by-side-both
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 both = [np.concatenate([part["ranked boxes"], part["maps"]], 1) for part in (known, new)]
 reader = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000))
@@ -620,31 +593,21 @@ values = (reader.predict(both[1]) == labels).astype(float)
 low, high = over_patients(values - right["maps"])
 print(f"both {values.mean():.0%}, minus maps alone: {low:+.2f} to {high:+.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The interval reaches just above 0 and lies mostly below it: the 160 numbers more do not help, and may
 # hurt. They do not even add *where* the boxes are, since deltas are relative to their proposals
-# ([chapter 4](04_ranked_boxes.ipynb)).
+# ([chapter 6](06_ranked_boxes.ipynb)).
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} The plainest rival
-# :label: side-by-side-grey
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · The plainest rival
+#
+# Kind: experiment, **
+#
 # Before you trust any row, ask what the brightness of a slice alone says. Give the reader two numbers:
 # mean and maximum of the grey values. What does it reach on phantoms, and why would a higher number
 # worry you?
-# ```
 
-# %% [markdown]
-# ````{solution-start} side-by-side-grey
-# :class: dropdown
-# ````
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 def light(slices, indices):
     """Mean and maximum grey of some slices, [M, 2]."""
@@ -658,30 +621,21 @@ values = (reader.predict(light(test, chosen)) == labels).astype(float)
 low, high = over_patients(values)
 print(f"two grey values: {values.mean():.0%} (95 % over patients: {low:.0%} to {high:.0%})")
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # That is the level of chance: on phantoms brightness gives nothing away. Had it been 60 %, the question
 # would be whether ill lungs are brighter, which is honest, or whether the drawing left a trace. On the
 # real images above two such numbers reach an AUC in the folds that should make you careful with every
 # row below them.
 
-# %% [markdown]
-# ````{solution-end}
-# ````
-
-# %% [markdown]
-# ```{exercise} Fewer boxes
-# :label: side-by-side-fewer
-# :nonumber:
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Fewer boxes
+#
+# Kind: experiment, **
+#
 # Is the vector too long for so few slices? Keep the first 2, 4, 8 or 16 boxes of each slice, once
 # with all five numbers and once with the score alone. What do you see?
-# ```
 
-# %% [markdown]
-# ````{solution-start} side-by-side-fewer
-# :class: dropdown
-# ````
-
-# %% cellView="form" jupyter={"source_hidden": true}
+# %% tags=["solution"]
 # @title Solution
 everything = np.arange(len(learned))
 for n in (2, 4, 8, 16, N):
@@ -691,15 +645,11 @@ for n in (2, 4, 8, 16, N):
     }
     print(f"{n:2} boxes:", ", ".join(f"{name} {value:.0%}" for name, value in parts.items()))
 
-# %% [markdown]
+# %% [markdown] tags=["answer"]
 # The vector is best with four boxes and loses with every one after that, while the scores stay where
 # they are. So length does hurt, when most of it is deltas: each brings a weight to learn, and there are
-# four of them a box. With 21 times as many slices, in [chapter 8](08_what_makes_it_work.ipynb), $S$ on
+# four of them a box. With 21 times as many slices, in [chapter 11](11_what_makes_it_work.ipynb), $S$ on
 # the vector and $S$ on the scores are no longer clearly apart.
-
-# %% [markdown]
-# ````{solution-end}
-# ````
 
 # %% [markdown]
 # ## What we learned
@@ -715,3 +665,4 @@ for n in (2, 4, 8, 16, N):
 # {cite:t}`TerSarkisov2020` has the claims, {cite:t}`Gunraj2020` COVIDNet-CT, {cite:t}`Li2020` COVNet, and
 # {cite:t}`Zhao2020dataset` the figures. {cite:t}`Roberts2021` and {cite:t}`DeGrave2021` show how such
 # comparisons go wrong on real patients.
+
