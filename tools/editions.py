@@ -187,7 +187,7 @@ def details(summary: str, body: str) -> str:
 
 
 def quiz(source: str) -> str:
-    """Options `- [ ] text :: why`, the right one with an x, become folds that say which is right."""
+    """Options `- [ ] text :: why` (with x: the right one) become folds that say which is right."""
 
     def option(match: re.Match) -> str:
         mark = "✔ Yes." if match[1] == "x" else "✘ No."
