@@ -2,7 +2,8 @@
 
 The shipped segmenter looks once at each slice; module S is trained on variants of these rows, a few
 seeds each, and judged on patients of another data seed, on which nothing was tuned. All synthetic.
-Nothing is done where the file of results is there, of these phantoms and settings. Fills chapter 11.
+Nothing is done where the file of results is there, of these phantoms and settings. Fills
+chapter 11.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 Every row is a logistic regression on numbers that a frozen network gives for an image, from the
 paper's vector to whole feature maps. Folds keep the panels of one figure together. The rows were
-chosen by the folds; the validation images were opened once, when all of them stood, and the test
-images are not read. Fills chapter 12, which shows no image.
+chosen by the folds; the validation images were opened once, when all of them stood (boxes at random
+places, a control, came later), and the test images are not read. Fills
+chapter 12, which shows no image.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ WORDS = {
     "grey": "and mean, spread, least and most grey in each box",
     "hidden": "what the box head makes of each box: mean and maximum over the boxes",
     "inside": "largest value of each map channel inside each box: the largest over the boxes",
+    "elsewhere": "the same inside boxes of these sizes at places drawn at random",
     "light": "mean and greatest grey value of the whole image",
     "maps": "feature maps of the detector: mean and maximum over the image",
     "both": "score, deltas, class and place of the boxes, and those maps",
@@ -89,12 +91,24 @@ def looks(detector, image: Tensor, config) -> tuple[Tensor, Tensor]:
     return models.pad_rows(rows, config.n_boxes), models.pad_rows(hidden, config.n_boxes)
 
 
+class Elsewhere(BoxMaps):
+    """Boxes of the same sizes, anywhere in the image: does it matter where the ranked ones lie?"""
+
+    def placed(self, boxes: Tensor, shape: tuple[int, int]) -> Tensor:
+        size = boxes[:, 2:] - boxes[:, :2]
+        room = boxes.new_tensor(shape[::-1]) - size
+        corner = torch.rand(size.shape, generator=self.drawn) * room.clamp(min=0)
+        return torch.cat([corner, corner + size], 1)
+
+
 @torch.no_grad()
 def features_of(slices, weights: str) -> dict[str, np.ndarray]:
     """The numbers of each row of the table, [M, F]."""
     detector = models.ShippedWeights.SEGMENTER_CT.load()
     config = replace(PRESETS["semiseg"].classifier, n_boxes=N)
-    maps, inside, parts = PooledMaps(detector).eval(), BoxMaps(detector, config).eval(), []
+    maps, parts = PooledMaps(detector).eval(), []
+    inside, elsewhere = (kind(detector, config).eval() for kind in (BoxMaps, Elsewhere))
+    elsewhere.drawn = torch.Generator().manual_seed(0)
     image_net = ImageClassifier("mobilenet_v2", slices.classes, weights=weights).eval()
     body = torchvision.models.MobileNet_V2_Weights[weights].transforms()
     for index in tqdm(range(len(slices)), desc="looking"):
@@ -104,9 +118,10 @@ def features_of(slices, weights: str) -> dict[str, np.ndarray]:
         x = (x - torch.tensor(body.mean)[:, None, None]) / torch.tensor(body.std)[:, None, None]
         pooled = image_net.network.features(x).mean((2, 3))
         light = torch.stack([image.mean(), image.max()])
-        parts.append((rows, hidden, inside([image])[0], light, maps([image])[0], pooled[0]))
+        both = inside([image])[0], elsewhere([image])[0]
+        parts.append((rows, hidden, *both, light, maps([image])[0], pooled[0]))
     parts = (torch.stack(part).numpy() for part in zip(*parts, strict=True))
-    rows, hidden, inside, light, maps, pooled = parts
+    rows, hidden, inside, elsewhere, light, maps, pooled = parts
 
     def spread(columns: int) -> np.ndarray:
         part = rows[..., :columns]
@@ -121,6 +136,7 @@ def features_of(slices, weights: str) -> dict[str, np.ndarray]:
         "grey": spread(14),
         "hidden": np.concatenate([hidden.mean(1), hidden.max(1)], 1),
         "inside": inside,
+        "elsewhere": elsewhere,
         "light": light,
         "maps": maps,
         "both": np.concatenate([spread(10), maps], 1),

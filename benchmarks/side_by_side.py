@@ -31,7 +31,7 @@ SEEDS, SIZES, MIDDLE = (0, 1, 2), (30, 100, 300, 1000), 300  # training slices o
 IMAGENET = "IMAGENET1K_V1"
 CURVE = ("scores", "heads", "areas", "maps", "inside", "resnet18", f"mobilenet_v2 {IMAGENET}")
 TABLE = (
-    *CURVE, "heads_bn", "full", "faster", "unet", "fcn", "jcs", "covnet+resnet18",
+    *CURVE, "heads_bn", "full", "mask", "faster", "unet", "fcn", "jcs", "covnet+resnet18",
     "mobilenet_v3_small", "densenet169+lungs",
 )  # fmt: skip
 REAL = (*CURVE, "mobilenet_v2")

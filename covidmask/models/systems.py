@@ -256,11 +256,16 @@ class BoxMaps(Features):
         self.settings = {"detector": asdict(detector.config), "classifier": asdict(config)}
         self.width = detector.backbone.out_channels * len(detector.strides)
 
+    def placed(self, boxes: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Where to look: the ranked boxes [K,4] of an image of `shape`, height and width."""
+        return boxes
+
     def rows(self, images: list[Tensor]) -> list[Tensor]:  # images of one size -> [K, width] each
         features, proposals, shapes = propose(self.detector, images)
         found = *run_box_head(self.detector, features, proposals, shapes), proposals, shapes
         coder, channels = self.detector.roi_heads.box_coder, self.detector.backbone.out_channels
         boxes = [rank_boxes(*one, coder, self.config).box for one in zip(*found, strict=True)]
+        boxes = [self.placed(*one) for one in zip(boxes, shapes, strict=True)]
         maps = [m for m in features.values() if m.shape[1] == channels]  # not the image itself
         parts = [
             roi_pool(m, boxes, 1, 1 / stride).flatten(1)

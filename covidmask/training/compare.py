@@ -57,10 +57,11 @@ from covidmask.training.loop import fit, joined, make_fabric, read_batches
 from covidmask.training.scans import Scans, owners, scan_logits
 from covidmask.training.segmentation import predict_lesions, train_segmenter
 
-OURS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "inside", "areas", *SEGMENTERS)
+DETECTORS = ("mask", "faster")  # trained here
+OURS = ("heads", "heads_bn", "full", "scores", *DETECTORS, "maps", "inside", "areas", *SEGMENTERS)
 BACKBONES = {"covnet": "resnet50", "jcs": "resnet18"}  # what they stand on, unless told otherwise
 SEEDLESS = ("maps", "inside", "areas")  # nothing in them is drawn: a fit to what is frozen
-MASKS = ("faster", *SEGMENTERS, "jcs")  # learn here from slices with lesion masks
+MASKS = (*DETECTORS, *SEGMENTERS, "jcs")  # learn here from slices with lesion masks
 CLASSIFIERS = set(torchvision.models.list_models(torchvision.models))
 TIMED = 16  # slices for the milliseconds of one
 
@@ -151,11 +152,11 @@ def train_system(
 
     Args:
         name: `heads`, `heads_bn` or `full` (the paper's three regimes); `scores` (heads, but S
-            reads the scores alone); `faster` (heads, on a detector without mask branch, trained
-            here on `lesions`); `maps` (a linear layer on the detector's pooled feature maps);
-            `inside` (on what of them lies in the ranked boxes); `areas` (on counts and areas of
-            its lesions); `unet` or `fcn` (segmentation trained
-            here on `lesions`, then a linear layer on areas); a classifier of torchvision's or
+            reads the scores alone); `mask` (heads, on a detector trained here on `lesions`) and
+            `faster` (the same without mask branch); `maps` (a linear layer on the detector's
+            pooled feature maps); `inside` (on what of them lies in the ranked boxes); `areas` (on
+            counts and areas of its lesions); `unet` or `fcn` (segmentation trained here on
+            `lesions`, then a linear layer on areas); a classifier of torchvision's or
             timm's, see `ImageClassifier`; `+lungs` after its name gives it the lungs, too;
             `covnet` (`ScanClassifier`: gives logits for scans; a step has as many as have about
             `batch_size` slices); `jcs` (`JointClassifier`, pixels learnt from `lesions`); as in
@@ -169,13 +170,13 @@ def train_system(
     network, _, extra = name.partition("+")
     if network in MASKS and lesions is None:
         raise DataError(f"{name}: learns from slices with lesion masks, and there are none here")
-    if name == "faster":
-        detector = lesion_mask_rcnn(budget.detector, masks=False)
+    if name in DETECTORS:
+        detector = lesion_mask_rcnn(budget.detector, masks=name == "mask")
         train_segmenter(detector, lesions, budget.lesion_training, **options)
-    if name in ("heads", "heads_bn", "full", "scores", "faster"):
+    if name in ("heads", "heads_bn", "full", "scores", *DETECTORS):
         if name == "scores":
             config = replace(config, columns=("score",))
-        regime = {"scores": "heads", "faster": "heads"}.get(name, name)
+        regime = name if name in ("heads_bn", "full") else "heads"
         model = covid_ct_mask_net(detector, config)
         how = budget.s_training if regime == "heads" else budget.training
         train_classifier(model, slices, regime, how, **options)
@@ -388,7 +389,7 @@ def row_of(
         save = save_model if isinstance(model, CovidCTMaskNet) else save_system
         save(model, keep, system=name, seed=options.get("seed", 0))
     total = count_parameters(model)
-    here = total if name in ("faster", *SEGMENTERS) else count_trainable(model)
+    here = total if name in (*DETECTORS, *SEGMENTERS) else count_trainable(model)
     row = {
         "parameters": total,
         "trained": here,

@@ -31,8 +31,8 @@ from covidmask.training.classification import logits_of
 pytest.importorskip("segmentation_models_pytorch", reason="covidmask[systems] is not installed")
 FIT = TrainingConfig(epochs=1, batch_size=4, lr=1e-3)
 BUDGET = compare.Budget(FIT, FIT, FIT, TINY_DETECTOR, TINY_CLASSIFIER, size=64)
-SYSTEMS = ("heads", "heads_bn", "full", "scores", "faster", "maps", "inside", "areas", "unet",
-           "fcn", "resnet18", "mobilenet_v2+lungs", "timm/resnet10t")  # fmt: skip
+SYSTEMS = ("heads", "heads_bn", "full", "scores", "mask", "faster", "maps", "inside", "areas",
+           "unet", "fcn", "resnet18", "mobilenet_v2+lungs", "timm/resnet10t")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
