@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CHAPTERS := $(wildcard book/*.ipynb)
+TESTED := _build/course/test
 
 export COVIDMASK_DATA ?= $(CURDIR)/data
 # threads that wait leave the cores to other programs; see covidmask/__init__.py
@@ -12,8 +12,8 @@ export OMP_WAIT_POLICY ?= passive
 # matplotlib keeps its fonts' index here: a home folder may be read-only
 export MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/matplotlib
 
-.PHONY: help book test lint unit chapters pages lab notebooks weights bench results lowest \
-  repository clean
+.PHONY: help book test lint unit chapters pages lab notebooks course pack weights bench results \
+  lowest repository clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,8 @@ help:
 	@echo "make test        style, unit tests, chapters, book and browser tests"
 	@echo "make lab         open JupyterLab on the book"
 	@echo "make notebooks   write book/*.ipynb from book/py/*.py and execute them in place"
+	@echo "make course      student and instructor notebooks, slides, and archives for otter-grader"
+	@echo "make pack        all of it and the package in one folder, for a class without a network"
 	@echo "make weights     train the weights that the package ships, and write their cards"
 	@echo "make bench       measure what the quick preset reaches; fills results/ and README.md"
 	@echo "                 (times are another matter: python benchmarks/speed.py, when idle)"
@@ -40,7 +42,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes and about 6 GB the first time." \
 	  "Without CUDA it is 1 GB: see 'CPU only' in README.md"
-	$(BIN)/python -m pip install -e ".[book,test,train,medical,timm,systems]"
+	$(BIN)/python -m pip install -e ".[book,course,test,train,medical,timm,systems]"
 	$(BIN)/python -c 'import matplotlib.font_manager'
 	@touch $@
 
@@ -63,12 +65,13 @@ unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/book -n 2 --dist loadscope \
 	  --cov --cov-report=term --cov-report=html
 
-# Executes each notebook once, on the CPU like all tests. Without a chapter, pytest's "no tests" is
-# a failure, as it should be.
+# Executes each chapter once, solutions and all, on the CPU like all tests; what must not pass a check
+# is tried there, too. Without a chapter, pytest's "no tests" is a failure, as it should be.
 chapters: $(INSTALLED)
 	$(BIN)/covidmask phantoms --preset quick
+	$(BIN)/python tools/book.py editions --which test
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout=86400 --nbval-kernel-startup-timeout=86400 --durations=5 $(CHAPTERS)
+	  --nbval-cell-timeout=86400 --nbval-kernel-startup-timeout=86400 --durations=5 $(TESTED)
 
 # The book from a clean folder with the committed outputs, warnings as errors; then a browser.
 pages: $(INSTALLED)
@@ -79,6 +82,14 @@ pages: $(INSTALLED)
 
 lab: $(INSTALLED)
 	cd book && ../$(BIN)/jupyter-lab
+
+course: $(INSTALLED)
+	$(BIN)/python tools/book.py course
+	@echo "make course: done. See $(CURDIR)/_build/course, and book/teaching.md"
+
+pack: course
+	$(BIN)/covidmask phantoms --preset quick
+	$(BIN)/python tools/pack.py
 
 notebooks: $(INSTALLED)
 	$(BIN)/covidmask phantoms --preset quick
@@ -113,7 +124,7 @@ lowest:
 	$(OLDEST) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
-	  --resolution lowest-direct -e ".[book,test,train,medical,timm,systems]"
+	  --resolution lowest-direct -e ".[book,course,test,train,medical,timm,systems]"
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" --ignore=tests/book
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q \
 	  tests/book/test_build.py tests/book/test_environment.py tests/book/test_notebooks.py

@@ -375,9 +375,10 @@ class Compare(_OnData):
     Systems are heads, heads_bn and full (the three regimes of COVID-CT-Mask-Net), scores (S reads
     scores alone), mask and faster (a detector trained here, with and without masks), maps, inside
     and areas (a linear layer on the same detector's feature maps, on what of them lies in the
-    ranked boxes, or on counts and areas of its lesions), unet and fcn (segment, then classify), jcs (both at once), covnet (reads up to
-    16 slices of a patient together), and any classifier of torchvision's, or of timm's as
-    timm/NAME; jcs+resnet50 or covnet+resnet18 names a backbone, resnet18+lungs is given the lungs,
+    ranked boxes, or on counts and areas of its lesions), unet and fcn (segment, then classify),
+    jcs (both at once), covnet (reads up to 16 slices of a patient together), and any classifier of
+    torchvision's, or of timm's as timm/NAME; jcs+resnet50 or covnet+resnet18 names a backbone,
+    resnet18+lungs is given the lungs,
     too. A second call does what OUT lacks. Example:
     `covidmask compare --data data/covid-ct --systems heads maps mobilenet_v2 --out compare.json`
     """

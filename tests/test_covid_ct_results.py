@@ -1,4 +1,4 @@
-"""The table of COVID-CT in chapter 12 is that of its file, and its numbers come from the boxes."""
+"""The table of COVID-CT in chapter 16 is that of its file, and its numbers come from the boxes."""
 
 import importlib
 import json

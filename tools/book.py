@@ -113,7 +113,8 @@ def digest(files: Iterable[Path]) -> str:
     """SHA-256 of the contents of `files`, and of what a chapter imports or loads: the package."""
     package = [f for f in (ROOT / "covidmask").rglob("*") if "__pycache__" not in f.parts]
     total = hashlib.sha256()
-    for file in [*sorted(files), Path(__file__), *sorted(filter(Path.is_file, package))]:
+    here = sorted(Path(__file__).parent.glob("*.py"))
+    for file in [*sorted(files), *here, *sorted(filter(Path.is_file, package))]:
         total.update(f"{os.path.relpath(file, ROOT)}\0".encode())
         total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
@@ -267,6 +268,21 @@ def editions(
     print(f"{out}: {', '.join(which)}")
 
 
+def course(out: Path = ROOT / "_build" / "course") -> None:
+    """What a teacher needs of each chapter: both editions, slides, an archive for otter-grader."""
+    from tools import grading, slides
+
+    editions(out)
+    for folder in ("slides", "grading"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    slides.copy_parts(out / "slides")
+    for twin in twins():
+        notebook = stored_twin(twin)
+        write_text(out / "slides" / f"{twin.stem}.html", slides.slides(notebook))
+        grading.autograder(notebook, out / "grading" / f"{twin.stem}.zip")
+    print(f"{out}: slides, grading")
+
+
 def count() -> None:
     """Print what each chapter asks of its reader: code in view, words, exercises, questions."""
     rows = {twin.stem: counts(read_twin(twin)) for twin in twins()}
@@ -329,13 +345,8 @@ def html(out: Positional[Path] = ROOT, stored: bool = False, strict: bool = Fals
 
 def main() -> None:
     """Read the command line."""
-    commands = {
-        "notebooks": notebooks,
-        "execute": execute_all,
-        "html": html,
-        "editions": editions,
-        "count": count,
-    }
+    commands = {f.__name__: f for f in (notebooks, html, editions, course, count)}
+    commands["execute"] = execute_all
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
 
 

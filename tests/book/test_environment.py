@@ -67,7 +67,7 @@ def test_installed_version_fits(name):
         installed = version(name)
     except PackageNotFoundError:
         pytest.fail(
-            f'{name} is not installed: pip install -e ".[book,test,train,medical,timm,systems]"'
+            f"{name} is not installed: see `make` in README.md, or pip install -e with all extras"
         )
     # a wheel built for one device calls itself 2.5.0+cpu; the part after + is no version bound
     assert requirement.specifier.contains(installed.split("+")[0], prereleases=True)

@@ -8,6 +8,7 @@ import pytest
 
 from tools import book
 from tools.book import ROOT, execute, read_twin
+from tools.editions import edition
 
 REAL = os.environ.get("COVIDMASK_REAL")
 REAL_WORDS = "real slices of COVID-SemiSeg"
@@ -34,8 +35,9 @@ def test_the_stored_outputs_come_from_phantoms():
 def test_the_chapter_runs_on_real_slices(tmp_path, monkeypatch):
     source = Path(REAL) / "covid-semiseg"
     monkeypatch.setenv("COVIDMASK_SEMISEG", str(source))
-    notebook = read_twin(ROOT / "book" / "py" / "15_real_lesions.py")
-    execute(notebook, tmp_path, "09")  # an error in a cell is raised; the outputs stay in memory
+    name = "15_real_lesions"
+    notebook = edition(read_twin(ROOT / "book" / "py" / f"{name}.py"), name, "instructor")
+    execute(notebook, tmp_path, name)  # an error in a cell is raised; the outputs stay in memory
     text = printed(notebook)
     assert f"This run uses {REAL_WORDS}" in text
     assert f"here: {PHANTOM_WORDS}" not in text

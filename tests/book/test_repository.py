@@ -32,7 +32,7 @@ def test_address_reaches_every_place(copy):
     assert not [name for name, text in after.items() if PLACEHOLDER in text]
     holders = {name for name, text in after.items() if "/first-owner/first.book" in text}
     assert {"_config.yml", "README.md", "pyproject.toml", "CITATION.cff"} <= holders
-    notebooks = {name for name in after if name.endswith(".ipynb") or "/py/" in name}
+    notebooks = {name for name in after if name.endswith(".ipynb")}
     assert notebooks <= holders
     colab = "https://colab.research.google.com/github/first-owner/first.book/blob/main/book/"
     assert colab in after["README.md"]
