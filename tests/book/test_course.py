@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jupytext
@@ -12,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from tools import editions, grading, slides
+from tools import editions, grading, pack, slides
 
 TWIN = """\
 # %% [markdown]
@@ -189,3 +190,21 @@ def test_slides_show_sections_figures_and_questions(twin, tmp_path):
     assert "return a * a" not in page and "try a drawing" not in page
     slides.copy_parts(tmp_path)
     assert (tmp_path / "reveal/reveal.js").exists() and (tmp_path / "mathjax").is_dir()
+
+
+def test_pack_holds_what_a_class_needs(tmp_path, monkeypatch, capsys):
+    course, phantoms = tmp_path / "course", tmp_path / "data" / "phantoms-quick"
+    monkeypatch.setenv("COVIDMASK_DATA", str(phantoms.parent))
+    with pytest.raises(SystemExit, match="run `make course` first"):
+        pack.pack(tmp_path / "class", course, dependencies=False)
+    for folder in (course / "student", course / "slides", phantoms):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x", encoding="utf-8")
+    pack.pack(tmp_path / "class", course, dependencies=False)
+    found = {path.parent.name for path in (tmp_path / "class").rglob("file")}
+    assert found == {"notebooks", "slides", "phantoms-quick"}
+    [wheel] = (tmp_path / "class" / "wheels").glob("covidmask-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".safetensors")], "no weights"
+    assert "--no-index" in (tmp_path / "class" / "README.txt").read_text(encoding="utf-8")
+    assert "GB, for Python" in capsys.readouterr().out
