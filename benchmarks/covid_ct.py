@@ -6,7 +6,7 @@ Every row is a logistic regression on numbers that a frozen network gives for an
 paper's vector to whole feature maps. Folds keep the panels of one figure together. The rows were
 chosen by the folds; the validation images were opened once, when all of them stood (boxes at random
 places, a control, came later), and the test images are not read. Fills
-chapter 12, which shows no image.
+chapter 16, which shows no image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from covidmask.models.systems import BoxMaps, ImageClassifier, PooledMaps, _squa
 from covidmask.training.compare import auc, folds_of, owners
 
 OUT, DATA = common.RESULTS / "covid_ct.json", data_root() / "covid-ct"
-TWIN = common.TWINS / "12_side_by_side.py"
+TWIN = common.TWINS / "16_real_classes.py"
 N, FOLDS, STRENGTH = 64, 5, 0.01  # boxes; folds; C of the logistic regression, for every row
 PLACE = ("label", "x1", "y1", "x2", "y2")
 WORDS = {

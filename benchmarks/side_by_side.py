@@ -6,7 +6,7 @@
 A network that trains on images sees LOOKS slices, some of them many times where there are few: the
 budget does not grow with the data. Three seeds, each with its own draw of training slices. Nothing
 was tuned for a system. On COVID-CT all of train is learned, and val is judged once. What a file of
-results has is left alone. `page` fills chapter 12.
+results has is left alone. `page` fills chapters 12 and 16.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ TABLE = (
 )  # fmt: skip
 REAL = (*CURVE, "mobilenet_v2")
 OUT = {name: common.RESULTS / f"side_by_side_{name}.json" for name in ("phantoms", "covid_ct")}
-DATA, TWIN = data_root(), common.TWINS / "12_side_by_side.py"
+DATA, CHAPTERS = data_root(), {"phantoms": "12_side_by_side", "covid_ct": "16_real_classes"}
+TWIN = {name: common.TWINS / f"{chapter}.py" for name, chapter in CHAPTERS.items()}
 LOOKS, S_LOOKS = 9_000, 60_000  # S looks at 160 numbers, which costs next to nothing
 
 
@@ -221,12 +222,14 @@ PAGES = {
 
 
 def page() -> None:
-    """Fill chapter 12 from the files of results."""
+    """Fill chapters 12 and 16 from the files of results."""
     for name, (key, about) in PAGES.items():
         if result := common.read(OUT[name]):
-            common.fill(TWIN, f"side_by_side_{name}", markdown(result | {"name": name}, key, about))
+            text = markdown(result | {"name": name}, key, about)
+            common.fill(TWIN[name], f"side_by_side_{name}", text)
     if result := common.read(OUT["phantoms"]):
-        common.replace_between(TWIN, ("# curve\n", "# end of curve\n"), curve_lines(result))
+        marks = "# curve\n", "# end of curve\n"
+        common.replace_between(TWIN["phantoms"], marks, curve_lines(result))
 
 
 if __name__ == "__main__":

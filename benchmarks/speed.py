@@ -38,7 +38,7 @@ from covidmask.models.detector import for_inference
 from covidmask.training.loop import make_fabric
 
 PAGE, README = common.ROOT / "book" / "fast.md", common.ROOT / "README.md"
-TWIN = common.TWINS / "08_three_regimes.py"
+TWIN = common.TWINS / "09_speed.py"
 CODE_MARKS = ("# speed, from results/benchmarks.json\n", "# end of speed\n")
 PAPER = PRESETS["paper"]
 MODELS = {

@@ -1,68 +1,32 @@
 # %% [markdown]
-# # 15 · Real CT
+# # 15 · Real lesions
 #
-# Every chapter so far ran on phantoms. How does the method do on real CT? We read a small public set
-# of labelled slices, see what a model from another domain does on it, fine-tune for a minute, and
-# then look at scans from a hospital and at the way to the full data sets. We host no data: one
-# command gets them from their hosts. Without them, this chapter runs on phantoms written in the
-# same layout, and says so.
-#
-# **After it you can**
-#
-# - read COVID-SemiSeg without falling into its two traps, and measure mean Dice on it;
-# - fine-tune a segmenter from weights of another domain, and compare fairly with random weights;
-# - say by which rule a published mean Dice was computed, and compute yours by the same;
-# - turn Hounsfield units into what a model expects, and run the method on a whole scan, DICOM or
-#   NIfTI, without a name leaving the file;
-# - run the method at full scale on the CNCB masks and COVIDx-CT, on one GPU or several;
-# - say what these data cannot show.
-#
-# **You need** [chapter 5](05_segmenter.ipynb) (training and judging the segmenter) and [chapter
-# 7](07_covid_ct_mask_net.ipynb) (the classifier). **Run time:** about one minute on two CPU cores
-# in the preset `quick` (the first chapter that you run draws the phantoms once, which takes a few
-# minutes more); 151 seconds on a GPU (H200) that other chapters used, too.
-#
-# ```{admonition} Synthetic data, unless you bring real slices
-# :class: important
-# The outputs on this page come from *phantoms*: pictures made by formulas and random numbers. No
-# number in them is a result on patients. Once you have fetched COVID-SemiSeg, your own run uses its
-# real slices instead. Nothing here is for diagnosis either way.
-# ```
+# So far the segmenter was judged on slices from the program that also drew its training slices.
+# In the figure below the same network looks at a slice like those, and then at one that was drawn
+# for another purpose: larger lesions, another window, cropped to the lungs. **What does it take
+# until a segmenter finds lesions in slices of another origin, real ones above all?** A small public
+# set of labelled slices, COVID-SemiSeg, lets us try.
 
-# %% tags=["fold"]
-# @title Imports and versions
-import csv
-import io
-import platform
-import tempfile
-from contextlib import redirect_stdout
+# %% tags=["fold"] mystnb={"image": {"alt": "Three panels. Left: a whole synthetic chest with small lesions, most of them outlined by the segmenter. Middle: a synthetic slice cropped to the lungs, with the true outlines of large lesions. Right: the same slice with what the segmenter outlines, which covers only parts of them."}, "figure": {"caption": "One segmenter, two kinds of slice. Left: a slice of the kind it learned on, with what it finds. Middle: a slice of another kind, with its true lesions. Right: what it finds there. Solid: GGO, dashed: consolidation. All synthetic."}}
+# @title Imports, versions, and the opening picture
+import os
 from dataclasses import replace
+from pathlib import Path
 
-import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch.utils.data import Subset
 
 import covidmask
 from covidmask import plotting
-from covidmask.config import IMAGE_CLASSES, PRESETS
+from covidmask.config import PRESETS
 from covidmask.datasets import (
-    FRIEND,
-    LUNG_WINDOW,
-    PACKAGES,
-    POSITIONS,
     LesionSlices,
     SemiSeg,
-    find_scans,
-    hounsfield_to_unit,
-    make_patient,
     old_friend,
     read_image,
-    read_slices,
-    render,
     split_by_patient,
     write_phantoms,
     write_semiseg_phantoms,
@@ -70,19 +34,63 @@ from covidmask.datasets import (
 from covidmask.errors import DataError
 from covidmask.interactive import frame_slider
 from covidmask.metrics import dice, semantic_mask
-from covidmask.models import (
-    find_weights,
-    lesion_mask_rcnn,
-    trained_classifier,
-    trained_segmenter,
-)
-from covidmask.predict import predict
+from covidmask.models import lesion_mask_rcnn, trained_segmenter
 from covidmask.training import predict_lesions, train_segmenter
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
-print(f"torchvision {torchvision.__version__}, Python {platform.python_version()}")
+
+
+def find(model, grey):
+    """Detections of a model in a slice, grey [H, W] in 0..1; on the CPU."""
+    image = torch.from_numpy(np.ascontiguousarray(grey)).expand(3, -1, -1)
+    with torch.no_grad():
+        found = model([image.to(device)])[0]
+    return {key: value.cpu() for key, value in found.items()}
+
+
+def outline(ax, image, codes, title):
+    """Draw a slice with the outlines of GGO (solid) and consolidation (dashed)."""
+    _ = plotting.show_slice(image, ax)
+    for code, colour, line in zip(
+        (2, 3), plotting.LESION_COLOURS, plotting.LESION_LINES, strict=True
+    ):
+        if (codes == code).any():
+            look = {"colors": colour, "linestyles": line}
+            _ = ax.contour(codes == code, levels=[0.5], **look)
+    _ = ax.set_title(title, fontsize=10)
+
+
+data = os.environ.get("COVIDMASK_DATA", "data")
+opening = trained_segmenter("quick", device, shipped=True).eval()
+folder = write_semiseg_phantoms(f"{data}/semiseg-phantoms-quick", 256, seed=0)
+known, _ = old_friend(128)
+other, truth = SemiSeg(folder, "train").read(1)
+fig, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
+outline(axes[0], known, semantic_mask(find(opening, known), 0.5), "a known kind: found")
+outline(axes[1], other, truth, "another kind: true")
+outline(axes[2], other, semantic_mask(find(opening, other), 0.5), "another kind: found")
+plt.show()
+
+# %% [markdown]
+# **After it you can**
+#
+# - read COVID-SemiSeg without falling into its two traps, and measure mean Dice on it;
+# - fine-tune a segmenter from weights of another domain, and compare fairly with random weights;
+# - say by which rule a published mean Dice was computed, and compute yours by the same;
+# - say what the method reaches on real slices, and what these data cannot show.
+#
+# **You need** [chapter 5](05_segmenter.ipynb) (training and judging the segmenter).
+#
+# **Time:** reading 25 min, exercises 60 min, running 3 min (and once a few minutes more, until the
+# phantoms are drawn).
+#
+# ```{admonition} Synthetic data, unless you bring real slices
+# :class: important
+# The outputs on this page come from *phantoms*, so none of them is a result on patients. Once you
+# have fetched COVID-SemiSeg, your own run uses its real slices. Nothing here is for diagnosis.
+# ```
 
 # %% tags=["parameters"]
 PRESET = "quick"  # or "colab", "paper"
@@ -97,44 +105,31 @@ EPOCHS = 4  # of fine-tuning
 #
 # COVID-SemiSeg comes with Inf-Net {cite:p}`Fan2020`. Its labelled part is 100 axial slices from
 # medicalsegmentation.com, in which radiologists marked ground-glass opacity (GGO) and
-# consolidation. The published split trains on 50. It tests on 48, because the authors left out two
-# very small pictures with empty masks. (A further 1,600 slices have no labels, and we do not use
-# them.)
-#
-# What you must know before you use it:
+# consolidation. The published split trains on 50 and tests on 48, because the authors left out two
+# very small pictures with empty masks. Before you use it, you should know five things.
 #
 # - **Terms of use.** The repository of Inf-Net allows non-commercial use only, of the slices and of
-#   anything derived from them. The site behind it has terms of its own. Read both; nothing in this
-#   book changes them.
-# - **No Hounsfield units.** The slices are 8-bit JPEG, already windowed by someone.
+#   anything derived from them; the site behind it has its own terms. Read both.
+# - **No Hounsfield units.** The slices are 8-bit JPEG, and somebody chose a window before.
 # - **Cropped** to the lungs, in many sizes.
-# - **Positive slices only.** Every patient had COVID-19. The set says nothing about controls or
-#   about common pneumonia, so the classifier of chapter 7 cannot be judged on it.
+# - **Positive slices only.** Every patient had COVID-19. So the set says nothing about controls or
+#   common pneumonia, and the classifier of chapter 7 cannot be judged on it.
 # - **No patient ids.** Slices of one patient may stand on both sides of any split, also of the
 #   published one.
 #
-# One command gets it (5 MB, seconds):
+# One command gets it (5 MB): `covidmask fetch covid-semiseg`. It prints the terms, stores them
+# beside the data, and compares each of the 196 files with its SHA-256. Start this chapter again
+# afterwards, and it uses the folder `covid-semiseg` of the data folder; the environment variable
+# `COVIDMASK_SEMISEG` can name another place.
 #
-# ```
-# covidmask fetch covid-semiseg
-# ```
-#
-# It prints the terms and stores them beside the data, takes the 196 files from one commit of the
-# authors' repository, and compares each with its SHA-256. Run again, it fetches what is missing. Then
-# start this chapter again: it looks for the folder `covid-semiseg` in the data folder. If yours lies
-# elsewhere, set the environment variable `COVIDMASK_SEMISEG` to its path, or write the path into the
-# cell above.
-#
-# ## The same layout, from phantoms
-#
-# `write_semiseg_phantoms` writes phantoms of COVID-19 patients as if they were this set: lesions of
-# up to half a lung, pictures in as many windows and contrasts as papers print, cropped to the
-# lungs, 8-bit JPEG, palette masks, stored as the real files are.
+# Until then phantoms stand in. `write_semiseg_phantoms` draws COVID-19 patients with lesions of up
+# to half a lung, in as many windows and contrasts as papers print, cropped to the lungs, and stores
+# them in exactly the files of the real set.
 
 # %% tags=["nbval-check-output"]
 preset = PRESETS[PRESET]
-size = 2 * preset.phantoms.size  # before cropping
 phantom_root = f"{DATA}/semiseg-phantoms-{PRESET}"
+size = 2 * preset.phantoms.size  # before cropping
 phantom_root = write_semiseg_phantoms(phantom_root, size, seed=0)
 folder = phantom_root / "TrainingSet" / "MultiClassInfection-Train"
 for path in sorted(folder.parents[1].glob("*/*/*")):
@@ -142,10 +137,12 @@ for path in sorted(folder.parents[1].glob("*/*/*")):
     print(f"{where:48} {len(list(path.iterdir()))} files")
 
 # %% [markdown]
-# There are two traps in the files, in the real ones as well as in these.
+# ## Two traps in the files
 #
-# **The palette.** A mask is a picture of mode P: each pixel holds an index, and a palette gives the
-# index a colour for display. The index is the class: 0 background, 1 GGO, 2 consolidation. A common
+# The real files hold two traps, and so do ours.
+#
+# **The palette.** A mask is a picture of mode P: each pixel holds an index, and a palette says in
+# which colour to show it. The index is the class: 0 background, 1 GGO, 2 consolidation. A common
 # line of code, `convert("L")`, replaces the indices by the brightness of their colours.
 
 # %% tags=["nbval-check-output"]
@@ -155,43 +152,42 @@ print("indices       ", np.unique(np.asarray(stored)).tolist())
 print('convert("L")  ', np.unique(np.asarray(stored.convert("L"))).tolist())
 
 # %% [markdown]
-# The reading itself does not fail. A loss that checks its classes would stop at code 38; code that
-# asks only whether a pixel is above 0, or that compares numbers, goes on and learns the wrong thing.
+# Nothing fails here. A loss that checks its classes would stop at code 38, but code that asks only
+# whether a pixel is above 0 goes on, and learns one class where there were two.
 #
 # **The axes.** Image and mask are stored transposed, with the spine to the right. Since both are,
-# they fit each other, and again nothing fails. But a model that learned on upright slices now sees
+# they fit each other, and again nothing fails. Yet a model that learned on upright slices now sees
 # patients who lie on their side.
 
-# %% mystnb={"image": {"alt": "Three pictures of one synthetic slice: as stored, with the spine on the right; as read, upright; and its mask with the lesions coloured."}, "figure": {"caption": "A phantom in the COVID-SemiSeg layout, as it is stored (left) and as `SemiSeg` reads it (middle, right). Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Three pictures of one synthetic slice: as stored, with the spine on the right; as read, upright; and its mask with the lesions coloured."}, "figure": {"caption": "A phantom in the COVID-SemiSeg layout, as it is stored (left) and as `SemiSeg` reads it (middle, right). Synthetic."}}
+# @title Draw a slice as stored and as read
 upright, codes = SemiSeg(phantom_root, "train").read(1)
-fig, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
 _ = plotting.show_slice(read_image(folder / "Imgs" / "1.jpg"), axes[0])
-_ = axes[0].set_title("stored")
 _ = plotting.show_slice(upright, axes[1])
-_ = axes[1].set_title("read")
 _ = plotting.show_mask(codes, axes[2])
-_ = axes[2].set_title("mask, read")
+for ax, title in zip(axes, ("stored", "read", "mask, read"), strict=True):
+    _ = ax.set_title(title)
 plt.show()
 
 # %% [markdown]
-# `SemiSeg` reads the indices, turns both upright, and maps the indices to this book's codes, 2 for
-# GGO and 3 for consolidation. By hand it is three lines.
+# `SemiSeg` reads the indices, turns both pictures upright, and maps the indices to this book's
+# codes, 2 for GGO and 3 for consolidation. By hand that takes two lines.
 
 # %% tags=["nbval-check-output"]
 indices = np.asarray(stored).T  # [H, W], upright
 by_hand = np.array([0, 2, 3], dtype=np.uint8)[indices]
-assert np.array_equal(by_hand, codes)
+assert np.array_equal(by_hand, codes)  # `codes` is what SemiSeg read
 print("palette indices", np.unique(indices).tolist())
 print("codes          ", np.unique(by_hand).tolist())
 
 # %% [markdown]
 # ## Training and test slices
 #
-# From here on the chapter uses the real slices, if their folder is there, and the phantoms
-# otherwise. The split is the published one. Where the folder has no `TestingSet`, we hold out a
-# quarter of the training slices. `split_by_patient` would keep patients apart; but without ids each
-# slice counts as a patient, so **the two parts may share patients**, and a score on the held-out
-# part may be too good.
+# From here on the chapter uses the real slices if their folder is there. The split is the published
+# one. Where the folder has no `TestingSet`, a quarter of the training slices is held out. Without
+# patient ids each slice counts as a patient, so **the two parts may share patients**, and a score on
+# the held-out part may be too good.
 
 # %%
 real = bool(SEMISEG) and Path(SEMISEG).is_dir()
@@ -211,9 +207,10 @@ except DataError:
     train_indices, test_indices = split_by_patient(patients, shares, SEED)
     print("no TestingSet here: a quarter of the slices is held out")
 
-# specks of a few pixels are no lesions to a detector: the preset's limit,
-# as a share of the image
+# %% tags=["fold"]
+# @title Take parts of the data sets; leave specks out; add slices of the known kind
 areas = [training_set.read(i)[0].size for i in everything]
+# the preset's smallest lesion, as a share of the image
 share = preset.min_area / preset.phantoms.size**2
 training_set.min_area = round(share * np.median(areas))
 
@@ -227,94 +224,67 @@ def part(dataset, indices):
 
 train = part(training_set, train_indices)
 test = part(test_set, test_indices)
-print(f"This run uses {KIND}: {len(train)} to train, {len(test)} to test.")
-
-# %% [markdown]
-# ## What is different here
-#
-# The shipped segmenter learned on uncropped phantoms in one window, with small lesions. Two things
-# can be compared before any model runs: the grey values that it has met and those that it meets
-# here, and the sizes of the lesions. The detector resizes each slice so that its shorter side fits,
-# so a cropped slice is enlarged, and its lesions with it.
-
-# %%
-home_root = f"{DATA}/phantoms-{PRESET}"
-home_root = write_phantoms(home_root, preset.phantoms, seed=0)
+home_root = write_phantoms(f"{DATA}/phantoms-{PRESET}", preset.phantoms, seed=0)
 home_root /= "lesions"
 home_set = LesionSlices(home_root, "test", min_area=preset.min_area)
 # the kind of slices that the shipped weights know
 home = part(home_set, list(range(0, len(home_set), 10)))
+print(f"This run uses {KIND}: {len(train)} to train, {len(test)} to test.")
+print(f"Of the kind that the shipped weights know: {len(home)} phantoms.")
+
+# %% [markdown]
+# Two things can be compared before any model runs: the grey values that the shipped segmenter has
+# met and those that it meets here, and the sizes of the lesions. The detector resizes each slice so
+# that its shorter side fits. So a cropped slice is enlarged, and its lesions with it.
 
 
+# %% tags=["fold"] mystnb={"image": {"alt": "Two pairs of histograms. Left: grey values of the phantoms that the segmenter learned on and of the slices used here. Right: longer sides of lesion boxes in both sets, with a line at the largest anchor; many lesions here lie beyond it."}, "figure": {"caption": "What the shipped segmenter knows (home) and what it meets here. Left: grey values. Right: the size of lesions as the network sees them, after cropping and resizing. On this page both sets are phantoms, the second in the COVID-SemiSeg layout."}}
+# @title Draw grey values and sizes of lesions, at home and here
 def grey_and_sides(some):
-    """Grey values of all slices; longer sides of boxes, network pixels."""
+    """Grey values of all slices; longer sides of boxes, in network pixels."""
     grey, sides = [], []
     for image, target in some:
         grey.append(image[0].flatten()[::7])
-        scale = preset.detector.image_size / min(image.shape[1:])
-        boxes = target["boxes"] * scale
+        boxes = target["boxes"] * preset.detector.image_size / min(image.shape[1:])
         sides.append((boxes[:, 2:] - boxes[:, :2]).amax(1))
     return torch.cat(grey), torch.cat(sides)
 
 
-# %% mystnb={"image": {"alt": "Two pairs of histograms. Left: grey values of the phantoms that the segmenter learned on and of the slices used here. Right: longer sides of lesion boxes in both sets, with a line at the largest anchor."}, "figure": {"caption": "What the shipped segmenter knows (home) and what it meets here. Left: grey values. Right: the size of lesions as the network sees them, after cropping and resizing. On this page both sets are phantoms, the second in the COVID-SemiSeg layout."}}
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-looks = (
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+bins = np.linspace(0, 1, 41), np.linspace(0, preset.detector.image_size, 41)
+for some, label, colour, line in (
     (home, "home: uncropped phantoms", plotting.BLUE, "-"),
     (train, KIND, plotting.VERMILLION, "--"),
-)
-for some, label, colour, line in looks:
-    for ax, values, bins in zip(
-        axes,
-        grey_and_sides(some),
-        (
-            np.linspace(0, 1, 41),
-            np.linspace(0, preset.detector.image_size, 41),
-        ),
-        strict=True,
-    ):
+):
+    for ax, values, edges in zip(axes, grey_and_sides(some), bins, strict=True):
         weights = np.full(len(values), 100 / len(values))
-        _ = ax.hist(
-            values.numpy(),
-            bins,
-            weights=weights,
-            histtype="step",
-            color=colour,
-            ls=line,
-            lw=1.5,
-            label=label,
-        )
+        look = {"histtype": "step", "color": colour, "ls": line, "lw": 1.5}
+        _ = ax.hist(values.numpy(), edges, weights=weights, label=label, **look)
 largest = max(preset.detector.anchor_sizes)
 _ = axes[1].axvline(largest, color="black", ls=":", label="largest anchor")
 _ = axes[0].set(xlabel="Grey value (0 to 1, no unit)", ylabel="Pixels (%)")
-_ = axes[1].set(
-    xlabel="Longer side of a lesion's box (network pixels)",
-    ylabel="Lesions (%)",
-)
+xlabel = "Longer side of a lesion's box (network pixels)"
+_ = axes[1].set(xlabel=xlabel, ylabel="Lesions (%)")
 for ax in axes:
-    _ = ax.legend(fontsize=8)
+    _ = ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
 # ## One number for a mask: Dice
 #
-# Papers on this set report the *Dice* coefficient of the whole mask, not AP of instances. For the
-# predicted pixels $m$ and the true pixels $m'$ of one slice,
+# Papers on this set report the *Dice* coefficient of the whole mask, not the AP of instances. For
+# the predicted pixels $m$ and the true pixels $m'$ of one slice it is
 #
 # $$ \mathrm{Dice}(m, m') = \frac{2\,|m \cap m'|}{|m| + |m'|}. $$
 #
-# Mask R-CNN gives overlapping instances, each with a score and a soft mask. We fuse them: take
-# those above a score threshold, cut the soft masks at 0.5, and paint them in the order of rising
-# score, so that where GGO and consolidation overlap the better one lies on top.
+# Mask R-CNN gives overlapping instances, each with a score and a soft mask, so we have to fuse them
+# first. We take those above a score threshold, cut the soft masks at 0.5, and paint them in the
+# order of rising score. Where GGO and consolidation overlap, the better one then lies on top.
 
 # %%
 segmenter = trained_segmenter(PRESET, device, shipped=True).eval()
-image, _ = test[0]
-truth = test_set.read(test_indices[0])[1]  # uint8 [H, W]
-with torch.no_grad():
-    found = segmenter([image.to(device)])[0]
-found = {key: value.cpu() for key, value in found.items()}
-print({key: tuple(value.shape) for key, value in found.items()})
+grey, truth = test_set.read(test_indices[0])  # [H, W] each
+found = find(segmenter, grey)  # instances: boxes, labels, scores, masks
 
 painted = np.zeros(truth.shape, dtype=np.uint8)  # [H, W]
 for i in found["scores"].argsort(stable=True).tolist():
@@ -324,10 +294,11 @@ for i in found["scores"].argsort(stable=True).tolist():
 assert np.array_equal(painted, semantic_mask(found, 0.5))
 
 # %% [markdown]
-# *Infection* is GGO or consolidation. The mean over slices needs a decision: what do we do with a
-# slice that has no consolidation, and in which none is found? Dice is 0/0 there. We leave such
-# slices out. If consolidation is found where there is none, Dice is 0 and counts. (An exercise below
-# shows how much this decision moves the mean.)
+# *Infection* is GGO or consolidation. The mean over slices needs a decision: what about a slice that
+# has no consolidation, and in which none is found? There Dice is 0/0. We leave such slices out. If
+# consolidation is found where there is none, Dice is 0 and counts. (Exercise 4 shows how much this
+# decision moves the mean.)
+
 
 # %%
 def dice_of(painted, truth):
@@ -344,19 +315,24 @@ def dice_of(painted, truth):
     return np.array(result)
 
 
-infection = dice(painted > 0, truth >= 2)  # the package has it, too
+infection = dice(painted > 0, truth >= 2)  # the package's
 assert np.isclose(dice_of(painted, truth)[0], infection, equal_nan=True)
 
+# %% [markdown]
+# Which score threshold? Scores of a model in a new domain, or after a short training, need not mean
+# what they meant before. So each model gets the threshold that is best for it, chosen on *training*
+# slices; the test slices choose nothing.
+
+# %%
 THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.75)  # 0.75 is the paper's
 
 
 def all_dice(model, some):
     """float64 [thresholds, slices, 3]; one detection for all thresholds."""
     rows = []
-    found = predict_lesions(model, some, progress=False)
-    for index, prediction, _ in found:
+    for index, found, _ in predict_lesions(model, some, progress=False):
         truth = some.dataset.read(some.indices[index])[1]
-        masks = [semantic_mask(prediction, t) for t in THRESHOLDS]
+        masks = [semantic_mask(found, t) for t in THRESHOLDS]
         rows.append([dice_of(mask, truth) for mask in masks])
     return np.array(rows).swapaxes(0, 1)
 
@@ -370,9 +346,18 @@ def judge(model, tune, test):
 # %% [markdown]
 # ## The domain gap
 #
-# How good are the shipped weights at home, and how good here? To be fair to every model, the score
-# threshold is chosen for each one, on training slices: scores of a model in a new domain, or after
-# a short training, are not calibrated.
+# How good are the shipped weights at home, and how good here?
+
+
+# %% tags=["fold"]
+# @title Print rows of the table
+def show(scores):
+    print(f"here: {KIND}")
+    print(f"mean Dice{'':30}infection    GGO      C   score above")
+    for name, (threshold, values) in scores.items():
+        columns = "".join(f"{value:9.2f}" for value in values)
+        print(f"{name:38}{columns}{threshold:12g}")
+
 
 # %%
 tune = part(training_set, train_indices[::4])
@@ -380,26 +365,18 @@ scores = {
     "shipped weights, at home (phantoms)": judge(segmenter, home, home),
     "shipped weights, here": judge(segmenter, tune, test),
 }
-
-
-def show(names):
-    """Print the rows of the table."""
-    print(f"here: {KIND}")
-    print(f"mean Dice{'':30}infection    GGO      C   score above")
-    for name in names:
-        threshold, values = scores[name]
-        columns = "".join(f"{value:9.2f}" for value in values)
-        print(f"{name:38}{columns}{threshold:12g}")
-
-
 show(scores)
 
 # %% [markdown]
-# The difference between the two rows is the domain gap. Between phantoms it has three causes:
-# lesions of other sizes, other windows, and cropping. Lungs, vessels and noise come from the same
-# program in both. **On real CT expect the shipped weights to be poor.** They have never seen a real
-# vessel, a real artefact or a real lesion. A model that does well on its own test split and poorly
-# at the next hospital is the rule rather than the exception {cite:p}`Roberts2021`.
+# The difference between the two rows is the *domain gap*. (The first row is a little too good,
+# because its threshold was chosen on the slices on which it is judged.) Between phantoms the gap has
+# three causes: lesions of other sizes, other windows, and cropping. Lungs, vessels and noise come
+# from the same program in both.
+#
+# **On real CT expect the shipped weights to be poor.** They have never seen a real vessel, a real
+# artefact or a real lesion. A model that does well on its own test split and poorly at the next
+# hospital is the rule rather than the exception {cite:p}`Roberts2021`;
+# [chapter 14](14_another_hospital.ipynb) looks at that case.
 #
 # ## Fine-tuning
 #
@@ -412,13 +389,11 @@ settings = replace(preset.segmenter, epochs=EPOCHS, warmup=10)
 torch.manual_seed(SEED)
 tuned = trained_segmenter(PRESET, device, shipped=True)
 fresh = lesion_mask_rcnn(preset.detector).to(device)
-models = {
-    "fine-tuned from shipped weights": tuned,
-    "trained from random weights": fresh,
-}
-histories = {}
-for name, model in models.items():
-    histories[name] = train_segmenter(
+for name, model in (
+    ("fine-tuned from shipped weights", tuned),
+    ("trained from random weights", fresh),
+):
+    history = train_segmenter(
         model,
         train,
         settings,
@@ -426,109 +401,53 @@ for name, model in models.items():
         progress=False,
     )
     scores[name] = judge(model, tune, test)
-steps = len(histories[name])
-print(f"{steps} steps of {settings.batch_size} slices each")
-
-# %%
+print(f"{len(history)} steps of {settings.batch_size} slices each")
 show(scores)
 
 # %% [markdown]
 # The last two rows say what the shipped weights are worth as a start. Each comes from one short
-# training and has no interval, so a small difference means little. Compare them with the second
-# row, too, class by class: so short a training need not beat the weights that it began with, and
-# can lose in one class what it gains in another. On this page home and here are neighbours, because
-# one program drew both. **Do not expect the same of real slices.** Phantoms are not CT, and weights
-# that learned on them may give no head start at all; for a real head start, others begin with
-# ImageNet or with other CT. The same two cells with your slices tell you.
+# training and has no interval, so a small difference between them means little. Compare them with
+# the second row as well, class by class: so short a training need not beat the weights that it began
+# with, and can lose in one class what it gains in another.
+#
+# On this page home and here are neighbours, because one program drew both. **Do not expect the same
+# of real slices.** Weights that learned on phantoms may give no head start there at all; others begin
+# with ImageNet or with other CT. The same cell tells you, once the real slices are in their folder.
+# Pictures say more than the table:
 
-# %% mystnb={"image": {"alt": "Total training loss against the step, one line for each of the two models."}, "figure": {"caption": "The sum of the five losses, smoothed over 10 steps, from shipped and from random weights. On this page: phantoms in the COVID-SemiSeg layout."}}
-ax = plotting.get_ax(6.5, 3.6)
-for (name, history), colour, line in zip(
-    histories.items(),
-    (plotting.BLUE, plotting.VERMILLION),
-    ("-", "--"),
-    strict=True,
-):
-    wide = min(10, steps)
-    loss = np.convolve(
-        [entry["loss"] for entry in history],
-        np.full(wide, 1 / wide),
-        mode="valid",
-    )
-    at = np.arange(wide - 1, steps)
-    _ = ax.plot(at, loss, color=colour, ls=line, label=name)
-_ = ax.set(
-    xlabel="Step (count)",
-    ylabel="Sum of the five losses (no unit)",
-    ylim=(0, None),
-)
-_ = ax.legend()
-plt.show()
-
-# %% [markdown]
-# Read these losses with care. A detector that proposes nothing good has a small loss for a while,
-# because boxes that meet no lesion have no box loss and no mask loss; when its proposals get
-# better, the sum rises. Look at Dice, and at pictures.
-
-# %% mystnb={"image": {"alt": "Two slices in rows; in columns the true lesion outlines and those found by the shipped weights, after fine-tuning, and by the model from random weights."}, "figure": {"caption": "Outlines of the fused masks, each model at its own score threshold. On this page: phantoms in the COVID-SemiSeg layout."}}
-columns = {"shipped weights, here": segmenter, **models}
-
-
-def outline(ax, image, codes, title):
-    """Draw a slice with the outlines of GGO (solid) and C (dashed)."""
-    _ = plotting.show_slice(image, ax)
-    for code, colour, line in zip(
-        (2, 3), plotting.LESION_COLOURS, plotting.LESION_LINES, strict=True
-    ):
-        if (codes == code).any():
-            look = {"colors": colour, "linestyles": line}
-            _ = ax.contour(codes == code, levels=[0.5], **look)
-    _ = ax.set_title(title, fontsize=9)
-
-
-fig, axes = plt.subplots(2, 4, figsize=(10, 4.9), layout="constrained")
+# %% tags=["fold"] mystnb={"image": {"alt": "Two slices in two rows. Columns: true lesion outlines, those found by the shipped weights, and those found after fine-tuning."}, "figure": {"caption": "Outlines of the fused masks, each model at its own score threshold. Solid: GGO, dashed: consolidation. On this page: phantoms in the COVID-SemiSeg layout."}}
+# @title Draw true and found outlines before and after fine-tuning
+columns = {
+    "shipped": (segmenter, scores["shipped weights, here"][0]),
+    "fine-tuned": (tuned, scores["fine-tuned from shipped weights"][0]),
+}
+fig, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
 for row, index in zip(axes, (0, len(test) // 2), strict=True):
-    image, _target = test[index]
-    outline(row[0], image, test_set.read(test_indices[index])[1], "truth")
-    for ax, (name, model) in zip(row[1:], columns.items(), strict=True):
-        with torch.no_grad():
-            found = model([image.to(device)])[0]
-        outline(ax, image, semantic_mask(found, scores[name][0]), name)
-for colour, line, name in zip(
-    plotting.LESION_COLOURS,
-    plotting.LESION_LINES,
-    ("GGO", "C"),
-    strict=True,
-):
-    _ = axes[0, 0].plot([], [], color=colour, ls=line, label=name)
-_ = fig.legend(loc="outside lower center", ncols=2)
+    image, codes = test_set.read(test_indices[index])
+    outline(row[0], image, codes, "true")
+    for ax, (name, (model, limit)) in zip(row[1:], columns.items(), strict=True):
+        outline(ax, image, semantic_mask(find(model, image), limit), name)
 plt.show()
 
 # %% [markdown]
-# The score threshold is a knob like any other. Turn it for the fine-tuned model. Scores can be low
-# after so short a training: if nothing is painted, turn it down.
+# Move the slider to see what the score threshold does for the fine-tuned model.
 
-# %%
-shown, shown_target = test[len(test) // 2]
-with torch.no_grad():
-    prediction = tuned([shown.to(device)])[0]
-prediction = {key: value.cpu() for key, value in prediction.items()}
-shown_truth = test_set.read(test_indices[len(test) // 2])[1]
+# %% tags=["fold"]
+# @title Draw the fused mask at each score threshold
+shown, shown_truth = test_set.read(test_indices[len(test) // 2])
+shown_found = find(tuned, shown)
 
 
 def draw_threshold(threshold):
     """Draw the fused mask at a score threshold, beside the truth."""
-    painted = semantic_mask(prediction, threshold)
+    painted = semantic_mask(shown_found, threshold)
     fig, axes = plt.subplots(1, 2, figsize=(7, 3.3), layout="constrained")
-    lesions = np.where(shown_truth >= 2, shown_truth, 0)
-    _ = plotting.show_mask(lesions, axes[0])
-    _ = axes[0].set_title("truth", fontsize=9)
+    _ = plotting.show_mask(np.where(shown_truth >= 2, shown_truth, 0), axes[0])
+    _ = axes[0].set_title("true", fontsize=10)
     _ = plotting.show_mask(painted, axes[1])
     infection = dice_of(painted, shown_truth)[0]
-    _ = axes[1].set_title(
-        f"score above {threshold:g}: Dice of infection {infection:.2f}",
-        fontsize=9,
-    )
+    title = f"score above {threshold:g}: Dice of infection {infection:.2f}"
+    _ = axes[1].set_title(title, fontsize=10)
     return fig
 
 
@@ -539,47 +458,26 @@ frame_slider(
     "True and fused mask; a higher threshold paints fewer lesions",
     caption="Instances above the threshold, painted into one mask. "
     "On this page: a phantom in the COVID-SemiSeg layout.",
-    start=3,
+    start=1,
     dpi=70,
 )
-
-# %% [markdown]
-# With a running notebook you can choose any threshold:
-
-# %% tags=["remove-output"]
-def look(threshold):
-    """Draw and show, for the slider."""
-    _ = draw_threshold(threshold)
-    plt.show()
-
-
-_ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, max=0.95, step=0.05))
 
 # %% [markdown]
 # ## What the method reaches on real slices
 #
 # A minute of fine-tuning on small pictures only shows how it is done. The preset `semiseg` does it
-# properly. It trains on phantoms first, cropped to the lungs as the real slices are, and then on
-# random copies of the real slices: turned, stretched, bent, mirrored, brighter or darker. Half of
-# the copies also get the lesions of another training slice, changed in their own way, as in
-# Copy-Paste {cite:p}`Ghiasi2021`: the same lesion in other lungs, so that the model learns lesions
-# and not slices. What is kept in the end is a running average of the weights.
+# properly, in two ways that you can reuse.
 #
-# And the preset adds something that the paper does not have. Lesions of real CT fray and merge, so
-# one reader may draw three lesions where another draws one, and boxes suffer from that. A *semantic
-# branch* labels every pixel from the finest map of the pyramid, as in Panoptic FPN
-# {cite:p}`Kirillov2019`, and teaches the backbone with every pixel. Three parts of it matter:
+# **More from 50 slices.** It trains on random copies of them: turned, stretched, bent, mirrored,
+# brighter or darker. Half of the copies also get the lesions of another training slice, as in
+# Copy-Paste {cite:p}`Ghiasi2021`, so that the model learns lesions and not slices.
 #
-# - **It sees the image.** The finest map has one value for 4 x 4 pixels. The image itself, at half its
-#   size, joins that map, as in the top level of a U-Net {cite:p}`Ronneberger2015`. It still has the
-#   borders, and the grey values that tell consolidation from ground glass.
-# - **Its loss is close to the measure by which it is judged.** Dice is taken of each slice and then
-#   averaged, so the soft Dice in the loss is, too. A small lesion then counts as much as a large
-#   one.
-# - **It does not decide alone.** Its probabilities and the fused instances are averaged, and so are
-#   those of the slice and of its mirror image. A pixel is a lesion above 0.5.
-#
-# One command trains, and one judges:
+# **Pixels beside boxes.** The paper does not have this part. Lesions of real CT fray and merge, so one
+# reader may draw three lesions where another draws one, and boxes suffer from that. A *semantic
+# branch* therefore labels every pixel from the finest map of the pyramid, as in Panoptic FPN
+# {cite:p}`Kirillov2019`. It also sees the image itself, as the top level of a U-Net does
+# {cite:p}`Ronneberger2015`, and its loss holds the Dice of each slice. Its probabilities and the fused
+# instances are averaged, over the slice and its mirror image, and a pixel is lesion above 0.5.
 #
 # ```
 # covidmask train segmenter --preset semiseg --data data/covid-semiseg --out semiseg.safetensors
@@ -587,20 +485,12 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 #     --weights semiseg.safetensors --mirror --json semiseg.json
 # ```
 #
-# That is training on the 50 and a test on the published 48. **The table below is another
-# experiment**, on the 50 alone:
-#
-# - **Five-fold cross-validation.** The folds are fixed. Each slice is judged once, by a model that
-#   trained on the other four fifths. The threshold stays at 0.5; what else was chosen, and where, is
-#   said below the table.
-# - **One model for each fold**, of one seed. All begin with random weights, learn phantoms first and
-#   then the real slices; no weights of ImageNet are in them.
-# - **Folds may share patients.** Without patient ids nothing can be done about it, and every number
-#   here may flatter for that reason. The same is true of the published split.
-# - **Empty masks.** The mean is over all slices, and a slice counts 0 where prediction and truth
-#   share no pixel, *also where there is nothing to find*. That is the rule of Inf-Net's evaluation
-#   code, so it is ours when we compare. It is hard on consolidation, which many slices do not have,
-#   and no model can reach 1. *Dice where present* is the mean over the slices that have the lesion.
+# These commands train on the 50 and test on the published 48. **The table below is another
+# experiment, on the 50 alone**, by five-fold cross-validation: each slice is judged once, by a model
+# that trained on the other four fifths, on phantoms first and then on real slices. The mean is over
+# all slices, and a slice counts 0 where prediction and truth share no pixel, *also where there is
+# nothing to find*. That is the rule of Inf-Net's evaluation code. It is hard on consolidation, which
+# many slices do not have.
 #
 # <!-- covid_semiseg -->
 # | 50 real slices, five folds | preset semiseg |
@@ -628,521 +518,493 @@ _ = ipywidgets.interact(look, threshold=ipywidgets.FloatSlider(0.5, min=0.05, ma
 # Command: `python benchmarks/covid_semiseg.py --data DIR --precision bf16-mixed`; x86_64, 2 cores, no GPU used, two trainings at a time with one thread each; torch 2.15.0+cu132; 2026-11-27; commit 5f4f1ba; all numbers in `results/covid_semiseg.json`. The first four folds and the phantoms were trained with other work beside them, so their minutes are too many.
 # <!-- /covid_semiseg -->
 #
-# In brackets: 95 % intervals from resampling slices; for AP50 the lowest and the highest fold.
-# Settings were chosen on the 40 training slices of fold 1 alone: 30 trained and 10 were looked at,
-# in two such splits. Twenty-two configurations were looked at, some of them stopped early: without
-# the semantic branch, with it, it alone without boxes, at 192, 256 and 320 pixels, with the image
-# joined to its maps, with Dice of each slice, with twice the weight for C, with no, weaker and
-# stronger changes of grey values, with grey values brought to one scale, with more weight decay,
-# from phantoms, with phantoms among the real slices, with lesions pasted into some of the copies,
-# with more steps, and mixtures of these, such as the one in use. Sixteen pairs of a threshold and a
-# weight of C, and the mirror image with and without two other scales, were looked at there, too;
-# 0.5, no weight and the mirror image alone were kept. Anchor sizes were chosen by the lesions of
-# all 50 slices, so no fold is wholly untouched. The test slices of fold 1 took no part in the other
-# choices; those of the other folds are among the 40. Since then other thresholds, weights, names
-# from grey values and means of several models were tried on all folds, to see where the loss lies;
-# nothing was taken from that. The preset has twice the epochs that it had at first, because half of
-# them left a model far from perfect on the slices that it trained on. All of that was chosen with
-# earlier phantoms; with those of today the folds were judged once.
+# In brackets are 95 % intervals from resampling slices; for AP50, the lowest and the highest fold.
+# Two cautions belong to the table. The folds may share patients, so every number may flatter. And
+# settings were chosen on the 40 training slices of fold 1: twenty-two configurations, some stopped
+# early, and sixteen pairs of a threshold and a weight of C. So the test slices of the other four folds
+# took part in that choice, and the anchor sizes were chosen on all 50 slices. So what you see is the
+# best of many tries, and new slices may give less.
 #
 # Three things to take from it.
 #
-# - **It finds the place better than the name.** The infection as a whole is found fairly well. Of
-#   the pixels that are rightly called lesion, many have the wrong one of the two names. Two rows of
-#   the table say what that means. Had each found pixel its right name, both classes would gain, and
-#   consolidation most. And names from one number are about as good as the network's: call a found
-#   pixel consolidation if it is brighter than a limit, which the training slices choose. With 40
-#   slices the network has learned hardly more about names than that. No limit is right for all:
-#   consolidation of one slice is darker than ground glass of another (the row of grey values), and
-#   someone had chosen a window before the slices became JPEG. With the true outlines in place of
-#   ours such a limit does better, and the best limit of each slice, chosen by looking at its truth,
-#   better still (two more rows); but even then much of the consolidation has the wrong name. So its
-#   name is not in the grey values alone. (An exercise below tries such a limit.)
-# - **Pixels, not instances.** The mask AP50 is low. Connected regions of a hand-drawn mask are poor
-#   instances where lesions merge: a gap of a few pixels decides whether one or three are true. Even
-#   connected regions of the fused mask, which are made as the true ones are, do little better.
-# - **Training on phantoms first did not help here.** What drawn chests add to few or many real
-#   slices is measured on the page [How the phantoms are made](phantoms_made.ipynb): with as many
-#   steps in all, real slices alone do as well. `--no-pretraining --epochs 25` skips the phantoms
-#   and takes about as many steps as the preset.
+# - **It finds the place better than the name.** The infection as a whole is found fairly well, but
+#   many of the pixels rightly called lesion get the wrong one of the two names. And names from one
+#   number are about as good as the network's: call a found pixel consolidation if it is brighter than
+#   a limit, which the training slices choose. No limit is right for all, because consolidation of one
+#   slice is darker than ground glass of another (see the row of grey values); even with the true
+#   outlines and the best limit for each slice much of the consolidation has the wrong name.
+# - **Pixels, not instances.** The mask AP50 is low. Where lesions merge, a gap of a few pixels decides
+#   whether one or three are true. Even connected regions of the fused mask, which are made as the true
+#   ones are, do little better.
+# - **Training on phantoms first did not help here.** The page
+#   [How the phantoms are made](phantoms_made.ipynb) measures what drawn chests add to few or many real
+#   slices: with as many steps in all, real slices alone do as well.
 #
-# No weights trained on these slices come with the package: their terms do not allow it. The command
-# above makes them.
+# No weights trained on these slices come with the package, since their terms do not allow it; the
+# command above makes them. The package does hold `SEGMENTER_CT`, which saw drawn chests alone and is
+# meant for real scans. [Its card](weights.md) gives a mean Dice of infection of 0.685 (0.623 to 0.743)
+# on 25 of these slices. [Chapter 17](17_your_own_scan.ipynb) uses it.
 #
-# ## What others report on this split
+# ## What others report
 #
-# Mean Dice on the 48 published test slices, as {cite:t}`AbdelBasset2021` report it in
-# [their Table 3](https://pmc.ncbi.nlm.nih.gov/articles/PMC7836902/):
+# Here is the mean Dice on the 48 published test slices, from
+# [Table 3](https://pmc.ncbi.nlm.nih.gov/articles/PMC7836902/) of {cite:t}`AbdelBasset2021`, which has
+# more rows.
 #
 # | method | GGO | consolidation |
 # |---|---|---|
-# | DeepLabV3+ (stride 8) | 0.402 | 0.157 |
-# | FCN8s {cite:p}`Long2015` | 0.482 | 0.289 |
 # | U-Net {cite:p}`Ronneberger2015` | 0.462 | 0.421 |
-# | Semi-Inf-Net and FCN8s {cite:p}`Fan2020` | 0.657 | 0.318 |
 # | Semi-Inf-Net and a multi-class U-Net {cite:p}`Fan2020` | 0.639 | 0.471 |
 # | FSS-2019-nCov (their own) | 0.679 | 0.529 |
 #
-# Three warnings before anyone puts a number beside these.
+# Before you put a number beside these, look for three differences.
 #
 # - **Other slices.** These are the 48 test slices; our table is made of the 50 training slices.
-# - **Another start.** All of these methods begin with weights trained on ImageNet, ours with phantoms
-#   or with nothing.
-# - **Another mean.** The evaluation code of Inf-Net (`EvaluationTool/main.m`) stretches each
-#   predicted map to 0 to 1, cuts it at 256 values, and averages Dice over slices *and over the
-#   cuts*. A single good cut gives a higher number than the average of all. `covidmask evaluate`
-#   cuts once, at a value chosen in advance. Whether each row of the table followed that code, its
-#   source does not say.
+# - **Another start.** All of these begin with weights trained on ImageNet, ours with phantoms.
+# - **Another mean.** Inf-Net's evaluation code (`EvaluationTool/main.m`) stretches each predicted map
+#   to 0 to 1, cuts it at 256 values, and averages Dice over slices *and over the cuts*.
+#   `covidmask evaluate` cuts once, at a value chosen in advance. Whether each row of the table
+#   followed that code, its source does not say.
 #
-# What the table does say: consolidation is hard for everyone, with so few slices.
-
-# %% [markdown]
-# ## Hounsfield units and windows
-#
-# A scanner does not write grey values of 0 to 1. It writes Hounsfield units (HU): air is -1000,
-# water 0, healthy lung about -800, soft tissue about 40, bone several hundred. A screen, and a
-# model, see them through a *window* with level $\ell$ and width $w$:
-#
-# $$ v = \mathrm{clip}\left(\frac{\mathrm{HU} - (\ell - w/2)}{w},\; 0,\; 1\right). $$
-#
-# The lung window of this book has $\ell = -600$ and $w = 1500$, so it shows -1350 to 150 HU. A
-# phantom is [drawn in HU](phantoms_made.ipynb) and stored through nearly that window (its scanner
-# may set it a little higher or wider), so inside it we can go back, to within some tens of HU.
-
-# %% tags=["nbval-check-output"]
-level, width = LUNG_WINDOW
-friend, friend_mask = old_friend(preset.phantoms.size)
-low = level - width / 2  # HU that are black
-hu = friend * width + low  # [H, W], HU, cut at the ends of the window
-
-
-def windowed(hu, level, width):
-    """Grey values 0..1 of Hounsfield units."""
-    return np.clip((hu - (level - width / 2)) / width, 0, 1)
-
-
-again = windowed(hu, level, width)
-assert np.allclose(again, hounsfield_to_unit(hu, LUNG_WINDOW), atol=1e-5)
-assert np.allclose(again, friend, atol=1e-5)
-print(f"window {level:g}, {width:g}")
-print(f"black below {low:g}, white above {low + width:g} HU")
-
-# %% [markdown]
-# Change the window. GGO, at some -700 to -300 HU, vanishes in a window for soft tissue, and so does
-# the whole lung.
-
-# %%
-WINDOWS = {
-    "lung (-600, 1500)": (-600, 1500),
-    "narrow lung (-600, 800)": (-600, 800),
-    "wide (-500, 2000)": (-500, 2000),
-    "high lung (-400, 1200)": (-400, 1200),
-    "soft tissue (40, 400)": (40, 400),
-}
-
-
-def draw_window(level, width):
-    """Draw our old friend in a window, and what the segmenter finds."""
-    grey = windowed(hu, level, width).astype(np.float32)
-    image = torch.from_numpy(grey).expand(3, -1, -1)
-    with torch.no_grad():
-        found = segmenter([image.to(device)])[0]
-    found = {key: value.cpu() for key, value in found.items()}
-    ax = plotting.get_ax(5, 4.2)
-    _ = plotting.show_lesions(image, found, ax, score_threshold=0.75)
-    _ = ax.contour(
-        friend_mask >= 2,
-        levels=[0.5],
-        colors=plotting.YELLOW,
-        linewidths=0.8,
-    )
-    painted = semantic_mask(found, 0.75)
-    infection = dice_of(painted, friend_mask)[0]
-    title = f"level {level:g}, width {width:g} HU: Dice {infection:.2f}"
-    _ = ax.set_title(title, fontsize=10)
-    return ax.figure
-
-
-frame_slider(
-    [draw_window(*window) for window in WINDOWS.values()],
-    list(WINDOWS),
-    "Window (level, width in HU)",
-    "The same synthetic slice through one window, with the detections of "
-    "the shipped segmenter; contrast and detections change with the window",
-    caption="Our old friend in five windows, and what a segmenter finds "
-    "that learned on the first. Yellow: the true lesions. Dice: infection, "
-    "scores above 0.75. Synthetic.",
-    dpi=70,
-)
-
-# %% [markdown]
-# With a running notebook you can set level and width:
-
-# %% tags=["remove-output"]
-def look_through(level, width):
-    """Draw and show, for the sliders."""
-    _ = draw_window(level, width)
-    plt.show()
-
-
-_ = ipywidgets.interact(
-    look_through,
-    level=ipywidgets.IntSlider(-600, min=-1000, max=200, step=50),
-    width=ipywidgets.IntSlider(1500, min=200, max=2500, step=100),
-)
-
-# %% [markdown]
-# One slice proves nothing, so below is a mean over more of them (still few, and without an
-# interval). **The window is a part of the model:** with weights, always note the window that they
-# learned on. COVID-SemiSeg does not say which window made its JPEGs, and a collection from many
-# sources will hold several.
-
-# %%
-window_dice = {}
-for name, (new_level, new_width) in WINDOWS.items():
-    values = []
-    for index in home.indices[::2]:
-        grey, truth = home_set.read(index)
-        grey = windowed(grey * width + low, new_level, new_width)
-        picture = torch.from_numpy(grey.astype(np.float32))
-        picture = picture.expand(3, -1, -1)
-        with torch.no_grad():
-            found = segmenter([picture.to(device)])[0]
-        values.append(dice_of(semantic_mask(found, 0.75), truth)[0])
-    window_dice[name] = np.nanmean(values)
-    print(f"{name:26} {window_dice[name]:.2f}")
-print(f"mean Dice of infection, {len(values)} phantoms")
-soft = window_dice["soft tissue (40, 400)"]
-assert soft < window_dice["lung (-600, 1500)"]
-
-# %% [markdown]
-# ## Your own scans
-#
-# A hospital hands out folders of DICOM files, one file a slice. `covidmask predict` takes such a
-# folder, and files of DICOM, NIfTI, PNG and JPEG in any mix:
-#
-# ```
-# covidmask predict scan/ --segmenter seg.safetensors --classifier cls.safetensors --out out
-# ```
-#
-# Without weights of yours, the lesions are those of `SEGMENTER_CT`, a network that was trained on
-# [drawn chests](phantoms_made.ipynb) and on no real slice; it looks at the lungs alone, which the
-# command finds first, and [its card](weights.md) says what it reaches on real ones. It gives no
-# class probabilities, because no classifier of this book is right on real patients.
-#
-# There are five steps between the folder and the networks, and each can go wrong without an error:
-#
-# 1. **Which files belong together.** A series is the files of one series identifier. Scouts, other
-#    planes and reports are left out, and counted. A folder with several series asks for `--series`.
-# 2. **In which order.** By position along the patient, never by file name; slice 1 is nearest the
-#    feet. Gaps and copies are reported.
-# 3. **Hounsfield units.** Scanners store integers with a slope and an intercept: $\mathrm{HU} =
-#    \text{slope} \cdot \text{integer} + \text{intercept}$. A reader that forgets them sees
-#    everything 1,024 HU too bright, for example. Compressed files need a plug-in of pydicom's; the
-#    message names it.
-# 4. **Which slices.** 32, evenly spaced, or `--slices 20-80`, `--slices all`, `--every 5`.
-# 5. **Whose name.** DICOM files carry names and dates. None of them reaches an output, nor does
-#    the name of a DICOM or NIfTI file: pictures are called `slice_0007_lesions.png`. PNG, JPEG and
-#    TIFF files *keep* their names, so rename those first. Text that is burned into the pixels stays
-#    there, unless a tag warns of it, so look at the pictures before you pass them on.
-#
-# To see it work without a patient's file, we write our old friend's whole chest as a DICOM series,
-# with file names in disorder and a name in the tags.
-
-# %% [markdown]
-# Now the whole command, called from Python. Its outputs are a picture of each slice and two tables:
-# `predictions.csv` with a row for each slice, and `summary.csv` with a row for each volume.
-
-# %%
-if HAS_PYDICOM:
-    files = {
-        "segmenter": find_weights("segmenter", PRESET, shipped=True)[0],
-        "classifier": find_weights("classifier", PRESET, shipped=True)[0],
-    }
-    out = Path(temporary.name) / "out"
-    with redirect_stdout(io.StringIO()):  # the same, and the path
-        rows = predict([series], **files, out=out, score=0.5, device=device)
-    for row in rows[::8]:
-        print(f"slice {row['slice']:2} at {row['position_mm']:6.1f} mm")
-        print("  ", ", ".join(f"{c} {row[c]:.2f}" for c in IMAGE_CLASSES))
-        print(f"   lesions {row['lesions']}, {row['lesion_mm2']:.0f} mm2")
-    with open(out / "summary.csv", newline="", encoding="utf-8") as file:
-        (summary,) = csv.DictReader(file)
-    shares = [f"share {c}" for c in IMAGE_CLASSES]
-    for name in ("slices", "looked_at", "lesion_slices", *shares):
-        print(f"{name:24} {summary[name]}")
-    written = [path.name.encode() for path in out.iterdir()]
-    written += [path.read_bytes() for path in out.iterdir()]
-    written = b"".join(written)
-    assert b"Doe" not in written and series_id.encode() not in written
-    pictures = list(out.glob("*.png"))
-    print(f"{len(pictures)} pictures; the name is in none of the files")
-
-# %% [markdown]
-# A NIfTI file holds the whole scan. Its axes run from left to right, to the front and to the head,
-# in whatever order its affine says; the reader turns them so that the same slices come out.
-
-# %% [markdown]
-# ## A scan is many slices
-#
-# The method classifies *slices*, and which slice you take decides what you get. COVIDx-CT kept
-# slices with visible lesions for the two diseases and any slice for controls {cite:p}`Gunraj2020`,
-# so a model that was trained on it has never had to deal with a clear slice of a sick patient. Here
-# is our old friend's chest, slice by slice.
-
-# %% mystnb={"image": {"alt": "Two panels over the position in the chest from apex to base. Above: area of lesions as a share of each slice. Below: the three probabilities of the classifier for each slice."}, "figure": {"caption": "One patient, many answers: lesion area (above) and the classifier's three sigmoids (below) along our old friend's chest. Synthetic."}}
-classifier = trained_classifier(PRESET, device, shipped=True).eval()
-with torch.no_grad():
-    images = torch.from_numpy(stack).to(device)  # [slices, H, W]
-    images = list(images[:, None].expand(-1, 3, -1, -1))
-    probabilities = classifier(images).sigmoid()
-probabilities = probabilities.cpu().numpy()  # [slices, 3]
-fig, axes = plt.subplots(
-    2,
-    1,
-    figsize=(7.5, 5),
-    sharex=True,
-    layout="constrained",
-)
-_ = axes[0].bar(
-    positions,
-    100 * lesion_share,
-    0.025,
-    color=plotting.ORANGE,
-    edgecolor="black",
-)
-_ = axes[0].set(ylabel="True lesion area\n(% of the slice)")
-for label, name in enumerate(IMAGE_CLASSES):
-    style = {
-        "color": plotting.CLASS_COLOURS[label],
-        "ls": plotting.CLASS_LINES[label],
-    }
-    _ = axes[1].plot(
-        positions,
-        probabilities[:, label],
-        marker="osD"[label],
-        label=name,
-        **style,
-    )
-_ = axes[1].set(
-    xlabel="Position (0 apex, 1 base of the lungs, no unit)",
-    ylabel="Sigmoid (no unit)",
-    ylim=(0, 1.02),
-)
-_ = fig.legend(loc="outside upper center", ncols=3)
-plt.show()
-temporary.cleanup()
-
-# %% [markdown]
-# Slices of one patient can get different answers. Our old friend has COVID-19: yet not every slice
-# shows it, and the class with the most slices need not be the right one. Where no lesion is in
-# sight, "control" is right for the slice and wrong for the patient. A result for a patient needs a
-# rule over slices: the share of positive slices, or the mean over those that a radiologist, or a
-# lesion detector, picked. The paper has none, and its figures are per slice. That is why
-# `summary.csv` gives shares and means and no diagnosis of the volume.
-#
-# ## The full scale
-#
-# The paper's data are public, and larger than this page can use. Two more commands lay them out.
-#
-# 1. **Lesion masks of CNCB** {cite:p}`Zhang2020`, from ncov-ai.big.ac.cn/download; their terms. Which
-#    archive holds the masks is not established, so the command knows it by its content, `image/` and
-#    `mask/` at any depth. It makes the released lists (650 and 100 slices) and, since the paper's
-#    text counts otherwise, `train_500.txt` and `test_150.txt`, divided by patient.
-# 2. **COVIDx-CT-1** {cite:p}`Gunraj2020`, from Kaggle (`hgunraj/covidxct`) or from the archives of
-#    CNCB; their terms. Kaggle holds later versions too, so every file is looked up in the lists of
-#    version 1, and what is missing is counted and named. `train.txt` becomes the 3,000 slices of the
-#    paper's author; balanced samples of your own, by seed and by patient, lie beside it.
-#
-# ```
-# covidmask fetch cncb-lesions --from masked_slices.zip
-# covidmask fetch covidx-ct --from ~/Downloads/covidxct        # or: --from kaggle
-# ```
-#
-# Then the commands are those of the phantoms with other folders:
-#
-# ```
-# covidmask stats --data data/cncb-lesions
-# covidmask train segmenter --preset paper --data data/cncb-lesions --out seg.safetensors --workers 4
-# covidmask evaluate segmenter --weights seg.safetensors --data data/cncb-lesions --split test
-#
-# covidmask train classifier --preset paper --data data/covidx-ct --segmenter seg.safetensors \
-#     --regime heads_bn --out cls.safetensors --workers 4
-# covidmask evaluate classifier --weights cls.safetensors --data data/covidx-ct --split test
-# ```
-#
-# **On a cluster**, `torchrun` starts one process for each GPU. The batch size counts the slices of
-# all processes together and must be a multiple of their number; the paper's batch of 1 becomes at
-# least one slice a GPU, and the learning rate is then yours to choose again.
-#
-# ```
-# torchrun --standalone --nproc_per_node=4 -m covidmask train segmenter --preset paper \
-#     --data data/cncb-lesions --out seg.safetensors --batch-size 4 --workers 4
-# ```
-#
-# Evaluation takes the same prefix, and each slice is then judged once. Fetch, `stats` and `predict`
-# run in one process. (Two processes on a CPU are tested; several GPUs were not at hand.)
-#
-# `--weights-backbone IMAGENET1K_V1` starts the segmenter's backbone from ImageNet (a download).
-# `--preset colab` fits a small GPU. After a crash the same command goes on where its checkpoint
-# stands. COVID-SemiSeg works in these commands too: `--data data/covid-semiseg`.
-#
-# **Cost.** The notes to the released code of {cite:t}`TerSarkisov2020` give 4.5 hours for 100
-# epochs of the segmenter and 2 hours 15 minutes for 50 epochs of a light classifier, on a GPU with
-# 8 GB. On the CPU the preset `paper` is out of reach: use `quick` for the code and a GPU for the
-# numbers.
+# What both tables do say: with so few slices, consolidation is hard for everyone.
 #
 # ## What these data cannot show
 #
-# - **Positive slices only.** COVID-SemiSeg and the CNCB masks show COVID-19 patients. A segmenter
-#   trained on them meets healthy lungs and other pneumonias for the first time inside the
-#   classifier.
-# - **Few sources.** CNCB is one collection from one country, COVID-SemiSeg one web site. Scanners,
-#   protocols and patients elsewhere differ, and nothing here measures how much that costs.
-# - **A slice is not a patient.** Sensitivity per slice, on slices chosen because they show lesions,
-#   is no sensitivity of a test for patients.
-# - **The split may leak.** Without patient ids nobody can rule out that a neighbour of a test slice
-#   was in training.
-# - **Labels depend on the reader.** Two radiologists disagree on where GGO ends, so a Dice near 1
-#   would be a reason to be suspicious.
+# - **Nothing about other patients.** A segmenter trained on COVID-19 alone meets healthy lungs and
+#   other pneumonias for the first time inside the classifier. The masks of CNCB, on which the paper
+#   trains its detector, are of COVID-19 patients, too.
+# - **Nothing about other hospitals.** The slices come from one web site, and nothing here measures
+#   what other scanners, protocols and patients would cost.
+# - **No result for a patient.** A slice was chosen because it shows lesions; a scan has many that do
+#   not ([chapter 17](17_your_own_scan.ipynb)).
+# - **No upper limit.** Two readers disagree on where GGO ends. No second reading comes with these
+#   slices, so we cannot say how high a Dice could be; one near 1 would be suspicious.
+
+# %% [markdown] tags=["quiz"]
+# ## Quiz
 #
+# **1. You read the masks with `convert("L")` and train with "lesion = pixel above 0". What happens?**
+#
+# - [ ] The training stops at once, because 38 is not a class. :: Only a loss that checks its classes would stop; this code never looks at the value.
+# - [x] It runs, and both classes have become one. :: Every index above 0 becomes a brightness above 0, so GGO and consolidation can no longer be told apart.
+# - [ ] It runs, and background and lesion have changed places. :: Index 0 is black in the palette, so background stays 0.
+#
+# **2. Image and mask are both stored transposed. Why does it matter if you leave them so?**
+#
+# - [ ] The masks no longer fit the images. :: Both are transposed in the same way, so they fit; that is why nobody notices.
+# - [ ] Dice is defined for upright masks only. :: Dice counts pixels and does not change when both masks are turned together.
+# - [x] Weights that learned on upright chests see another picture. :: A network with convolutions is not the same after a turn; exercise 3 measures what that costs here.
+#
+# **3. Why is the score threshold of each model chosen on training slices, not on test slices?**
+#
+# - [x] A choice on the test slices would make their score too good. :: The best of five thresholds profits from the accidents of the slices on which it was chosen.
+# - [ ] Training slices have larger lesions, so the threshold is safer. :: Both parts come from one set; size is not the reason.
+# - [ ] Because the scores are only defined on slices that were trained on. :: Every slice gets scores; the question is who may look at the result.
+#
+# **4. A slice has no consolidation, and the model paints ten pixels of it. What is the Dice of C?**
+#
+# - [ ] It is undefined, so the slice is left out. :: It would be 0/0 only if nothing were painted, too.
+# - [x] It is 0, by our rule and by Inf-Net's. :: No pixel is shared, and the sum of both masks is 10. The two rules differ only where both masks are empty.
+# - [ ] It is close to 1, since only ten pixels are wrong. :: Dice does not count the background, so ten wrong pixels of ten are all wrong.
+#
+# **5. Can COVID-SemiSeg show whether the classifier of chapter 7 works on real CT?**
+#
+# - [ ] Yes, because each slice has a radiologist's mask. :: A mask says where lesions are; the classifier has to tell three kinds of patient apart.
+# - [ ] Yes, if only the 48 test slices are used. :: All of them are of COVID-19 patients, whichever split you take.
+# - [x] No, because every slice is of a patient with COVID-19. :: A program that always says "COVID-19" would be right on every slice.
+#
+# **6. In the table, names from one grey limit are about as good as the network's. What follows?**
+#
+# - [ ] GGO and consolidation differ in nothing but grey value. :: Even the best limit for each slice leaves much of the consolidation misnamed, so there is more to it.
+# - [x] The network has learned little about names beyond brightness. :: That is all the comparison can say; it does not say whether more slices would teach it more.
+# - [ ] The network is useless and a threshold would do as well. :: Somebody has to find the lesion pixels first, and that is what the network does.
+
+# %% [markdown]
 # ## Exercises
 
 # %% [markdown] tags=["exercise"]
-# ### Exercise 1 · Lying on the side
+# ### Exercise 1 · Dice or IoU
 #
-# Kind: experiment, **
+# Kind: pencil, *
 #
-# Forget to transpose: give the shipped segmenter the test slices as they are stored, and transpose
-# its masks before you compare. What does the trap cost?
+# One paper reports the Dice of a mask, another its IoU (intersection over union). With a pencil,
+# express Dice by IoU alone, and write it down as `dice_from_iou(iou)`, for numbers from 0 to 1. Is a
+# Dice of 0.7 more or less than an IoU of 0.6?
+#
+# Hint: call the intersection $i$ and the union $u$. What is the sum of the two areas?
+
+
+# %% tags=["starter"]
+def dice_from_iou(iou):
+    raise NotImplementedError("your formula")
+
+
+# %% tags=["solution"]
+# @title Solution
+def dice_from_iou(iou):
+    return 2 * iou / (1 + iou)
+
+
+print(f"an IoU of 0.6 is a Dice of {dice_from_iou(0.6):.2f}")
+
+
+# %% tags=["wrong"]
+def dice_from_iou(iou):
+    return (1 + iou) / 2
+
+
+# %% tags=["wrong"]
+def dice_from_iou(iou):
+    return iou / (2 - iou)  # the way back
+
+
+# %% tags=["check"]
+# @title Check your answer
+same = np.ones((4, 4), dtype=bool)
+assert np.isclose(dice_from_iou(1.0), 1), "Equal masks have an IoU and a Dice of 1."
+assert np.isclose(dice_from_iou(0.0), 0), "Masks that share nothing have a Dice of 0."
+half = np.zeros((4, 4), dtype=bool)
+half[:2] = True
+iou = (same & half).sum() / (same | half).sum()
+assert np.isclose(dice_from_iou(iou), dice(same, half)), (
+    "Take a mask of 16 pixels and one of 8 inside it. What are IoU and Dice?"
+)
+print("right")
+
+# %% [markdown] tags=["answer"]
+# The two areas sum to the union plus the intersection, since the intersection is counted twice. Dice
+# is never below IoU, so a table of Dice looks better than a table of IoU of the same masks.
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 2 · Upright, and still wrong
+#
+# Kind: find the bug, **
+#
+# A colleague turns the stored pictures upright with the function below. The spine is at the bottom, as
+# it should be, and the pictures look fine. All the same `read_upright(path)` does not give what
+# `SemiSeg` reads (grey values 0 to 255, [H, W]). Find the mistake and put it right. Why could it matter
+# to a radiologist?
+#
+# Hint: draw both pictures side by side, and look for the heart.
+
+
+# %% tags=["starter"]
+def read_upright(path):
+    return np.rot90(np.asarray(Image.open(path)), -1)  # a quarter to the right
+
+
+# %% tags=["solution"]
+# @title Solution
+def read_upright(path):
+    return np.asarray(Image.open(path)).T
+
+
+# %% tags=["wrong"]
+def read_upright(path):
+    return np.rot90(np.asarray(Image.open(path)))
+
+
+# %% tags=["wrong"]
+def read_upright(path):
+    return np.asarray(Image.open(path))
+
+
+# %% tags=["check"]
+# @title Check your answer
+right = np.round(255 * SemiSeg(phantom_root, "train").read(1)[0]).astype(int)  # [H, W]
+mine = np.asarray(read_upright(folder / "Imgs" / "1.jpg")).astype(int)
+assert mine.shape == right.shape, "The patient lies down."
+assert np.abs(mine[::-1] - right).max() > 1, "The spine is at the top now."
+assert np.abs(mine - right).max() <= 1, (
+    "The spine is at the bottom. But on which side is the heart?"
+)
+print("right")
+
+# %% [markdown] tags=["answer"]
+# A quarter turn is not a transposition: it also swaps left and right. Dice does not notice, because
+# mask and image are mirrored together, and a network that learned on mirrored copies hardly does. But
+# a report that says "left lower lobe" would be wrong.
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 3 · Lying on the side
+#
+# Kind: predict, then run, *
+#
+# Suppose you forget to transpose: the shipped segmenter gets the test slices as they are stored. Its
+# masks are turned back before they are compared, so the counting is fair. Before you run anything, write
+# down which mean Dice you expect to be higher, and by how much. Then measure both on 16 test slices.
+#
+# Hint: `grey.T` is the stored picture, `find(segmenter, grey)` looks at it, and `truth.T` fits it.
 
 # %% tags=["solution"]
 # @title Solution
 upright_dice, lying_dice = [], []
 for index in test_indices[:16]:
     grey, truth = test_set.read(index)
-    for values, picture, true in ((upright_dice, grey, truth), (lying_dice, grey.T, truth.T)):
-        image = torch.from_numpy(np.ascontiguousarray(picture)).expand(3, -1, -1)
-        with torch.no_grad():
-            found = segmenter([image.to(device)])[0]
-        values.append(dice_of(semantic_mask(found, 0.5), true)[0])
+    upright_mask = semantic_mask(find(segmenter, grey), 0.5)
+    upright_dice.append(dice_of(upright_mask, truth)[0])
+    lying_mask = semantic_mask(find(segmenter, grey.T), 0.5)
+    lying_dice.append(dice_of(lying_mask, truth.T)[0])
 print(f"{KIND}, {len(upright_dice)} slices, mean Dice of infection")
 print(f"upright {np.nanmean(upright_dice):.2f}, as stored {np.nanmean(lying_dice):.2f}")
 
 # %% [markdown] tags=["answer"]
-# A lesion looks much the same lying on its side, and the chest around it does not. Whatever the
-# trap costs here, nothing fails and nothing warns: the number is all that you would see of it.
+# A lesion looks much the same when it lies on its side, and the chest around it does not. Whatever
+# the trap costs in your run, nothing fails and nothing warns you.
 
 # %% [markdown] tags=["exercise"]
-# ### Exercise 2 · Whose mean?
+# ### Exercise 4 · Whose mean?
 #
-# Kind: experiment, **
+# Kind: write a function, **
 #
-# Compute the mean Dice of consolidation for the fine-tuned model in three ways: leave slices out
-# that have none and where none is found, count them as 1, or pool the pixels of all slices into one
-# Dice. How far apart are they?
+# Write `mean_dice(counts, rule)`. `counts` is an integer array [slices, 3]: the pixels in both masks,
+# the painted ones and the true ones. `rule` is one of
+#
+# - `"left out"`: a slice in which both masks are empty does not count;
+# - `"counts 1"`, `"counts 0"`: it counts as 1, or as 0 (Inf-Net's rule);
+# - `"pooled"`: one Dice of the pixels of all slices together.
+#
+# Then compare the four for consolidation, with the fine-tuned model. How far apart are they?
+#
+# Hint: `np.nanmean` and `np.nan_to_num(values, nan=1)` save you two loops.
+
+
+# %% tags=["starter"]
+def mean_dice(counts, rule):
+    raise NotImplementedError("four rules")
+
 
 # %% tags=["solution"]
 # @title Solution
-threshold = scores["fine-tuned from shipped weights"][0]
-values, both, total = [], 0, 0
+def mean_dice(counts, rule):
+    both, painted, true = np.asarray(counts, dtype=float).T
+    if rule == "pooled":
+        return 2 * both.sum() / (painted.sum() + true.sum())
+    with np.errstate(invalid="ignore"):
+        values = 2 * both / (painted + true)  # NaN where both are empty
+    if rule == "left out":
+        return np.nanmean(values)
+    return np.nan_to_num(values, nan=float(rule[-1])).mean()
+
+
+counts = []
 for index, prediction, _ in predict_lesions(tuned, test, progress=False):
-    truth = test_set.read(test_indices[index])[1] == 3
-    painted = semantic_mask(prediction, threshold) == 3
-    values.append(dice_of(3 * painted, 3 * truth)[2])
-    both, total = both + (painted & truth).sum(), total + painted.sum() + truth.sum()
-values = np.array(values)
-print(f"{KIND}, consolidation, {len(values)} slices, {np.isnan(values).sum()} empty in both")
-print(f"left out     {np.nanmean(values):.2f}")
-print(f"counted as 1 {np.nan_to_num(values, nan=1).mean():.2f}")
-print(f"pooled       {2 * both / total:.2f}")
+    true = test_set.read(test_indices[index])[1] == 3
+    mine = semantic_mask(prediction, scores["fine-tuned from shipped weights"][0]) == 3
+    counts.append([(mine & true).sum(), mine.sum(), true.sum()])
+empty = sum(row[1] + row[2] == 0 for row in counts)
+print(f"{KIND}, consolidation, {len(counts)} slices, {empty} empty in both")
+for rule in ("left out", "counts 1", "counts 0", "pooled"):
+    print(f"{rule:9} {mean_dice(counts, rule):.2f}")
+
+
+# %% tags=["wrong"]
+def mean_dice(counts, rule):  # leaves out all slices without a true lesion
+    both, painted, true = np.asarray(counts, dtype=float).T
+    if rule == "pooled":
+        return 2 * both.sum() / (painted.sum() + true.sum())
+    values = np.full(len(both), np.nan)
+    values[true > 0] = (2 * both / (painted + true + 1e-9))[true > 0]
+    if rule == "left out":
+        return np.nanmean(values)
+    return np.nan_to_num(values, nan=float(rule[-1])).mean()
+
+
+# %% tags=["wrong"]
+def mean_dice(counts, rule):  # pools by averaging
+    both, painted, true = np.asarray(counts, dtype=float).T
+    values = 2 * both / np.maximum(painted + true, 1)
+    empty = painted + true == 0
+    if rule == "left out":
+        return values[~empty].mean()
+    return np.where(empty, rule == "counts 1", values).mean()
+
+
+# %% tags=["check"]
+# @title Check your answer
+toy = np.array([[5, 10, 10], [0, 0, 0], [0, 4, 0]])  # half right; empty; a false alarm
+for rule, expected, why in (
+    ("left out", 1 / 4, "The false alarm counts, with a Dice of 0."),
+    ("counts 1", 1 / 2, "All three slices count, and the empty one as 1."),
+    ("counts 0", 1 / 6, "All three count; only the first shares a pixel."),
+    ("pooled", 5 / 12, "Add the pixels of all slices first, then take one Dice."),
+):
+    assert np.isclose(mean_dice(toy, rule), expected), f"{rule}: {why}"
+print("right")
 
 # %% [markdown] tags=["answer"]
-# The masks are the same each time. So compare a mean Dice only with one whose rule you know.
+# The masks are the same each time, and the numbers are not. So compare a mean Dice only with one
+# whose rule you know, and write down yours.
 
 # %% [markdown] tags=["exercise"]
-# ### Exercise 3 · Names from one number
+# ### Exercise 5 · Names from one number
 #
-# Kind: experiment, **
+# Kind: experiment, ***
 #
-# Take the lesion pixels that the fine-tuned model finds in the test slices, and forget its names.
-# Call a pixel consolidation if it is brighter than a limit. Choose the limit on the training slices,
-# with their true masks. Whose names are better, by the mean Dice of GGO and of consolidation?
+# Take the lesion pixels that the fine-tuned model finds in the test slices, and forget their names.
+# Call a pixel consolidation if it is brighter than a limit. Write `name_by_grey(lesion, grey, limit)`,
+# which gives codes [H, W] (2 GGO, 3 consolidation, 0 outside `lesion`), and
+# `best_limit(pairs, limits)`, the limit with the highest mean Dice of GGO and C over pairs of grey
+# values and true codes. Choose the limit on training slices. Whose names are better on test slices?
+#
+# Hint: `dice_of(codes, truth)[1:]` gives the Dice of GGO and of C; one of them may be NaN.
+
+
+# %% tags=["starter"]
+def name_by_grey(lesion, grey, limit):
+    raise NotImplementedError("2 or 3 inside the lesion")
+
+
+def best_limit(pairs, limits):
+    raise NotImplementedError("try each limit")
+
 
 # %% tags=["solution"]
 # @title Solution
 def name_by_grey(lesion, grey, limit):
-    """Codes [H, W]: 2 (GGO) or 3 (consolidation) in the lesion, 0 elsewhere."""
     return np.where(lesion, np.where(grey > limit, 3, 2), 0)
 
 
+def best_limit(pairs, limits):
+    means = []
+    for limit in limits:
+        codes = [(name_by_grey(true >= 2, grey, limit), true) for grey, true in pairs]
+        means.append(np.nanmean([dice_of(code, true)[1:] for code, true in codes]))
+    return limits[int(np.argmax(means))]
+
+
 limits = np.linspace(0.3, 0.8, 26)
-known = [training_set.read(i) for i in train_indices]
-means = [
-    np.nanmean([dice_of(name_by_grey(true >= 2, grey, x), true)[1:] for grey, true in known])
-    for x in limits
-]
-limit = limits[np.argmax(means)]
+limit = best_limit([training_set.read(i) for i in train_indices], limits)
 threshold = scores["fine-tuned from shipped weights"][0]
 names = {"of the network": [], f"from grey above {limit:.2f}": [], "right": []}
 for index, prediction, _ in predict_lesions(tuned, test, progress=False):
     grey, truth = test_set.read(test_indices[index])
     painted = semantic_mask(prediction, threshold)
-    lesion = painted > 0
-    for values, codes in zip(
-        names.values(),
-        (
-            painted,
-            name_by_grey(lesion, grey, limit),
-            np.where(lesion & (truth >= 2), truth, painted),
-        ),
-        strict=True,
-    ):
+    renamed = np.where((painted > 0) & (truth >= 2), truth, painted)
+    three = painted, name_by_grey(painted > 0, grey, limit), renamed
+    for values, codes in zip(names.values(), three, strict=True):
         values.append(dice_of(codes, truth)[1:])
 print(f"{KIND}, mean Dice of GGO and consolidation")
 for name, values in names.items():
     ggo, consolidation = np.nanmean(values, axis=0)
     print(f"names {name:20} {ggo:.2f}  {consolidation:.2f}")
 
+
+# %% tags=["wrong"]
+def name_by_grey(lesion, grey, limit):
+    return np.where(lesion, np.where(grey > limit, 2, 3), 0)
+
+
+def best_limit(pairs, limits):
+    return limits[0]
+
+
+# %% tags=["wrong"]
+def name_by_grey(lesion, grey, limit):
+    return np.where(lesion, np.where(grey > limit, 3, 2), 0)
+
+
+def best_limit(pairs, limits):  # looks at one class alone
+    means = [np.mean([(g[t >= 2] > x).mean() for g, t in pairs]) for x in limits]
+    return limits[int(np.argmax(means))]
+
+
+# %% tags=["check"]
+# @title Check your answer
+toy_grey = np.tile(np.linspace(0, 1, 101), (4, 1))  # [4, 101]
+toy_lesion = toy_grey > 0.2
+toy_codes = np.asarray(name_by_grey(toy_lesion, toy_grey, 0.6))
+assert (toy_codes[~toy_lesion] == 0).all(), "Outside the lesion the code is 0."
+assert set(np.unique(toy_codes)) == {0, 2, 3}, "Inside it the codes are 2 and 3."
+assert (toy_codes[toy_grey > 0.7] == 3).all(), "Consolidation is the brighter."
+toy_truth = np.where(toy_lesion, np.where(toy_grey > 0.605, 3, 2), 0)
+toy_limit = best_limit([(toy_grey, toy_truth)], np.array([0.305, 0.405, 0.605, 0.705]))
+assert np.isclose(toy_limit, 0.605), "One of these names all pixels rightly."
+print("right")
+
 # %% [markdown] tags=["answer"]
 # The last row gives the found lesion pixels their right names, and leaves alone those that are no
-# lesion: about the most that better names can gain. What is still missing to 1 is lost in the
-# outlines. On the real slices of the table above the names of the network are no better than those
-# of one number. Where one number comes close to the network, the network has learned little about
-# names, or there is little more to know. Such a baseline takes minutes; put it beside every network
-# that you report.
+# lesion: about the most that better names can win. What is still missing to 1 is lost in the outlines.
+# Where one number comes close to the network, the network has learned little about names, or there is
+# little more to know. Such a baseline takes minutes; put it beside every network that you report.
 
 # %% [markdown] tags=["exercise"]
-# ### Exercise 4 · Too large for the anchors
+# ### Exercise 6 · Too large for the anchors
 #
-# Kind: experiment, **
+# Kind: write a function, **
 #
-# The RPN learns a box when an anchor overlaps it by more than a threshold, or is the best for it.
-# What share of the training lesions here has an anchor above the threshold (`rpn_iou[0]`), with the
-# preset's anchor sizes, and with sizes twice as large? Centre the anchor on the box.
+# The RPN learns a box when an anchor overlaps it by more than a threshold, `rpn_iou[0]` of the preset.
+# Write `best_iou(sides, anchors)`: `sides` [M, 2] are widths and heights of lesions, `anchors` [A, 2]
+# those of anchors, all centred on the same point; it returns the IoU of each lesion with its best
+# anchor, a tensor [M]. What share of the training lesions is above the threshold, with the preset's
+# sizes and with sizes twice as large?
+#
+# Hint: for boxes with one centre the intersection has the smaller width and the smaller height.
+
+
+# %% tags=["starter"]
+def best_iou(sides, anchors):
+    raise NotImplementedError("intersection, union, maximum over anchors")
+
 
 # %% tags=["solution"]
 # @title Solution
+def best_iou(sides, anchors):
+    both = torch.minimum(sides[:, None], anchors[None]).prod(2)  # [M, A]
+    areas = sides.prod(1)[:, None] + anchors.prod(1)[None]
+    return (both / (areas - both)).amax(1)
+
+
 sides = []
 for image, target in train:
     scale = preset.detector.image_size / min(image.shape[1:])
     sides.append((target["boxes"][:, 2:] - target["boxes"][:, :2]) * scale)  # [K, 2]
 sides = torch.cat(sides)  # [M, 2], width and height in network pixels
+shapes = [
+    (size * ratio**-0.5, size * ratio**0.5)  # the ratio is height / width at equal area
+    for size in preset.detector.anchor_sizes
+    for ratio in preset.detector.anchor_ratios
+]
 for factor in (1, 2):
-    best = torch.zeros(len(sides))
-    for anchor_size in preset.detector.anchor_sizes:
-        for ratio in preset.detector.anchor_ratios:  # height / width at equal area
-            anchor = factor * anchor_size * torch.tensor([ratio**-0.5, ratio**0.5])
-            overlap = torch.minimum(sides, anchor).prod(1)
-            best = torch.maximum(best, overlap / (sides.prod(1) + anchor.prod() - overlap))
-    share = (best > preset.detector.rpn_iou[0]).float().mean()
-    print(f"sizes x {factor}: {share:.0%} of {len(sides)} lesions have an anchor  ({KIND})")
+    above = best_iou(sides, factor * torch.tensor(shapes)) > preset.detector.rpn_iou[0]
+    print(f"sizes x {factor}: {above.float().mean():.0%} of {len(sides)} lesions")
+print(KIND)
+
+
+# %% tags=["wrong"]
+def best_iou(sides, anchors):  # compares areas alone
+    one, other = sides.prod(1)[:, None], anchors.prod(1)[None]
+    return (torch.minimum(one, other) / torch.maximum(one, other)).amax(1)
+
+
+# %% tags=["wrong"]
+def best_iou(sides, anchors):  # counts the intersection twice
+    both = torch.minimum(sides[:, None], anchors[None]).prod(2)
+    return (both / (sides.prod(1)[:, None] + anchors.prod(1)[None])).amax(1)
+
+
+# %% tags=["check"]
+# @title Check your answer
+toy_sides = torch.tensor([[10.0, 10.0], [20.0, 20.0], [10.0, 20.0]])
+square, wide = torch.tensor([[10.0, 10.0]]), torch.tensor([[20.0, 10.0]])
+assert torch.allclose(best_iou(toy_sides[:1], square), torch.ones(1)), (
+    "Equal boxes have an IoU of 1."
+)
+assert torch.allclose(best_iou(toy_sides[1:2], square), torch.tensor([0.25])), (
+    "A box of twice the side holds the anchor four times."
+)
+assert torch.allclose(best_iou(toy_sides[2:], wide), torch.tensor([1 / 3])), (
+    "A tall and a wide box share a square. What do they cover together?"
+)
+together = best_iou(toy_sides, torch.cat([square, wide]))
+assert together.shape == (3,), f"One number a lesion, not {list(together.shape)}."
+print("right")
 
 # %% [markdown] tags=["answer"]
-# This is the best case: real anchors stand on a grid and miss the centre. Larger sizes win where many
-# lesions outgrow the anchors, and lose where as many are small. The change is one line,
-# `replace(preset.detector, anchor_sizes=...)`; the shipped weights still load, because the number
-# of anchors stays the same, though each output now means another size.
+# This is the best case, because real anchors stand on a grid and miss the centre. Larger sizes win
+# where many lesions outgrow the anchors, and lose where as many are small. The change is one line,
+# `replace(preset.detector, anchor_sizes=...)`. The shipped weights still load, since the number of
+# anchors stays the same, though each output now means another size.
 
 # %% [markdown]
 # ## What we learned
@@ -1150,14 +1012,13 @@ for factor in (1, 2):
 # 1. Read indices, not colours, and turn the slices upright: neither mistake need raise an error.
 # 2. A mean Dice needs a threshold, a rule for empty slices and a split, all named.
 # 3. Whether weights of another domain are the better start is quickly tried; do so on your own slices.
-# 4. The window is a part of the model, and the order of the slices a part of the scan. DICOM and
-#    NIfTI files give both, collections of JPEG files neither.
+# 4. With 50 real slices the method finds lesions better than it names them, and pixels better than
+#    instances.
 # 5. Positive slices from few sources say nothing about patients elsewhere.
 #
 # ## Further reading
 #
-# {cite:t}`Fan2020` describe COVID-SemiSeg and Inf-Net, {cite:t}`Zhang2020` the CNCB data,
-# {cite:t}`Gunraj2020` COVIDx-CT. {cite:t}`Roberts2021` list what goes wrong when such models meet
-# real patients; {cite:t}`DeGrave2021` show models that learned the source of a picture.
-# {cite:t}`Aleem2020` use Mask R-CNN for the same lesions.
-
+# {cite:t}`Fan2020` describe COVID-SemiSeg and Inf-Net, {cite:t}`Zhang2020` the CNCB data.
+# {cite:t}`Roberts2021` list what goes wrong when such models meet real patients, and
+# {cite:t}`DeGrave2021` show models that learned the source of a picture. {cite:t}`Aleem2020` use
+# Mask R-CNN for the same lesions.

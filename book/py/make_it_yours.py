@@ -1,34 +1,18 @@
 # %% [markdown]
 # # Make it yours
 #
-# You have read how the method works. Now you would like to try an idea of your own: another network
-# under the detector, one more number for each box, two classes instead of three. Where do you put
-# it, and how much of the package do you have to touch? For the six changes on this page the answer
-# is the same: you write a few lines in your own file, and leave the package as it is.
-#
-# **After it you can**
-#
-# - add a column to the ranked boxes, and replace the module $S$ that reads them;
-# - put another backbone under the detector, or bring a detector of your own;
-# - train on a data set with other classes, of images or of lesions;
-# - save what you built, and load it again.
-#
-# **You need** [chapter 6](06_ranked_boxes.ipynb) and [chapter 7](07_covid_ct_mask_net.ipynb). The
-# page runs alone. **Run time:** about two minutes on two CPU cores in the preset `quick`.
-#
-# ```{admonition} Synthetic data
-# :class: important
-# All slices are *phantoms*, drawn by formulas and random numbers, and all runs here are far too
-# short to compare anything. They show that a change works, not that it helps. Nothing here is for
-# diagnosis.
-# ```
+# You have read how the method works, and now you would like to try an idea of your own: another
+# network under the detector, one more number for each box, two classes instead of three. **Where do
+# you put it, and how much of the package do you have to touch?** For the six changes in the figure the
+# answer is the same: you write a few lines in your own file, and leave the package as it is.
 
-# %% tags=["fold"]
-# @title TODO say what this does
+# %% tags=["fold"] mystnb={"image": {"alt": "Five boxes in a row, joined by arrows: data set, detector, ranked boxes, S, classes. Numbers 1 to 6 mark what can be replaced: 1 the columns of the ranked boxes, 2 the backbone of the detector, 3 the image classes of the data set, 4 S, 5 the lesion classes of the data set, 6 the whole detector."}, "figure": {"caption": "The six places where you can put something of your own, on the way from a slice to its classes. The numbers are those of the sections below."}}
+# @title Imports, versions, and the opening picture
 import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,19 +42,7 @@ torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"covidmask {covidmask.__version__}, torch {torch.__version__}, {device}")
 
-# %% tags=["parameters"]
-PRESET = "quick"  # or "colab", "paper"
-SEED = 0
-DATA = os.environ.get("COVIDMASK_DATA", "data")
-EVERY = 8  # a slice in so many is used, so that the page stays short
-EPOCHS = 10
-
-# %% [markdown]
-# Six places are open. The figure shows where they stand on the way from a slice to its classes.
-
-# %% tags=["fold"] mystnb={"image": {"alt": "Five boxes in a row, joined by arrows: data set, detector, ranked boxes, S, classes. Numbers 1 to 6 mark what can be replaced: 1 the columns of the ranked boxes, 2 the backbone of the detector, 3 the image classes of the data set, 4 S, 5 the lesion classes of the data set, 6 the whole detector."}, "figure": {"caption": "The six places where you can put something of your own. The numbers are those of the sections below.", "name": "fig-yours-places"}}
-# @title TODO say what this does
-fig, ax = plt.subplots(figsize=(7.4, 1.7), layout="constrained")
+fig, ax = plt.subplots(figsize=(8, 1.9), layout="constrained")
 parts = {
     "data set": "3  image classes\n5  lesion classes",
     "detector": "2  backbone\n6  all of it",
@@ -79,15 +51,41 @@ parts = {
     "classes": "follow from\nthe data set",
 }
 frame = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": plotting.BLUE, "lw": 1.5}
-for i, (name, open_places) in enumerate(parts.items()):
-    ax.text(1.5 * i, 1, name, ha="center", va="center", weight="bold", bbox=frame)
-    ax.text(1.5 * i, 0.45, open_places, ha="center", va="top", linespacing=1.4)
+for i, (name, places) in enumerate(parts.items()):
+    middle = {"ha": "center", "va": "center", "weight": "bold"}
+    _ = ax.text(1.5 * i, 1, name, bbox=frame, **middle)
+    _ = ax.text(1.5 * i, 0.45, places, ha="center", va="top", linespacing=1.4)
     if i:
         ends = (1.5 * i - 0.5, 1), (1.5 * i - 1, 1)
-        ax.annotate("", *ends, arrowprops={"arrowstyle": "->", "lw": 1.5})
-ax.set(xlim=(-0.8, 6.8), ylim=(-0.1, 1.4))
-ax.axis("off")
+        _ = ax.annotate("", *ends, arrowprops={"arrowstyle": "->", "lw": 1.5})
+_ = ax.set(xlim=(-0.8, 6.8), ylim=(-0.1, 1.4))
+_ = ax.axis("off")
 plt.show()
+
+# %% [markdown]
+# **After it you can**
+#
+# - add a column to the ranked boxes, and replace the module $S$ that reads them;
+# - put another backbone under the detector, or bring a detector of your own;
+# - train on a data set with other classes, of images or of lesions;
+# - save what you built, and load it again.
+#
+# **You need** [chapter 6](06_ranked_boxes.ipynb) and [chapter 7](07_covid_ct_mask_net.ipynb).
+#
+# **Time:** reading 15 min, exercises 30 min, running 2 min.
+#
+# ```{admonition} Synthetic data
+# :class: important
+# All slices are *phantoms*, and all runs here are far too short to compare anything. They show that a
+# change works, not that it helps. Nothing here is for diagnosis.
+# ```
+
+# %% tags=["parameters"]
+PRESET = "quick"  # or "colab", "paper"
+SEED = 0
+DATA = os.environ.get("COVIDMASK_DATA", "data")
+EVERY = 12  # a slice in so many is used, so that the page stays short
+EPOCHS = 10
 
 # %% [markdown]
 # ## What all sections share
@@ -105,7 +103,7 @@ short = replace(preset.classifier_training, epochs=EPOCHS)
 
 
 # %% tags=["fold"]
-# @title TODO say what this does
+# @title Take a part of the slices, and train S alone
 class Every(Subset):
     """Every so many slices of a data set, with what the training asks for."""
 
@@ -117,6 +115,7 @@ class Every(Subset):
 
 
 def try_out(model, train, held_out):
+    """Train S of a model, and count how many held-out slices are right."""
     torch.manual_seed(SEED)
     train_classifier(model, train, "heads", short, seed=SEED, progress=False)
     found = evaluate_classifier(model, held_out, progress=False)
@@ -126,7 +125,7 @@ def try_out(model, train, held_out):
 
 
 # %%
-train, held_out = Every(slices["train"]), Every(slices["test"], 4)
+train, held_out = Every(slices["train"]), Every(slices["test"], 6)
 try_out(covid_ct_mask_net(segmenter, preset.classifier), train, held_out)
 
 # %% [markdown]
@@ -136,6 +135,7 @@ try_out(covid_ct_mask_net(segmenter, preset.classifier), train, held_out)
 # middle of the slice. An encoder asks a function for each column; the function sees the boxes of
 # one image, best first, and gives one number for each. `boxes.place` holds the corners as shares
 # of the image; `boxes.score`, `boxes.deltas` and `boxes.label` are there, too.
+
 
 # %%
 def from_middle(boxes):
@@ -179,6 +179,7 @@ for name in ("resnet18", "mobilenet_v2", "resnet10t"):  # the last is timm's
 # A data set brings its classes. What the training asks for is `classes`, and for each slice a
 # label, a name and a patient. Here the question is only whether a slice shows COVID-19.
 
+
 # %%
 class CovidOrNot(Dataset):
     classes = ("not COVID-19", "COVID-19")
@@ -210,6 +211,7 @@ try_out(model, CovidOrNot(train), CovidOrNot(held_out))
 #
 # $S$ reads its rows in order, so it can learn what the first row means and what the tenth. This one
 # cannot: it looks at each box alone and takes the mean over the boxes, so their order is lost.
+
 
 # %%
 class DeepSet(nn.Module):
@@ -258,6 +260,7 @@ with tempfile.TemporaryDirectory() as folder:
 # background, 1 lung, and your classes are 2, 3, ... in their order. Boxes, labels and instances
 # follow. These two lesions are discs, bright and dark.
 
+
 # %%
 class Discs(LesionDataset):
     names = patients = [f"disc {i}" for i in range(4)]
@@ -283,9 +286,10 @@ print(f"{len(discs)} slices, {len(steps)} steps")
 print("classes", detector.classes)
 print("labels of the first slice:", discs[0][1]["labels"].tolist())
 
-# %% tags=["fold"] mystnb={"image": {"alt": "A grey square with a bright and a dark disc, each in its box; the bright one is labelled nodule, the dark one cyst."}, "figure": {"caption": "The first slice of the data set of discs, with boxes and classes made from its mask.", "name": "fig-yours-discs"}}
-# @title TODO say what this does
-ax = plotting.show_lesions(*discs[0], plotting.get_ax(3.4, 3.4), classes=detector.classes)
+# %% tags=["fold"] mystnb={"image": {"alt": "A grey square with a bright and a dark disc, each in its box; the bright one is labelled nodule, the dark one cyst."}, "figure": {"caption": "The first slice of the data set of discs, with boxes and classes made from its mask."}}
+# @title Draw the first slice of the discs
+ax = plotting.get_ax(3.4, 3.4)
+_ = plotting.show_lesions(*discs[0], ax, classes=detector.classes)
 plt.show()
 
 # %% [markdown]
@@ -321,30 +325,71 @@ with torch.no_grad():
 #
 # The weights file notes what was changed.
 #
+# ## More than one GPU
+#
+# `torchrun` starts one process for each GPU, and the commands for training and evaluation work under
+# it. The batch size counts the slices of all processes together and must be a multiple of their
+# number, so the released code's batch of one slice becomes at least one slice a GPU; the learning rate is then
+# yours to choose again. (Two processes on a CPU are tested; several GPUs were not at hand.)
+#
+#     torchrun --standalone --nproc_per_node=4 -m covidmask train segmenter --preset paper \
+#         --data data/cncb-lesions --out seg.safetensors --batch-size 4 --workers 4
+#
 # ## Exercises
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 1 · A longer box
 #
-# Kind: experiment, **
+# Kind: write a function, **
 #
-# Add a column for how elongated a box is: the logarithm of height over width. What does it add that
-# $\delta_w$ and $\delta_h$ do not say already?
+# Write a column `elongation(boxes)`: the logarithm of height over width, one number for each box.
+# A box may be thinner than a pixel, so no side may count as less than 0.001 of the image. What does
+# the column add that $\delta_w$ and $\delta_h$ do not say already?
+#
+# Hint: `boxes.place` is [K, 4], with $x_1, y_1, x_2, y_2$ as shares of the image.
+
+
+# %% tags=["starter"]
+def elongation(boxes):
+    raise NotImplementedError("one number a box")
+
 
 # %% tags=["solution"]
 # @title Solution
 def elongation(boxes):
-    sides = (boxes.place[:, 2:] - boxes.place[:, :2]).clamp(min=1e-3)  # [K, 2], width and height
+    sides = (boxes.place[:, 2:] - boxes.place[:, :2]).clamp(min=1e-3)  # [K, 2]
     return (sides[:, 1] / sides[:, 0]).log()
 
 
-longer = covid_ct_mask_net(
-    segmenter, preset.classifier, Columns((*preset.classifier.columns, elongation))
-)
+encoder = Columns((*preset.classifier.columns, elongation))
+longer = covid_ct_mask_net(segmenter, preset.classifier, encoder)
 with torch.no_grad():
     column = longer.ranked_boxes([image.to(device)])[0, :, -1]
 print(f"from {column.min():.2f} to {column.max():.2f}")
-assert column.isfinite().all()
+
+
+# %% tags=["wrong"]
+def elongation(boxes):  # width over height
+    sides = (boxes.place[:, 2:] - boxes.place[:, :2]).clamp(min=1e-3)
+    return (sides[:, 0] / sides[:, 1]).log()
+
+
+# %% tags=["wrong"]
+def elongation(boxes):  # a box without width gives infinity
+    sides = boxes.place[:, 2:] - boxes.place[:, :2]
+    return (sides[:, 1] / sides[:, 0]).log()
+
+
+# %% tags=["check"]
+# @title Check your answer
+corners = [[0, 0, 0.2, 0.2], [0, 0, 0.1, 0.2], [0.5, 0.5, 0.9, 0.7], [0.3, 0, 0.3, 0.5]]
+toy = elongation(SimpleNamespace(place=torch.tensor(corners)))
+assert toy.shape == (4,), f"One number a box, not {list(toy.shape)}."
+assert abs(toy[0]) < 1e-6, "The logarithm of a square box is 0."
+assert toy[1] > 0 > toy[2], "Tall boxes are above 0, wide ones below."
+assert torch.isclose(toy[1], -toy[2]), "Twice as tall or wide: the sign differs."
+assert toy.isfinite().all(), "The last box has no width: what is the logarithm then?"
+print("right")
 
 # %% [markdown] tags=["answer"]
 # The deltas say how the box differs from its proposal; what the proposal looked like is not in the
@@ -353,46 +398,149 @@ assert column.isfinite().all()
 # %% [markdown] tags=["exercise"]
 # ### Exercise 2 · Order
 #
-# Kind: experiment, **
+# Kind: predict, then run, **
 #
-# Shuffle the rows of a slice. Which logits stay the same, those of the usual $S$ or those of
-# `DeepSet`? Show it for one slice, and say what `DeepSet` still knows of the ranks.
+# Shuffle the rows of a slice. Whose logits change, those of the usual $S$ or those of `DeepSet`? Write
+# your guess down first. Then write `change(s, rows, order)`: the largest change of a logit when the
+# rows [1, N, 5] are put into another order, a permutation of 0 to N - 1. What does `DeepSet` still know
+# of the ranks?
+#
+# Hint: `rows[:, order]` changes the order of the boxes.
+
+
+# %% tags=["starter"]
+def change(s, rows, order):
+    raise NotImplementedError("one number")
+
 
 # %% tags=["solution"]
 # @title Solution
-usual, free = (covid_ct_mask_net(segmenter, preset.classifier, s=s) for s in (None, DeepSet()))
+def change(s, rows, order):
+    with torch.no_grad():
+        return (s(rows) - s(rows[:, order])).abs().max().item()
+
+
+usual = covid_ct_mask_net(segmenter, preset.classifier)
+free = covid_ct_mask_net(segmenter, preset.classifier, s=DeepSet())
 with torch.no_grad():
     rows = usual.ranked_boxes([image.to(device)])
-    shuffled = rows[:, torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(1))]
-    changes = [(m.s(rows) - m.s(shuffled)).abs().max().item() for m in (usual, free)]
+order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(1))
+changes = [change(m.s, rows, order) for m in (usual, free)]
 print(f"S changes by {changes[0]:.3f}, DeepSet by {changes[1]:.6f}")
 assert changes[0] > 100 * changes[1]
+
+
+# %% tags=["wrong"]
+def change(s, rows, order):  # shuffles the slices of the batch: there is one
+    with torch.no_grad():
+        return (s(rows) - s(rows[order % len(rows)][:1])).abs().max().item()
+
+
+# %% tags=["wrong"]
+def change(s, rows, order):  # shuffles the numbers of each box
+    with torch.no_grad():
+        return (s(rows) - s(rows.flip(2))).abs().max().item()
+
+
+# %% tags=["check"]
+# @title Check your answer
+toy_rows = torch.arange(20.0).reshape(1, 4, 5)
+back = torch.tensor([3, 2, 1, 0])
+assert change(lambda r: r[:, 0, :3], toy_rows, back) == 15, (
+    "A reader of the best box alone sees the last one after the turn."
+)
+assert change(lambda r: r.mean(1), toy_rows, back) == 0, "A mean has no order."
+same = torch.arange(4)
+assert change(lambda r: r[:, :, 0], toy_rows, same) == 0, "This order is the old one."
+print("right")
 
 # %% [markdown] tags=["answer"]
 # Only the usual $S$ notices. Each row still holds its score, though, so `DeepSet` knows which boxes
 # scored high; it has lost the order, not the scores.
 
 # %% [markdown] tags=["exercise"]
-# ### Exercise 3 · Is it the lesion or the rest?
+# ### Exercise 3 · A data set that contradicts itself
 #
-# Kind: experiment, **
+# Kind: find the bug, **
 #
-# Build the classifier on a detector with one lesion class (`lesions="merged"`, random weights), and
-# count which of its tensors have another shape than those of the detector with two.
+# `SickOrNot` is to tell control from both diseases together, label 0 from label 1. The training runs,
+# and learns nonsense or stops with an error about labels. Find out why, and put it right.
+#
+# Hint: two places say what the label of slice `i` is.
+
+
+# %% tags=["starter"]
+class SickOrNot(Dataset):
+    classes = ("control", "sick")
+
+    def __init__(self, slices):
+        self.slices = slices
+        self.names, self.patients = slices.names, slices.patients
+        self.labels = [int(label > 0) for label in slices.labels]
+
+    def __len__(self):
+        return len(self.slices.labels)
+
+    def __getitem__(self, i):
+        return self.slices[i]
+
 
 # %% tags=["solution"]
 # @title Solution
-merged = lesion_mask_rcnn(replace(preset.detector, lesions="merged"))
-shapes = {name: value.shape for name, value in merged.state_dict().items()}
-other = [
-    n for n, v in lesion_mask_rcnn(preset.detector).state_dict().items() if v.shape != shapes[n]
-]
-print("\n".join(other))
-assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
+class SickOrNot(Dataset):
+    classes = ("control", "sick")
+
+    def __init__(self, slices):
+        self.slices = slices
+        self.names, self.patients = slices.names, slices.patients
+        self.labels = [int(label > 0) for label in slices.labels]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.slices[i][0], self.labels[i]
+
+
+two = replace(preset.classifier, classes=SickOrNot.classes)
+try_out(covid_ct_mask_net(segmenter, two), SickOrNot(train), SickOrNot(held_out))
+
+
+# %% tags=["wrong"]
+class SickOrNot(Dataset):  # consistent, but the classes have changed places
+    classes = ("control", "sick")
+
+    def __init__(self, slices):
+        self.slices = slices
+        self.names, self.patients = slices.names, slices.patients
+        self.labels = [int(label == 0) for label in slices.labels]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.slices[i][0], self.labels[i]
+
+
+# %% tags=["check"]
+# @title Check your answer
+class ThreeSlices(list):
+    """Three slices, one of each class."""
+
+    names, patients, labels = ["a", "b", "c"], ["1", "2", "3"], [0, 1, 2]
+
+
+toy_set = SickOrNot(ThreeSlices((torch.zeros(3, 8, 8), label) for label in range(3)))
+assert len(toy_set) == 3, "As many slices as before."
+given = [toy_set[i][1] for i in range(3)]
+assert given == list(toy_set.labels), "Item and list `labels` disagree on a label."
+assert toy_set.classes[given[0]] == "control", "The first slice is a control."
+assert all(toy_set.classes[k] == "sick" for k in given[1:]), "The others are sick."
+print("right")
 
 # %% [markdown] tags=["answer"]
-# Logits, deltas and masks have one class fewer, in weight and bias; backbone, RPN and the two hidden
-# layers of the box head are the same. So the rows keep their five columns, and $S$ its shape.
+# The list `labels` is what sampling and reports read, the item is what the loss reads. Two thirds of the
+# slices are of sick patients here, so compare what you see with a model that always says "sick".
 
 # %% [markdown]
 # ## What we learned
@@ -408,4 +556,3 @@ assert len(other) == 6 and all(name.startswith("roi_heads") for name in other)
 #
 # The method is {cite:t}`TerSarkisov2020`, the detector {cite:t}`He2017`, the pyramid under it
 # {cite:t}`Lin2017`.
-
