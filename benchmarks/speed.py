@@ -1,7 +1,7 @@
 """How much faster than the released code's loops: both timed in turn, in one run, on one machine.
 
 The baseline is `released_loop.py`; weights are random, slices phantoms of 512 x 512. Writes the
-results of the device and fills book/fast.md, chapter 8 and README.md; --page only fills these.
+results of the device and fills book/fast.md, chapter 9 and README.md; --page only fills these.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def made(result: dict, file: str) -> str:
 
 
 def write() -> None:
-    """Fill the tables of the page, of chapter 8, with its code, and of README.md."""
+    """Fill the tables of the page, of chapter 9, with its code, and of README.md."""
     file = "results/benchmarks.json"
     cpu = common.read(RESULTS / "benchmarks.json")
     cuda = common.read(RESULTS / "benchmarks-cuda.json")

@@ -1,4 +1,4 @@
-"""The page What makes it fast, chapter 8 and README.md show the files of results."""
+"""The page What makes it fast, chapter 9 and README.md show the files of results."""
 
 import importlib
 import json

@@ -72,8 +72,11 @@ def opening(text: str) -> str:
         if len(" ".join([*kept, sentence]).split()) > WORDS:
             break
         kept.append(sentence)
+    if len(kept) == len(sentences) and kept[-1][-1:] not in ".?!:":  # a formula ends it
+        return "\n\n".join(blocks[:2])
+    questions = [s for s in sentences[len(kept) :] if s.rstrip("*").endswith("?")]
     lists = [b for b in blocks[1:3] if b.startswith(("- ", "1. "))]
-    return "\n\n".join([" ".join(kept), *lists[:1]])
+    return "\n\n".join([" ".join(kept), *questions[:1], *lists[:1]])
 
 
 def section(*parts: str, notes: str = "") -> str:
@@ -137,7 +140,8 @@ def slides(twin: NotebookNode) -> str:
                 stacks.append([section(top, shown, notes=text or name)])
         elif cell.cell_type == "code" and stacks and not has & {"solution", "check", "wrong"}:
             short = len(cell.source.splitlines()) <= CODE_LINES
-            if in_view(cell) and short and not code_shown and "parameters" not in has:
+            later = len(stacks) > 1 and "parameters" not in has  # not what sets a chapter up
+            if in_view(cell) and short and later and not code_shown:
                 code = html.escape(cell.source)
                 stacks[-1].append(section(f"<pre><code>{code}</code></pre>"))
                 code_shown = True

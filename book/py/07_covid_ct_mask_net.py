@@ -126,7 +126,7 @@ for name, (found, _) in kept.items():
 # ## S from three matrices
 #
 # Write the rows $r_1, \dots, r_N$ one behind the other, and you have a vector
-# $\mathbf{r} \in \mathbb{R}^{5N}$. $S$ is a perceptron with two hidden layers of width $h$:
+# $\mathbf{r} \in \mathbb{R}^{5N}$. $S$ is a perceptron with two hidden layers of width $d$:
 #
 # $$
 # \mathbf{a}_1 = \max(0, W_1 \mathbf{r} + \mathbf{b}_1), \qquad
@@ -142,8 +142,8 @@ for name, (found, _) in kept.items():
 def s_by_hand(rows, matrices, biases):
     """float32 [B, N, 5] -> logits [B, 3]."""
     r = rows.flatten(1)  # [B, 5N]
-    a1 = (r @ matrices[0].T + biases[0]).clamp(min=0)  # [B, h]
-    a2 = (a1 @ matrices[1].T + biases[1]).clamp(min=0)  # [B, h]
+    a1 = (r @ matrices[0].T + biases[0]).clamp(min=0)  # [B, d]
+    a2 = (a1 @ matrices[1].T + biases[1]).clamp(min=0)  # [B, d]
     return a2 @ matrices[2].T + biases[2]  # [B, 3]
 
 
@@ -545,7 +545,7 @@ _ = assembled.eval()
 # ## How large is it?
 #
 # A linear layer from $n_\text{in}$ to $n_\text{out}$ numbers has $(n_\text{in} + 1) \,
-# n_\text{out}$ parameters; the 1 is the bias. For the paper's $N = 256$ and $h = 1024$ this gives
+# n_\text{out}$ parameters; the 1 is the bias. For the paper's $N = 256$ and $d = 1024$ this gives
 #
 # $$
 # \underbrace{(5 \cdot 256 + 1) \cdot 1024}_{1{,}311{,}744} +
@@ -555,8 +555,8 @@ _ = assembled.eval()
 
 
 # %% tags=["nbval-check-output"]
-def size_of_s(n, h):
-    return (5 * n + 1) * h + (h + 1) * h + (h + 1) * 3
+def size_of_s(n, d):
+    return (5 * n + 1) * d + (d + 1) * d + (d + 1) * 3
 
 
 assert size_of_s(256, 1024) == 2_364_419
@@ -564,7 +564,7 @@ assert size_of_s(n, hidden) == count_parameters(model.s)
 for name, other in PRESETS.items():
     boxes, width = other.classifier.n_boxes, other.classifier.hidden
     count = size_of_s(boxes, width)
-    print(f"{name:7} N = {boxes:3}, h = {width:4}: {count:9,}")
+    print(f"{name:7} N = {boxes:3}, d = {width:4}: {count:9,}")
 
 # %% [markdown]
 # ### Which published numbers follow from a rule?
@@ -690,21 +690,21 @@ print(f"test / train slices {21_191 / 3_000:.2f}, train / test {3_000 / 21_191:.
 # Kind: pencil, *
 #
 # You want rows of $f$ numbers instead of 5, and $k$ classes instead of 3. Derive how many
-# parameters $S$ then has, and write it as `parameters_of_s(n, h, f, k)`. Use no module of PyTorch.
+# parameters $S$ then has, and write it as `parameters_of_s(n, d, f, k)`. Use no module of PyTorch.
 # Then put in $N = 1$: how small can a smaller $N$ alone make the paper's $S$?
 #
 # Hint: Which of the three layers know about $N$ and $f$, and which about $k$?
 
 
 # %% tags=["starter"]
-def parameters_of_s(n, h, f=5, k=3):
+def parameters_of_s(n, d, f=5, k=3):
     raise NotImplementedError("your formula")
 
 
 # %% tags=["solution"]
 # @title Solution
-def parameters_of_s(n, h, f=5, k=3):
-    return (f * n + 1) * h + (h + 1) * h + (h + 1) * k
+def parameters_of_s(n, d, f=5, k=3):
+    return (f * n + 1) * d + (d + 1) * d + (d + 1) * k
 
 
 print(f"N = 256: {parameters_of_s(256, 1024):,}")
@@ -712,13 +712,13 @@ print(f"N =   1: {parameters_of_s(1, 1024):,}; middle layer {1025 * 1024:,}")
 
 
 # %% tags=["wrong"]
-def parameters_of_s(n, h, f=5, k=3):
-    return f * n * h + h * h + h * k
+def parameters_of_s(n, d, f=5, k=3):
+    return f * n * d + d * d + d * k
 
 
 # %% tags=["wrong"]
-def parameters_of_s(n, h, f=5, k=3):
-    return (f * n + 1) * h + (h + 1) * h + (h + 1) * 3
+def parameters_of_s(n, d, f=5, k=3):
+    return (f * n + 1) * d + (d + 1) * d + (d + 1) * 3
 
 
 # %% tags=["check"]
@@ -727,14 +727,14 @@ for case in ((1, 8, 5, 3), (4, 16, 7, 3), (32, 64, 5, 2)):
     boxes, width, columns, many = case
     expected = count_parameters(ClassificationModule(boxes, width, columns, many))
     got = parameters_of_s(*case)
-    where = f"N, h, f, k = {case}: {got}"
+    where = f"N, d, f, k = {case}: {got}"
     assert got >= expected, f"{where} is too few. Has each output a bias?"
     assert got == expected, f"{where} is too many. Do f and k count?"
 print("your formula agrees with the modules")
 
 # %% [markdown] tags=["answer"]
 # The middle layer knows nothing of $N$, so the paper's $S$ stays above a million parameters however
-# few boxes it reads. A smaller $h$ saves more.
+# few boxes it reads. A smaller $d$ saves more.
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 2 · How sure is an S that knows nothing?

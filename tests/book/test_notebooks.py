@@ -122,7 +122,7 @@ class TestTwin:
                 assert cell.source.startswith("# @title Check your answer"), cell.source[:80]
                 assert {"starter", "solution", "wrong"} <= last.keys(), f"{names[-1]}: {last}"
                 assert "assert" in cell.source
-            if "starter" in has:
+            if "starter" in has and kind[1] != "find the bug":
                 assert "NotImplementedError" in cell.source, cell.source
             for tag in has:
                 last[tag] = cell.source
