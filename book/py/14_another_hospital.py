@@ -532,8 +532,9 @@ for name in readers:
         weighted("PPV COVID", ok, weights * flagged)
 
 # %% [markdown]
-# As it is, most of what is called COVID-19 in the clinic is not. The correction lowers the Brier score of
-# both models and lifts that PPV. It need not lift the accuracy: the odds of each class are now better,
+# In the run shown here, fewer than half of the slices that are called COVID-19 in the clinic show it, as
+# long as nothing is corrected. The correction lowers both Brier scores and lifts the PPV, though with so
+# few slices of the ill the intervals are wide. It need not lift the accuracy: the odds of each class are now better,
 # but the answer is the largest of three, and where almost everyone is healthy "Control" wins too often if
 # the logits of control were too high to begin with.
 #
