@@ -70,7 +70,8 @@ unit: $(INSTALLED)
 chapters: $(INSTALLED)
 	$(BIN)/covidmask phantoms --preset quick
 	$(BIN)/python tools/book.py editions --which test
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile \
+	  --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=86400 --nbval-kernel-startup-timeout=86400 --durations=5 $(TESTED)
 
 # The book from a clean folder with the committed outputs, warnings as errors; then a browser.

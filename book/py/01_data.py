@@ -132,7 +132,7 @@ for code, count in enumerate(np.bincount(mask.ravel(), minlength=4)):
 
 # %% [markdown]
 # A mask is a picture of the same size as its slice, and each pixel holds a code from 0 to 3. Our old
-# friend is a COVID-19 phantom that every chapter looks at and on which no model was trained.
+# friend is a COVID-19 phantom that most chapters look at and on which no model was trained.
 #
 # ## From pixels to instances
 #
@@ -273,7 +273,8 @@ frame_slider(
 # %% [markdown]
 # The preset's own value drops only slivers, which a rough outline or the border of the lung has cut
 # off. But the choice matters when models are compared: the released code drops small objects from the
-# *ground truth*, too, before it computes average precision. A small lesion that the detector misses
+# *ground truth*, too, before it computes average precision (AP), the usual measure of detectors
+# ([chapter 5](05_segmenter.ipynb)). A small lesion that the detector misses
 # then costs nothing, and one that it finds has nothing to match. So ask which smallest area stands
 # behind an AP before you compare it with another.
 #
@@ -343,7 +344,8 @@ print(f"no patient is in two of the {len(groups)} groups of phantoms")
 # What would happen if we ignored patients? Let us try it. We take the training slices of the class set
 # and split them 80 to 20, once by patient and once slice by slice. Our model could not be simpler: it
 # shrinks each slice to a thumbnail of 8 x 8 grey values, looks for the nearest thumbnail in training,
-# and copies its class.
+# and copies its class. With each accuracy we print its 95 % interval, that is how far the choice of test
+# patients may have moved it by chance ([chapter 10](10_evaluation.ipynb)).
 
 
 # %%
@@ -392,7 +394,7 @@ for name, (train, held_out) in splits.items():
 # %% [markdown]
 # Guessing would be right in a third of the slices. Judged by patient, copying is worth hardly more than
 # a guess; judged by slice, the same model looks good, and that difference is the flattery of a leaky
-# split. It knows no more about lesions than before. It recognises people.
+# split. It knows no more about lesions than before. It recognises patients, not lesions.
 
 # %% tags=["fold"] mystnb={"image": {"alt": "Three synthetic slices: a query, its nearest neighbour in a split by slice, which is the same patient, and its nearest neighbour in a split by patient, which is another patient with another class."}, "figure": {"caption": "A slice (left) and the training slice that the model copies. In the split by slice it is a slice of the same patient. Chosen as an example in which the other split copies a wrong class. Phantoms."}}
 # @title Draw a slice and the two slices that the model copies
@@ -524,9 +526,9 @@ for label, (every, begin, whole) in PUBLIC_SCANS.items():
 # lungs" has learned how slices were selected, and nothing about a disease. Such a *shortcut* has been
 # found in models of COVID-19 on other data {cite:p}`DeGrave2021,Roberts2021`.
 #
-# How much is it worth here? Each line of the lists also holds the box around the body. The next cell
-# trains a logistic regression on the slice number and this box: five numbers, and not one pixel. It
-# tells controls from the others, and we judge it by **balanced accuracy**, the mean of the two
+# How much is it worth here? Each line of the lists also holds the box around the body. With the
+# lists at hand the next cell trains a logistic regression on the slice number and this box: five numbers,
+# and not one pixel. Otherwise it prints what we measured. The regression tells controls from the others, and we judge it by **balanced accuracy**, the mean of the two
 # sensitivities, which is 50 % for guessing.
 
 
@@ -979,6 +981,9 @@ print("Right.")
 # Put 50 %, 80 % and 95 % of the slices into training, slice by slice. Predict first: which way does the
 # share of *patients* on both sides go, and which way the share of *held-out slices* whose patient is in
 # training? Then count both. Which of the two makes a result too good?
+#
+# Hint: `order` from the chapter holds the slices in random order, so a first part of it can be training;
+# `patients` holds the patient of each slice.
 
 # %% tags=["solution"]
 # @title Solution
@@ -1003,6 +1008,8 @@ for p in (0.5, 0.8, 0.95):
 # In the mode `"merged"` of `mask_to_targets(mask, "merged", least)`, GGO and C are one class, joined
 # before components are sought. How many instances do the phantoms lose by it, and in how many masks?
 # Can you compare the average precision of a detector trained this way with that of the usual one?
+#
+# Hint: `every_mask` from the chapter holds the masks of all phantoms of the lesion set.
 
 # %% tags=["solution"]
 # @title Solution

@@ -409,7 +409,8 @@ frame_slider(
 # ## The region proposal network
 #
 # The RPN {cite:p}`Ren2015` is small: one 3x3 convolution, then two 1x1 convolutions side by side.
-# One gives a logit for each anchor, its *objectness*: is there a lesion of any class? The other
+# One gives a number for each anchor, its *objectness*: is there a lesion of any class? The number is a
+# *logit*: it may have any size, and a sigmoid makes a probability of it (0 becomes one half). The other
 # gives four numbers for each anchor, the *deltas*, which correct its place and size.
 #
 # The outputs come as maps, [anchors, rows, columns]. Our list of anchors runs the other way round:
@@ -741,8 +742,8 @@ plt.show()
 # Kind: pencil, *
 #
 # An anchor has the corners (10, 20, 30, 60). The RPN gives it the deltas
-# $(\delta_x, \delta_y, \delta_w, \delta_h) = (0.5, -0.25, \ln 2, 0)$. Work out the box on paper and write
-# its corners into `my_box`, as four numbers x1, y1, x2, y2.
+# $(\delta_x, \delta_y, \delta_w, \delta_h) = (0.5, -0.25, \ln 2, 0)$. Work out the box on paper and let
+# `my_box()` return its corners, as four numbers x1, y1, x2, y2.
 #
 # Hint: find the centre and the sides of the anchor first. Move the centre, then stretch the sides around
 # the new centre.
@@ -794,7 +795,7 @@ assert torch.allclose(mine, by_machine), (
 # gives it a delta $\delta_h$. How high is the decoded box? Write `height_after(delta_h)`. Then look at
 # the formula of IoU: how much can such a box overlap a lesion?
 #
-# Hint: decoding multiplies.
+# Hint: of what is $h$ made in the formulas of decoding?
 
 
 # %% tags=["starter"]
@@ -834,15 +835,15 @@ flat = torch.tensor([[0.0, 5.0, 6.0, 5.0]])  # 6 wide, no height
 for delta_h in (-1.0, 0.0, 2.0):
     after = decode(flat, torch.tensor([[0.0, 0.0, 0.0, delta_h]]))[0]
     assert abs(height_after(delta_h) - float(after[3] - after[1])) < 1e-6, (
-        f"Not for a delta of {delta_h}: decode such an anchor and look. What do you "
-        "get when you multiply its height by any factor?"
+        f"Not for a delta of {delta_h}: decode an anchor of height 0 with it, and "
+        "compare y1 and y2 of the box."
     )
 
 # %% [markdown] tags=["answer"]
 # A line stays a line, and its IoU with anything is 0, so no lesion is ever assigned to it. torchvision
 # drops proposals with a side below 0.001 pixels. The released code drops none (`rpn.min_size = 0`), and
-# so does our detector, so a line with a good logit would take the place of a proper proposal. A trained
-# RPN has learned to give lines low logits. [Paper v code](paper_v_code.ipynb) has more on this.
+# so does our detector, so a line with a good logit would take the place of a proper proposal. The
+# trained RPN gives lines low logits: when we ran it, the best of them had rank 577 of 7,680. [Paper v code](paper_v_code.ipynb) has more on this.
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 3 · The order of the axes
@@ -903,8 +904,8 @@ assert torch.allclose(real_map, logits_of[0], atol=1e-5), (
 #
 # Write `kept_and_reached(boxes, logits, lesions, threshold)`. It applies NMS to boxes [n, 4] with logits
 # [n], and returns two whole numbers: how many boxes are left, and how many of the lesions [K, 4] overlap
-# at least one of them by an IoU of 0.5 or more. Then try thresholds of 0.1, 0.25, 0.5, 0.75 and 0.95 on the
-# best boxes of our old friend.
+# at least one of them by an IoU of 0.5 or more. Then try thresholds of 0.1, 0.25, 0.5, 0.75 and 0.95 on our
+# old friend: on its `most` best decoded boxes, after `clip`.
 #
 # Hint: `iou(lesions, kept)` has one row for each lesion. `torch.cat(boxes_of)` holds all decoded boxes.
 
@@ -1136,7 +1137,7 @@ plt.show()
 # ## What we learned
 #
 # 1. Boxes with scores name candidates on every slice, also where a good map would be empty.
-# 2. A pyramid of feature maps joins fine places with wide surroundings; one cell is one stride wide.
+# 2. A pyramid of feature maps combines fine detail with wide context; one cell is one stride wide.
 # 3. Anchors turn "how many lesions, and where?" into thousands of yes-or-no questions with corrections.
 # 4. Deltas are relative to the anchor; decoding turns them into a box.
 # 5. IoU measures overlap, and NMS keeps the best of the boxes that overlap too much.

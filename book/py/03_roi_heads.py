@@ -2,9 +2,9 @@
 # # 3 · RoI heads
 #
 # The region proposal network has said where to look: "there may be something in this box". **What is
-# it, where exactly does it end, and which pixels belong to it?** Three small networks answer, and all
-# read the same feature maps through a window that fits the proposal. We build them from plain tensors
-# and compare each with the trained detector.
+# it, where exactly does it end, and which pixels belong to it?** Two small networks answer, the box head
+# and the mask head, and both read the same feature maps through a window that fits the box at hand. We
+# build them from plain tensors and compare each with the trained detector.
 
 # %% tags=["fold"] mystnb={"image": {"alt": "Three close-ups of the same place in a synthetic slice: a dotted box around a bright region; a corrected box with class and score; the outline of a mask inside the box."}, "figure": {"caption": "From a proposal to a detection, on our old friend: the proposal (dotted, left); class, score and corrected box (solid, middle); the pixels of the mask (right). This chapter takes these three steps. Synthetic."}}
 # @title Imports, versions, and one proposal on its way
@@ -570,8 +570,8 @@ plt.show()
 # %% [markdown]
 # The segmentation set of the paper holds COVID-19 patients only {cite:p}`Zhang2020`, as ours does, so
 # the detector has never been trained on a healthy patient. It has seen plenty of background, though:
-# most regions of any slice. What it says about a control is a list of low scores rather than an empty
-# list, and [chapter 6](06_ranked_boxes.ipynb) turns such lists into vectors of one length.
+# most regions of any slice. What it says about a control is a list, too, of low scores here;
+# [chapter 5](05_segmenter.ipynb) counts how often a control scores high, and [chapter 6](06_ranked_boxes.ipynb) turns such lists into vectors of one length.
 
 # %% [markdown] tags=["quiz"]
 # ## Quiz
@@ -663,12 +663,12 @@ assert mine.shape == (1, 4), "Return four numbers: dx, dy, dw, dh."
 given = torch.tensor([[20.0, 40.0, 40.0, 80.0]], device=device)
 x1, y1, x2, y2 = decode(given, mine)[0].tolist()
 assert abs(x2 - x1 - 40) < 0.1 and abs(y2 - y1 - 40) < 0.1, (
-    f"Your deltas give sides of {x2 - x1:.1f} x {y2 - y1:.1f}, not 40 x 40. Did you "
-    "take 5 times the logarithm of the ratio of the sides?"
+    f"Your deltas give sides of {x2 - x1:.1f} x {y2 - y1:.1f}, not 40 x 40. Which two "
+    "of the four deltas decide that?"
 )
 assert abs(x1 + x2 - 84) < 0.1 and abs(y1 + y2 - 116) < 0.1, (
     f"Your deltas give the centre ({(x1 + x2) / 2:.1f}, {(y1 + y2) / 2:.1f}), not "
-    "(42, 58). Compare centres, divide by the proposal's sides, multiply by 10."
+    "(42, 58). Put your dx and dy into the decoding formulas, and see where you land."
 )
 
 # %% [markdown] tags=["exercise"]
@@ -851,7 +851,7 @@ assert affected_share(0.4 * two, half) == 0, "A mask begins above a probability 
 # Kind: predict, then run, **
 #
 # Suppose somebody doubles all mask logits, so that the probabilities move towards 0 and 1. What happens to
-# the number of pixels in the masks if they are cut at a probability of 0.5? And if the logits are cut at
+# the number of pixels in the masks, counted on their 28 x 28 grids, if they are cut at a probability of 0.5? And if the logits are cut at
 # 0.5, as in the released code? Let `prediction()` return two words out of "fewer", "same" and "more".
 #
 # Hint: which logits cross the threshold when they are doubled?

@@ -179,7 +179,9 @@ assert practised[-1] < practised[0]
 # `train_segmenter` does the same over all slices, in a new order each epoch. The released code makes
 # tens of thousands of steps at a small, constant rate. The preset `quick` makes about a thousand, so
 # it needs a larger rate, which it warms up and lets fall along a cosine. It also calls more anchors
-# and RoIs positive, because on small pictures few boxes reach a high overlap:
+# and RoIs positive, because on small pictures few boxes reach a high overlap. (In the table, *fg* is the
+# IoU from which a box counts as lesion, foreground, and *bg* the one below which it counts as
+# background; *weight decay* pulls each weight a little towards 0 in every step.)
 
 # %% tags=["fold", "nbval-check-output"]
 # @title Print the paper's settings beside those of the preset
@@ -251,7 +253,7 @@ segmenter = trained_segmenter(PRESET, device, shipped=True)
 
 
 def judge(model, dataset, nms=preset.detector.box_nms):
-    """(prediction, target) of each slice; masks bool [K, H, W]."""
+    """(prediction, target) of each slice; masks bool [D, H, W]."""
     model.roi_heads.nms_thresh, result = nms, []
     for _, found, target in predict_lesions(model, dataset):
         found["masks"] = binary_masks(found)  # probability above 0.5
@@ -325,7 +327,7 @@ frame_slider(
 
 # %%
 def mask_overlap(first, second):
-    """IoU of masks [K, H, W] and [L, H, W] -> float64 [K, L]."""
+    """IoU of masks [D, H, W] and [K, H, W] -> float64 [D, K]."""
     first, second = first.flatten(1).double(), second.flatten(1).double()
     common = first @ second.T  # pixels that both have
     union = first.sum(dim=1)[:, None] + second.sum(dim=1) - common
@@ -333,7 +335,7 @@ def mask_overlap(first, second):
 
 
 def match(overlap, threshold):
-    """Lesion that each detection takes, or -1: [K, L] -> int [K]."""
+    """Lesion that each detection takes, or -1: [D, K] -> int [D]."""
     taken = np.full(len(overlap), -1)
     free = np.ones(overlap.shape[1], dtype=bool)
     for k, row in enumerate(overlap):  # in falling score
@@ -388,7 +390,7 @@ plt.show()
 
 # %% tags=["nbval-check-output"]
 def average_precision(hits, n_targets):
-    """AP by COCO's 101 recalls; hits bool [K] in falling score."""
+    """AP by COCO's 101 recalls; hits bool [D] in falling score."""
     right = np.cumsum(hits)
     recall = right / n_targets
     precision = right / np.arange(1, len(hits) + 1)
@@ -412,7 +414,7 @@ print(f"AP {average_precision(hits, 5):.4f}, on paper {on_paper:.4f}")
 
 # %%
 def overlaps(label):
-    """Scores [K], falling, and IoU [K, L] of a class, for each slice."""
+    """Scores [D], falling, and IoU [D, K] of a class, for each slice."""
     result = []
     for found, target in pairs:
         mine = torch.where(found["labels"] == label)[0]  # falling score
@@ -585,8 +587,8 @@ for nms in (0.1, 0.25, 0.5, 0.75):
 # %% [markdown]
 # Within a class nothing is lost on these phantoms, whose lesions of one class are separate regions;
 # on real slices, where large lesions run into each other, it may be otherwise. Over both classes
-# together a C inside a GGO would be lost, and this is why NMS runs per class. Now the detector itself,
-# judged at four thresholds by both rules:
+# together a C inside a GGO may be lost at 0.5 or below, which is a reason to run NMS per class. Now the
+# detector itself, judged at four thresholds by both rules:
 
 # %%
 at_nms = {preset.detector.box_nms: [found for found, _ in pairs]}
@@ -618,10 +620,10 @@ for nms, values in lines.items():
 # has the lowest score of all twelve.) A cut at 0.75 keeps most such boxes out. At 1, where NMS removes
 # nothing, copies with high scores flood the list, and every number falls.
 #
-# So why does the paper choose 0.75? For the *detector*, nothing in this table asks for it. The reason
-# lies in the classifier, which reads many ranked boxes of each slice: where NMS leaves one box for
+# So why does the paper choose 0.75? For the *detector*, nothing in this table speaks for it. The
+# paper's reason lies in the classifier, which reads many ranked boxes of each slice: where NMS leaves one box for
 # each lesion, a slice with one small lesion has few boxes with high scores. [Chapter
-# 6](06_ranked_boxes.ipynb) takes this up.
+# 6](06_ranked_boxes.ipynb) takes this up, and says what phantoms show of it.
 #
 # ## What a number needs beside it
 #
@@ -781,10 +783,10 @@ for name, mean, low, high in zip(classes, means, *ends, strict=True):
 # - [ ] The second is right, because it fits better. :: That is the released code's rule, where the lesion chooses.
 # - [ ] Both are right, as both overlap enough. :: A lesion counts once; else copies would raise the score.
 #
-# **3. You double all scores of a detector, within 0 to 1. What happens to its AP?**
+# **3. You double all scores of a detector, within 0 to 1. What happens to COCO's AP?**
 #
-# - [ ] It rises, because more detections are confident. :: AP knows no threshold of confidence.
-# - [x] Nothing, because their order stays. :: AP sees only the order of the list.
+# - [ ] It rises, because more detections are confident. :: COCO's AP knows no threshold of confidence; the released one does.
+# - [x] Nothing, because their order stays. :: COCO's AP sees only the order of the list.
 # - [ ] It falls, because the scores are no probabilities any more. :: AP does not ask whether scores are probabilities.
 #
 # **4. Why does the released code's AP fall so much when second boxes with low scores stay?**
@@ -795,7 +797,7 @@ for name, mean, low, high in zip(classes, means, *ends, strict=True):
 #
 # **5. Paper A reports AP50 0.62 and paper B AP50 0.70. What must you know before you compare them?**
 #
-# - [x] The rule, the slices, the image size and the smallest lesion. :: Each of them alone can change the number by more than this.
+# - [x] The rule, the slices, the image size and the smallest lesion. :: The rule alone can change the number by more than this.
 # - [ ] Only which backbone they used. :: The backbone is what you would like to compare; the rest must be equal first.
 # - [ ] Nothing, because AP50 is a standard. :: Two rules bear that name, as we saw.
 #
@@ -848,7 +850,7 @@ def my_ap():
 # %% tags=["check"]
 # @title Check your answer
 wanted_ = average_precision(np.array([True, False, True, True]), 5)
-says = "not yet: recall ends at 3/5, and 2/3 is not the best precision from there on"
+says = "not yet: which precision enters your sum at recall 0.3, and which at 0.8?"
 assert abs(my_ap() - wanted_) < 0.006, says
 print(f"Right: {wanted_:.4f}")
 
@@ -906,8 +908,9 @@ for r_ in (5, 20, 40):
 print("Right, as a count of pixels shows.")
 
 # %% [markdown] tags=["answer"]
-# The IoU reaches 0.75 at $r \approx 6.5$. Half of our lesions are smaller, so that AP at high
-# thresholds says as much about the size of lesions and pixels as about the detector.
+# The IoU reaches 0.75 at $r \approx 6.5$. When we ran it, half of our lesions were smaller than a disc of
+# $r = 5.6$. So AP at high thresholds says much about the size of lesions and pixels, too, and not about
+# the detector alone.
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 3 · Everything twice
@@ -974,7 +977,7 @@ print(f"Right: AP50 goes from {before_:.3f} to {after_:.3f}.")
 
 # %% tags=["starter"]
 def greedy(overlap, threshold):
-    """Lesion that each detection takes, or -1; overlap [K, L] in falling score."""
+    """Lesion that each detection takes, or -1; overlap [D, K] in falling score."""
     taken = np.full(len(overlap), -1)
     for k, row in enumerate(overlap):
         if len(row) and row.max() >= threshold:
@@ -985,7 +988,7 @@ def greedy(overlap, threshold):
 # %% tags=["solution"]
 # @title Solution
 def greedy(overlap, threshold):
-    """Lesion that each detection takes, or -1; overlap [K, L] in falling score."""
+    """Lesion that each detection takes, or -1; overlap [D, K] in falling score."""
     taken = np.full(len(overlap), -1)
     overlap = np.array(overlap)  # a copy, as it changes
     for k, row in enumerate(overlap):
@@ -1093,7 +1096,8 @@ print("Right at 0.5 and at 0.75.")
 # that is taken, how many a poor outline of a lesion of their class, and how many sit on no lesion of
 # their class at all? What would you change first: NMS, the masks, or the training data?
 #
-# Hint: for a detection in row `k` of `overlap`, look at `match(overlap, 0.5)[k]` and at
+# Hint: `tables[name]` holds `scores` and `overlap` of each slice, for one class. For a detection in row
+# `k` of `overlap`, look at `match(overlap, 0.5)[k]` and at
 # `overlap[k].max(initial=0)`.
 
 # %% tags=["solution"]
@@ -1124,7 +1128,7 @@ print(", ".join(f"{kind} {count}" for kind, count in kinds.items()))
 # 1. A network that cannot learn one batch by heart has a bug; test that before a long training.
 # 2. AP is the area under precision over recall; greedy matching makes a second box a mistake.
 # 3. The released code's AP is another number than COCO's on the very same detections.
-# 4. NMS can change after training; for the detector alone nothing asks for 0.75.
+# 4. NMS can change after training; for the detector alone nothing here speaks for 0.75.
 # 5. A result needs an interval by patients, a baseline, and slices on which there is nothing to find.
 #
 # ## Further reading

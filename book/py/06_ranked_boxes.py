@@ -154,7 +154,7 @@ print(f"N = {n}, thresholds: score {config.score}, NMS {config.nms}")
 # %% [markdown]
 # ## Three slices, three lists
 #
-# We follow a control, a common pneumonia and our old friend, who has COVID-19. The detector has
+# We follow a control, a common pneumonia and our old friend, which shows COVID-19. The detector has
 # seen none of them. It was trained on lesions of COVID-19 phantoms only, as the paper's was on
 # COVID-19 patients {cite:p}`Zhang2020`, so pneumonia is new to it. This is what it reports when we
 # ask for scores above 0.5:
@@ -236,12 +236,12 @@ for i in range(4):
 # %% [markdown]
 # ## Step 3: decode, for NMS alone
 #
-# Let a proposal have the centre $(p_x, p_y)$ and the sides $p_w, p_h$, and let the box that it
-# should become have the centre $(b_x, b_y)$ and the sides $b_w, b_h$. The detector was trained to
-# output the *encoded* box
+# Let a proposal have the centre $(x_p, y_p)$ and the sides $w_p, h_p$, and let the box that it
+# should become have the centre $(x, y)$ and the sides $w, h$. The detector was trained to output the
+# *encoded* box
 #
-# $$\delta_x = 10\,\frac{b_x - p_x}{p_w}, \quad \delta_y = 10\,\frac{b_y - p_y}{p_h}, \quad
-# \delta_w = 5\,\log\frac{b_w}{p_w}, \quad \delta_h = 5\,\log\frac{b_h}{p_h}.$$
+# $$\delta_x = 10\,\frac{x - x_p}{w_p}, \quad \delta_y = 10\,\frac{y - y_p}{h_p}, \quad
+# \delta_w = 5\,\log\frac{w}{w_p}, \quad \delta_h = 5\,\log\frac{h}{h_p}.$$
 #
 # So the shift is measured in sizes of the proposal, and the size as a log ratio. The factors, called
 # *coder weights*, bring typical corrections to the order of 1. Decoding is the inverse; a very large
@@ -252,9 +252,9 @@ CODER_WEIGHTS = torch.tensor([10.0, 10.0, 5.0, 5.0], device=device)
 
 
 def decode(deltas, proposals):
-    """[M, 4], [M, 4] -> [M, 4]: the proposals, moved and resized."""
+    """[K, 4], [K, 4] -> [K, 4]: the proposals, moved and resized."""
     raw = deltas / CODER_WEIGHTS
-    p_size = proposals[:, 2:] - proposals[:, :2]  # [M, 2]
+    p_size = proposals[:, 2:] - proposals[:, :2]  # [K, 2]
     p_centre = proposals[:, :2] + p_size / 2
     centre = p_centre + raw[:, :2] * p_size
     size = raw[:, 2:].clamp(max=math.log(1000 / 16)).exp() * p_size
@@ -462,6 +462,11 @@ for nms, counts in sure_rows.items():
 #
 # The deltas are the outputs of the network as they are: not divided by the coder weights, not
 # decoded, not clipped.
+#
+# Why did the authors take $N = 256$, and how does accuracy depend on $N$? We know of no reason that
+# they give; on phantoms, [chapter 11](11_what_makes_it_work.ipynb) finds that with NMS at 0.75 one box is
+# too few, four do better than 32, and 64 do worse, whereas without NMS more boxes help, up to the 32
+# that we tried.
 
 # %%
 top = survivors[:n]  # [N]
@@ -756,7 +761,7 @@ plt.show()
 # **1. What does a score threshold of −0.01 do?**
 #
 # - [ ] It drops the candidates that score lowest. :: No score is below 0, so it drops nothing.
-# - [x] It lets every candidate pass, whatever its score. :: Only NMS and $N$ limit the rows.
+# - [x] It lets every candidate pass, whatever its score. :: Boxes without area, NMS and $N$ limit the rows; scores do not.
 # - [ ] It turns background boxes into lesions. :: It changes no score and no class.
 #
 # **2. Why not a threshold of 0?**
@@ -779,7 +784,7 @@ plt.show()
 #
 # **5. You raise the NMS threshold from 0.75 to 1. What can be lost?**
 #
-# - [ ] The best box of each lesion. :: The best box is never suppressed.
+# - [ ] The best box of the slice. :: It has rank 1 whatever NMS does.
 # - [ ] Boxes with low scores, which NMS removes. :: NMS looks at overlap; at 1 it removes nothing.
 # - [x] Weaker places, pushed out by copies of large lesions. :: There are only $N$ rows, and the copies score higher.
 #

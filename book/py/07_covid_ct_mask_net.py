@@ -6,7 +6,7 @@
 # matrices and put it behind the detector. The picture below shows where it sits.
 #
 # **The question: $S$ answers with three separate sigmoids, where most classifiers have one softmax.
-# Does that cost accuracy, or win any?**
+# Does that cost accuracy, or gain any?**
 
 # %% tags=["fold"] mystnb={"image": {"alt": "Diagram from top to bottom. A slice enters ResNet and FPN, then RPN, RoIAlign and box head, which give logits and encoded deltas of P proposals. Softmax, decoding, NMS and ranking keep N boxes as an N by 5 matrix. Module S flattens it to 5N numbers and passes them through three linear layers to three logits, each with a sigmoid: control, common pneumonia, COVID-19. A dashed box beside RoIAlign holds the masks, which the segmenter alone has."}, "figure": {"caption": "COVID-CT-Mask-Net of the preset quick, drawn from the loaded modules, with their shapes. Blue: weights copied from the segmenter. Green: no weights. Orange: module S, new. Dashed: the mask branch, dropped."}}
 # @title Imports, versions, and the picture of the whole model
@@ -62,7 +62,7 @@ DATA = os.environ.get("COVIDMASK_DATA", "data")
 #
 # - write $S$ with three matrices, and say what each number of its input means;
 # - explain why three sigmoids need both terms of the cross-entropy, and a softmax only one;
-# - say what sigmoids cost or win against a softmax, with an interval;
+# - say what sigmoids cost or gain against a softmax, with an interval;
 # - put $S$ on a copy of a trained segmenter, and count what is copied, dropped and new;
 # - derive the parameters of $S$ for $N = 256$, and say which published counts follow from a rule.
 #
@@ -87,8 +87,8 @@ DATA = os.environ.get("COVIDMASK_DATA", "data")
 # ## The slices of this chapter
 #
 # We load the trained model, our old friend (a COVID-19 phantom) and one phantom of each other
-# class. For the comparison near the end we also rank the boxes of a few thousand phantoms, once,
-# and keep the rows.
+# class. For the comparison near the end we also rank the boxes of about two thousand phantoms,
+# once, and keep the rows.
 
 # %% tags=["fold"]
 # @title Load the model and rank the boxes of all slices
@@ -254,7 +254,8 @@ frame_slider(
 # $$
 #
 # The first, *positive* term asks for a high $p_k$ of the true class, and the second, *negative* one
-# for low $p_k$ of the others. Line 9 of the paper's Algorithm 1 prints the first term alone
+# for low $p_k$ of the others. The paper prints its training as Algorithm 1, which [chapter
+# 8](08_three_regimes.ipynb) gives in five lines. The loss in its line 9 is the first term alone
 # {cite:p}`TerSarkisov2020`; the released code has both. The mean over slices is the package's
 # `classification_loss`:
 
@@ -420,8 +421,9 @@ for every in (1, 10):
 
 # %% [markdown]
 # Two things make a measured difference uncertain. Another random start would give other modules, so
-# we look at one difference for each seed and at their $t$ interval. Other patients would give other slices, so
-# we also draw the test patients with replacement and average over the seeds
+# we look at one difference for each seed and at their $t$ interval: the mean plus or minus a few
+# standard errors, and the fewer the seeds, the more. Other patients would give other slices, so we
+# also draw the test patients with replacement and average over the seeds
 # ([chapter 10](10_evaluation.ipynb) explains both).
 
 # %%
@@ -500,11 +502,12 @@ for name, case in (("no", yes == 0), ("one", yes == 1), ("two", yes >= 2)):
 # In the run shown here, predictions are right more often where exactly one answer is "yes" than where
 # none or two are. So the three numbers tell when to look again, and "none of the three" is an answer
 # that a softmax, which always hands out a whole, cannot give. If you need shares of a whole instead,
-# take the softmax: as far as we can see, either choice is free.
+# take the softmax: in the run shown here, the intervals leave room for a difference of about two
+# points, and of no more.
 #
 # ## One model of two
 #
-# By line 2 of Algorithm 1, the classifier starts from the weights of the segmenter.
+# By line 2 of the paper's Algorithm 1, the classifier starts from the weights of the segmenter.
 # `covid_ct_mask_net` *copies* the segmenter, drops the mask branch from the copy, and puts a fresh
 # $S$ behind it. The weights are equal but lie in different memory, so training one model does not
 # change the other.
@@ -627,9 +630,10 @@ print(f"test / train slices {21_191 / 3_000:.2f}, train / test {3_000 / 21_191:.
 # ([paper v code](paper_v_code.ipynb) lists them).
 #
 # The last column of Table 1 is headed "Train/Test", but its 7.06 is test over train: 21,191 test
-# slices for 3,000 training slices. A large ratio says that the test set is large, and intervals
-# therefore narrow. It does not say that a model generalises, because the test slices come from the
-# same source as the training slices ([chapter 14](14_another_hospital.ipynb)).
+# slices for 3,000 training slices. A ratio says nothing about the width of intervals, which depends
+# on the number of test patients ([chapter 1](01_data.ipynb)). Nor does it say that a model
+# generalises, because the test slices come from the same source as the training slices
+# ([chapter 14](14_another_hospital.ipynb)).
 
 # %% [markdown] tags=["quiz"]
 # ## Quiz
@@ -804,7 +808,7 @@ assert min(got) > 1, "these should be far from log 2; look at the numbers again"
 print("right; now compare with what you predicted")
 
 # %% [markdown] tags=["answer"]
-# All are far above 0.69: a fresh $S$ is sure of itself, and wrong. Each layer multiplies the mean
+# All are above 0.69, when we ran it from 1.38 to 5.43: a fresh $S$ is sure of itself, and wrong. Each layer multiplies the mean
 # square of its input by $2 n_\text{in} / n_\text{out}$, each ReLU halves it, and the widths cancel:
 # the mean square of the logits is $10 N / 3$ times that of the rows. With fan-in (2 over the number
 # of inputs) it would be 2 times. Training undoes this in its first steps.
@@ -879,7 +883,7 @@ print("right, also for logits of 200")
 # nothing, and gives other logits than the package. Remove the first line, find the bug, and repair
 # it. Why could no shape have told you?
 #
-# Hint: Print the first ten numbers of `r` for our old friend, and compare them with his first two
+# Hint: Print the first ten numbers of `r` for our old friend, and compare them with its first two
 # rows.
 
 
@@ -988,7 +992,7 @@ typed = any(still.values())
 assert not typed, "a shift of 0 changes nothing: compute the answers, do not type them"
 assert not got["class"], "the same number was added to all: does their order change?"
 cancelled = not got["softmax"]
-assert cancelled, "the factor e to the 3 stands above and below the fraction line"
+assert cancelled, "softmax: compare the shares of [-1, -2, -3] with those of [2, 1, 0]"
 own = got["sigmoids"] and got["none above"]
 assert own, "a sigmoid looks at one logit: does it not move?"
 print("right; was it what you had decided?")

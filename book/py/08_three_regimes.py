@@ -149,7 +149,8 @@ print(f"one batch: {len(images)} slices, labels {labels.tolist()}")
 # (FPN) and the backbone. A regime says which weights learn, and so how far back the gradient has to
 # run.
 #
-# - **heads:** $S$ alone. The gradient ends at the ranked boxes.
+# - **heads:** $S$ alone. (The name is the paper's: the head that is meant is $S$, not the box head.)
+#   The gradient ends at the ranked boxes.
 # - **heads + BN:** $S$ and the scale $\gamma$ and shift $\beta$ of each batch-norm layer. These
 #   layers sit in the backbone, so the gradient runs all the way back, but all other weights on its
 #   way stay as they are.
@@ -159,7 +160,17 @@ print(f"one batch: {len(images)} slices, labels {labels.tolist()}")
 #
 # ## One step of Algorithm 1 by hand
 #
-# We take heads + BN and one batch, and do what the package does in a step.
+# The paper prints its training as Algorithm 1 {cite:p}`TerSarkisov2020`. Here it is in our words, with
+# the paper's line numbers in brackets:
+#
+# 1. Set epochs, rate and weight decay (1); start with weights and anchors of the segmenter (2).
+# 2. In each epoch (3), for each batch: backbone features (4), and boxes and scores from the RPN (5).
+# 3. RoI: take $N$ encoded boxes with their scores, $N \times 5$ (6); masks are ignored (7).
+# 4. $S$ reads these ranked boxes as one vector and predicts the image classes (8).
+# 5. Compute the binary cross-entropy (9). After all epochs (10), return the best model (11).
+#
+# The step of the optimiser, between 9 and 10, is not printed. We take heads + BN and one batch, and do
+# what the package does in a step.
 #
 # **Lines 4 to 9: ranked boxes, $S$, and the loss.** The detector stays in eval mode, whatever the
 # regime. The rows carry a gradient, because the $\gamma$ and $\beta$ before them learn.
@@ -320,9 +331,9 @@ for part, values in sizes.items():
     print(f"{part:22} {middle:11.3f} {100 * training.lr / max(middle, 1e-9):15.1f} %")
 
 # %% [markdown]
-# $S$ is random at the start, so a large step does it no harm. Convolutions and heads hold what the
-# segmenter has learned, and many such steps can undo it. The paper takes many small steps: one rate
-# for all regimes, $10^{-5}$, for 50 epochs {cite:p}`TerSarkisov2020`. Our preset has to give results
+# $S$ is random at the start, so a large step does it no harm. Convolutions, box head and box predictor
+# hold what the segmenter has learned, and many such steps can undo it. The paper takes many small steps:
+# one rate for all regimes, $10^{-5}$, for 50 epochs {cite:p}`TerSarkisov2020`. Our preset has to give results
 # within minutes, and its larger rate was chosen for $S$, so for "full" we use a smaller one below.
 #
 # ### How many numbers learn
@@ -449,7 +460,7 @@ print("the same as one line for each channel")
 # ### What would go wrong in train mode
 #
 # Let us put our old friend into batches with other slices, once with the stored statistics and once
-# with those of the batch. The function returns his scores, best first.
+# with those of the batch. The function returns its scores, best first.
 
 
 # %%
@@ -611,17 +622,22 @@ plt.show()
 # %% [markdown]
 # In the run shown here next to nothing is left of "full" after a few dozen steps, while its loss on the
 # labels fell. Remember how large a step is beside the weights of the box head. This was one seed; the
-# last column of the benchmark shows what is left after more steps at smaller rates. It matters for
-# what you may say about the model. If the boxes still lie on lesions, a
+# last column of the benchmark shows what is left of "full" after more steps at a smaller rate. It
+# matters for what you may say about the model. If the boxes still lie on lesions, a
 # classifier can point at what it has used. If they do not, a box is whatever helped the image label,
 # and a picture of it explains less than it seems to ([chapter 13](13_which_box.ipynb)).
+#
+# What does $S$ read, then, when "full" has destroyed the boxes, and why is its accuracy higher in the
+# benchmark below? $S$ still reads $N$ rows of five numbers, but the gradient has shaped them for the
+# image label and no longer for lesions; what they now say about a slice we have not measured.
 #
 # ## The whole benchmark
 #
 # `benchmarks/regimes.py` trains on every second training slice of the preset `quick` and evaluates on
 # test patients. A short pilot (the second table) chose one rate for each regime on validation slices.
-# Two regimes run again with a tenth of that rate, and the paper's weight decay, for the detector. The
-# last row is heads with all epochs of the preset, for which its detector need not run again.
+# Two regimes run again with 0.001 for $S$, and 0.0001 and the paper's weight decay for the detector. For
+# full this speeds up $S$, while the detector's rate stays. The last row is heads with all epochs of the
+# preset, for which its detector need not run again.
 #
 # <!-- regimes -->
 # | regime (phantoms) | epochs; rate | COVID-19 | common pneumonia | control | accuracy (95 %) | each seed | minus heads (95 %) | minus heads of all epochs (95 %) | box AP50 after |
@@ -651,9 +667,9 @@ plt.show()
 #
 # - **Start with the differences.** If an interval contains zero, this benchmark does not show that
 #   the regime differs from heads, in either direction.
-# - **Compare each regime with its gentler run.** If they differ by more than two regimes do, the
+# - **Compare each regime with its second run.** If they differ by more than two regimes do, the
 #   settings of the optimiser matter more here than the regime.
-# - **Look at each seed.** The intervals resample patients, not trainings. A difference between
+# - **Ask what no interval holds.** The intervals resample patients, not trainings. A difference between
 #   regimes that is no larger than that between seeds may be chance; with one seed you cannot know.
 # - **Look at the last column.** What a regime gains in accuracy, it may lose in lesions found.
 #
@@ -671,9 +687,9 @@ plt.show()
 # The paper prefers heads + BN: full is more accurate over all, but misses more COVID-19. (One number
 # is inconsistent: an accuracy of 91.66 needs 92.10 for the controls of heads + BN, as in the
 # abstract.) You cannot compare these numbers with ours, because data, scale, learning rates and
-# "full" all differ. The most that you can compare is the direction of an effect. Where it differs, we
-# can only name possible reasons: the preset was tuned in "heads", which favours it; all phantoms come
-# from one program, so that a frozen detector is at home on every slice; and there are few seeds.
+# "full" all differ. The most that you can compare is the direction of an effect. Here the order of
+# accuracies in the first three rows is the paper's, heads < heads + BN < full, from a single seed. The
+# paper's full finds less COVID-19 than its heads + BN, and ours does not; we do not know why.
 
 # %% tags=["fold"]
 # @title In another preset than quick: train a classifier for the chapters that need one
@@ -825,8 +841,8 @@ print("right: as torch.optim.Adam does it")
 # line, print which layers of `nn.BatchNorm2d` the name does not find, and repair the function. It
 # returns a list of parameters, for any detector.
 #
-# Hint: `module.named_modules()` gives names and modules. How are the batch norms on the shortcuts of
-# a ResNet called?
+# Hint: `module.named_modules()` gives names and modules. How are the batch norms on the skip
+# connections of a ResNet called?
 
 
 # %% tags=["starter"]
@@ -879,7 +895,7 @@ assert numbers == expected, missing
 print("right, whatever the layers are called")
 
 # %% [markdown] tags=["answer"]
-# The batch norms on the shortcuts are called `downsample.1`. With them, the paper's heads + BN would
+# The batch norms on the skip connections are called `downsample.1`. With them, the paper's heads + BN would
 # train 2,417,539 parameters; by name it is 2,409,859. A list that is made by name should be checked by
 # counting.
 
@@ -888,13 +904,13 @@ print("right, whatever the layers are called")
 #
 # Kind: predict, then run, **
 #
-# In each of four cases, decide whether the friend's scores differ from his scores *alone with the same
+# In each of four cases, decide whether the friend's scores differ from its scores *alone with the same
 # kind of statistics*, by more than rounding. Write your prediction as `differs()`, which returns a
 # dict from the name of the case to `True` or `False`:
 #
 # - `"running, others"`: running statistics, beside three other slices;
 # - `"batch, others"`: statistics of the batch, beside three other slices;
-# - `"batch, copies"`: statistics of the batch, beside three copies of himself;
+# - `"batch, copies"`: statistics of the batch, beside three copies of itself;
 # - `"running v batch"`: alone, with the statistics of the batch instead of the running ones.
 #
 # Hint: What are mean and variance of four copies of the same numbers?

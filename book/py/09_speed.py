@@ -2,8 +2,9 @@
 # # 9 · Speed
 #
 # The released code is clear, and it trains "heads" with a detector that never changes by running
-# this detector again in every epoch. The package does the same training hundreds of times faster on
-# the same machine, as the picture below shows, and its losses and gradients agree.
+# this detector again in every epoch. By the picture's numbers, which are extrapolated for "heads", the
+# package does the same training hundreds of times as fast on the same machine as a loop that we wrote
+# to work in that way, and its losses and gradients agree.
 #
 # **The question: which work can you leave out without changing a result, and how do you prove that
 # you have not changed it?**
@@ -228,8 +229,8 @@ spent["once"] = time.perf_counter() - start
 hook.remove()
 
 # %% [markdown]
-# Is it the same $S$? That is the important check. A shortcut is a shortcut only if the result
-# stays.
+# Is it the same $S$? That is the important check. We may take such a saving only if the result stays
+# the same.
 
 # %%
 pairs = zip(*(s.parameters() for s in trained.values()), strict=True)
@@ -405,9 +406,10 @@ _ = axes[1].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# The scores hardly differ, but some probabilities do. The same comparison on 600 test phantoms is
-# in [What makes it fast](fast.md): there 71 predictions changed, and the accuracy went from 0.82 to
-# 0.81. So bfloat16 is never the default. If you want it, ask for it with `precision`, train $S$ on
+# The scores hardly differ, but some probabilities do. An older comparison, with the classifier and
+# 600 test phantoms of that time, is in [What makes it fast](fast.md): there 71 predictions changed, and
+# the accuracy went from 0.82 to 0.81. So bfloat16 is never the default. If you want it, ask for it
+# with `precision`, train $S$ on
 # rows of the same precision, and judge the model as it will run.
 #
 # ## What a regime costs
@@ -484,7 +486,7 @@ for regime in ("heads", "heads_bn", "full"):
 # - [x] The boxes are ranked anew, into a file of another name. :: The name is a hash of all that
 #   decides the rows, weights included.
 #
-# **3. Why do $P - N$ proposals need no gradient in "full"?**
+# **3. Why do the proposals that are in no row need no gradient in "full"?**
 #
 # - [ ] Their scores are low, so their gradient is small enough to be left out. :: It is not small
 #   but exactly zero, and a low score is not the reason.
@@ -525,7 +527,8 @@ for regime in ("heads", "heads_bn", "full"):
 #
 # Write `pictures_through(slices, epochs, batch_size, regime)`: how many pictures go through the
 # detector in a whole training, as the package does it. An epoch takes whole batches only; slices
-# that do not fill one sit it out. Ranking in advance takes every slice.
+# that do not fill one sit it out. Ranking in advance takes every slice. `regime` is `"heads"`,
+# `"heads_bn"` or `"full"`.
 #
 # Hint: For 10 slices in batches of 4, an epoch has two steps.
 

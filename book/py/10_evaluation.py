@@ -162,7 +162,7 @@ _ = plotting.confusion_matrix(counts)
 plt.show()
 
 # %% [markdown]
-# Take one class $c$ and call the rest "other". True positives $TP$ stand on the diagonal, false
+# Take one class and call the rest "other". True positives $TP$ stand on the diagonal, false
 # negatives $FN$ in the rest of the row, false positives $FP$ in the rest of the column, and true
 # negatives $TN$ everywhere else.
 #
@@ -205,8 +205,10 @@ for i, name in enumerate(IMAGE_CLASSES):
 # {\pi \cdot \text{sensitivity} + (1 - \pi)(1 - \text{specificity})}.$$
 #
 # Table 2 of the paper gives "heads + BN" a COVID-19 sensitivity of 90.80 % and a PPV of 94.75 %, on
-# a test set with one COVID-19 slice in five. That implies a specificity of 98.7 % (exercise 1). What
-# would an alarm of this model mean where COVID-19 is rarer?
+# a test set with one COVID-19 slice in five. That implies a specificity of 98.7 % (exercise 1). (The
+# PPVs of this row do not quite add up, see item 31 of [Paper v code](paper_v_code.ipynb). The README's
+# older matrix has 94.67 %, which gives 98.7 % as well.) What would an alarm of this model mean where
+# COVID-19 is rarer?
 
 
 # %% tags=["nbval-check-output"]
@@ -514,6 +516,12 @@ print(f"difference {100 * gain.mean():+.1f} points,", end=" ")
 print(f"95 % by patients {100 * low:+.1f} to {100 * high:+.1f}")
 
 # %% [markdown]
+# How many patients would it take to show a difference of two points? The width of the interval falls
+# with the square root of their number. In the run shown here it reaches 3.75 points to each side
+# with 201 patients; for 2 points it would take $(3.75 / 2)^2$, or about 3.5 times as many: some 700
+# patients like these, for two models like these. (Even then a true difference of just two points would
+# be seen in only about half of all test sets.)
+#
 # Swapping slice by slice is McNemar's test, as the assertion shows; the tests differ only in the
 # unit that is swapped. Here they nearly agree, as there are few slices for each patient. Do they
 # always? We simulate pairs of models that **are** equally good. Some patients are hard for both, and
@@ -590,9 +598,12 @@ p_value = mcnemar(patient_a.astype(int) - patient_b)
 print(f"colleague: {patient_b.mean():.1%}; McNemar, p = {p_value:.3f}")
 
 # %% [markdown]
+# In the run shown here the order even reverses: by patients the colleague is ahead, with one more that
+# is right. A p value of 1 says that this means nothing.
+#
 # Three cautions. A large p value does not show that two models are equal; the interval of the
-# difference says which differences remain possible. Whoever tests twenty models will find one with
-# p below 0.05 by luck. And all these tests are about *two trained models*: another training seed
+# difference says which differences remain possible. If you test twenty models, you are likely
+# to find one with p below 0.05 by luck ([chapter 11](11_what_makes_it_work.ipynb), exercise 1). And all these tests are about *two trained models*: another training seed
 # gives other models, so to compare methods train several ([chapter 12](12_side_by_side.ipynb)).
 #
 # ## Reading the paper's tables
@@ -708,10 +719,10 @@ plt.show()
 #
 # **6. What does the 7.06 of Table 1 mean?**
 #
-# - [ ] The model generalises seven times as well. :: No accuracy enters the ratio.
+# - [ ] The model generalises seven times as well. :: The ratio contains no accuracy.
 # - [x] There are 7.06 test slices for each training slice. :: In patients it is less than one half.
 # - [ ] The test set holds 7.06 times as many patients. :: It holds fewer patients than the training list.
-# - [ ] Its intervals are 7.06 times narrower. :: Width depends on the test patients alone.
+# - [ ] Its intervals are 7.06 times narrower. :: Their width depends on the test set, not on the training list.
 
 # %% [markdown]
 # ## Exercises

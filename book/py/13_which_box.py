@@ -7,7 +7,7 @@
 # of a patient and leave everything else as it was. **Does an explanation point at the lesion, and if it
 # does, is that a reason to trust it?**
 
-# %% tags=["fold"] mystnb={"image": {"alt": "Two synthetic chest slices of the same patient. Left, with lesions: the five boxes that speak most for the answer lie on lesions. Right, the same slice without lesions, with the five boxes that speak most for its answer."}, "figure": {"caption": "Our old friend, and the same patient without lesions. Drawn are the five boxes that speak most for what S answers; the number is the share of a box in the logit, written once where boxes lie on each other. Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Two synthetic chest slices of the same patient. Left, with lesions: the five boxes that speak most for the answer lie on lesions. Right, the same slice without lesions, with the five boxes that speak most for its answer."}, "figure": {"caption": "Our old friend, and the same patient without lesions. Drawn are the five boxes that speak most for what S answers; the number is what a box contributes to the logit, written once where boxes lie on each other. Synthetic."}}
 # @title Import, print versions, and draw the old friend with and without lesions
 import os
 from dataclasses import replace
@@ -91,7 +91,7 @@ plt.show()
 # %% [markdown]
 # **After it you can**
 #
-# - give each ranked box its share in a logit, by gradient × input and by occlusion;
+# - say what each ranked box contributes to a logit, by gradient × input and by occlusion;
 # - say why two such methods agree, and why that alone proves little;
 # - draw a Grad-CAM of an ordinary classifier from its parts;
 # - compare an explanation with a baseline, and with random weights;
@@ -190,28 +190,28 @@ print(f"S is right on {share_right:.0%} of the slices with lesions")
 # %% [markdown]
 # ## Gradient × input
 #
-# The logit $\hat y_c$ of a class $c$ is a function of $5N$ numbers. Its gradient says how steeply the
+# The logit $\hat y_k$ of a class $k$ is a function of $5N$ numbers. Its gradient says how steeply the
 # logit rises with each of them. Multiply the gradient by the number itself, add up the five numbers
-# of a row, and you have a first idea of what row $k$ contributes:
+# of a row, and you have a first idea of what row $i$ contributes:
 #
-# $$ a_k = \sum_{j=1}^{5} r_{kj}\, \frac{\partial \hat y_c}{\partial r_{kj}}. $$
+# $$ a_i = \sum_{j=1}^{5} r_{ij}\, \frac{\partial \hat y_k}{\partial r_{ij}}. $$
 #
-# We call $a_k$ the *share* of box $k$. Positive shares speak for the class, negative ones against it.
+# We call $a_i$ the *contribution* of box $i$. Positive ones speak for the class, negative ones against it.
 
 
 # %%
 def gradient_times_input(s, rows, classes):
-    """Shares of rows [M, N, 5] in the logits of `classes`: [M, N]."""
+    """What rows [M, N, 5] give the logits of `classes`: [M, N]."""
     rows = rows.clone().requires_grad_()
     chosen = s(rows).gather(1, classes[:, None])
     (slope,) = torch.autograd.grad(chosen.sum(), rows)
     return (slope * rows).sum(2).detach()
 
 
-shares = {"gradient": gradient_times_input(s, rows, called)}
+given = {"gradient": gradient_times_input(s, rows, called)}
 
 # %% [markdown]
-# Do the shares add up to the logit? Nearly. $S$ is made of linear layers and ReLUs. If we double its
+# Do the contributions add up to the logit? Nearly. $S$ is made of linear layers and ReLUs. If we double its
 # inputs *and* its biases, the output doubles, and for such functions Euler's theorem says that
 # values times slopes, summed over inputs and biases, give the output. What the boxes do not explain
 # is therefore exactly the part of the biases.
@@ -221,7 +221,7 @@ biases = [p for name, p in s.named_parameters() if name.endswith("bias")]
 logit = s(rows[:1])[0, called[0]]
 slopes = torch.autograd.grad(logit, biases)
 of_biases = sum((g * b).sum() for g, b in zip(slopes, biases, strict=True))
-total = shares["gradient"][0].sum() + of_biases
+total = given["gradient"][0].sum() + of_biases
 assert torch.isclose(total, logit, atol=1e-3)
 print("boxes + biases = logit")
 
@@ -239,16 +239,16 @@ print("boxes + biases = logit")
 reference = healthy.mean(0)  # [N, 5], the average healthy slice
 
 
-def put_healthy(one, k):
-    return torch.cat([one[:k], reference[k : k + 1], one[k + 1 :]])
+def put_healthy(one, i):
+    return torch.cat([one[:i], reference[i : i + 1], one[i + 1 :]])
 
 
-def put_zero(one, k):
-    return torch.cat([one[:k], torch.zeros(1, 5), one[k + 1 :]])
+def put_zero(one, i):
+    return torch.cat([one[:i], torch.zeros(1, 5), one[i + 1 :]])
 
 
-def delete(one, k):
-    return pad_rows(torch.cat([one[:k], one[k + 1 :]]), N)
+def delete(one, i):
+    return pad_rows(torch.cat([one[:i], one[i + 1 :]]), N)
 
 
 # %%
@@ -256,19 +256,19 @@ def delete(one, k):
 def occlusion(s, rows, classes, change):
     """How far the logit falls when a row is changed: [M, N]."""
     falls = []
-    for one, c in zip(rows, classes, strict=True):
-        changed = torch.stack([change(one, k) for k in range(N)])
-        values = s(torch.cat([one[None], changed]))[:, c]  # [1 + N]
+    for one, k in zip(rows, classes, strict=True):
+        changed = torch.stack([change(one, i) for i in range(N)])
+        values = s(torch.cat([one[None], changed]))[:, k]  # [1 + N]
         falls.append(values[0] - values[1:])
     return torch.stack(falls)
 
 
 changes = {"healthy": put_healthy, "zero": put_zero, "delete": delete}
 for name, change in changes.items():
-    shares[name] = occlusion(s, rows, called, change)
+    given[name] = occlusion(s, rows, called, change)
 
-# %% tags=["fold"] mystnb={"image": {"alt": "Shares of the boxes against their rank, averaged over slices called common pneumonia and over slices called COVID-19, for gradient times input, occlusion by a healthy row, and deletion."}, "figure": {"caption": "Mean share of each rank, over slices that S calls right. Gradient and healthy have similar curves; deletion goes its own way. Synthetic."}}
-# @title Draw the mean share of each rank
+# %% tags=["fold"] mystnb={"image": {"alt": "Contributions of the boxes against their rank, averaged over slices called common pneumonia and over slices called COVID-19, for gradient times input, occlusion by a healthy row, and deletion."}, "figure": {"caption": "Mean contribution of each rank, over slices that S calls right. Gradient and healthy have similar curves; deletion goes its own way. Synthetic."}}
+# @title Draw the mean contribution of each rank
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
 looks = (
     ("gradient", plotting.BLUE, "-", "o"),
@@ -277,13 +277,13 @@ looks = (
 )
 for ax, k in zip(axes, (1, 2), strict=True):
     for name, colour, line, marker in looks:
-        mean = shares[name][right & (labels == k)].mean(0)
+        mean = given[name][right & (labels == k)].mean(0)
         style = {"color": colour, "ls": line, "marker": marker, "ms": 3}
         _ = ax.plot(range(1, N + 1), mean, label=name, **style)
     _ = ax.axhline(0, color="black", lw=0.8)
     _ = ax.set(xlabel="Rank of the box (1 is the best score)")
     _ = ax.set_title(IMAGE_CLASSES[k], fontsize=10)
-_ = axes[0].set_ylabel("Share in the logit (no unit)")
+_ = axes[0].set_ylabel("Contribution to the logit (no unit)")
 _ = axes[0].legend(fontsize=9)
 plt.show()
 
@@ -296,7 +296,7 @@ plt.show()
 #
 # ## Do the methods agree?
 #
-# For each slice we rank its boxes by share, once by each method, and take Spearman's correlation of
+# For each slice we rank its boxes by contribution, once by each method, and take Spearman's correlation of
 # the two rankings: 1 if they are the same, 0 if they have nothing to do with each other. Then we
 # average over slices, with an interval that draws slices (one a patient) with replacement.
 
@@ -311,7 +311,7 @@ def agreement(one, other):
 
 
 for name in ("healthy", "zero", "delete"):
-    mean, low, high = agreement(shares["gradient"], shares[name])
+    mean, low, high = agreement(given["gradient"], given[name])
     print(f"gradient and {name:8} {mean:+.2f}  ({low:+.2f} to {high:+.2f})")
 
 # %% [markdown]
@@ -323,8 +323,8 @@ for name in ("healthy", "zero", "delete"):
 #
 # ## How much does the answer depend on them?
 #
-# Shares claim that some boxes matter more than others. If that is true, $S$ should lose its answer
-# sooner when we replace boxes in the order of their shares than when we do so at random. We put
+# Contributions claim that some boxes matter more than others. If that is true, $S$ should lose its answer
+# sooner when we replace boxes in the order of their contributions than when we do so at random. We put
 # healthy rows in the place of 1, 2, 4, ... boxes and count the slices whose answer stays.
 
 
@@ -339,15 +339,16 @@ def kept(order, count):
 
 
 generator = torch.Generator().manual_seed(SEED)
+most = given["gradient"].argsort(1, descending=True)
 orders = {
-    "largest share first": shares["gradient"].argsort(1, descending=True),
+    "largest contribution first": most,
     "best score first": torch.arange(N).expand(len(rows), N),
     "random": torch.rand(len(rows), N, generator=generator).argsort(1),
 }
 counts = [0, 1, 2, 4, 8, 16, N]
 curves = {name: [kept(o, k) for k in counts] for name, o in orders.items()}
 
-# %% tags=["fold"] mystnb={"image": {"alt": "Three falling curves: the share of answers that stay, against the number of boxes replaced by healthy rows, in the order of shares, of scores, and at random. That of shares falls fastest, the random one slowest."}, "figure": {"caption": "Share of the answers that stay when boxes are replaced by healthy rows. Bars: 95 % intervals by Wilson. Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Three falling curves: the share of answers that stay, against the number of boxes replaced by healthy rows, in the order of contributions, of scores, and at random. That of contributions falls fastest, the random one slowest."}, "figure": {"caption": "Share of the answers that stay when boxes are replaced by healthy rows. Bars: 95 % intervals by Wilson. Synthetic."}}
 # @title Draw how many answers stay
 fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
 looks = (
@@ -368,7 +369,7 @@ _ = ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Shares pass this test: their curve falls first. It is a test of faithfulness to the *model*. Whether
+# Contributions pass this test: their curve falls first. It is a test of faithfulness to the *model*. Whether
 # the model is right about the *patient* is another question.
 #
 # Now for larger changes. We shuffle all rows of a slice, give it the deltas of another slice, or give
@@ -498,7 +499,7 @@ linear = net[1][2].weight.detach()  # [3, 96]
 assert torch.allclose(weight, linear[net_called] / places, atol=1e-6)
 print("a heat map has", " x ".join(map(str, heat.shape[1:])), "places")
 
-# %% tags=["fold"] mystnb={"image": {"alt": "Three synthetic slices of COVID-19 phantoms with the outlines of their lesions, a heat map of the ordinary classifier over them, and a cross at its maximum; an orange box is the one with the largest share for S."}, "figure": {"caption": "Three COVID-19 phantoms that both models call right. Bright: Grad-CAM; cross: its maximum; orange box: largest share for S; white: outlines of the lesions. Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Three synthetic slices of COVID-19 phantoms with the outlines of their lesions, a heat map of the ordinary classifier over them, and a cross at its maximum; an orange box is the one that contributes most to the logit of S."}, "figure": {"caption": "Three COVID-19 phantoms that both models call right. Bright: Grad-CAM; cross: its maximum; orange box: largest contribution, S; white: outlines of the lesions. Synthetic."}}
 # @title Draw heat maps and the strongest boxes of three slices
 wide = nn.functional.interpolate(heat[:, None], size=size, mode="bilinear")[:, 0]
 both = torch.where(right & net_right & (labels == 2))[0][:3].tolist()
@@ -509,7 +510,7 @@ for ax, i in zip(axes[0], both, strict=False):
     _ = ax.contour(masks[i] >= 2, [0.5], colors="white", linewidths=1)
     y, x = np.unravel_index(int(wide[i].argmax()), wide[i].shape)
     _ = ax.plot(x, y, "x", color=plotting.VERMILLION, ms=10, mew=2.5)
-    x1, y1, x2, y2 = boxes[i, shares["gradient"][i].argmax()].tolist()
+    x1, y1, x2, y2 = boxes[i, given["gradient"][i].argmax()].tolist()
     style = {"fill": False, "edgecolor": plotting.ORANGE, "lw": 2}
     corner = x1 - 0.5, y1 - 0.5
     _ = ax.add_patch(plt.Rectangle(corner, x2 - x1, y2 - y1, **style))
@@ -521,7 +522,7 @@ plt.show()
 #
 # Three pictures convince nobody. The *pointing game* {cite:p}`Zhang2016pointing` counts: take the
 # strongest point of each explanation and see whether it lies on a lesion, or no further than a few
-# pixels from one. For $S$ the point is the middle of the box with the largest share, for Grad-CAM the
+# pixels from one. For $S$ the point is the middle of the box that contributes most, for Grad-CAM the
 # maximum of the heat map.
 #
 # A count needs something to compare it with, so there are baselines. For $S$: the box with the best
@@ -531,8 +532,7 @@ plt.show()
 # %%
 TOLERANCE = size // 32  # pixels
 lesion = torch.from_numpy(masks >= 2).float()
-window = 2 * TOLERANCE + 1
-near = nn.functional.max_pool2d(lesion, window, 1, TOLERANCE) > 0  # [M,H,W]
+near = nn.functional.max_pool2d(lesion, 2 * TOLERANCE + 1, 1, TOLERANCE) > 0
 
 
 def on_lesion(x, y):
@@ -564,7 +564,7 @@ lung = torch.from_numpy(masks >= 1).flatten(1).float()
 spot = torch.multinomial(lung, 1, generator=generator)[:, 0]
 any_box = torch.randint(N, (len(rows),), generator=generator)
 points = {
-    "S, largest share": (right, middle(shares["gradient"].argmax(1))),
+    "S, largest contribution": (right, middle(given["gradient"].argmax(1))),
     "S, best score": (right, middle(torch.zeros(len(rows), dtype=int))),
     "S, any of its boxes": (right, middle(any_box)),
     "Grad-CAM": (net_right, maximum(heat)),
@@ -599,7 +599,7 @@ for name in points:
     print(f"{name:25} {', '.join(parts)}  (hits, slices)")
 
 # %% [markdown]
-# The box with the largest share hits nearly always. Before you admire that, look one row down: so does
+# The box with the largest contribution hits nearly always. Before you admire that, look one row down: so does
 # the box with the best score, which knows nothing of $S$. It is the detector that finds lesions. For
 # COVID-19 even a box drawn at random from the list hits often, because so many boxes lie on so many
 # lesions. An explanation made of boxes that were drawn around lesions can hardly help pointing at one,
@@ -671,8 +671,8 @@ fresh_s = ClassificationModule(N, config.hidden).eval()
 fresh = gradient_times_input(fresh_s, rows, called)
 strongest = rows[..., 0]  # the score of each box: no model of classes
 for name, values in (
-    ("shares of S, S with random weights", agreement(shares["gradient"], fresh)),
-    ("shares of S, scores of the boxes", agreement(shares["gradient"], strongest)),
+    ("contributions, S of random weights", agreement(given["gradient"], fresh)),
+    ("contributions, scores of boxes", agreement(given["gradient"], strongest)),
     ("heat maps, random weights", same_places(heat, fresh_heat)),
 ):
     print(f"{name:36} {values[0]:+.2f}  ({values[1]:+.2f} to {values[2]:+.2f})")
@@ -680,17 +680,18 @@ for name, values in (
 # %% [markdown]
 # Near 0 (or below it) means that the explanation depends on what was learned, which is what we want. It
 # does not mean that the explanation is right: the heat map passes this test, too, and still points
-# beside most pneumonias. The second line shows that shares are more than a copy of the scores.
+# beside most pneumonias. The second line shows that contributions are more than a copy of the
+# scores.
 #
 # ## What this does not show
 #
-# - **A share is not a cause.** It describes a function of numbers. Of the slice we learned most where we
-#   changed the slice.
+# - **A contribution is not a cause.** It describes a function of numbers. We learned most about a slice by
+#   changing it.
 # - **The detector is not explained.** A box may be there because of a lesion or because of a vessel.
 # - **The lesions are drawn.** Taking a formula out of a sum is easy; a real lesion pulls on vessels,
-#   bends fissures and comes with a patient who has a fever.
-# - **One training run** of each model stands behind these numbers. The intervals know of other patients,
-#   and nothing of other seeds.
+#   bends fissures (the gaps between the lobes) and comes with a patient who has a fever.
+# - **One training run** of each model stands behind these numbers. The intervals cover other
+#   patients, and not other seeds.
 
 # %% [markdown] tags=["quiz"]
 # ## Quiz
@@ -698,36 +699,36 @@ for name, values in (
 # **1. Gradient × input and occlusion by zero give nearly the same ranking of boxes. Why?**
 #
 # - [ ] Both have found the true cause. :: Two methods that ask the same question agree also when the question is the wrong one.
-# - [ ] Both read the scores of the boxes. :: Both read S; the last table shows that shares and scores do not rank boxes alike.
-# - [x] One row less hardly leaves the region in which S is linear. :: Yes, and for a linear function the two are equal.
+# - [ ] Both read the scores of the boxes. :: Both read S; the last table shows that contributions and scores do not rank boxes alike.
+# - [x] One row less hardly leaves the region in which S is linear. :: For a linear function the two are equal.
 #
-# **2. What do the shares of all boxes add up to?**
+# **2. What do the contributions of all boxes add up to?**
 #
-# - [x] The logit, less the part of the biases. :: Yes: S is linear in pieces, and Euler's theorem counts the biases among the inputs.
-# - [ ] The probability of the class. :: The sigmoid comes after the logit, and shares are made of the logit.
-# - [ ] Always 1, as shares do. :: They are called shares, but nothing scales them.
+# - [x] The logit, less the part of the biases. :: S is linear in pieces, and Euler's theorem counts the biases among the inputs.
+# - [ ] The probability of the class. :: The sigmoid comes after the logit, and contributions are made of the logit.
+# - [ ] Always 1, or 100 %. :: Fractions of a whole would, but nothing scales these numbers.
 #
-# **3. The box with the largest share lies on a lesion in nearly all slices. What follows?**
+# **3. The box with the largest contribution lies on a lesion in nearly all slices. What follows?**
 #
 # - [ ] S has learned what a lesion looks like. :: S never sees the image; the detector puts boxes on lesions.
 # - [ ] S can be trusted on these slices. :: A box on a lesion can also speak for the wrong class.
-# - [x] Little, since the box with the best score does so as well. :: Yes. Without the baseline the number would impress.
+# - [x] Little, since the box with the best score does so as well. :: Without the baseline the number would impress.
 #
 # **4. Why is deleting a row not the same as putting a healthy row in its place?**
 #
 # - [ ] Deleting changes the number of inputs of S. :: The list is padded to N rows again.
-# - [x] All boxes behind it change their rank. :: Yes, and S has other weights for every rank.
+# - [x] All boxes behind it change their rank. :: S has other weights for every rank.
 # - [ ] A healthy row has a score of 0. :: Healthy slices have boxes with scores, too; their mean is what we put in.
 #
 # **5. Which finding speaks most directly for the lesion as the cause of an answer?**
 #
 # - [ ] The heat map is bright on the lesion. :: It says where maps are active, and a coarse map is bright beside lesions, too.
 # - [ ] Two explanations agree on the lesion. :: They can agree and be wrong together.
-# - [x] Without the lesion the same slice is called Control. :: Yes: only here was the lesion itself changed, and nothing else.
+# - [x] Without the lesion the same slice is called Control. :: Only here was the lesion itself changed, and nothing else.
 #
 # **6. An explanation of a model with random weights looks the same as before. What does it show?**
 #
-# - [x] Something that does not depend on what was learned. :: Yes, such as edges, or the shape of the lungs.
+# - [x] Something that does not depend on what was learned. :: Edges, for instance, or the shape of the lungs.
 # - [ ] A robust method, as it does not depend on chance. :: An explanation of what was learned must change when that is gone.
 # - [ ] A model that has not been trained for long. :: It may be trained as long as you like; the picture does not ask it.
 
@@ -739,8 +740,8 @@ for name, values in (
 #
 # Kind: pencil, *
 #
-# Suppose that $S$ were one linear layer, so that a logit is $\sum_{k,j} w_{kj} r_{kj} + \text{bias}$.
-# Work out on paper how far the logit falls when row $k$ is replaced by a healthy row, and when it is
+# Suppose that $S$ were one linear layer, so that a logit is $\sum_{i,j} w_{ij} r_{ij} + \text{bias}$.
+# Work out on paper how far the logit falls when row $i$ is replaced by a healthy row, and when it is
 # replaced by zeros. Which of the two equals gradient × input? Write the first as a function
 # `fall(weights, row, healthy)` of three lists of five numbers.
 #
@@ -789,24 +790,27 @@ assert abs(fall(_w, _r, [0] * 5) - _product) < 1e-6, (
 assert abs(fall(_w, _r, _h) - _true) < 1e-5, "a linear layer disagrees: use both rows"
 
 # %% [markdown] tags=["answer"]
-# The fall is $\sum_j w_{kj} (r_{kj} - h_{kj})$. With zeros in the place of the healthy row it is
-# $\sum_j w_{kj} r_{kj}$, and as the gradient of a linear function is $w$, this is gradient × input.
+# The fall is $\sum_j w_{ij} (r_{ij} - h_{ij})$, with $h$ for the healthy row. With zeros in its place it is
+# $\sum_j w_{ij} r_{ij}$, and as the gradient of a linear function is $w$, this is gradient × input.
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 2 · The lower half
 #
 # Kind: predict, then run, *
 #
-# Replace the 16 boxes with the *lowest* scores of each slice by healthy rows. Write down first: what
-# share of the answers of $S$ stays? Then run it, with an interval, and do the same for the first 16.
+# Replace the `N // 2` boxes with the *lowest* scores of each slice by healthy rows. Write down first: what
+# share of the answers of $S$ stays? Then run it, with an interval, and do the same for the first `N // 2`.
+#
+# Hint: `kept(order, count)` takes any order of the ranks; `wilson` wants a whole number of slices.
 
 # %% tags=["solution"]
 # @title Solution
 backwards = torch.arange(N).flip(0).expand(len(rows), N)
-for name, order in (("last 16", backwards), ("first 16", orders["best score first"])):
-    same = round(kept(order, 16) * len(rows))
+half = N // 2
+for name, order in (("last", backwards), ("first", orders["best score first"])):
+    same = round(kept(order, half) * len(rows))
     low, high = wilson(same, len(rows))
-    print(f"{name:8} replaced: {same / len(rows):.0%} stay ({low:.0%} to {high:.0%})")
+    print(f"{name:5} {half}: {same / len(rows):.0%} stay ({low:.0%} to {high:.0%})")
 
 # %% [markdown] tags=["answer"]
 # Most answers survive without the lower half, though not all: it is read, but it decides only where
@@ -881,8 +885,7 @@ assert abs(chance(_mask, 4) - 1) < 1e-6, "points outside the lungs are never dra
 # A colleague rewrote Grad-CAM for maps and slopes that are given, `cam(maps, slope)`, both
 # [M, C, h, w]. His maps look sharper than ours and are wrong. Find the two mistakes.
 #
-# Hint: over which axes does Grad-CAM take the mean, and what does it make non-negative, each map or
-# their sum?
+# Hint: go through the steps of Grad-CAM in the text above, one by one, and look for each in the code.
 
 
 # %% tags=["starter"]
@@ -920,7 +923,7 @@ _out = cam(_maps, _slope)
 assert tuple(_out.shape) == (2, 4, 5), "one number for each place"
 _flat = cam(_maps, _slope.mean((2, 3), keepdim=True).expand_as(_slope))
 _same = torch.allclose(_out, _flat, atol=1e-5)
-assert _same, "each map has ONE weight: the mean over its places"
+assert _same, "slopes that differ only in their places must give the same map"
 _pair = torch.stack([torch.ones(2, 2), -2 * torch.ones(2, 2)])[None]
 _zero = cam(_pair, torch.ones_like(_pair))
 assert _zero.max() == 0, (
@@ -938,49 +941,49 @@ assert _zero.max() == 0, (
 #
 # Gradient × input compares with a vector of zeros, and uses the slope at one point only. Integrated
 # gradients go on a straight line from a reference (here the average healthy slice) to the slice, take
-# the mean slope on the way, and multiply by the difference. The shares then add up to exactly what
-# the logit gains on the way. Write `integrated(s, one, start, c, steps)` for one slice: `one` and
-# `start` are [N, 5], `c` is a class, the result is [N].
+# the mean slope on the way, and multiply by the difference. The contributions then add up to exactly what
+# the logit gains on the way. Write `integrated(s, one, start, k, steps)` for one slice: `one` and
+# `start` are [N, 5], `k` is a class, the result is [N].
 #
 # Hint: put all points of the line into one batch, `start + t * (one - start)`, with `t` at the middles
 # of `steps` equal parts of 0 to 1.
 
 
 # %% tags=["starter"]
-def integrated(s, one, start, c, steps=64):
-    """Shares [N] of the rows `one`, against the rows `start`."""
+def integrated(s, one, start, k, steps=64):
+    """What each row of `one` contributes, against `start`: [N]."""
     raise NotImplementedError("a mean of slopes, times a difference")
 
 
 # %% tags=["solution"]
 # @title Solution
-def integrated(s, one, start, c, steps=64):
-    """Shares [N] of the rows `one`, against the rows `start`."""
+def integrated(s, one, start, k, steps=64):
+    """What each row of `one` contributes, against `start`: [N]."""
     t = (torch.arange(steps) + 0.5) / steps
     line = (start + t[:, None, None] * (one - start)).requires_grad_()
-    (slope,) = torch.autograd.grad(s(line)[:, c].sum(), line)
+    (slope,) = torch.autograd.grad(s(line)[:, k].sum(), line)
     return (slope.mean(0) * (one - start)).sum(1)
 
 
 found = torch.stack(
-    [integrated(s, r, reference, c) for r, c in zip(rows, called.tolist(), strict=True)]
+    [integrated(s, r, reference, k) for r, k in zip(rows, called.tolist(), strict=True)]
 )
-mean, low, high = agreement(found, shares["gradient"])
+mean, low, high = agreement(found, given["gradient"])
 print(f"agrees with gradient x input: {mean:.2f} ({low:.2f} to {high:.2f})")
 
 
 # %% tags=["wrong"]
-def integrated(s, one, start, c, steps=64):
+def integrated(s, one, start, k, steps=64):
     line = one[None].clone().requires_grad_()
-    (slope,) = torch.autograd.grad(s(line)[:, c].sum(), line)
+    (slope,) = torch.autograd.grad(s(line)[:, k].sum(), line)
     return (slope[0] * (one - start)).sum(1)
 
 
 # %% tags=["wrong"]
-def integrated(s, one, start, c, steps=64):
+def integrated(s, one, start, k, steps=64):
     t = (torch.arange(steps) + 0.5) / steps
     line = (start + t[:, None, None] * (one - start)).requires_grad_()
-    (slope,) = torch.autograd.grad(s(line)[:, c].sum(), line)
+    (slope,) = torch.autograd.grad(s(line)[:, k].sum(), line)
     return (slope.mean(0) * one).sum(1)
 
 
@@ -990,15 +993,15 @@ torch.manual_seed(3)
 _s = nn.Sequential(nn.Flatten(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 3))
 _one, _start = 2 * torch.randn(4, 5), 2 * torch.randn(4, 5)
 _part = integrated(_s, _one, _start, 1, 256)
-assert tuple(_part.shape) == (4,), "one share a row: add up its five numbers"
+assert tuple(_part.shape) == (4,), "one number a row: add up its five"
 with torch.no_grad():
     _gain = (_s(_one[None]) - _s(_start[None]))[0, 1].item()
 assert abs(float(_part.sum()) - _gain) < 0.02, (
-    "the shares must add up to the gain of the logit from start to end"
+    "the contributions must add up to the gain of the logit from start to end"
 )
 
 # %% [markdown] tags=["answer"]
-# The mean slope on the way makes the shares complete: they add up to the gain. That they agree with
+# The mean slope on the way makes the contributions complete: they add up to the gain. That they agree with
 # gradient × input as far as the output says is once more a sign of how close to linear $S$ is between
 # a healthy slice and these.
 
@@ -1010,6 +1013,8 @@ assert abs(float(_part.sum()) - _gain) < 0.02, (
 # We took lesions out. Now put some in: give each control the lesions of a COVID-19 patient
 # (`replace(control, lesions=covid.lesions)`), at a position where that patient shows one, and count
 # how often $S$ and the ordinary classifier call it COVID-19. What would you compare the count with?
+#
+# Hint: `draw_pair` shows how a patient is drawn at a position, and `answers` asks the ordinary classifier.
 
 
 # %% tags=["solution"]
@@ -1041,7 +1046,7 @@ for name, found in of_mixed.items():
 # %% [markdown]
 # ## What we learned
 #
-# 1. Gradient × input gives each ranked box a share in a logit; boxes and biases add up to it.
+# 1. Gradient × input says what each ranked box contributes to a logit; boxes and biases add up to it.
 # 2. Methods that agree may only ask the same question; say what stands in the place of a box.
 # 3. A pointing count means something only beside a baseline: boxes lie on lesions anyway.
 # 4. Taking the lesion out tests the cause; a map may point beside what decided, and the other way round.
@@ -1050,6 +1055,6 @@ for name, found in of_mixed.items():
 # ## Further reading
 #
 # {cite:t}`Selvaraju2017` describe Grad-CAM, {cite:t}`Zeiler2014` occlusion, {cite:t}`Zhang2016pointing`
-# the pointing game and {cite:t}`Sundararajan2017` integrated gradients. {cite:t}`Adebayo2018` has the
+# the pointing game and {cite:t}`Sundararajan2017` integrated gradients. {cite:t}`Adebayo2018` have the
 # test with random weights. {cite:t}`DeGrave2021` show classifiers of COVID-19 that looked at the wrong
 # things.

@@ -3,7 +3,7 @@
 #
 # A model is trained on slices of one hospital and then sent to another, where the scanner is sharper,
 # the dose lower and the window different. The patients have the same diseases. **Is the model still
-# right as often, and does it still know how sure it may be?** We draw the same phantoms under two
+# right as often, and does it still know how sure it should be?** We draw the same phantoms under two
 # scanners, so that nothing but the scanner can be the cause of what we see.
 
 # %% tags=["fold"] mystnb={"image": {"alt": "The same synthetic chest slice twice: from hospital 0, softer, and from hospital 1, sharper, noisier and with more contrast; beside them the histograms of the grey values in the lungs, which are shifted against each other."}, "figure": {"caption": "Our old friend in two hospitals: the same lesions, other pictures. Right: grey values of the lungs. Synthetic."}}
@@ -292,7 +292,7 @@ for name in readers:
 # has seen lesion masks. And all phantoms of hospital 0 differ in kernel, dose and window from patient to
 # patient. How far robustness goes, exercise 2 tries.)
 #
-# ## Is it as sure as it may be?
+# ## Is it as sure as it should be?
 #
 # A model is *calibrated* if, among all slices of which it says 0.8, eight out of ten are as it says. We
 # take as **confidence** $q$ of an answer the largest of the three sigmoids, sort the answers into bins
@@ -322,7 +322,7 @@ def reliability(confidence, right):
     return np.array(bins)  # [bins that are not empty, 3]
 
 
-# %% tags=["fold"] mystnb={"image": {"alt": "Two panels with reliability curves of S and of the ordinary classifier, at home and away, beside the diagonal."}, "figure": {"caption": "Reliability curves at home and away. On the dotted diagonal a model is as sure as it may be. The size of a point is the share of answers in its bin; bars are 95 % intervals over patients. Synthetic."}}
+# %% tags=["fold"] mystnb={"image": {"alt": "Two panels with reliability curves of S and of the ordinary classifier, at home and away, beside the diagonal."}, "figure": {"caption": "Reliability curves at home and away. On the dotted diagonal a model is as sure as it should be. The size of a point is the share of answers in its bin; bars are 95 % intervals over patients. Synthetic."}}
 # @title Draw the reliability curves
 def share_right(name, where, b):
     """95 % interval of the share right in the bin of edges b, b + 1."""
@@ -490,15 +490,15 @@ plt.show()
 # Up to now the pictures have changed, and the mix of patients has not: a *covariate shift*. In a
 # screening clinic it may be the other way round. The scanner is that of home, but of 100 patients 80 are
 # healthy: a *prevalence shift*. Our test slices are one third of each class. To see the clinic, we need
-# no new slices; we only count those of class $c$ with the weight $\pi'_c / \pi_c$, where $\pi_c$ is the
-# share of the class at home and $\pi'_c$ in the clinic.
+# no new slices; we only count those of class $k$ with the weight $\pi'_k / \pi_k$, where $\pi_k$ is the
+# share of the class at home and $\pi'_k$ in the clinic.
 #
 # Sensitivities stay as they are, for each looks at one class. But the probabilities become wrong, since
 # the model has learned with its training mix that one slice in three is COVID-19. Here the remedy needs
 # no training. Bayes' rule says how the odds of a class change when its prevalence does
 # {cite:p}`Saerens2002`, and odds are what a sigmoid's logit is the logarithm of:
 #
-# $$ \hat y_c' = \hat y_c + \log\frac{\pi'_c}{1 - \pi'_c} - \log\frac{\pi_c}{1 - \pi_c}. $$
+# $$ \hat y_k' = \hat y_k + \log\frac{\pi'_k}{1 - \pi'_k} - \log\frac{\pi_k}{1 - \pi_k}. $$
 #
 # (For a yes-or-no question this is exact only if "other" keeps its own mix. With three classes it does
 # not quite, but the correction takes most of the error away.)
@@ -538,6 +538,12 @@ for name in readers:
 # but the answer is the largest of three, and where almost everyone is healthy "Control" wins too often if
 # the logits of control were too high to begin with.
 #
+# Who pays for the better PPV? The lines above have no sensitivities, but the formula says which way they can
+# move. With this mix it raises the logit of control against both others and lowers that of COVID-19
+# against both. So the
+# sensitivity of control can only rise, and that of COVID-19 can only fall. Whether fewer false alarms are
+# worth the cases that are missed, no formula decides.
+#
 # So which remedy for which shift? If you know that the mix has changed and by how much, correct the
 # logits; no label of the new place is needed. If the pictures have changed, no rule of that kind
 # exists: it takes labelled slices of the new place, or a model that does not mind the change. In
@@ -550,7 +556,7 @@ for name in readers:
 #   {cite:p}`Roberts2021`.
 # - **A kind shift.** Home has scanners of many kinds itself. A home with one scanner would make a less
 #   robust detector.
-# - **One training run** of each model; the intervals know of other patients, not of other seeds.
+# - **One training run** of each model; the intervals cover other patients, not other seeds.
 # - **80 test slices of each class** leave intervals of several points. "No difference seen" is not "no
 #   difference".
 
@@ -560,36 +566,36 @@ for name in readers:
 # **1. Why do we draw the same patients under both scanners?**
 #
 # - [ ] Because a model must know a patient to be fair to both. :: No model has seen them; what they share is each other's comparison.
-# - [x] Because then only the scanner can explain a difference. :: Yes, and the interval of the difference is narrower, too.
+# - [x] Because then only the scanner can explain a difference. :: The interval of the difference is narrower, too.
 # - [ ] Because phantoms of hospital 1 are hard to draw. :: They take the same time.
 #
 # **2. A model says 0.9 of ten slices and is right on six. What is it?**
 #
 # - [ ] Too modest, as it is right more often than not. :: It claims nine out of ten and has six.
 # - [ ] Calibrated, as 0.9 is only a score. :: Calibration asks that scores can be read as shares; these cannot.
-# - [x] Too sure, and the point lies below the diagonal. :: Yes: confidence 0.9, share right 0.6.
+# - [x] Too sure, and the point lies below the diagonal. :: Confidence 0.9, share right 0.6.
 #
 # **3. What does a temperature change?**
 #
-# - [x] The confidence, and no answer. :: Yes: dividing by one positive number keeps the order of the logits, and their signs.
+# - [x] The confidence, and no answer. :: Dividing by one positive number keeps the order of the logits, and their signs.
 # - [ ] The answers of slices near 0.5. :: A logit of 0 stays 0, and the largest logit stays the largest.
 # - [ ] The accuracy, if it is fitted on enough slices. :: However it is fitted, every answer stays.
 #
-# **4. In a clinic there are fewer ill patients, but the scanner is the same. What suffers for sure?**
+# **4. In a clinic COVID-19 becomes rarer; scanner and mix of all others stay. What suffers for sure?**
 #
 # - [ ] The sensitivity of COVID-19. :: It looks at COVID-19 slices alone, and these look as before.
-# - [x] The PPV of COVID-19. :: Yes: the false alarms come from many more healthy slices.
+# - [x] The PPV of COVID-19. :: False alarms come from more slices, and hits from fewer.
 # - [ ] The detector's boxes. :: It sees the same kinds of slices, in another mix.
 #
 # **5. Why is even a perfectly calibrated model's ECE above 0 on 240 slices?**
 #
 # - [ ] Because sigmoids never reach 0 or 1. :: Calibration does not ask them to.
 # - [ ] Because its accuracy is below 1. :: A model can err often and know it.
-# - [x] Because shares of few answers in a bin are noisy, and gaps count. :: Yes, and they count whichever way they point.
+# - [x] Because shares of few answers in a bin are noisy, and gaps count. :: They count whichever way they point.
 #
 # **6. After retraining S on 15 slices of the new hospital the accuracy there has fallen. How can that be?**
 #
-# - [x] It fits these slices and forgets what many others taught it. :: Yes; with so few, the draw decides.
+# - [x] It fits these slices and forgets what many others taught it. :: With so few, the draw decides.
 # - [ ] The detector has been changed, too. :: Only S was trained; its inputs stayed as they were.
 # - [ ] New labels are wrong more often. :: Phantoms have no wrong labels.
 
@@ -883,7 +889,7 @@ _rates = np.array([[0.8, 0.15, 0.05], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])
 for _mix in ([1 / 3, 1 / 3, 1 / 3], [0.8, 0.15, 0.05]):
     _called = [sum(_mix[i] * _rates[i, j] for i in range(3)) for j in range(3)]
     assert np.allclose(find_mix(_rates, _called), _mix), (
-        "called[j] is the sum over i of mix[i] * rates[i, j]; solve that for mix"
+        "put your mix back: do slices of that mix, by these rates, give `called`?"
     )
 
 # %% [markdown] tags=["answer"]

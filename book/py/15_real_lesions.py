@@ -521,7 +521,8 @@ frame_slider(
 # In brackets are 95 % intervals from resampling slices; for AP50, the lowest and the highest fold.
 # Two cautions belong to the table. The folds may share patients, so every number may flatter. And
 # settings were chosen on the 40 training slices of fold 1: twenty-two configurations, some stopped
-# early, and sixteen pairs of a threshold and a weight of C. So the test slices of the other four folds
+# early, and sixteen pairs of a threshold and a weight of C (a factor for its probability, before a pixel
+# gets the likelier of the two names); 0.5 and no weight were kept. So the test slices of the other four folds
 # took part in that choice, and the anchor sizes were chosen on all 50 slices. So what you see is the
 # best of many tries, and new slices may give less.
 #
@@ -536,9 +537,10 @@ frame_slider(
 # - **Pixels, not instances.** The mask AP50 is low. Where lesions merge, a gap of a few pixels decides
 #   whether one or three are true. Even connected regions of the fused mask, which are made as the true
 #   ones are, do little better.
-# - **Training on phantoms first did not help here.** The page
-#   [How the phantoms are made](phantoms_made.ipynb) measures what drawn chests add to few or many real
-#   slices: with as many steps in all, real slices alone do as well.
+# - **Whether phantoms first helped, the table cannot say:** for this preset we did not measure it. For a
+#   U-Net we did, on the page [How the phantoms are made](phantoms_made.ipynb). With as many steps in all,
+#   drawn chests first made consolidation worse at every number of real slices, and the infection as a whole
+#   worse from ten slices on.
 #
 # No weights trained on these slices come with the package, since their terms do not allow it; the
 # command above makes them. The package does hold `SEGMENTER_CT`, which saw drawn chests alone and is
@@ -560,7 +562,8 @@ frame_slider(
 # Before you put a number beside these, look for three differences.
 #
 # - **Other slices.** These are the 48 test slices; our table is made of the 50 training slices.
-# - **Another start.** All of these begin with weights trained on ImageNet, ours with phantoms.
+# - **Another start.** Ours begins with phantoms. How each of these began, and on how many slices beside the
+#   50, is a matter for its own paper.
 # - **Another mean.** Inf-Net's evaluation code (`EvaluationTool/main.m`) stretches each predicted map
 #   to 0 to 1, cuts it at 256 values, and averages Dice over slices *and over the cuts*.
 #   `covidmask evaluate` cuts once, at a value chosen in advance. Whether each row of the table
@@ -604,7 +607,7 @@ frame_slider(
 # **4. A slice has no consolidation, and the model paints ten pixels of it. What is the Dice of C?**
 #
 # - [ ] It is undefined, so the slice is left out. :: It would be 0/0 only if nothing were painted, too.
-# - [x] It is 0, by our rule and by Inf-Net's. :: No pixel is shared, and the sum of both masks is 10. The two rules differ only where both masks are empty.
+# - [x] It is 0, by our rule and by Inf-Net's. :: The masks share no pixel, and the sum of both is 10. The two rules differ only where both masks are empty.
 # - [ ] It is close to 1, since only ten pixels are wrong. :: Dice does not count the background, so ten wrong pixels of ten are all wrong.
 #
 # **5. Can COVID-SemiSeg show whether the classifier of chapter 7 works on real CT?**
@@ -616,7 +619,7 @@ frame_slider(
 # **6. In the table, names from one grey limit are about as good as the network's. What follows?**
 #
 # - [ ] GGO and consolidation differ in nothing but grey value. :: Even the best limit for each slice leaves much of the consolidation misnamed, so there is more to it.
-# - [x] The network has learned little about names beyond brightness. :: That is all the comparison can say; it does not say whether more slices would teach it more.
+# - [x] Its names are worth about as much as one grey limit. :: That is all the comparison can say; it does not say what the network looks at, or what more slices would teach it.
 # - [ ] The network is useless and a threshold would do as well. :: Somebody has to find the lesion pixels first, and that is what the network does.
 
 # %% [markdown]
@@ -845,7 +848,8 @@ print("right")
 # Call a pixel consolidation if it is brighter than a limit. Write `name_by_grey(lesion, grey, limit)`,
 # which gives codes [H, W] (2 GGO, 3 consolidation, 0 outside `lesion`), and
 # `best_limit(pairs, limits)`, the limit with the highest mean Dice of GGO and C over pairs of grey
-# values and true codes. Choose the limit on training slices. Whose names are better on test slices?
+# values and true codes. There, take as lesion the pixels whose true code is 2 or 3. Choose the limit on
+# training slices. Whose names are better on test slices?
 #
 # Hint: `dice_of(codes, truth)[1:]` gives the Dice of GGO and of C; one of them may be NaN.
 

@@ -70,8 +70,8 @@ plt.show()
 # - go from nothing to classes on real images, with commands.
 #
 # **You need** [chapter 6](06_ranked_boxes.ipynb) (ranked boxes), [chapter
-# 12](12_side_by_side.ipynb) (summaries of a look) and [chapter 10](10_evaluation.ipynb) (AUC,
-# intervals). **Time:** reading 25 min, exercises 40 min, running 2 min.
+# 12](12_side_by_side.ipynb) (summaries of a look, AUC) and [chapter 10](10_evaluation.ipynb)
+# (intervals). **Time:** reading 25 min, exercises 40 min, running 2 min.
 #
 # ```{admonition} Real figures, and synthetic data
 # :class: important
@@ -194,8 +194,8 @@ for name, numbers in by_package.items():
 # <!-- /covid_ct -->
 #
 # The *folds* are five parts of the training list: each image is judged by a reader that has not met its
-# figure. Which rows to try was decided by the folds. The validation images were opened when the rows
-# stood.
+# figure. Which rows to try was decided by the folds. The validation images were opened only
+# after the rows were fixed.
 
 # %% tags=["fold"] mystnb={"image": {"alt": "AUC of summaries of the images of COVID-CT, as dots with intervals, in the folds and on val. Rows of scores, deltas, places and the hidden layer lie between 0.6 and 0.7; inside boxes, maps and ImageNet above 0.77; two grey values at 0.73 in the folds and 0.54 on val."}, "figure": {"caption": "The table as a picture: AUC with 95 % intervals over source figures, in the folds (dots) and on val (squares); dotted: a coin toss. Real figures, COVID-CT."}}
 # @title Draw the table (numbers of results/covid_ct.json)
@@ -350,7 +350,7 @@ plt.show()
 
 # %% [markdown]
 # The patients are the same in all three columns, and so is their disease. Yet the reader of the maps goes
-# from nearly perfect to worse than a coin: it has learned the frame. The two grey values know nothing but
+# from nearly perfect to worse than a coin: it has learned the print. The two grey values know nothing but
 # the print, and show what it alone is worth. The three summaries that go through the boxes stay within
 # a few points of where they were. The frame lies outside most boxes, so what the boxes lose here is
 # mostly layout. (The bars are ten draws of who prints what; other test patients would add to them.)
@@ -362,21 +362,21 @@ plt.show()
 #
 # ## Networks that start from photographs
 #
-# The next table is about networks that train on the images of COVID-CT themselves, some from weights of
-# ImageNet, beside readers of the frozen detector. The rules are those of [chapter
-# 12](12_side_by_side.ipynb): a budget of 9,000 images, nothing tuned, and the last weights judged.
+# In the next table a whole network trains on the images of COVID-CT themselves: MobileNetV2, from weights of
+# ImageNet. The rules are those of [chapter 12](12_side_by_side.ipynb): a budget of 9,000 images, nothing
+# tuned, and the last weights judged. A system without a row was not run.
 #
 # <!-- side_by_side_covid_ct -->
-# | system | accuracy | AUC | AUC, 95 % by patient, first seed | F1 | parameters | trained | minutes | accuracy, patients |
-# |---|---|---|---|---|---|---|---|---|
-# | `mobilenet_v2`, from ImageNet | 0.797 (0.780 to 0.814) | 0.904 (0.903 to 0.906) | 0.831 to 0.964 | 0.796 | 2.23 M | 2,226,434 | 6.4 | 0.904 |
+# | system | accuracy | AUC | AUC, 95 % by patient, first seed | trained | minutes | accuracy, patients |
+# |---|---|---|---|---|---|---|
+# | `mobilenet_v2`, from ImageNet | 0.797 (0.780 to 0.814) | 0.904 (0.903 to 0.906) | 0.831 to 0.964 | 2,226,434 | 6.4 | 0.904 |
 #
 # COVID-CT, real: the 118 images of val, learned from the 425 of train; as patients count source figures. Command: `python benchmarks/side_by_side.py covid-ct --data data/covid-ct --systems mobilenet_v2 IMAGENET1K_V1`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 9ad715e; all numbers in `results/side_by_side_covid_ct.json`.
 # <!-- /side_by_side_covid_ct -->
 #
 # The mean AUC of `mobilenet_v2` from ImageNet on these 118 images is above that of every row that reads
 # the frozen detector by a logistic regression: a classifier that starts from photographs and learns from
-# 425 figures. (For their own best method the authors of the set report an accuracy of 0.89 and an AUC of
+# 425 images of 224 figures. We have no interval of the difference, and the intervals of the rows overlap. (For their own best method the authors of the set report an accuracy of 0.89 and an AUC of
 # 0.98, on the test images {cite:p}`Zhao2020dataset`.) Whether it has learned the disease or the layout,
 # the table cannot say; our live experiment shows that a high number is no proof.
 #
@@ -461,16 +461,16 @@ else:
 # - [x] What is kept of each box: channels of the maps instead of score and deltas. :: Same look, same boxes, other columns.
 # - [ ] It was trained on COVID-CT. :: The detector is frozen in both.
 #
-# **4. Two grey values reach a fair AUC in the folds and none on val. What do you conclude?**
+# **4. Two grey values reach a fair AUC in the folds and about a coin's on val. What do you conclude?**
 #
-# - [ ] COVID-19 makes the lungs brighter, which val is too small to show. :: It might, but the same would hold on val.
+# - [ ] COVID-19 changes the brightness of lungs, as the folds prove. :: The folds show a difference, and not where it comes from.
 # - [ ] The folds were computed wrongly. :: They keep figures together, as they should.
-# - [x] Brightness told sources apart in the training list, and this does not carry over. :: Two figures of one paper may share a window.
+# - [x] Brightness may tell sources apart; val does not confirm it. :: Two figures of one paper may share a window; and val is small.
 #
 # **5. In our experiment the maps fall below 0.5 under the reversed habit. Why below?**
 #
 # - [ ] Too few test slices; by chance it may be any number. :: The bars of ten draws lie far from it.
-# - [x] The reader trusts the frame, and now the frame points the wrong way. :: A reader that had ignored it would stay where it was.
+# - [x] The reader trusts the print, and now the print points the wrong way. :: A reader that had ignored it would stay where it was.
 # - [ ] The detector no longer sees lesions when the image is brighter. :: Then it would fall to 0.5, and the boxes would suffer, too.
 #
 # **6. What would tell disease from layout on real images?**
@@ -602,7 +602,7 @@ print("Right, as the package reads them.")
 # `folds` is meant to divide images into parts so that no figure is in two of them. Find the mistake and
 # repair it. `figures` is an array [M] with the figure of each image.
 #
-# Hint: scikit-learn has a `GroupKFold`.
+# Hint: what must stay together, and does the code know of it?
 
 
 # %% tags=["starter"]
@@ -705,7 +705,7 @@ print("Right, as 8,000 drawn slices confirm.")
 #
 # Kind: predict, then run, **
 #
-# Let the papers that are learned from print COVID-19 slices framed with 0.6 instead of 0.9. Predict: what
+# In the training prints, let COVID-19 slices be framed with probability 0.6 instead of 0.9. Predict: what
 # do the maps then reach under the reversed habit of 0.1? Run it with `printed`, `fitted` and `auc`, for
 # 0.5, 0.6, 0.7, 0.8 and 0.9.
 #
@@ -725,7 +725,7 @@ for q in (0.5, 0.6, 0.7, 0.8, 0.9):
 # %% [markdown] tags=["answer"]
 # When we ran it, with a habit of 0.6 the maps lost little, with 0.8 most of what they had gained
 # over a coin, and with 0.9 they fell below it. Without any habit (0.5) the reader had no reason to look at
-# the frame. A weak habit is easy to miss, and still costs something.
+# the print. A weak habit is easy to miss, and still costs something.
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 6 · Tidy up first
@@ -804,7 +804,8 @@ print("Right: both journals' prints are the same now.")
 # 2. On COVID-CT scores and deltas keep little of what the maps hold, even inside the same boxes.
 # 3. Two grey values can look like a finding: ask first how far brightness alone would get you.
 # 4. Where we control the layout, readers of whole maps follow it, and boxes shield from much of it.
-# 5. A network from ImageNet is ahead on COVID-CT, and no table says whether it sees the disease.
+# 5. A network from ImageNet has the higher AUC on COVID-CT; we have no interval of the difference, and no
+#    table says whether it sees the disease.
 #
 # ## Further reading
 #

@@ -458,7 +458,7 @@ for rule in answers(friend_p):
 # choose others). Unless you name weights of yours, the lesions are those of `SEGMENTER_CT`, a network
 # that was trained on [drawn chests](phantoms_made.ipynb) and on no real slice. It looks at the lungs
 # alone, which the command finds first, and [its card](weights.md) says what it reaches on real slices.
-# It gives no class probabilities, because no classifier of this book is right on real patients.
+# It gives no class probabilities, because none in this book was shown to be right on real patients.
 #
 # Here is the same from Python, on our scan. Every fourth slice is enough to see the outputs: a picture
 # of each slice, `predictions.csv` with a row for each, and `summary.csv` with a row for each volume.
@@ -580,7 +580,7 @@ if HAS_PYDICOM:
 #
 # **5. You want to pass on the pictures that `predict` wrote. What may still tell who the patient is?**
 #
-# - [ ] The name in the DICOM tags, which is copied into each picture. :: No tag reaches an output; the cell above tests it.
+# - [ ] The name in the DICOM tags, which is copied into each picture. :: Tags reach no output; the cell above tests it.
 # - [ ] The name of the folder that you gave. :: Pictures of a volume are numbered; the folder's name is printed on your screen only.
 # - [x] Text that is burned into the pixels, or the name of a PNG file. :: Pixels are shown as they are, and pictures keep their file names.
 #

@@ -326,7 +326,8 @@ print(f"RPN head + box head + box predictor: {sum(map(count_parameters, parts)):
 # %% [markdown]
 # 31.78M counts batch-norm statistics, which are no parameters. 34.14M (cut, not rounded) also
 # counts a mask branch, which the classifier never runs. 2.36M is the module $S$ alone, without any
-# batch norm. For 2.25M the last two lines give two rules, so we cannot say which was meant.
+# batch norm. None of these rules gives 2.25M. The last two lines have two other counts that
+# come to it, and we cannot say which was meant.
 #
 # ### 9. Losses of the boxes
 #
@@ -930,8 +931,9 @@ print(f"COVNet, test / (train + validation): {438 / (3000 + 370):.5f}")
 # %% [markdown]
 # For COVNet the printed ratio fits only if the validation images are added to the training images
 # (and the result is cut). The paper calls 7.06 a new state of the art. A ratio of test to train
-# says how little was used for training. It does not say how well the model generalises, because all
-# splits come from one source.
+# says how little was used for training. No accuracy enters it, so it does not measure how well the model
+# generalises; and how precise a result is depends on the test patients. (Besides, all splits come from
+# one source.)
 #
 # ### 34. Smaller slips
 #

@@ -310,8 +310,10 @@ for ax, name in zip(axes.flat, pictures, strict=False):
 plt.show()
 
 # %% [markdown]
-# - *Crazy paving* is ground glass with a net in it: thickened walls between the lobules.
-# - *Air bronchogram*: the alveoli are full, the bronchi are not, so they stand out dark.
+# - *Crazy paving* is ground glass with a net in it: thickened walls between the lobules, pieces of lung of
+#   one or two centimetres.
+# - *Air bronchogram*: the alveoli, the air sacs of the lung, are full; the bronchi, its airways, are not, so
+#   they stand out dark.
 # - *Halo*: ground glass around a dense core. *Reversed halo*: a dense ring around ground glass.
 # - A *rind* follows the chest wall, which is where COVID-19 often lies {cite:p}`Shi2020`.
 #
@@ -332,7 +334,8 @@ for name in ("healthy", "ground glass", "crazy paving", "consolidation"):
 # gone.
 #
 # Four more signs come with some patients. *Contrast medium* makes blood nearly as bright as bone, and the
-# vessels with it. A *lobar pneumonia* fills a lobe and stops at the fissure, as if cut off. *Tree-in-bud*
+# vessels with it. A *lobar pneumonia* fills a lobe and stops at the fissure, the gap to the
+# next lobe, as if cut off. *Tree-in-bud*
 # is what small airways full of pus look like: twigs, each with a bud at its end. And a *curve below the
 # pleura* is a thin line beside the chest wall, as some patients with COVID-19 have it. The last two are
 # tubes, as vessels are, and are in no mask.
@@ -374,9 +377,10 @@ plt.show()
 #
 # A class of patients is a rule for drawing lesions:
 #
-# - **Controls** have no lesions, only the look-alikes: vessels, scars, nodules, dependent density.
+# - **Controls** have no lesions, only the look-alikes: vessels, scars, nodules, and dependent
+#   density, the denser lung at the back where blood settles.
 # - **Common pneumonia**: mostly two or three foci that lie together, often on one side, more of them
-#   consolidation than ground glass. Large ones often keep to their lobe; one patient in ten has the patchy
+#   consolidation than ground glass (by number; by area about half). Large ones often keep to their lobe; one patient in ten has the patchy
 #   viral kind, four in ten have tree-in-bud.
 # - **COVID-19**: many foci on both sides, rather near the pleura and in the lower half of the lungs, ground
 #   glass somewhat more often than consolidation; three patients in ten have a curve below the pleura. In
@@ -660,9 +664,13 @@ plt.show()
 # Command: `python benchmarks/real_slices.py curve --data data/covid-semiseg`; x86_64, 2 cores, no GPU used, 1 thread(s); torch 2.15.0+cu132; 2026-11-27; commit 05cfc2e and 6a4f6db; all numbers in results/real_slices.json.
 # <!-- /real_slices -->
 #
+# (Why does the U-Net reach more in the first table than in the first row of the second? There it learned
+# for longer, from more chests and with more pixels, and it was judged on half of the slices.)
+#
 # We had expected a clear gain with five and ten real slices, and there is none. For infection and ground
-# glass no row with drawn chests is better than real slices alone; with twenty and more, and half of the
-# steps spent on drawings, it is a little worse. Only consolidation, which few real slices show, may gain
+# glass no row with drawn chests is better than real slices alone. *Drawn first* is worse for infection from
+# ten slices on, and for consolidation always; *drawn mixed in* is worse for ground glass from twenty on. Only
+# consolidation, which few real slices show, may gain
 # with five of them when drawings are mixed in: the interval just reaches 0. Real slices, cut and turned and
 # mixed at random, teach this network more than so many drawings do. The drawings are for the other case, in
 # which you have no real slice at all: `SEGMENTER_CT` in the table above has seen none. The curve does not
