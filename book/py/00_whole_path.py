@@ -544,7 +544,7 @@ expected = report(example)
 found_shares, ppvs = (torch.tensor(list(values)) for values in rates(example))
 expected = {key: torch.tensor(expected[key]) for key in ("sensitivity", "ppv")}
 close = torch.isclose(found_shares.float(), expected["sensitivity"])
-assert close.all(), "sensitivity: of the 8 slices of class 0 in this example, 6 are found"
+assert close.all(), "sensitivity: of the 8 slices of class 0 here, 6 are found"
 close = torch.isclose(ppvs.float(), expected["ppv"])
 assert close.all(), "PPV: class 1 is predicted 6 times in this example, 4 times rightly"
 print("Right.")

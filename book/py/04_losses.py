@@ -643,7 +643,7 @@ beta = config.rpn_box_beta
 ratio = rpn_box_loss(two, 256, beta) / rpn_box_loss(one, 256, beta)
 assert abs(ratio - 2) < 1e-4, (
     "Twice as many lesion anchors, each as wrong as before, among as many sampled "
-    f"anchors, should give twice the loss; yours becomes {float(ratio):.2f} times as large."
+    f"anchors, should give twice the loss; yours is {float(ratio):.2f} times as large."
 )
 mine = rpn_box_loss(rpn_error.detach(), len(sampled), beta)
 assert torch.allclose(mine, losses["loss_rpn_box_reg"].detach(), **CLOSE), (
