@@ -51,6 +51,21 @@ WORDS = {
     "both": "score, deltas, class and place of the boxes, and those maps",
     "imagenet": "MobileNetV2 of ImageNet, frozen: its pooled features",
 }
+SHORT = {
+    "scores": "scores",
+    "paper": "paper's vector",
+    "spread": "its mean, spread, ...",
+    "place": "+ class and place",
+    "grey": "+ grey in the boxes",
+    "hidden": "hidden layer",
+    "inside": "maps inside boxes",
+    "elsewhere": "maps in boxes elsewhere",
+    "light": "two greys of the image",
+    "maps": "maps of the image",
+    "both": "maps and boxes",
+    "imagenet": "ImageNet, frozen",
+}
+MARKS = ("    # rows of covid_ct\n", "    # end of rows\n")
 TABLE = {
     "what a logistic regression reads": "{words}",
     "numbers": "{numbers:,}",
@@ -199,5 +214,15 @@ def measure(
     yield out, settings | {"rows": rows}
 
 
+def code(result: dict) -> str:
+    """The rows as lines of Python, for the figure."""
+    lines = []
+    for name, row in result["rows"].items():
+        numbers = ", ".join(f"{value:.3f}" for value in row["folds"] + row["val"])
+        lines.append(f'    "{SHORT[name]}": ({numbers}),\n')
+    return "".join(lines)
+
+
 if __name__ == "__main__":
     common.command(measure, OUT, (TWIN, "covid_ct", markdown))
+    common.replace_between(TWIN, MARKS, code(common.read(OUT)))

@@ -212,7 +212,7 @@ def markdown(result: dict, key: str, about: str) -> str:
 
 
 def curve_lines(result: dict) -> str:
-    """Lines of Python: accuracy of each seed, by system and slices of a class; what was trained."""
+    """Lines of Python: what was trained; accuracy of each seed, by system and size; intervals."""
     lines = ["trained = {  # system: parameters trained, mean accuracy"]
     for (name, size), rows in rows_of(result).items():
         if size == str(MIDDLE):
@@ -230,6 +230,11 @@ def curve_lines(result: dict) -> str:
             values = ", ".join(f"{row['accuracy']:.3f}" for row in sizes[size])
             lines.append(f"        {size}: [{values}],")
         lines.append("    },")
+    lines += ["}", "interval = {  # the same: 95 % over patients, of the first seed"]
+    for (name, size), rows in sorted(rows_of(result).items(), key=lambda item: int(item[0][1])):
+        if name in CURVE:
+            ends = ", ".join(f"{end:.3f}" for end in rows[0]["accuracy_interval"])
+            lines.append(f'    ("{name}", {size}): ({ends}),')
     return "\n".join([*lines, "}", ""])
 
 

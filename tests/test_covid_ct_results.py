@@ -25,6 +25,8 @@ def benchmark(monkeypatch):
 def test_the_chapter_shows_the_results_file(benchmark):
     lines = (f"# {line}".rstrip() for line in benchmark.markdown(RESULT).splitlines())
     assert "\n".join(lines) in benchmark.TWIN.read_text(encoding="utf-8")
+    rows = "".join(benchmark.MARKS).replace("\n", f"\n{benchmark.code(RESULT)}", 1)
+    assert rows in benchmark.TWIN.read_text(encoding="utf-8"), "the figure's numbers"
     for key in ("command", "commit", "hardware", "date", "torch", "weights"):
         assert RESULT[key], key
     assert "dirty" not in RESULT["commit"] and RESULT["command"].endswith("--data data/covid-ct")
@@ -40,6 +42,9 @@ def test_what_the_chapter_says_of_it(benchmark):
     assert folds["paper"][2] < folds["inside"][1]
     assert best < folds["light"][0] < min(seen)  # two grey values
     assert folds["inside"][0] > 0.8
+    for part in ("folds", "val"):  # boxes at random places come close, and overlap widely
+        inside, elsewhere = (RESULT["rows"][name][part] for name in ("inside", "elsewhere"))
+        assert 0 < inside[0] - elsewhere[0] < 0.05 and inside[1] < elsewhere[0]
     val = {name: row["val"] for name, row in RESULT["rows"].items()}
     assert val["light"][1] < 0.5 < val["light"][2]  # no better than a coin
     assert val["inside"][1] < 0.8 < val["inside"][2] and 0.75 < val["inside"][0] < 0.8
@@ -57,6 +62,17 @@ def test_rows_are_those_of_ranked_boxes(benchmark):
     assert rows.shape == (8, 14) and hidden.shape == (8, detector.config.box_features)
     mean, spread, least, most = rows[:, 10:].T
     assert (least <= mean).all() and (mean <= most).all() and (spread >= 0).all()
+
+
+def test_boxes_elsewhere_keep_their_sizes_and_stay_inside(benchmark):
+    detector = ShippedWeights.SEGMENTER_CT.load()
+    place = benchmark.Elsewhere(detector, benchmark.PRESETS["semiseg"].classifier)
+    place.drawn = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([[0.0, 0, 10, 20], [50, 30, 80, 40], [0, 0, 80, 60]])
+    moved = place.placed(boxes, (60, 80))
+    assert torch.allclose(moved[:, 2:] - moved[:, :2], boxes[:, 2:] - boxes[:, :2])
+    assert (moved >= 0).all() and (moved[:, 2] <= 80.001).all() and (moved[:, 3] <= 60.001).all()
+    assert not torch.allclose(moved[:2], boxes[:2])
 
 
 def test_grey_of_a_box(benchmark):

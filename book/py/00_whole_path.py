@@ -417,7 +417,7 @@ def length(boxes):
     return 5 * boxes
 
 
-print(f"{n} boxes: {length(n)} numbers; in the paper, 256 boxes: {length(256)} numbers")
+print(f"{n} boxes: {length(n)} numbers; in the released code, 256: {length(256)} numbers")
 
 
 # %% tags=["wrong"]

@@ -550,7 +550,7 @@ print("S reads", tuple(caught[0].shape), "and they are our numbers")
 # %% [markdown]
 # ## When there are too few boxes
 #
-# Here more than $N$ boxes survived. With the paper's $N = 256$ there may be fewer, and the vector must
+# Here more than $N$ boxes survived. With the $N = 256$ of the released code there may be fewer, and the vector must
 # be filled up. Rows of zeros would be input of another kind: a score of 0 together with no shift at all
 # is nothing that a real box gives. So the released code and the package both repeat boxes, each *in its place*, so that
 # the scores still fall with rank.

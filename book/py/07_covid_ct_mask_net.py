@@ -548,7 +548,7 @@ _ = assembled.eval()
 # ## How large is it?
 #
 # A linear layer from $n_\text{in}$ to $n_\text{out}$ numbers has $(n_\text{in} + 1) \,
-# n_\text{out}$ parameters; the 1 is the bias. For the paper's $N = 256$ and $d = 1024$ this gives
+# n_\text{out}$ parameters; the 1 is the bias. For the released $N = 256$ and $d = 1024$ this gives
 #
 # $$
 # \underbrace{(5 \cdot 256 + 1) \cdot 1024}_{1{,}311{,}744} +
