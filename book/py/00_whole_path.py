@@ -417,7 +417,7 @@ def length(boxes):
     return 5 * boxes
 
 
-print(f"{n} boxes: {length(n)} numbers; in the released code, 256: {length(256)} numbers")
+print(f"{n} boxes: {length(n)} numbers; 256, as in the released code: {length(256)}")
 
 
 # %% tags=["wrong"]
