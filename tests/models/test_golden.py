@@ -33,8 +33,11 @@ pytestmark = pytest.mark.skipif(not GOLDEN, reason="COVIDMASK_GOLDEN names no re
 
 CLS = "cls_resnet18_t2_nc2_N64_S256"
 SEG = "seg_resnet18_t2_nc3"
-LOGITS, ROWS, RELATIVE, MASKS = 5e-5, 4e-5, 1e-3, 1e-3
-SAMPLED = 0.01  # on a CPU that rounds otherwise, another anchor or proposal may be drawn
+LOGITS, ROWS, RELATIVE, MASKS = 5e-5, 4e-5, 1e-4, 1e-3
+# Rounding swaps proposals of nearly equal scores, and the sampler draws positions: a few of the 256
+# drawn are then other boxes. That moves the class loss and what learns from it, and nothing else.
+SAMPLED = 0.01
+BY_CLASS_LOSS = ("box_head", "cls_score")
 
 
 def out(name):
@@ -307,15 +310,17 @@ def test_five_losses(segmenter, images):
     close(model.backbone.body.bn1.running_mean, z["bn1_running_mean_before"], 1e-6)
     losses = model([images[101]], [target])
     for name, loss in losses.items():
-        close(loss.detach(), z[f"loss/{name}"], 0, SAMPLED)
+        limit = SAMPLED if name == "loss_classifier" else RELATIVE
+        close(loss.detach(), z[f"loss/{name}"], 0, limit)
     total = sum(losses.values())
-    close(total.detach(), z["total"], 0, SAMPLED)
+    close(total.detach(), z["total"], 0, 0.1 * SAMPLED)
     total.backward()
     close(model.backbone.body.bn1.running_mean, z["bn1_running_mean_after"], 1e-5)
     norms = dict(zip(z["param_names"].tolist(), z["grad_norm"], strict=True))
     for name, parameter in model.named_parameters():
         theirs = norms[author_name(name)]
-        close(parameter.grad.norm(), theirs, 1e-6, 5 * SAMPLED)
+        limit = 5 if any(part in name for part in BY_CLASS_LOSS) else 0.5
+        close(parameter.grad.norm(), theirs, 1e-6, limit * SAMPLED)
 
 
 def author_name(name):
@@ -350,7 +355,7 @@ def test_one_training_step(images):
         if np.isnan(norm):  # the RPN: its proposals are detached
             assert named[name].grad is None or not named[name].grad.any(), name
         else:
-            close(named[name].grad.norm(), norm, 1e-7, RELATIVE)
+            close(named[name].grad.norm(), norm, 1e-7, 10 * RELATIVE)  # 4e-4 seen
     for name in (f for f in z.files if f.startswith("grad/")):
         theirs = torch.from_numpy(z[name])
         ours = named[name.removeprefix("grad/")].grad
